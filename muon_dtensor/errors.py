@@ -1,0 +1,46 @@
+"""Every error this package raises on purpose.
+
+Says who is told what. Knows no tensor and no mesh: callers bring the words.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One parameter that cannot be planned: what was seen, why not, what to do instead."""
+
+    fqn: str
+    seen: str
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.fqn}  {self.seen}\n    {self.reason}\n    {self.remedy}"
+
+
+class PlanError(ValueError):
+    """Some parameters cannot be planned. Raised once for all of them, before any collective."""
+
+    def __init__(self, problems: Sequence[Problem], *, num_params: int) -> None:
+        self.problems = tuple(problems)
+        lines = [f"{len(self.problems)} of {num_params} parameters cannot be planned."]
+        lines += [f"  {problem}" for problem in self.problems]
+        super().__init__("\n".join(lines))
+
+
+class GroupOptionError(ValueError):
+    """A param group holds an option that is unknown or has a value out of its range."""
+
+
+class PlanMismatchError(RuntimeError):
+    """Ranks of one mesh hold different plans or hyperparameters. Raised on each of them."""
+
+
+class MissingGradientError(RuntimeError):
+    """A parameter has a gradient on some ranks of its mesh and none on others."""
+
+
+class NonFiniteGradientError(RuntimeError):
+    """A gradient holds NaN or Inf on some rank. Nothing was updated on any rank."""

@@ -1,0 +1,273 @@
+"""Where the elements of a parameter live: meshes, cuts and the boxes they make.
+
+Integers and names only. Does not know torch, and does not know what a matrix is.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from math import prod
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A box in some tensor's coordinates: per tensor dim a half-open interval."""
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.start) == len(self.stop), (self.start, self.stop)
+        assert all(0 <= a <= b for a, b in zip(self.start, self.stop, strict=True)), self
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> "Region":
+        """The region that covers a tensor of this shape."""
+        return cls((0,) * len(shape), shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    def intersect(self, other: "Region") -> "Region":
+        """The common box; where there is none, a box of zero elements."""
+        start = tuple(map(max, self.start, other.start))
+        stop = tuple(map(max, start, map(min, self.stop, other.stop)))
+        return Region(start, stop)
+
+    def relative_to(self, origin: "Region") -> "Region":
+        """The same box in the coordinates of a tensor that begins where `origin` begins."""
+        return Region(
+            tuple(a - o for a, o in zip(self.start, origin.start, strict=True)),
+            tuple(b - o for b, o in zip(self.stop, origin.start, strict=True)),
+        )
+
+    def covers(self, other: "Region") -> bool:
+        """Whether every element of `other` lies in this box."""
+        return other.numel == 0 or self.intersect(other) == other
+
+
+@dataclass(frozen=True)
+class MeshSpec:
+    """A device mesh as values: named dims, their sizes, and the global rank of each position.
+
+    A position is the row-major index of a coordinate. A mesh without dims is one rank by itself;
+    parameters that no mesh holds (plain tensors) live there.
+    """
+
+    dim_names: tuple[str, ...]
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(set(self.dim_names)) != len(self.dim_names):
+            raise ValueError(f"mesh dim names must differ, got {self.dim_names}")
+        if len(self.dim_names) != len(self.shape):
+            raise ValueError(f"{len(self.dim_names)} mesh dim names for shape {self.shape}")
+        if any(size < 1 for size in self.shape):
+            raise ValueError(f"mesh dims must have at least one rank, got {self.shape}")
+        if len(self.ranks) != prod(self.shape):
+            raise ValueError(f"mesh {self.shape} needs {prod(self.shape)} ranks")
+        if len(set(self.ranks)) != len(self.ranks):
+            raise ValueError("a mesh holds every rank at most once")
+
+    @classmethod
+    def of(cls, **sizes: int) -> "MeshSpec":
+        """The mesh of these named sizes over ranks 0, 1, 2, ... in row-major order.
+
+        >>> MeshSpec.of(dp=2, tp=4).num_ranks
+        8
+        """
+        return cls(tuple(sizes), tuple(sizes.values()), tuple(range(prod(sizes.values()))))
+
+    def __hash__(self) -> int:
+        return hash((self.dim_names, self.shape, self.ranks[0]))
+
+    @cached_property
+    def num_ranks(self) -> int:
+        return len(self.ranks)
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        return dict(zip(self.dim_names, self.shape, strict=True))
+
+    @cached_property
+    def strides(self) -> dict[str, int]:
+        """Per mesh dim, how far apart in position two neighbours along it are."""
+        return {name: prod(self.shape[index + 1 :]) for index, name in enumerate(self.dim_names)}
+
+    @cached_property
+    def rank_set(self) -> frozenset[int]:
+        return frozenset(self.ranks)
+
+    def holds(self, rank: int) -> bool:
+        """Whether this global rank is on the mesh; a mesh without dims is every rank's own."""
+        return not self.dim_names or rank in self.rank_set
+
+    def position_of(self, rank: int) -> int:
+        """The position of a global rank that the mesh holds."""
+        return self.ranks.index(rank) if self.dim_names else 0
+
+    def index_along(self, position: int, mesh_dims: tuple[str, ...]) -> int:
+        """Row-major index of a position among the coordinates of some mesh dims."""
+        index = 0
+        for name in mesh_dims:
+            size = self.sizes[name]
+            index = index * size + position // self.strides[name] % size
+        return index
+
+    def offset_of(self, index: int, mesh_dims: tuple[str, ...]) -> int:
+        """Inverse of `index_along`: the position of this index, with 0 on all other mesh dims."""
+        offset = 0
+        for name in reversed(mesh_dims):
+            index, coordinate = divmod(index, self.sizes[name])
+            offset += coordinate * self.strides[name]
+        return offset
+
+    def size_along(self, mesh_dims: tuple[str, ...]) -> int:
+        """How many ranks lie along these mesh dims."""
+        return prod(self.sizes[name] for name in mesh_dims)
+
+    def peers(self, position: int, mesh_dims: tuple[str, ...]) -> tuple[int, ...]:
+        """Positions that differ from this one along `mesh_dims` only, in order of global rank.
+
+        That is the order of ranks inside a process group (torch sorts them).
+        """
+        base = position - self.offset_of(self.index_along(position, mesh_dims), mesh_dims)
+        peers = (
+            base + self.offset_of(index, mesh_dims) for index in range(self.size_along(mesh_dims))
+        )
+        return tuple(sorted(peers, key=self.ranks.__getitem__))
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name}={size}" for name, size in self.sizes.items())
+        return f"({sizes})" if sizes else "this rank alone"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A tensor's global shape and, per tensor dim, the mesh dims that cut it, outermost first.
+
+    Every cut follows torch.chunk: n rows over k ranks are pieces of ceil(n / k) rows, the last
+    one shorter, the rest empty. Mesh dims that cut nothing replicate the tensor. Mesh dims of
+    one rank are left out.
+    """
+
+    mesh: MeshSpec
+    shape: tuple[int, ...]
+    cuts: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.cuts) != len(self.shape):
+            raise ValueError(f"{len(self.cuts)} cuts for {len(self.shape)} tensor dims")
+        used = [name for dims in self.cuts for name in dims]
+        if len(set(used)) != len(used):
+            raise ValueError(f"a mesh dim cuts a tensor at most once, got {self.cuts}")
+        if unknown := set(used) - set(self.mesh.dim_names):
+            raise ValueError(f"unknown mesh dims {sorted(unknown)} on mesh {self.mesh}")
+
+    @cached_property
+    def cut_dims(self) -> tuple[str, ...]:
+        """Mesh dims that cut some tensor dim, in mesh order."""
+        used = {name for dims in self.cuts for name in dims}
+        return tuple(n for n in self.mesh.dim_names if n in used and self.mesh.sizes[n] > 1)
+
+    @cached_property
+    def replica_dims(self) -> tuple[str, ...]:
+        """Mesh dims along which every rank holds the same shard, in mesh order."""
+        cut = self.cut_dims
+        return tuple(n for n in self.mesh.dim_names if n not in cut and self.mesh.sizes[n] > 1)
+
+    @cached_property
+    def _bounds(self) -> tuple[tuple[int, ...], ...]:
+        """Per tensor dim the ends of its consecutive pieces, beginning with 0."""
+        return tuple(
+            _chunk_bounds(numel, tuple(self.mesh.sizes[name] for name in dims))
+            for numel, dims in zip(self.shape, self.cuts, strict=True)
+        )
+
+    def region(self, position: int) -> Region:
+        """The box of the global tensor that the rank at this position stores."""
+        start, stop = [], []
+        for dims, bounds in zip(self.cuts, self._bounds, strict=True):
+            index = self.mesh.index_along(position, dims)
+            start.append(bounds[index])
+            stop.append(bounds[index + 1])
+        return Region(tuple(start), tuple(stop))
+
+    @cached_property
+    def _holders(self) -> dict[Region, dict[int, Region]]:
+        return {}
+
+    def holders(self, region: Region) -> dict[int, Region]:
+        """Who in one replica holds which part of a region: {home: its part}, homes ascending.
+
+        A home is a position with coordinate 0 along the replica dims. Empty parts are left out.
+        """
+        known = self._holders.get(region)
+        if known is None:
+            known = self._holders[region] = self._find_holders(region)
+        return known
+
+    def _find_holders(self, region: Region) -> dict[int, Region]:
+        parts: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = [(0, (), ())]
+        for tensor_dim, (dims, bounds) in enumerate(zip(self.cuts, self._bounds, strict=True)):
+            low, high = region.start[tensor_dim], region.stop[tensor_dim]
+            touched = [
+                (self.mesh.offset_of(index, dims), max(low, first), min(high, last))
+                for index, (first, last) in enumerate(pairwise(bounds))
+                if max(low, first) < min(high, last)
+            ]
+            parts = [
+                (offset + more, (*start, first), (*stop, last))
+                for offset, start, stop in parts
+                for more, first, last in touched
+            ]
+        return {home: Region(start, stop) for home, start, stop in sorted(parts)}
+
+    def home(self, position: int) -> int:
+        """The position in the first replica that stores the same shard as this one."""
+        return position - self.replica_offset(position)
+
+    def replica_offset(self, position: int) -> int:
+        """What separates this position from its home: it tells the replica."""
+        index = self.mesh.index_along(position, self.replica_dims)
+        return self.mesh.offset_of(index, self.replica_dims)
+
+    @cached_property
+    def replica_offsets(self) -> tuple[int, ...]:
+        """The offsets of all replicas, the first one 0."""
+        dims = self.replica_dims
+        return tuple(self.mesh.offset_of(i, dims) for i in range(self.mesh.size_along(dims)))
+
+
+def _chunk_bounds(numel: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Ends of the pieces that torch.chunk makes of `numel` rows, size after size."""
+    bounds = [0, numel]
+    for size in sizes:
+        cut = [0]
+        for first, last in pairwise(bounds):
+            step = -(-(last - first) // size)
+            cut += [min(first + step * (index + 1), last) for index in range(size)]
+        bounds = cut
+    return tuple(bounds)
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """All a planner may know of one parameter."""
+
+    fqn: str
+    layout: Layout
+    dtype: str
+    matrices: tuple[Region, ...]
+    num_iterations: int = 5
+    wire_dtype: str = "bfloat16"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.layout.shape

@@ -1,0 +1,487 @@
+"""Muon as a torch.optim.Optimizer: groups, state, step. Where the floors meet.
+
+Keeps torch's contract; leaves planning, moving and mathematics to those who know them.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from muon_dtensor.adamw import AdamWLocal, adamw_step, step_tensor
+from muon_dtensor.errors import GroupOptionError, NonFiniteGradientError, PlanError, Problem
+from muon_dtensor.layout import MeshSpec, ParamSpec
+from muon_dtensor.options import DEFAULTS, as_text, complete
+from muon_dtensor.planning.ir import Plan, PlanOptions
+from muon_dtensor.planning.planner import plan_update, restrict
+from muon_dtensor.runtime.agreement import (
+    Agreement,
+    Manifest,
+    Votes,
+    all_agree,
+    non_finite_flag,
+    read,
+)
+from muon_dtensor.runtime.agreement import Entry as BallotEntry
+from muon_dtensor.runtime.describe import Describer, dtype_name, local_part, this_rank
+from muon_dtensor.runtime.executor import Executor, LocalParam, MuonOptions
+from muon_dtensor.runtime.groups import Groups
+
+logger = logging.getLogger("muon_dtensor")
+
+WIRE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class Muon(Optimizer):
+    r"""Muon whose matrices may be cut over any 1-D, 2-D or 3-D DeviceMesh.
+
+    For the same gradients a step gives bitwise the parameters of `torch.optim.Muon` on one
+    process (CPU, defaults), whatever the DTensor placements. With G the gradient, B the momentum
+    (Jordan 2024, https://kellerjordan.github.io/posts/muon/):
+
+        B <- momentum B + (1 - momentum) G
+        D  = (1 - momentum) G + momentum B   (nesterov), else B
+        O  = approximate polar factor of the whole matrix D, by Newton-Schulz
+        W <- (1 - lr weight_decay) W - lr s O,   s from adjust_lr_fn
+
+    A 2-D parameter is one matrix, a 3-D parameter `[e, m, n]` is e matrices. Each is brought
+    together on one rank, orthogonalized once over the whole mesh, and handed back; `plan` says
+    where. All ranks of a parameter's mesh must construct the optimizer and call `step` alike.
+
+    Args:
+        params: tensors, DTensors, (name, tensor) pairs or param groups. Names make errors and
+            plans readable: prefer `model.named_parameters()`. Plain tensors are this rank's own.
+        lr: learning rate, a number or a one-element tensor.
+        weight_decay: decoupled weight decay, times lr.
+        momentum: of the moving average B.
+        nesterov: orthogonalize D instead of B.
+        ns_coefficients: (a, b, c) of the iteration.
+        eps: least Frobenius norm to divide by; see `orthogonalize.newton_schulz`.
+        ns_steps: iterations, 0 to 99.
+        adjust_lr_fn: None or "original": s = sqrt(max(1, rows / cols)); "match_rms_adamw":
+            s = 0.2 sqrt(max(rows, cols)) (Liu et al. 2025, arXiv:2502.16982).
+        ns_dtype: dtype of the iteration and of all that is sent.
+        bucket_mb: most MiB of exchange buffers a bucket may hold on a rank.
+        prefetch_count: buckets in flight while another is orthogonalized; 0 for none.
+        batched: stack equal-shaped matrices of one owner; rounds differently. Default: on a GPU.
+        missing_grad: a parameter with a gradient on some ranks only: "raise"
+            MissingGradientError on every rank, or count it as "zero" there. Without a gradient
+            on any rank, a parameter, its momentum and its decay are left alone, as in torch.
+        nonfinite: NaN or Inf in a gradient on some rank: "raise" NonFiniteGradientError on
+            every rank, "skip" the step on every rank, or "propagate" it as torch does. On a GPU
+            the step is masked on the device, and raises at the next `step` or `state_dict`.
+
+    A param group may name any of the options up to `adjust_lr_fn`, and `algorithm="adamw"` with
+    `betas`, `eps`, `weight_decay`, `lr`: torch's own AdamW steps such a group, of any shape.
+
+    Raises:
+        GroupOptionError: an option that is unknown or out of range.
+        PlanError: parameters that Muon cannot step, all of them told at once.
+        PlanMismatchError: from the first `step`, if ranks differ in parameters or options.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = DEFAULTS["lr"],
+        weight_decay: float = DEFAULTS["weight_decay"],
+        momentum: float = DEFAULTS["momentum"],
+        nesterov: bool = DEFAULTS["nesterov"],
+        ns_coefficients: tuple[float, float, float] = DEFAULTS["ns_coefficients"],
+        eps: float = DEFAULTS["eps"],
+        ns_steps: int = DEFAULTS["ns_steps"],
+        adjust_lr_fn: str | None = DEFAULTS["adjust_lr_fn"],
+        *,
+        ns_dtype: torch.dtype = torch.bfloat16,
+        bucket_mb: float = 256,
+        prefetch_count: int = 1,
+        batched: bool | None = None,
+        missing_grad: Literal["raise", "zero"] = "raise",
+        nonfinite: Literal["raise", "skip", "propagate"] = "raise",
+    ) -> None:
+        if ns_dtype not in WIRE_DTYPES:
+            raise GroupOptionError(
+                f"ns_dtype must be one of {', '.join(map(str, WIRE_DTYPES))}, got {ns_dtype}"
+            )
+        if missing_grad not in ("raise", "zero"):
+            raise GroupOptionError(f"missing_grad must be 'raise' or 'zero', got {missing_grad!r}")
+        if nonfinite not in ("raise", "skip", "propagate"):
+            raise GroupOptionError(
+                f"nonfinite must be 'raise', 'skip' or 'propagate', got {nonfinite!r}"
+            )
+        self._ns_dtype = ns_dtype
+        self._bucket_nbytes = int(bucket_mb * 2**20)
+        self._prefetch_count = prefetch_count
+        self._batched = batched
+        self._missing_grad = missing_grad
+        self._nonfinite = nonfinite
+        self._plan: Plan | None = None
+        self._ballots: list[Tensor] = []
+        self._told_of_zeros = False
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": tuple(ns_coefficients),
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "algorithm": "muon",
+            "betas": DEFAULTS["betas"],
+        }
+        complete({}, defaults)
+        groups: list[Any] = list(params) or [{"params": []}]
+        super().__init__(groups, defaults)
+        self._replan()
+        logger.info("%s", self.plan)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as torch does; its parameters are planned, and compared at the next step.
+
+        Raises what the constructor raises, and then adds nothing.
+        """
+        super().add_param_group(complete(param_group, self.defaults))
+        if self._plan is not None:
+            try:
+                self._replan()
+            except PlanError:
+                self.param_groups.pop()
+                self._replan()
+                raise
+
+    @property
+    def plan(self) -> Plan:
+        """What a step does: `print(optimizer.plan)`."""
+        assert self._plan is not None, "the constructor plans"
+        return self._plan
+
+    def _named(self, algorithm: str | None = None) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        """Name, tensor and group of every parameter, in order; unnamed ones are numbered."""
+        number = 0
+        for group in self.param_groups:
+            names = group.get("param_names")
+            for index, param in enumerate(group["params"]):
+                name = names[index] if names else f"param.{number}"
+                number += 1
+                if algorithm in (None, group["algorithm"]):
+                    yield name, param, group
+
+    def _replan(self) -> None:
+        """Plan anew, make missing state; what was proven of the old plan is forgotten."""
+        describer = Describer()
+        specs: list[ParamSpec] = []
+        problems: list[Problem] = []
+        muon = list(self._named("muon"))
+        for name, param, group in muon:
+            described = describer.param(
+                name, param, num_iterations=group["ns_steps"], wire_dtype=self._ns_dtype
+            )
+            if isinstance(described, Problem):
+                problems.append(described)
+            else:
+                specs.append(described)
+        if problems:
+            raise PlanError(problems, num_params=len(muon))
+        on_gpu = any(param.device.type == "cuda" for _, param, _ in muon)
+        options = PlanOptions(
+            bucket_nbytes=self._bucket_nbytes,
+            prefetch_count=self._prefetch_count,
+            batched=on_gpu if self._batched is None else self._batched,
+        )
+        self._plan = plan = plan_update(specs, options)
+        for _, param, group in self._named():
+            self._make_state(param, group["algorithm"])
+        rank = this_rank()
+        manifests = list(self._manifests(plan, describer))
+        groups = Groups(describer.device_meshes, rank)
+        self._muon = [param for _, param, _ in muon]
+        self._agreement = Agreement(manifests, groups, rank)
+        devices = [local_part(param).device for param in self._muon]
+        self._executor = Executor(plan, rank, groups, devices)
+        self._mesh_of = {
+            name: describer.layout(p).mesh for name, p, _ in self._named() if isinstance(p, DTensor)
+        }
+        self._is_proven = False
+        self._is_connected = False
+
+    def _manifests(self, plan: Plan, describer: Describer) -> Iterator[Manifest]:
+        """What each set of ranks must have in common: its part of the plan, its parameters."""
+        members: dict[frozenset[int], list[tuple[str, DTensor, str, MeshSpec]]] = {}
+        for name, param, group in self._named():
+            if isinstance(param, DTensor):
+                mesh = describer.mesh(param.device_mesh)
+                members.setdefault(mesh.rank_set, []).append(
+                    (name, param, group["algorithm"], mesh)
+                )
+        for rank_set, params in members.items():
+            digest = restrict(plan, rank_set).digest
+            lines = tuple(
+                f"{name} {list(param.shape)} {dtype_name(param.dtype)} "
+                f"{param.placements} on {mesh}, {algorithm}"
+                for name, param, algorithm, mesh in params
+            )
+            yield Manifest(params[0][3], digest, lines, tuple(name for name, *_ in params))
+
+    def _make_state(self, param: Tensor, algorithm: str) -> None:
+        """State of every parameter from the start, so that all ranks hold the same keys."""
+        state = self.state[param]
+        if algorithm == "muon":
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(param, requires_grad=False)
+        elif "exp_avg" not in state:
+            state["step"] = step_tensor(param)
+            state["exp_avg"] = torch.zeros_like(param, requires_grad=False)
+            state["exp_avg_sq"] = torch.zeros_like(param, requires_grad=False)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of every parameter that has a gradient.
+
+        Raises:
+            PlanMismatchError, MissingGradientError, NonFiniteGradientError: on every rank of
+                the meshes concerned, before anything has changed.
+        """
+        self._read_ballots()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._is_proven:
+            self._agreement.prove_plan(self._device())
+            self._is_proven = True
+        votes, grads = self._votes()
+        keep = self._settle(votes, grads)
+        if keep is False:
+            return loss
+        if not self._is_connected:
+            self._executor.connect()
+            self._is_connected = True
+        mask = keep if isinstance(keep, Tensor) else None
+        self._executor.run(self._local_params(grads), mask)
+        self._step_adamw(grads, mask)
+        return loss
+
+    def _device(self) -> torch.device:
+        """Where ballots live: with the parameters that a mesh holds, else on the host."""
+        for _, param, _ in self._named():
+            if isinstance(param, DTensor):
+                return local_part(param).device
+        return torch.device("cpu")
+
+    def _votes(self) -> tuple[Votes, dict[str, Tensor]]:
+        """What this rank says before the step, and the gradients it has, by name."""
+        states: dict[str, str] = {}
+        grads: dict[str, Tensor] = {}
+        fault = ""
+        for name, param, _ in self._named():
+            grad = param.grad
+            if grad is None:
+                states[name] = ""
+                continue
+            fault = fault or _fault_of(name, param, grad)
+            grads[name] = grad
+            states[name] = "yes"
+            if isinstance(grad, DTensor) and _needs_redistribution(param, grad):
+                states[name] = str(grad.placements)
+        presence = tuple(
+            tuple(states[fqn] for fqn in manifest.fqns) for manifest in self._agreement.manifests
+        )
+        options = tuple(as_text(group) for group in self.param_groups)
+        return Votes(options, presence, fault), grads
+
+    def _settle(self, votes: Votes, grads: dict[str, Tensor]) -> Tensor | bool:
+        """Agree with all ranks, bring `grads` to the parameters' placements.
+
+        Returns whether to step: a bool, or a bool scalar on the device that nobody has read.
+        """
+        device = self._device()
+        by_name = {name: param for name, param, _ in self._named()}
+        moved = {n for n, grad in grads.items() if _needs_redistribution(by_name[n], grad)}
+        flag = self._non_finite([g for name, g in grads.items() if name not in moved], device)
+        if self._reads_now(device):
+            verdict = self._agreement.settle(
+                votes, flag, raise_missing=self._missing_grad == "raise"
+            )
+            self._count_as_zero(verdict.incomplete, by_name, grads)
+            bad = verdict.non_finite
+            if moved:
+                self._redistribute(moved, by_name, grads)
+                flag = self._non_finite([grads[name] for name in moved], device)
+                bad |= self._agreement.settle(votes, flag, raise_missing=False).non_finite
+            return not bad or self._raise_or_skip(grads)
+        ballots = self._agreement.cast(votes, flag)
+        keep = all_agree(ballots)
+        if moved:
+            if keep.item():
+                self._redistribute(moved, by_name, grads)
+            else:
+                grads.update({name: torch.zeros_like(by_name[name]) for name in moved})
+            flag = self._non_finite([grads[name] for name in moved], device)
+            ballots = torch.cat([ballots, self._agreement.cast(votes, flag)])
+        self._ballots.append(ballots)
+        return keep & (ballots[:, BallotEntry.NON_FINITE].amax() == 0)
+
+    def _reads_now(self, device: torch.device) -> bool:
+        """Whether to wait for the ballots: on the host, at first, and where the user asks."""
+        waits = device.type == "cpu" or self._missing_grad == "zero" or not self._is_connected
+        return waits or not self._agreement.manifests
+
+    def _non_finite(self, grads: Iterable[Tensor], device: torch.device) -> Tensor:
+        if self._nonfinite == "propagate":
+            return torch.zeros((), dtype=torch.int64, device=device)
+        return non_finite_flag([local_part(grad) for grad in grads], device)
+
+    def _raise_or_skip(self, grads: dict[str, Tensor]) -> bool:
+        if self._nonfinite == "skip":
+            return False
+        here = [n for n, g in grads.items() if not local_part(g).isfinite().all()]
+        where = f"on this rank in {', '.join(here)}" if here else "on another rank"
+        raise NonFiniteGradientError(
+            f"A gradient holds NaN or Inf, {where}. Nothing was changed on any rank. Lower the "
+            'learning rate, clip gradients, or construct Muon with nonfinite="skip" to leave '
+            "such steps out."
+        )
+
+    def _count_as_zero(
+        self, incomplete: frozenset[str], by_name: dict[str, Tensor], grads: dict[str, Tensor]
+    ) -> None:
+        for name in incomplete - grads.keys():
+            grads[name] = torch.zeros_like(by_name[name])
+        if incomplete and not self._told_of_zeros:
+            self._told_of_zeros = True
+            logger.warning(
+                "no gradient on some ranks, counted as zero there, now and from here on "
+                "without a further word: %s",
+                ", ".join(sorted(incomplete)),
+            )
+
+    def _redistribute(
+        self, names: set[str], by_name: dict[str, Tensor], grads: dict[str, Tensor]
+    ) -> None:
+        for name, param in by_name.items():
+            grad = grads.get(name)
+            if name in names and isinstance(param, DTensor) and isinstance(grad, DTensor):
+                grads[name] = grad.redistribute(placements=param.placements)
+
+    def _local_params(self, grads: dict[str, Tensor]) -> dict[int, LocalParam]:
+        """This rank's part of every Muon parameter that has a gradient, by index in the plan."""
+        found: dict[int, LocalParam] = {}
+        options: dict[int, MuonOptions] = {}
+        for index, (name, param, group) in enumerate(self._named("muon")):
+            if name not in grads:
+                continue
+            if id(group) not in options:
+                options[id(group)] = MuonOptions(
+                    lr=float(group["lr"]),
+                    weight_decay=group["weight_decay"],
+                    momentum=group["momentum"],
+                    nesterov=group["nesterov"],
+                    ns_coefficients=tuple(group["ns_coefficients"]),
+                    eps=group["eps"],
+                    ns_steps=group["ns_steps"],
+                    adjust_lr_fn=group["adjust_lr_fn"],
+                )
+            found[index] = LocalParam(
+                local_part(param),
+                local_part(grads[name]),
+                local_part(self.state[param]["momentum_buffer"]),
+                options[id(group)],
+            )
+        return found
+
+    def _step_adamw(self, grads: dict[str, Tensor], keep: Tensor | None) -> None:
+        by_group: dict[int, list[AdamWLocal]] = {}
+        for name, param, group in self._named("adamw"):
+            if name in grads:
+                state = self.state[param]
+                leaf = AdamWLocal(
+                    local_part(param),
+                    local_part(grads[name]),
+                    local_part(state["exp_avg"]),
+                    local_part(state["exp_avg_sq"]),
+                    state["step"],
+                )
+                by_group.setdefault(id(group), []).append(leaf)
+        found_inf = None if keep is None else (~keep).to(torch.float32)
+        for group in self.param_groups:
+            adamw_step(by_group.get(id(group), []), group, found_inf)
+
+    def _read_ballots(self) -> None:
+        """Raise what a masked step of the past found; its masks are long computed."""
+        ballots, self._ballots = self._ballots, []
+        for ballot in ballots:
+            read(ballot, with_non_finite=self._nonfinite == "raise")
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict: `momentum_buffer`, or AdamW's state, per parameter."""
+        self._read_ballots()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        mine = {name: self.__dict__[name] for name in _PICKLED}
+        return {**super().__getstate__(), **mine}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called by pickle and by `load_state_dict`: plan what the groups now say."""
+        super().__setstate__(state)
+        self._ballots = []
+        self._told_of_zeros = False
+        self._replan()
+
+
+_PICKLED = (
+    "_ns_dtype",
+    "_bucket_nbytes",
+    "_prefetch_count",
+    "_batched",
+    "_missing_grad",
+    "_nonfinite",
+)
+
+
+def _needs_redistribution(param: Tensor, grad: Tensor) -> bool:
+    return (
+        isinstance(param, DTensor)
+        and isinstance(grad, DTensor)
+        and grad.placements != param.placements
+    )
+
+
+def _fault_of(name: str, param: Tensor, grad: Tensor) -> str:
+    """Why this gradient cannot be used; empty if it can."""
+    if grad.is_sparse or grad.layout != torch.strided:
+        return (
+            f"{name} has a sparse gradient ({grad.layout}); Muon needs a dense one. Construct "
+            "the embedding with sparse=False."
+        )
+    if grad.dtype != param.dtype:
+        return (
+            f"{name} is {dtype_name(param.dtype)} and its gradient {dtype_name(grad.dtype)}. "
+            "Cast the gradient first."
+        )
+    if isinstance(param, DTensor) != isinstance(grad, DTensor):
+        kinds = ["a DTensor" if isinstance(t, DTensor) else "a plain tensor" for t in (param, grad)]
+        return f"{name} is {kinds[0]} and its gradient {kinds[1]}. Give both the same mesh."
+    if (
+        isinstance(param, DTensor)
+        and isinstance(grad, DTensor)
+        and grad.device_mesh != param.device_mesh
+    ):
+        return (
+            f"{name} lives on {param.device_mesh} and its gradient on {grad.device_mesh}. "
+            "Redistribute the gradient to the parameter's mesh first."
+        )
+    return ""

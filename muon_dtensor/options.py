@@ -1,0 +1,97 @@
+"""What a param group may say, what it says by default, and which values are out of range.
+
+Plain values only, so that groups pass through checkpoints. Sees no tensor but a learning rate.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from muon_dtensor.errors import GroupOptionError
+from muon_dtensor.orthogonalize.newton_schulz import EPS, KELLER_JORDAN, NUM_ITERATIONS
+from muon_dtensor.update import ADJUST_LR_FNS
+
+ALGORITHMS = ("muon", "adamw")
+
+DEFAULTS: dict[str, Any] = {
+    "lr": 1e-3,
+    "weight_decay": 0.1,
+    "momentum": 0.95,
+    "nesterov": True,
+    "ns_coefficients": KELLER_JORDAN,
+    "eps": EPS,
+    "ns_steps": NUM_ITERATIONS,
+    "adjust_lr_fn": None,
+    "algorithm": "muon",
+    "betas": (0.9, 0.999),
+}
+"""Option names of every group, and the constructor's defaults: those of torch.optim.Muon."""
+
+ADAMW_EPS = 1e-8
+"""`eps` of an AdamW group that names none: that of torch.optim.AdamW."""
+
+WRITTEN_BY_OTHERS = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr"}
+"""Keys that torch's Optimizer, schedulers and averaging put into a group."""
+
+MOST_ITERATIONS = 99
+"""torch.optim.Muon refuses 100 and more."""
+
+
+def complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A new group with every option; `lr` and `weight_decay` of an AdamW group default alike.
+
+    Raises GroupOptionError for unknown options and values out of range.
+    """
+    unknown = group.keys() - DEFAULTS.keys() - WRITTEN_BY_OTHERS
+    if unknown:
+        name = min(unknown)
+        near = difflib.get_close_matches(name, DEFAULTS, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise GroupOptionError(
+            f"unknown param group option '{name}'.{hint} Options are {', '.join(DEFAULTS)}."
+        )
+    if group.get("algorithm", "muon") == "adamw":
+        defaults = {**defaults, "eps": ADAMW_EPS}
+    completed = {**{name: defaults[name] for name in DEFAULTS}, **group}
+    validate(completed)
+    return completed
+
+
+def validate(group: Mapping[str, Any]) -> None:
+    """Raise GroupOptionError for a value out of its range; names the option and the range."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise GroupOptionError(f"lr as a tensor must have one element, got {tuple(lr.shape)}")
+    for name in ("lr", "weight_decay", "momentum", "eps"):
+        if not group[name] >= 0:
+            raise GroupOptionError(f"{name} must be 0 or more, got {group[name]}")
+    if group["algorithm"] not in ALGORITHMS:
+        raise GroupOptionError(
+            f"algorithm must be one of {', '.join(ALGORITHMS)}, got {group['algorithm']!r}"
+        )
+    if group["adjust_lr_fn"] not in ADJUST_LR_FNS:
+        raise GroupOptionError(
+            "adjust_lr_fn must be None, 'original' or 'match_rms_adamw', "
+            f"got {group['adjust_lr_fn']!r}"
+        )
+    steps = group["ns_steps"]
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps <= MOST_ITERATIONS:
+        raise GroupOptionError(f"ns_steps must be an integer in 0..{MOST_ITERATIONS}, got {steps}")
+    if len(group["ns_coefficients"]) != 3:
+        raise GroupOptionError(
+            f"ns_coefficients must be three numbers, got {group['ns_coefficients']}"
+        )
+    betas = group["betas"]
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise GroupOptionError(f"betas must be two numbers in [0, 1), got {betas}")
+
+
+def as_text(group: Mapping[str, Any]) -> str:
+    """All options of a group as one line, for ranks to compare."""
+    parts = []
+    for name in sorted(group.keys() - {"params", "param_names"}):
+        value = group[name]
+        parts.append(f"{name}={float(value) if isinstance(value, Tensor) else value!r}")
+    return ", ".join(parts)

@@ -1,0 +1,84 @@
+"""The approximate polar factor by a quintic Newton-Schulz iteration.
+
+Holds the operation order that makes the result bitwise that of torch.optim.Muon. Decides neither
+dtype nor coefficients.
+"""
+
+import torch
+from torch import Tensor
+
+# Keller Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024,
+# https://kellerjordan.github.io/posts/muon/ : chosen to maximize the slope at zero, not to
+# converge to 1. Defaults of torch.optim.Muon (torch/optim/_muon.py).
+KELLER_JORDAN = (3.4445, -4.7750, 2.0315)
+EPS = 1e-7
+NUM_ITERATIONS = 5
+
+
+def newton_schulz(
+    x: Tensor,  # [*batch, rows, cols]
+    *,
+    coefficients: tuple[float, float, float] = KELLER_JORDAN,
+    num_iterations: int = NUM_ITERATIONS,
+    eps: float = EPS,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """The approximate polar factor U V^T of every matrix, in `dtype`; the input stays as it is.
+
+    One iteration is X <- a X + (b A + c A^2) X with A = X X^T on the short side (Jordan 2024,
+    see KELLER_JORDAN), after a division by max(Frobenius norm, eps).
+
+    Before that each matrix is scaled by the power of two that brings its largest element to
+    [1/2, 1). That is exact, so the result is bitwise torch.optim.Muon's wherever its norm neither
+    over- nor underflows nor falls below eps, and it does not depend on the scale anywhere else.
+    A zero matrix gives zero; an empty one gives an empty one.
+
+    Args:
+        x: `[*batch, rows, cols]`, any real floating dtype, contiguous for bitwise results.
+        coefficients: the (a, b, c) of every iteration.
+        num_iterations: how many.
+        eps: least norm to divide by.
+        dtype: of the iteration and of the result.
+
+    Raises:
+        ValueError: x has fewer than two dims.
+    """
+    if x.ndim < 2:
+        raise ValueError(f"a matrix has two dims, got a tensor of shape {tuple(x.shape)}")
+    if x.numel() == 0:
+        return x.to(dtype)
+    x = x.to(dtype)
+    tall = x.size(-2) > x.size(-1)
+    if tall:
+        x = x.mT
+    x = x * _power_of_two(x)
+    # torch's norm of one whole matrix and of a batch of matrices round differently; a single
+    # matrix takes the road of torch.optim.Muon.
+    norm = x.norm() if x.ndim == 2 else x.norm(dim=(-2, -1), keepdim=True)
+    x.div_(norm.clamp(min=eps))
+    x = _iterate(x, coefficients, num_iterations)
+    return x.mT if tall else x
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """Per matrix 2^-e with e the exponent of its largest magnitude; 1 for a zero matrix."""
+    largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=(-2, -1), keepdim=x.ndim > 2)
+    _, exponent = torch.frexp(largest.float())
+    # 2^127 and 2^-126 are the ends of the normal float32 and bfloat16 range.
+    return torch.ldexp(
+        torch.ones_like(largest, dtype=torch.float32), -exponent.clamp(-126, 126)
+    ).to(x.dtype)
+
+
+def _iterate(x: Tensor, coefficients: tuple[float, float, float], num_iterations: int) -> Tensor:
+    """The iterations; x is [*batch, short, long] with singular values of at most 1."""
+    a, b, c = coefficients
+    batch = x.shape[:-2]
+    if len(batch) > 1:
+        x = x.flatten(0, -3)
+    addmm = torch.addmm if x.ndim == 2 else torch.baddbmm
+    for _ in range(num_iterations):
+        gram = x @ x.mT
+        polynomial = addmm(gram, gram, gram, beta=b, alpha=c)
+        x = addmm(x, polynomial, x, beta=a)
+    return x.view(*batch, *x.shape[-2:]) if len(batch) > 1 else x

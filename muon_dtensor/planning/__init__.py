@@ -1,0 +1,1 @@
+"""Layouts in, collectives out. Standard library only: no torch, no process group, no GPU."""

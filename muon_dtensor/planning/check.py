@@ -1,0 +1,154 @@
+"""What must hold of every plan, whoever made it.
+
+Recomputes from the layouts; trusts nothing that the planner says. Raises, never repairs.
+"""
+
+from collections import Counter
+
+from muon_dtensor.layout import Region
+from muon_dtensor.planning.ir import Bucket, Local, Phase, Plan
+from muon_dtensor.planning.routes import Packing, rank_bucket
+from muon_dtensor.planning.strategies import (
+    reshard_collectives,
+    strategies_for,
+    unshard_collectives,
+)
+
+
+def check(plan: Plan) -> None:
+    """Raise ValueError with all that is wrong with a plan. Takes time linear in its matrices."""
+    wrong = [
+        *_wrong_matrices(plan),
+        *_wrong_assignments(plan),
+        *(problem for bucket in plan.buckets for problem in _wrong_bucket(plan, bucket)),
+        *_wrong_schedule(plan),
+    ]
+    if wrong:
+        raise ValueError("not a valid plan:\n  " + "\n  ".join(wrong))
+
+
+def _wrong_matrices(plan: Plan) -> list[str]:
+    wrong = []
+    for spec in plan.params:
+        whole = Region.whole(spec.shape)
+        if not all(whole.covers(matrix) for matrix in spec.matrices):
+            wrong.append(f"{spec.fqn}: a matrix reaches outside the parameter")
+        elif sum(matrix.numel for matrix in spec.matrices) != whole.numel or _overlap(
+            spec.matrices
+        ):
+            wrong.append(f"{spec.fqn}: its matrices do not hold every element exactly once")
+    return wrong
+
+
+def _overlap(regions: tuple[Region, ...]) -> bool:
+    ordered = sorted((r for r in regions if r.numel), key=lambda r: r.start)
+    for index, region in enumerate(ordered):
+        for other in ordered[index + 1 :]:
+            if other.start[:1] >= region.stop[:1] and region.start[:1]:
+                break
+            if region.intersect(other).numel:
+                return True
+    return False
+
+
+def _wrong_assignments(plan: Plan) -> list[str]:
+    wrong = []
+    counts = Counter((a.param, a.matrix) for b in plan.buckets for a in b.assignments)
+    expected = {
+        (param, index)
+        for param, spec in enumerate(plan.params)
+        for index, matrix in enumerate(spec.matrices)
+        if matrix.numel
+    }
+    for param, index in sorted(counts.keys() | expected):
+        count, due = counts[param, index], int((param, index) in expected)
+        if count != due:
+            name = plan.params[param].fqn if 0 <= param < len(plan.params) else f"param {param}"
+            wrong.append(f"{name}: matrix {index} is orthogonalized {count} times, not {due}")
+    return wrong
+
+
+def _wrong_bucket(plan: Plan, bucket: Bucket) -> list[str]:
+    wrong = []
+    if bucket.unshard != unshard_collectives(bucket.strategy) or (
+        bucket.reshard != reshard_collectives(bucket.strategy, bucket.mesh.dim_names)
+    ):
+        wrong.append(f"collectives {bucket.unshard}, {bucket.reshard} do not serve its strategy")
+    for assignment in bucket.assignments:
+        if not 0 <= assignment.param < len(plan.params):
+            continue
+        spec = plan.spec(assignment)
+        if not 0 <= assignment.matrix < len(spec.matrices):
+            continue
+        layout, matrix = spec.layout, plan.matrix(assignment)
+        if layout.mesh != bucket.mesh or spec.wire_dtype != bucket.wire_dtype:
+            wrong.append(f"{spec.fqn}: its mesh or wire dtype is not that of its bucket")
+        elif bucket.strategy not in strategies_for(layout, matrix):
+            wrong.append(f"{spec.fqn}: {bucket.strategy} cannot bring its matrix together")
+        elif not 0 <= assignment.owner < bucket.mesh.num_ranks:
+            wrong.append(f"{spec.fqn}: owner {assignment.owner} is not on mesh {bucket.mesh}")
+        elif layout.home(assignment.owner) not in layout.holders(matrix):
+            wrong.append(f"{spec.fqn}: its owner holds no part of matrix {assignment.matrix}")
+    return wrong
+
+
+def _wrong_schedule(plan: Plan) -> list[str]:
+    wrong = []
+    for index, bucket in enumerate(plan.buckets):
+        due = [Phase.UNSHARD, Phase.ORTHOGONALIZE, Phase.APPLY]
+        if bucket.reshard:
+            due.insert(2, Phase.RESHARD)
+        if bucket.unshard:
+            due.insert(1, Phase.WAIT)
+        seen = [action.phase for action in plan.schedule if action.bucket == index]
+        if seen != due:
+            wrong.append(f"bucket {index} runs {''.join(seen)}, not {''.join(due)}")
+    if strays := [str(a) for a in plan.schedule if not 0 <= a.bucket < len(plan.buckets)]:
+        wrong.append(f"the schedule runs buckets that do not exist: {', '.join(strays)}")
+    return wrong
+
+
+def check_routes(plan: Plan) -> None:
+    """Raise ValueError unless what each rank sends is what its peers expect, piece by piece.
+
+    Derives every rank's routes, so it takes time linear in ranks x matrices: for tests and for
+    small plans.
+    """
+    for number, bucket in enumerate(plan.buckets):
+        ranks = [rank_bucket(plan, bucket, p) for p in range(bucket.mesh.num_ranks)]
+        for phase in ("unshard", "reshard"):
+            for hop in range(len(getattr(bucket, phase))):
+                for position, here in enumerate(ranks):
+                    transfer = getattr(here, phase)[hop]
+                    peers = bucket.mesh.peers(position, transfer.collective.mesh_dims)
+                    turn = peers.index(position)
+                    for peer, sent in zip(peers, transfer.send.by_peer, strict=True):
+                        there = getattr(ranks[peer], phase)[hop].recv.by_peer[turn]
+                        if [s.region for s in sent] != [s.region for s in there] or [
+                            s.assignment for s in sent
+                        ] != [s.assignment for s in there]:
+                            raise ValueError(
+                                f"bucket {number}, {phase} hop {hop}: position {position} sends "
+                                f"to {peer} what that does not expect"
+                            )
+        for position, here in enumerate(ranks):
+            for assignment in here.owned:
+                _must_tile(here.wholes, plan.matrix(assignment), assignment, number, position)
+            applied = sorted(((s.assignment, s.region) for s in here.results.slots), key=repr)
+            if applied != sorted(here.touched, key=repr):
+                raise ValueError(
+                    f"bucket {number}: position {position} does not get each of its pieces once"
+                )
+        if isinstance(bucket.strategy, Local) and any(r.reshard for r in ranks):
+            raise ValueError(f"bucket {number} is local and still moves data")
+
+
+def _must_tile(
+    packing: Packing, matrix: Region, assignment: object, bucket: int, position: int
+) -> None:
+    pieces = tuple(s.region for s in packing.slots if s.assignment == assignment)
+    covered = sum(piece.numel for piece in pieces)
+    if covered != matrix.numel or _overlap(pieces) or not all(matrix.covers(p) for p in pieces):
+        raise ValueError(
+            f"bucket {bucket}: the owner at {position} gets {covered} of {matrix.numel} elements"
+        )

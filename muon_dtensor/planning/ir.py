@@ -1,0 +1,206 @@
+"""The plan language: what a step does, as values.
+
+A Plan is made by `planner.plan_update`, read by people through `render`, held to its promises by
+`check`, and obeyed by the executor. Nothing here decides or computes.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from muon_dtensor.layout import MeshSpec, ParamSpec, Region
+
+if TYPE_CHECKING:
+    from muon_dtensor.planning.cost import PlanCost
+
+
+class Route(StrEnum):
+    """Which pieces an all-to-all carries, from whom to whom."""
+
+    TO_OWNER = "to_owner"
+    """Every holder in the owner's replica sends its piece of the direction to the owner."""
+    TO_HOLDERS = "to_holders"
+    """The owner sends every holder among its peers that holder's piece of the result."""
+    TO_REPLICAS = "to_replicas"
+    """A holder in the owner's replica sends its piece on to its counterparts in the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllToAll:
+    """One packed, uneven all-to-all among the ranks that differ along `mesh_dims` only."""
+
+    mesh_dims: tuple[str, ...]
+    route: Route
+
+
+Collective = AllToAll
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """One rank holds the whole matrix, and no other rank holds any of it. Nothing moves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """One rank orthogonalizes the matrix for all that hold a part of it.
+
+    `unshard_dims`: mesh dims along which its pieces lie apart (none: every replica holds it
+    whole). `replica_dims`: mesh dims along which the pieces are repeated. `hops`: the way back,
+    1 = the owner sends every holder its piece directly, 2 = to its own replica, which passes the
+    pieces on.
+    """
+
+    unshard_dims: tuple[str, ...]
+    replica_dims: tuple[str, ...]
+    hops: int
+
+
+Strategy = Local | Owned
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One matrix and the position that orthogonalizes it.
+
+    `param` indexes `Plan.params`, `matrix` that parameter's `matrices`; `owner` is a position on
+    the mesh of the bucket.
+    """
+
+    param: int
+    matrix: int
+    owner: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Matrices moved by one set of collectives: of one mesh, one wire dtype, one strategy."""
+
+    mesh: MeshSpec
+    strategy: Strategy
+    wire_dtype: str
+    assignments: tuple[Assignment, ...]
+    unshard: tuple[Collective, ...]
+    reshard: tuple[Collective, ...]
+
+
+class Phase(StrEnum):
+    """What the executor does with one bucket; the letter is how a schedule prints it."""
+
+    UNSHARD = "U"
+    """Momentum, direction, pack, issue the collectives that bring matrices to their owners."""
+    WAIT = "W"
+    """Wait for them; the sent pieces are let go."""
+    ORTHOGONALIZE = "O"
+    """Every owner orthogonalizes its matrices."""
+    RESHARD = "R"
+    """Issue the first collective that hands the results back."""
+    APPLY = "A"
+    """Wait for it, run those that follow, weight decay and update of the local shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One phase of one bucket. Prints as a token, `U3`, and `Action.parse` reads it back."""
+
+    phase: Phase
+    bucket: int
+
+    def __str__(self) -> str:
+        return f"{self.phase.value}{self.bucket}"
+
+    @classmethod
+    def parse(cls, token: str) -> "Action":
+        """Inverse of `str`. Raises ValueError for what is no token."""
+        return cls(Phase(token[:1]), int(token[1:]))
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """What the user may say about the plan as a whole.
+
+    `bucket_nbytes`: most bytes of buffers one bucket may hold on any rank; a matrix that needs
+    more by itself travels alone. `prefetch_count`: buckets whose exchange is in flight while
+    another is orthogonalized. `batched`: whether an owner stacks its equal-shaped matrices of a
+    bucket into one batch (faster on GPUs, rounds differently).
+    """
+
+    bucket_nbytes: int = 256 * 2**20
+    prefetch_count: int = 1
+    batched: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bucket_nbytes < 1:
+            raise ValueError(f"bucket_mb must be above 0, got {self.bucket_nbytes} bytes")
+        if self.prefetch_count < 0:
+            raise ValueError(f"prefetch_count must be 0 or more, got {self.prefetch_count}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one step does on every rank: a value, equal on all of them."""
+
+    params: tuple[ParamSpec, ...]
+    buckets: tuple[Bucket, ...]
+    schedule: tuple[Action, ...]
+    options: PlanOptions
+
+    def spec(self, assignment: Assignment) -> ParamSpec:
+        """The parameter that holds this matrix."""
+        return self.params[assignment.param]
+
+    def matrix(self, assignment: Assignment) -> Region:
+        """The box of the parameter that is this matrix."""
+        return self.params[assignment.param].matrices[assignment.matrix]
+
+    def holders(self, assignment: Assignment) -> dict[int, Region]:
+        """Who in one replica holds which piece of this matrix; see `Layout.holders`."""
+        return self.spec(assignment).layout.holders(self.matrix(assignment))
+
+    @cached_property
+    def meshes(self) -> tuple[MeshSpec, ...]:
+        """The meshes of the parameters, each once, in the order of the parameters."""
+        return tuple(dict.fromkeys(spec.layout.mesh for spec in self.params))
+
+    @cached_property
+    def cost(self) -> "PlanCost":
+        """Bytes, flops and buffers of every rank, and the lower bounds."""
+        from muon_dtensor.planning.cost import plan_cost
+
+        return plan_cost(self)
+
+    def summary(self) -> str:
+        """The plan as one screen of text; the same as `str(plan)`."""
+        from muon_dtensor.planning.render import summary
+
+        return summary(self)
+
+    def explain(self, fqn: str) -> str:
+        """All that happens to one parameter. Raises KeyError for an unknown name."""
+        from muon_dtensor.planning.render import explain
+
+        return explain(self, fqn)
+
+    def to_json(self) -> str:
+        """The plan as JSON; `Plan.from_json` reads it back to an equal plan."""
+        from muon_dtensor.planning.render import to_json
+
+        return to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Inverse of `to_json`. Raises ValueError for what is no plan, or breaks `check`."""
+        from muon_dtensor.planning.render import from_json
+
+        return from_json(text)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the JSON text, in hex: equal digests are equal plans."""
+        from muon_dtensor.planning.render import digest
+
+        return digest(self)
+
+    def __str__(self) -> str:
+        return self.summary()

@@ -1,0 +1,256 @@
+"""Candidates in, the cheapest valid Plan out: a pure function of frozen values.
+
+Chooses transports and calls those who choose owners and buckets. Never sees a tensor.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from muon_dtensor.errors import PlanError, Problem
+from muon_dtensor.layout import MeshSpec, ParamSpec, Region
+from muon_dtensor.planning.buckets import Footprint, Parcel, deal, schedule
+from muon_dtensor.planning.cost import ITEMSIZES, matrix_flops
+from muon_dtensor.planning.ir import (
+    Action,
+    Assignment,
+    Bucket,
+    Local,
+    Owned,
+    Plan,
+    PlanOptions,
+    Strategy,
+)
+from muon_dtensor.planning.owners import Work, assign_owners, candidates_for
+from muon_dtensor.planning.strategies import (
+    reshard_collectives,
+    strategies_for,
+    unshard_collectives,
+)
+
+MOST_DIRECT_RANKS = 64
+"""The owner sends to all holders directly only among this many ranks: one exchange less, but
+every owner opens a connection to every holder of every replica."""
+
+DIRECT_SLACK = 1.25
+"""... and only if its busiest rank sends at most this many times what it would with two hops."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """One matrix on its way through the planner."""
+
+    param: int
+    matrix: int
+    region: Region
+    owner: int
+
+
+@dataclass(frozen=True)
+class _Transport:
+    """What all matrices of a bucket share."""
+
+    mesh: MeshSpec
+    wire_dtype: str
+    strategies: tuple[Strategy, ...]
+
+
+def plan_update(params: Sequence[ParamSpec], options: PlanOptions | None = None) -> Plan:
+    """Plan one step: who orthogonalizes each matrix, and what moves, in which order.
+
+    The same parameters and options give the same plan, byte for byte, on every rank.
+
+    Raises:
+        PlanError: parameters of the same name, or an unknown wire dtype.
+    """
+    options = options or PlanOptions()
+    params = tuple(params)
+    _check_params(params)
+    buckets: list[Bucket] = []
+    waves: list[list[int]] = []
+    transports = _by_transport(params, _owners(params))
+    # Exchanges first, the longest compute first; what needs no exchange hides the last one.
+    for transport, items in sorted(
+        transports.items(), key=lambda pair: _order(params, pair[0], pair[1])
+    ):
+        strategy, empty, parcels = _choose(params, transport, items)
+        for wave in deal(parcels, empty, options.bucket_nbytes):
+            waves.append([])
+            for parcel_run in wave:
+                chosen = sorted((items[p.index] for p in parcel_run), key=_model_order)
+                waves[-1].append(len(buckets))
+                buckets.append(
+                    Bucket(
+                        mesh=transport.mesh,
+                        strategy=strategy,
+                        wire_dtype=transport.wire_dtype,
+                        assignments=tuple(Assignment(i.param, i.matrix, i.owner) for i in chosen),
+                        unshard=unshard_collectives(strategy),
+                        reshard=reshard_collectives(strategy, transport.mesh.dim_names),
+                    )
+                )
+    return Plan(params, tuple(buckets), schedule(buckets, waves, options.prefetch_count), options)
+
+
+def _model_order(item: _Item) -> tuple[int, int]:
+    return (item.param, item.matrix)
+
+
+def _check_params(params: tuple[ParamSpec, ...]) -> None:
+    seen: set[str] = set()
+    problems = []
+    for spec in params:
+        if spec.fqn in seen:
+            problems.append(
+                Problem(
+                    spec.fqn,
+                    str(list(spec.shape)),
+                    "Another parameter has this name.",
+                    "Pass names that differ.",
+                )
+            )
+        seen.add(spec.fqn)
+        if spec.wire_dtype not in ITEMSIZES:
+            problems.append(
+                Problem(
+                    spec.fqn,
+                    f"{list(spec.shape)} to be iterated in {spec.wire_dtype}",
+                    "This dtype is not known to the planner.",
+                    f"Use one of {', '.join(ITEMSIZES)}.",
+                )
+            )
+    if problems:
+        raise PlanError(problems, num_params=len(params))
+
+
+def _owners(params: tuple[ParamSpec, ...]) -> list[_Item]:
+    """Owners of all matrices; ranks that several meshes share carry their load across them."""
+    loads: dict[frozenset[int], dict[int, int]] = {}
+    work: dict[frozenset[int], list[tuple[int, int, Region, Work]]] = {}
+    candidates: dict[int, tuple[int, ...]] = {}
+    for param, spec in enumerate(params):
+        mesh = spec.layout.mesh
+        for index, region in enumerate(spec.matrices):
+            if region.numel == 0:
+                continue
+            table = spec.layout.holders(region)
+            ranks = candidates.get(id(table))
+            if ranks is None:
+                ranks = candidates[id(table)] = tuple(
+                    mesh.ranks[position] for position in candidates_for(spec.layout, region)
+                )
+            flops = max(matrix_flops(region, spec.num_iterations), region.numel)
+            work.setdefault(mesh.rank_set, []).append(
+                (param, index, region, Work(flops, (spec.fqn, index), ranks))
+            )
+    items = []
+    positions: dict[int, dict[int, int]] = {}
+    for rank_set, entries in work.items():
+        owners = assign_owners([w for *_, w in entries], loads.setdefault(rank_set, {}))
+        for (param, index, region, _), rank in zip(entries, owners, strict=True):
+            mesh = params[param].layout.mesh
+            position_of = positions.setdefault(
+                id(mesh), {r: position for position, r in enumerate(mesh.ranks)}
+            )
+            items.append(_Item(param, index, region, position_of[rank]))
+    return items
+
+
+def _by_transport(
+    params: tuple[ParamSpec, ...], items: Sequence[_Item]
+) -> dict[_Transport, list[_Item]]:
+    transports: dict[_Transport, list[_Item]] = {}
+    known: dict[int, tuple[Strategy, ...]] = {}
+    for item in items:
+        spec = params[item.param]
+        table = id(spec.layout.holders(item.region))
+        strategies = known.get(table)
+        if strategies is None:
+            strategies = known[table] = strategies_for(spec.layout, item.region)
+        transport = _Transport(spec.layout.mesh, spec.wire_dtype, strategies)
+        transports.setdefault(transport, []).append(item)
+    return transports
+
+
+def _order(
+    params: tuple[ParamSpec, ...], transport: _Transport, items: Sequence[_Item]
+) -> tuple[bool, int, tuple[int, int]]:
+    flops = sum(matrix_flops(i.region, params[i.param].num_iterations) for i in items)
+    first = min(_model_order(item) for item in items)
+    return (isinstance(transport.strategies[0], Local), -flops, first)
+
+
+def _choose(
+    params: tuple[ParamSpec, ...], transport: _Transport, items: Sequence[_Item]
+) -> tuple[Strategy, Footprint, list[Parcel]]:
+    """The strategy of one transport, and its matrices as parcels."""
+    itemsize = ITEMSIZES[transport.wire_dtype]
+    parcels = []
+    for index, item in enumerate(items):
+        layout = params[item.param].layout
+        holders = layout.holders(item.region)
+        parcels.append(
+            Parcel(
+                index=index,
+                owner=item.owner,
+                replica=layout.replica_offset(item.owner),
+                home=0 if len(holders) > 1 else layout.home(item.owner),
+                nbytes=itemsize * item.region.numel,
+                piece_nbytes=itemsize * max(piece.numel for piece in holders.values()),
+                flops=matrix_flops(item.region, params[item.param].num_iterations),
+                name=(params[item.param].fqn, item.matrix),
+            )
+        )
+    strategy = transport.strategies[0]
+    if len(transport.strategies) > 1 and not _direct_is_cheap(transport, parcels):
+        strategy = transport.strategies[1]
+    match strategy:
+        case Local():
+            return strategy, Footprint(1, 0, gathers=False), parcels
+        case Owned(unshard_dims=apart, replica_dims=same, hops=hops):
+            copies = transport.mesh.size_along(same)
+            return strategy, Footprint(copies, hops, gathers=bool(apart)), parcels
+
+
+def _direct_is_cheap(transport: _Transport, parcels: Sequence[Parcel]) -> bool:
+    """Whether one hop from owners to all holders beats two; see MOST_DIRECT_RANKS."""
+    direct = transport.strategies[0]
+    assert isinstance(direct, Owned)
+    copies = transport.mesh.size_along(direct.replica_dims)
+    if transport.mesh.size_along(direct.unshard_dims) * copies > MOST_DIRECT_RANKS:
+        return False
+    total = Footprint(copies, 1, gathers=True).of(parcels)
+    wholes, pieces = max(total.wholes.values()), max(total.pieces.values())
+    return copies * wholes <= DIRECT_SLACK * (wholes + (copies - 1) * pieces)
+
+
+def restrict(plan: Plan, rank_set: frozenset[int]) -> Plan:
+    """The part of a plan on meshes of exactly these ranks: what those ranks must agree on."""
+    params = [i for i, spec in enumerate(plan.params) if spec.layout.mesh.rank_set == rank_set]
+    new_param = {old: new for new, old in enumerate(params)}
+    kept = [i for i, bucket in enumerate(plan.buckets) if bucket.mesh.rank_set == rank_set]
+    new_bucket = {old: new for new, old in enumerate(kept)}
+    buckets = tuple(
+        replace(
+            plan.buckets[index],
+            assignments=tuple(
+                Assignment(new_param[a.param], a.matrix, a.owner)
+                for a in plan.buckets[index].assignments
+            ),
+        )
+        for index in kept
+    )
+    actions = tuple(
+        Action(a.phase, new_bucket[a.bucket]) for a in plan.schedule if a.bucket in new_bucket
+    )
+    return Plan(tuple(plan.params[i] for i in params), buckets, actions, plan.options)
+
+
+def owners_by_name(plan: Plan) -> Mapping[str, tuple[int, ...]]:
+    """Per parameter the global ranks that orthogonalize its matrices, in matrix order."""
+    owners: dict[str, list[tuple[int, int]]] = {spec.fqn: [] for spec in plan.params}
+    for bucket in plan.buckets:
+        for assignment in bucket.assignments:
+            owners[plan.spec(assignment).fqn].append(
+                (assignment.matrix, bucket.mesh.ranks[assignment.owner])
+            )
+    return {fqn: tuple(rank for _, rank in sorted(pairs)) for fqn, pairs in owners.items()}

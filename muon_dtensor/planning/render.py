@@ -1,0 +1,407 @@
+"""A plan as text for people, as JSON for programs, and as a digest for ranks to compare.
+
+Formats what is there. Decides and computes nothing about the step itself.
+"""
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from muon_dtensor.layout import Layout, MeshSpec, ParamSpec, Region
+from muon_dtensor.matrices import matrix_regions
+from muon_dtensor.planning.check import check
+from muon_dtensor.planning.cost import BucketCost, matrix_flops
+from muon_dtensor.planning.ir import (
+    Action,
+    AllToAll,
+    Assignment,
+    Bucket,
+    Local,
+    Owned,
+    Plan,
+    PlanOptions,
+    Route,
+    Strategy,
+)
+
+FORMAT = 1
+"""Version of the JSON text; part of the digest, so ranks with different formats disagree."""
+
+MOST_ROWS = 10
+"""Rows of a table in `summary` before the rest is counted instead of shown."""
+
+
+def quantity(value: float, unit: str) -> str:
+    """A number with an SI prefix: `quantity(7.3e6, 'B')` is `7.3 MB`."""
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if abs(value) < 999.5 or prefix == "E":
+            digits = 0 if value == round(value) and abs(value) < 1000 and not prefix else 3
+            return f"{value:.{digits}g} {prefix}{unit}" if digits else f"{value:.0f} {prefix}{unit}"
+        value /= 1000
+    raise AssertionError
+
+
+def families(names: Iterable[str]) -> str:
+    """Names with their numbers collapsed: `layers.0.wq, layers.1.wq` is `layers.{0..1}.wq`."""
+    numbers: dict[str, list[set[int]]] = {}
+    for name in names:
+        pattern = re.sub(r"\d+", "#", name)
+        found = [int(n) for n in re.findall(r"\d+", name)]
+        seen = numbers.setdefault(pattern, [set() for _ in found])
+        for place, number in zip(seen, found, strict=True):
+            place.add(number)
+    texts = []
+    for pattern, seen in numbers.items():
+        text = pattern
+        for place in seen:
+            low, high = min(place), max(place)
+            full = len(place) == high - low + 1
+            inner = f"{{{low}..{high}}}" if full else "{" + ",".join(map(str, sorted(place))) + "}"
+            text = text.replace("#", str(low) if low == high else inner, 1)
+        texts.append(text)
+    return ", ".join(texts)
+
+
+def cuts_text(layout: Layout) -> str:
+    """Cuts in words: `rows over tp then dp, replicated over r`."""
+    names = ["rows", "cols"] if len(layout.shape) == 2 else ["batch", "rows", "cols"]
+    if len(layout.shape) not in (2, 3):
+        names = [f"dim {index}" for index in range(len(layout.shape))]
+    parts = [
+        f"{name} over {' then '.join(f'{d}={layout.mesh.sizes[d]}' for d in dims)}"
+        for name, dims in zip(names, layout.cuts, strict=True)
+        if dims
+    ]
+    if layout.replica_dims:
+        sizes = " x ".join(f"{d}={layout.mesh.sizes[d]}" for d in layout.replica_dims)
+        parts.append(f"replicated over {sizes}")
+    return ", ".join(parts) or "whole"
+
+
+def summary(plan: Plan) -> str:
+    """The plan on one screen: buckets, then parameters, then totals against the bounds."""
+    cost = plan.cost
+    lines = []
+    for mesh in plan.meshes:
+        count = sum(len(s.matrices) for s in plan.params if s.layout.mesh == mesh)
+        lines.append(f"mesh {mesh}: {_count(count, 'matrix', 'matrices')}")
+    if not plan.params:
+        return "no parameters, nothing to do"
+    lines.append("")
+    lines += _shorten(_bucket_rows(cost.buckets))
+    lines.append("")
+    lines += _shorten([[line] for line in _param_lines(plan)])
+    total, bound = cost.total_nbytes, cost.bound_nbytes
+    over = f" ({total / bound:.3f} x the bound of {quantity(bound, 'B')})" if bound else ""
+    sent = max(cost.sent_nbytes, default=0)
+    lines += [
+        "",
+        f"sent per step {quantity(total, 'B')}{over}, busiest rank {quantity(sent, 'B')}",
+        f"compute {quantity(cost.model_flops, 'FLOP')}, done {cost.redundancy:.2f} times, "
+        f"slowest rank {cost.imbalance:.2f} x the mean, makespan {cost.makespan:.2f}",
+        f"buffers at most {quantity(cost.peak_buffer_nbytes, 'B')} per rank "
+        f"(cap {quantity(plan.options.bucket_nbytes, 'B')} a bucket, "
+        f"{plan.options.prefetch_count} prefetched)",
+    ]
+    order = " ".join(map(str, plan.schedule))
+    if len(order) <= 100:
+        lines.append(f"schedule {order}")
+    lines.append(f"digest {plan.digest[:16]}")
+    return "\n".join(lines)
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def _shorten(rows: list[list[str]]) -> list[str]:
+    shown = rows if len(rows) <= MOST_ROWS else rows[: MOST_ROWS // 2]
+    lines = [line for row in shown for line in row]
+    if len(shown) < len(rows):
+        lines.append(f"... and {len(rows) - len(shown)} more like these")
+    return lines
+
+
+def _bucket_rows(costs: Sequence[BucketCost]) -> list[list[str]]:
+    """Lines per bucket; buckets that read the same are told once."""
+    same: dict[tuple[str, ...], list[int]] = {}
+    for index, cost in enumerate(costs):
+        same.setdefault(tuple(_bucket_lines(cost)), []).append(index)
+    rows = []
+    for (head, *tail), numbers in same.items():
+        title = f"bucket {numbers[0]}  " if len(numbers) == 1 else f"buckets {_ranges(numbers)}  "
+        rows.append([title + head, *tail])
+    return rows
+
+
+def _bucket_lines(cost: BucketCost) -> list[str]:
+    bucket = cost.bucket
+    owners = _count(len({a.owner for a in bucket.assignments}), "owner", "owners")
+    matrices = _count(len(bucket.assignments), "matrix", "matrices")
+    lines = [
+        f"{strategy_text(bucket.strategy)}: {matrices} in {bucket.wire_dtype}, {owners}",
+        f"  per rank at most {quantity(max(cost.flops), 'FLOP')} "
+        f"and {quantity(cost.peak_nbytes, 'B')} of buffers",
+    ]
+    for phase, collectives in (("unshard", bucket.unshard), ("reshard", bucket.reshard)):
+        for c in collectives:
+            sent = cost.sent_nbytes(c)
+            route = c.route.replace("_", " ")
+            lines.append(
+                f"  {phase}  all_to_all {route} over {collective_dims(bucket, c)}: "
+                f"{quantity(sum(sent), 'B')}, at most {quantity(max(sent), 'B')} a rank"
+            )
+    lines.append(f"  because {_reason(cost)}")
+    return lines
+
+
+def strategy_text(strategy: Strategy) -> str:
+    """The strategy in a word or three."""
+    match strategy:
+        case Local():
+            return "local"
+        case Owned(replica_dims=()):
+            return "owned"
+        case Owned(hops=hops):
+            return f"owned, shared by replicas in {_count(hops, 'hop', 'hops')}"
+
+
+def collective_dims(bucket: Bucket, collective: AllToAll) -> str:
+    """The mesh dims of a collective with their sizes, `dp=4 x tp=2`."""
+    return " x ".join(f"{name}={bucket.mesh.sizes[name]}" for name in collective.mesh_dims)
+
+
+def _reason(cost: BucketCost) -> str:
+    """Why this and not the alternative, with what the alternative would cost."""
+    bucket = cost.bucket
+    match bucket.strategy:
+        case Local():
+            return "every matrix lies whole on one rank: nothing to send"
+        case Owned(unshard_dims=apart, replica_dims=same, hops=hops):
+            flops = sum(cost.flops)
+            dims = tuple(n for n in bucket.mesh.dim_names if n in apart or n in same)
+            everyone = bucket.mesh.size_along(dims)
+            gather = sum(cost.wholes) * (bucket.mesh.size_along(apart) - 1) * cost.itemsize
+            gather *= bucket.mesh.size_along(same)
+            text = (
+                "each matrix is orthogonalized once; if every rank gathered it: "
+                f"{quantity(gather, 'B')} and {quantity(flops * everyone, 'FLOP')}"
+            )
+            if apart and same:
+                other = "two hops save no bytes" if hops == 1 else "one hop loads few owners more"
+                text += f"; {other}"
+            return text
+
+
+def _param_lines(plan: Plan) -> list[str]:
+    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    where: dict[int, set[int]] = defaultdict(set)
+    owners: dict[int, set[int]] = defaultdict(set)
+    for number, bucket in enumerate(plan.buckets):
+        for assignment in bucket.assignments:
+            where[assignment.param].add(number)
+            owners[assignment.param].add(bucket.mesh.ranks[assignment.owner])
+    for index, spec in enumerate(plan.params):
+        pattern = re.sub(r"\d+", "#", spec.fqn)
+        key = (pattern, str(list(spec.shape)), cuts_text(spec.layout))
+        groups[key].append(index)
+    lines = []
+    for (_, shape, cuts), members in groups.items():
+        buckets = sorted(set().union(*(where[i] for i in members)))
+        ranks = sorted(set().union(*(owners[i] for i in members)))
+        flops = sum(
+            matrix_flops(m, plan.params[i].num_iterations)
+            for i in members
+            for m in plan.params[i].matrices
+        )
+        place = f"bucket {_ranges(buckets)}, owners {_ranges(ranks)}" if buckets else "empty"
+        name = families(plan.params[i].fqn for i in members)
+        lines.append(f"{name}  {shape}  {cuts}: {place}, {quantity(flops, 'FLOP')}")
+    return lines
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Sorted numbers with runs collapsed, `0-3,8`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number, number])
+    texts = [str(a) if a == b else f"{a}-{b}" for a, b in runs]
+    return ",".join(texts) if len(texts) <= 6 else f"{','.join(texts[:5])},... ({len(numbers)})"
+
+
+def explain(plan: Plan, fqn: str) -> str:
+    """All that happens to one parameter, matrix by matrix. Raises KeyError for other names."""
+    index = {spec.fqn: i for i, spec in enumerate(plan.params)}[fqn]
+    spec = plan.params[index]
+    lines = [
+        f"{fqn}  {list(spec.shape)} {spec.dtype} on {spec.layout.mesh}",
+        f"  stored: {cuts_text(spec.layout)}",
+    ]
+    for number, cost in enumerate(plan.cost.buckets):
+        bucket = cost.bucket
+        for assignment in bucket.assignments:
+            if assignment.param != index:
+                continue
+            matrix = plan.matrix(assignment)
+            holders = spec.layout.holders(matrix)
+            kept = holders[spec.layout.home(assignment.owner)].numel
+            away = (matrix.numel - kept) * cost.itemsize
+            back = away + matrix.numel * (len(spec.layout.replica_offsets) - 1) * cost.itemsize
+            box = ", ".join(f"{a}:{b}" for a, b in zip(matrix.start, matrix.stop, strict=True))
+            lines += [
+                f"  matrix [{box}] in bucket {number}, {strategy_text(bucket.strategy)}",
+                f"    in {_count(len(holders), 'piece', 'pieces')} on each of "
+                f"{_count(len(spec.layout.replica_offsets), 'replica', 'replicas')}; "
+                f"rank {bucket.mesh.ranks[assignment.owner]} orthogonalizes it, "
+                f"{quantity(matrix_flops(matrix, spec.num_iterations), 'FLOP')}",
+            ]
+            lines += [
+                f"    {phase}: {quantity(nbytes, 'B')} by "
+                + ", then ".join(f"all_to_all over {collective_dims(bucket, c)}" for c in todo)
+                for phase, nbytes, todo in (
+                    ("unshard", away, bucket.unshard),
+                    ("reshard", back, bucket.reshard),
+                )
+                if todo
+            ]
+            lines.append(f"    because {_reason(cost)}")
+    if len(lines) == 2:
+        lines.append("  no elements, nothing to do")
+    return "\n".join(lines)
+
+
+def to_json(plan: Plan) -> str:
+    """The plan as JSON with sorted keys and no spaces: equal plans, equal text."""
+    meshes = list(plan.meshes)
+    mesh_index = {id(mesh): index for index, mesh in enumerate(meshes)}
+
+    def index_of(mesh: MeshSpec) -> int:
+        known = mesh_index.get(id(mesh))
+        if known is None:
+            known = mesh_index[id(mesh)] = meshes.index(mesh)
+        return known
+
+    return json.dumps(
+        {
+            "format": FORMAT,
+            "options": {name: getattr(plan.options, name) for name in PlanOptions.__slots__},
+            "meshes": [
+                {"dims": list(m.dim_names), "shape": list(m.shape), "ranks": list(m.ranks)}
+                for m in meshes
+            ],
+            "params": [_param_to_json(s, index_of(s.layout.mesh)) for s in plan.params],
+            "buckets": [_bucket_to_json(b, index_of(b.mesh)) for b in plan.buckets],
+            "schedule": " ".join(map(str, plan.schedule)),
+        },
+        sort_keys=True,
+        separators=(",", ":"),
+    )
+
+
+def _param_to_json(spec: ParamSpec, mesh: int) -> dict[str, Any]:
+    value: dict[str, Any] = {
+        "fqn": spec.fqn,
+        "mesh": mesh,
+        "shape": list(spec.shape),
+        "cuts": [list(dims) for dims in spec.layout.cuts],
+        "dtype": spec.dtype,
+        "num_iterations": spec.num_iterations,
+        "wire_dtype": spec.wire_dtype,
+    }
+    if len(spec.shape) not in (2, 3) or spec.matrices != matrix_regions(spec.shape):
+        value["matrices"] = [[list(m.start), list(m.stop)] for m in spec.matrices]
+    return value
+
+
+def _bucket_to_json(bucket: Bucket, mesh: int) -> dict[str, Any]:
+    match bucket.strategy:
+        case Local():
+            strategy: dict[str, Any] = {"kind": "local"}
+        case Owned(unshard_dims=apart, replica_dims=same, hops=hops):
+            strategy = {"kind": "owned", "unshard": apart, "replicas": same, "hops": hops}
+    return {
+        "mesh": mesh,
+        "strategy": strategy,
+        "wire_dtype": bucket.wire_dtype,
+        "assignments": [[a.param, a.matrix, a.owner] for a in bucket.assignments],
+        "unshard": [[list(c.mesh_dims), c.route.value] for c in bucket.unshard],
+        "reshard": [[list(c.mesh_dims), c.route.value] for c in bucket.reshard],
+    }
+
+
+def from_json(text: str) -> Plan:
+    """Inverse of `to_json`. Raises ValueError for what is no plan, or breaks `check`."""
+    try:
+        value = json.loads(text)
+        if value["format"] != FORMAT:
+            raise ValueError(f"plan format {value['format']}, this package reads {FORMAT}")
+        meshes = [
+            MeshSpec(tuple(m["dims"]), tuple(m["shape"]), tuple(m["ranks"]))
+            for m in value["meshes"]
+        ]
+        layouts: dict[tuple[Any, ...], Layout] = {}
+        plan = Plan(
+            params=tuple(_param_from_json(p, meshes, layouts) for p in value["params"]),
+            buckets=tuple(_bucket_from_json(b, meshes) for b in value["buckets"]),
+            schedule=tuple(Action.parse(token) for token in value["schedule"].split()),
+            options=PlanOptions(**value["options"]),
+        )
+    except (KeyError, IndexError, TypeError, AttributeError, AssertionError) as error:
+        raise ValueError(f"not the JSON text of a plan: {error!r}") from error
+    check(plan)
+    return plan
+
+
+def _param_from_json(
+    value: dict[str, Any], meshes: list[MeshSpec], layouts: dict[tuple[Any, ...], Layout]
+) -> ParamSpec:
+    shape, cuts = tuple(value["shape"]), tuple(tuple(dims) for dims in value["cuts"])
+    key = (value["mesh"], shape, cuts)
+    layout = layouts.setdefault(key, Layout(meshes[value["mesh"]], shape, cuts))
+    matrices = (
+        tuple(Region(tuple(start), tuple(stop)) for start, stop in value["matrices"])
+        if "matrices" in value
+        else matrix_regions(shape)
+    )
+    return ParamSpec(
+        value["fqn"],
+        layout,
+        value["dtype"],
+        matrices,
+        value["num_iterations"],
+        value["wire_dtype"],
+    )
+
+
+def _bucket_from_json(value: dict[str, Any], meshes: list[MeshSpec]) -> Bucket:
+    kind = value["strategy"]["kind"]
+    if kind == "local":
+        strategy: Strategy = Local()
+    elif kind == "owned":
+        s = value["strategy"]
+        strategy = Owned(tuple(s["unshard"]), tuple(s["replicas"]), s["hops"])
+    else:
+        raise ValueError(f"unknown strategy {kind!r} in the JSON text of a plan")
+    unshard, reshard = (
+        tuple(AllToAll(tuple(dims), Route(route)) for dims, route in value[phase])
+        for phase in ("unshard", "reshard")
+    )
+    return Bucket(
+        meshes[value["mesh"]],
+        strategy,
+        value["wire_dtype"],
+        tuple(Assignment(*triple) for triple in value["assignments"]),
+        unshard,
+        reshard,
+    )
+
+
+def digest(plan: Plan) -> str:
+    """SHA-256 of `to_json`, in hex."""
+    return hashlib.sha256(to_json(plan).encode()).hexdigest()

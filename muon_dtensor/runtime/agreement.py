@@ -1,0 +1,329 @@
+"""What ranks agree on before a step: plan, hyperparameters, gradients present, gradients finite.
+
+One small reduction per step. Knows the ballots and how to name who differs; updates nothing.
+
+Note [Ballot]
+    Eight int64, reduced by MAX over every set of ranks that a mesh holds, smaller sets first.
+    A value and its negative reveal any difference: the maxima agree only if all values do. What
+    a smaller set found travels on in the last two entries, so ranks of a larger set that see
+    nothing wrong themselves stop with the others. On a device the ballot stays there; the step
+    is masked by it, and it is read when it no longer costs a wait.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from muon_dtensor.errors import MissingGradientError, NonFiniteGradientError, PlanMismatchError
+from muon_dtensor.layout import MeshSpec
+from muon_dtensor.runtime.collectives import all_gather_values, all_reduce_max
+from muon_dtensor.runtime.groups import Groups
+
+
+class Entry(IntEnum):
+    """Places of a ballot; each of the first three is followed by its negative."""
+
+    PLAN = 0
+    HYPERPARAMETERS = 2
+    PRESENCE = 4
+    NON_FINITE = 6
+    FAULT = 7
+
+
+BALLOT_NUMEL = 8
+
+
+class Fault(IntEnum):
+    """Why a rank cannot take this step; the greatest wins."""
+
+    NONE = 0
+    GRADIENTS = 1
+    HYPERPARAMETERS = 2
+    PLAN = 3
+    OTHER_RANK = 4
+
+
+def fingerprint(text: str) -> int:
+    """62 bits of SHA-256: a nonnegative int64 whose negative is one too."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What one set of ranks must have in common, as lines that an error can show."""
+
+    mesh: MeshSpec
+    digest: str
+    params: tuple[str, ...]
+    fqns: tuple[str, ...]
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """What ranks compare: 62 bits of the digest and the lines."""
+        return fingerprint("\n".join((self.digest, *self.params)))
+
+
+@dataclass(frozen=True, slots=True)
+class Votes:
+    """What this rank has to say: its hyperparameters and, per manifest, its gradients' state.
+
+    `presence` holds one text per parameter of the manifest: empty where there is no gradient.
+    """
+
+    hyperparameters: tuple[str, ...]
+    presence: tuple[tuple[str, ...], ...]
+    fault: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What all ranks now know. `incomplete`: parameters with a gradient on some ranks only."""
+
+    incomplete: frozenset[str]
+    non_finite: bool
+
+
+class Agreement:
+    """Ballots of one rank. Every rank of a manifest's mesh makes the same calls in order."""
+
+    def __init__(self, manifests: Sequence[Manifest], groups: Groups, rank: int) -> None:
+        shared = [manifest for manifest in manifests if manifest.mesh.num_ranks > 1]
+        self._manifests = sorted(shared, key=lambda m: (m.mesh.num_ranks, m.mesh.dim_names))
+        self._groups = groups
+        self._rank = rank
+
+    @property
+    def manifests(self) -> Sequence[Manifest]:
+        """In the order of ballots; `Votes.presence` follows it."""
+        return self._manifests
+
+    def prove_plan(self, device: torch.device) -> None:
+        """Raise PlanMismatchError on every rank unless all hold the same plan.
+
+        Uses only the process groups of the meshes' own dims, so that no group is made, and no
+        data sent, before the plans are known to be equal.
+        """
+        failed: str | None = None
+        for manifest in self._manifests:
+            groups = self._groups.along_each_dim(manifest.mesh)
+            mine = manifest.fingerprint
+            ballot = torch.tensor([mine, -mine, failed is not None], device=device)
+            for group in groups:
+                all_reduce_max(ballot, group)
+            high, low, other = ballot.tolist()
+            if high != -low:
+                failed = self._first_difference(manifest)
+            elif other and failed is None:
+                failed = "Ranks of another mesh hold different plans; their errors say which."
+        if failed is not None:
+            raise PlanMismatchError(failed)
+
+    def settle(self, votes: Votes, non_finite: Tensor, *, raise_missing: bool) -> Verdict:
+        """Reduce the ballot and read it; all ranks raise, or all get the same verdict.
+
+        Args:
+            votes: of this rank.
+            non_finite: int64 scalar, 1 if any local gradient holds NaN or Inf.
+            raise_missing: raise MissingGradientError instead of naming parameters in the verdict.
+        """
+        error: Exception | None = None
+        fault, bad = Fault.NONE, int(non_finite)
+        missing: set[str] = set()
+        if votes.fault:
+            fault = Fault.OTHER_RANK
+        for manifest, presence in zip(self._manifests, votes.presence, strict=True):
+            ballot = self._ballot(manifest, votes, presence, non_finite)
+            ballot[Entry.NON_FINITE], ballot[Entry.FAULT] = bad, fault
+            all_reduce_max(ballot, self._groups.over(manifest.mesh, manifest.mesh.dim_names))
+            values = ballot.tolist()
+            bad, seen = values[Entry.NON_FINITE], Fault(values[Entry.FAULT])
+            incomplete: frozenset[str] = frozenset()
+            if _differ(values, Entry.PLAN):
+                error, seen = PlanMismatchError(self._first_difference(manifest)), Fault.PLAN
+            elif _differ(values, Entry.HYPERPARAMETERS):
+                error = PlanMismatchError(self._other_options(manifest, votes))
+                seen = Fault.HYPERPARAMETERS
+            elif _differ(values, Entry.PRESENCE):
+                incomplete, text = self._who_misses(manifest, presence)
+                if raise_missing or not incomplete:
+                    error, seen = MissingGradientError(text), Fault.GRADIENTS
+            fault = max(fault, seen)
+            missing |= incomplete
+        if votes.fault:
+            raise RuntimeError(votes.fault)
+        if error is not None:
+            raise error
+        if fault is not Fault.NONE:
+            raise _error_of(fault)
+        return Verdict(frozenset(missing), bool(bad))
+
+    def cast(self, votes: Votes, non_finite: Tensor) -> Tensor:
+        """Reduce the ballot and leave it on the device: int64, [manifests, BALLOT_NUMEL]."""
+        ballots: list[Tensor] = []
+        for manifest, presence in zip(self._manifests, votes.presence, strict=True):
+            ballot = self._ballot(manifest, votes, presence, non_finite)
+            if ballots:
+                ballot[Entry.NON_FINITE :] = ballots[-1][Entry.NON_FINITE :]
+                torch.maximum(ballot[Entry.FAULT], _differs(ballots[-1]), out=ballot[Entry.FAULT])
+            all_reduce_max(ballot, self._groups.over(manifest.mesh, manifest.mesh.dim_names))
+            ballots.append(ballot)
+        return torch.stack(ballots)
+
+    def _ballot(
+        self, manifest: Manifest, votes: Votes, presence: tuple[str, ...], non_finite: Tensor
+    ) -> Tensor:
+        plan = manifest.fingerprint
+        options = fingerprint("\n".join(votes.hyperparameters))
+        present = fingerprint("\n".join(presence))
+        host = [plan, -plan, options, -options, present, -present, 0, 0]
+        ballot = torch.tensor(host, dtype=torch.int64, device=non_finite.device)
+        ballot[Entry.NON_FINITE] = non_finite
+        return ballot
+
+    def _gather(self, mesh: MeshSpec, value: object) -> dict[int, object]:
+        """A value of every rank of a mesh, by global rank."""
+        gathered: dict[int, object] = {self._rank: value}
+        for group in self._groups.along_each_dim(mesh):
+            merged: dict[int, object] = {}
+            for part in all_gather_values(gathered, group):
+                assert isinstance(part, dict)
+                merged.update(part)
+            gathered = merged
+        return dict(sorted(gathered.items()))
+
+    def _first_difference(self, manifest: Manifest) -> str:
+        by_rank = self._gather(manifest.mesh, (manifest.digest, manifest.params))
+        lists = {rank: value[1] for rank, value in by_rank.items() if isinstance(value, tuple)}
+        longest = max(map(len, lists.values()))
+        for index in range(longest):
+            seen: dict[str, list[int]] = {}
+            for rank, params in lists.items():
+                line = params[index] if index < len(params) else "no further parameter"
+                seen.setdefault(line, []).append(rank)
+            if len(seen) > 1:
+                told = "".join(f"\n  {_ranks(ranks)}: {line}" for line, ranks in seen.items())
+                return (
+                    f"Ranks of mesh {manifest.mesh} hold different plans, "
+                    f"from parameter {index} on:{told}\n"
+                    "Build the same model with the same parallelism on all of them, and hand its "
+                    "parameters to the optimizer in one order."
+                )
+        return (
+            f"Ranks of mesh {manifest.mesh} hold the same parameters and different plans: they "
+            "run different versions of muon_dtensor, or were given different plan options "
+            "(bucket_mb, prefetch_count, ns_dtype, ns_steps)."
+        )
+
+    def _other_options(self, manifest: Manifest, votes: Votes) -> str:
+        by_rank = self._gather(manifest.mesh, votes.hyperparameters)
+        lines = []
+        values = [v for v in by_rank.values() if isinstance(v, tuple)]
+        for index in range(max(map(len, values))):
+            seen: dict[str, list[int]] = {}
+            for rank, options in by_rank.items():
+                assert isinstance(options, tuple)
+                line = options[index] if index < len(options) else "no such param group"
+                seen.setdefault(line, []).append(rank)
+            if len(seen) > 1:
+                lines += [
+                    f"\n  {_ranks(r)}: param group {index}: {line}" for line, r in seen.items()
+                ]
+        return (
+            f"Ranks of mesh {manifest.mesh} hold different hyperparameters:{''.join(lines)}\n"
+            "Set the same values on all of them; a scheduler must step on all of them too."
+        )
+
+    def _who_misses(
+        self, manifest: Manifest, presence: tuple[str, ...]
+    ) -> tuple[frozenset[str], str]:
+        by_rank = self._gather(manifest.mesh, presence)
+        missing, lines = set(), []
+        for index, fqn in enumerate(manifest.fqns):
+            states: dict[str, list[int]] = {}
+            for rank, present in by_rank.items():
+                assert isinstance(present, tuple)
+                states.setdefault(present[index], []).append(rank)
+            if len(states) > 1 and "" in states:
+                missing.add(fqn)
+                lines.append(f"\n  {fqn}: no gradient on {_ranks(states[''])}")
+            elif len(states) > 1:
+                told = "; ".join(f"{state} on {_ranks(ranks)}" for state, ranks in states.items())
+                lines.append(f"\n  {fqn}: {told}")
+        return frozenset(missing), (
+            f"Gradients differ between ranks of mesh {manifest.mesh}:{''.join(lines)}\n"
+            "Run the same forward and backward on all of them, or construct Muon with "
+            'missing_grad="zero" to count a missing gradient as zero.'
+        )
+
+
+def read(ballots: Tensor, *, with_non_finite: bool) -> None:
+    """Raise what the ballots of an earlier step say. Waits for the device; no communication."""
+    for values in ballots.tolist():
+        if _differ(values, Entry.PLAN) or values[Entry.FAULT] >= Fault.PLAN:
+            raise _error_of(Fault.PLAN)
+        if _differ(values, Entry.HYPERPARAMETERS):
+            raise _error_of(Fault.HYPERPARAMETERS)
+        if _differ(values, Entry.PRESENCE) or values[Entry.FAULT]:
+            raise _error_of(Fault.GRADIENTS)
+        if with_non_finite and values[Entry.NON_FINITE]:
+            raise NonFiniteGradientError(
+                "A gradient of an earlier step holds NaN or Inf on some rank. That step changed "
+                'nothing. Lower the learning rate or clip gradients; nonfinite="skip" leaves '
+                "such steps out silently."
+            )
+
+
+def all_agree(ballots: Tensor) -> Tensor:
+    """A bool scalar on the device: no manifest's ballots differ. Non-finite is not looked at."""
+    differ = ballots[:, Entry.FAULT].amax()
+    for ballot in ballots:
+        differ = torch.maximum(differ, _differs(ballot))
+    return differ == 0
+
+
+def _differs(ballot: Tensor) -> Tensor:
+    """int64 scalar, GRADIENTS where any pair of a ballot shows a difference, else 0."""
+    high, low = ballot[: Entry.NON_FINITE : 2], ballot[1 : Entry.NON_FINITE : 2]
+    return (high != -low).any().to(torch.int64) * int(Fault.GRADIENTS)
+
+
+def _differ(values: Sequence[int], entry: Entry) -> bool:
+    return values[entry] != -values[entry + 1]
+
+
+def _error_of(fault: Fault) -> Exception:
+    match fault:
+        case Fault.PLAN:
+            return PlanMismatchError("Ranks hold different plans; the step changed nothing.")
+        case Fault.HYPERPARAMETERS:
+            return PlanMismatchError(
+                "Ranks hold different hyperparameters; the step changed nothing. Set the same "
+                "values on all of them."
+            )
+        case Fault.GRADIENTS:
+            return MissingGradientError(
+                "A parameter has a gradient on some ranks only; the step changed nothing. Run "
+                "the same forward and backward on all ranks."
+            )
+        case _:
+            return RuntimeError("Another rank could not take this step; its error says why.")
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"{len(ranks)} ranks ({shown})"
+
+
+def non_finite_flag(grads: Sequence[Tensor], device: torch.device) -> Tensor:
+    """int64 scalar on `device`: 1 if any of the tensors holds NaN or Inf."""
+    nonempty = [grad for grad in grads if grad.numel()]
+    if not nonempty:
+        return torch.zeros((), dtype=torch.int64, device=device)
+    norms: Sequence[Tensor] = torch._foreach_norm(nonempty, float("inf"))
+    largest = torch.stack([norm.to(device=device, dtype=torch.float64) for norm in norms])
+    return (~largest.isfinite()).any().to(torch.int64)

@@ -1,0 +1,36 @@
+"""One planned collective, one torch call.
+
+Knows how torch spells it. Knows neither plans nor parameters.
+"""
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup, Work
+
+from muon_dtensor.planning.routes import Transfer
+
+
+def issue(transfer: Transfer, send: Tensor, recv: Tensor, group: ProcessGroup) -> Work:
+    """Start a transfer between flat buffers; both must live on until its `wait()`."""
+    work: Work | None = dist.all_to_all_single(
+        recv,
+        send,
+        list(transfer.recv.numels),
+        list(transfer.send.numels),
+        group=group,
+        async_op=True,
+    )
+    assert work is not None, "async_op=True returns a Work"
+    return work
+
+
+def all_reduce_max(values: Tensor, group: ProcessGroup) -> None:
+    """The elementwise maximum over a group, in place."""
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+
+
+def all_gather_values(value: object, group: ProcessGroup) -> list[object]:
+    """One picklable value of every rank of a group, in rank order. For error messages only."""
+    gathered: list[object] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered

@@ -1,0 +1,166 @@
+"""Tensors to values: what a planner may know of a parameter.
+
+The sole reader of torch's private names, so one file follows torch's releases. Plans nothing.
+"""
+
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from muon_dtensor.errors import Problem
+from muon_dtensor.layout import Layout, MeshSpec, ParamSpec, Region
+from muon_dtensor.matrices import matrix_regions
+
+ALONE = MeshSpec((), (), (0,))
+"""The mesh of parameters that no mesh holds: this rank by itself."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` is `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def this_rank() -> int:
+    """The global rank of this process; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def describe_mesh(mesh: DeviceMesh) -> MeshSpec:
+    """A DeviceMesh as values; unnamed dims are called dim0, dim1, ..."""
+    names = mesh.mesh_dim_names or tuple(f"dim{index}" for index in range(mesh.ndim))
+    return MeshSpec(tuple(names), tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist()))
+
+
+def describe_layout(tensor: DTensor, mesh: MeshSpec) -> Layout:
+    """Shape and cuts of a DTensor. Raises ValueError, reason and remedy apart by a newline."""
+    placements = tensor.placements
+    for name, placement in zip(mesh.dim_names, placements, strict=True):
+        if isinstance(placement, Partial):
+            whole = [Replicate() if p is placement else p for p in placements]
+            raise ValueError(
+                f"A Partial parameter has no value yet on mesh dim '{name}'.\n"
+                f"Reduce it first: param.redistribute(placements={whole})."
+            )
+    cuts = tuple(
+        tuple(mesh.dim_names[index] for index in _cut_order(placements, mesh.shape, tensor_dim))
+        for tensor_dim in range(tensor.ndim)
+    )
+    return Layout(mesh, tuple(tensor.shape), cuts)
+
+
+def _cut_order(
+    placements: tuple[Placement, ...], mesh_shape: tuple[int, ...], tensor_dim: int
+) -> tuple[int, ...]:
+    """Mesh dims that cut one tensor dim, outermost cut first.
+
+    A Shard was cut before all mesh dims to its right; a _StridedShard(split_factor=k) after
+    those of them, from the outermost on, whose sizes multiply to k.
+    """
+    order: list[int] = []
+    for mesh_dim in reversed(range(len(placements))):
+        placement = placements[mesh_dim]
+        if isinstance(placement, _StridedShard):
+            factor = placement.split_factor
+        elif isinstance(placement, Shard):
+            factor = 1
+        elif isinstance(placement, Replicate):
+            continue
+        else:
+            raise ValueError(
+                f"The placement {placement} is not known.\n"
+                "Use Shard and Replicate, or what parallelize_module and fully_shard make of them."
+            )
+        if placement.dim % max(len(mesh_shape), placement.dim + 1) != tensor_dim:
+            continue
+        for place in range(len(order) + 1):
+            if prod(mesh_shape[other] for other in order[:place]) == factor:
+                order.insert(place, mesh_dim)
+                break
+        else:
+            raise ValueError(
+                f"The placements {placements} tell no order of cuts on tensor dim {tensor_dim}.\n"
+                "Shard with parallelize_module first and fully_shard second."
+            )
+    return tuple(order)
+
+
+class Describer:
+    """Describes parameters, equal meshes and layouts as one and the same object."""
+
+    def __init__(self) -> None:
+        self.device_meshes: dict[MeshSpec, DeviceMesh] = {}
+        self._meshes: dict[int, MeshSpec] = {}
+        self._layouts: dict[tuple[int, object, object], Layout] = {}
+
+    def mesh(self, mesh: DeviceMesh) -> MeshSpec:
+        """`describe_mesh`, remembered, so that `device_meshes` leads back."""
+        spec = self._meshes.get(id(mesh))
+        if spec is None:
+            spec = describe_mesh(mesh)
+            known = next((old for old in self.device_meshes if old == spec), None)
+            spec = known if known is not None else spec
+            self._meshes[id(mesh)] = spec
+            self.device_meshes.setdefault(spec, mesh)
+        return spec
+
+    def layout(self, tensor: Tensor) -> Layout:
+        """The layout of a DTensor, or of a plain tensor on the mesh ALONE."""
+        if isinstance(tensor, DTensor):
+            layout = describe_layout(tensor, self.mesh(tensor.device_mesh))
+        else:
+            layout = Layout(ALONE, tuple(tensor.shape), ((),) * tensor.ndim)
+        key = (id(layout.mesh), layout.shape, layout.cuts)
+        return self._layouts.setdefault(key, layout)
+
+    def param(
+        self, fqn: str, tensor: Tensor, *, num_iterations: int, wire_dtype: torch.dtype
+    ) -> ParamSpec | Problem:
+        """One parameter of Muon, or why it cannot be one."""
+        seen = _seen(tensor)
+        if tensor.is_complex() or not tensor.is_floating_point():
+            return Problem(
+                fqn,
+                seen,
+                f"Muon needs a real floating dtype; this is {dtype_name(tensor.dtype)}.",
+                "Leave it out of the optimizer, or store it in a floating dtype.",
+            )
+        try:
+            layout = self.layout(tensor)
+        except ValueError as error:
+            reason, _, remedy = str(error).partition("\n")
+            return Problem(fqn, seen, reason, remedy)
+        try:
+            matrices = self._matrices(layout)
+        except ValueError as error:
+            dims = "one tensor dim" if tensor.ndim == 1 else f"{tensor.ndim} tensor dims"
+            reason = f"Muon needs to know its matrices; this has {dims}."
+            return Problem(fqn, seen, reason, str(error))
+        return ParamSpec(
+            fqn,
+            layout,
+            dtype_name(tensor.dtype),
+            matrices,
+            num_iterations,
+            dtype_name(wire_dtype),
+        )
+
+    def _matrices(self, layout: Layout) -> tuple[Region, ...]:
+        return matrix_regions(layout.shape)
+
+
+def _seen(tensor: Tensor) -> str:
+    where = ""
+    if isinstance(tensor, DTensor):
+        placements = ", ".join(map(repr, tensor.placements))
+        where = f" ({placements}) on {describe_mesh(tensor.device_mesh)}"
+    return f"{list(tensor.shape)}{where}"
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The shard this rank stores, as a plain tensor sharing its storage."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,141 @@
+"""Everything elementwise in Muon: momentum, Nesterov, learning-rate scale, decay, update.
+
+Works on local shards as on whole tensors. Knows no mesh; a mask is the only way it skips.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+ADJUST_LR_FNS = (None, "original", "match_rms_adamw")
+
+
+def adjusted_lr(lr: float, adjust_lr_fn: str | None, rows: int, cols: int) -> float:
+    """The learning rate of one matrix of this size.
+
+    `None` or "original": lr sqrt(max(1, rows / cols)) (Jordan 2024,
+    https://kellerjordan.github.io/posts/muon/). "match_rms_adamw": 0.2 lr sqrt(max(rows, cols))
+    (Liu et al. 2025, "Muon is scalable for LLM training", arXiv:2502.16982, eq. 4).
+    """
+    if adjust_lr_fn == "match_rms_adamw":
+        return lr * (0.2 * math.sqrt(max(rows, cols)))
+    return lr * math.sqrt(max(1, rows / cols))
+
+
+def update_momentum(
+    momenta: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum: float,
+    keep: Tensor | None = None,
+) -> None:
+    """B <- momentum B + (1 - momentum) G in place, as torch.optim.Muon.
+
+    Args:
+        momenta: momentum buffers, any shapes.
+        grads: gradients of the same shapes and dtypes.
+        momentum: the factor.
+        keep: a bool scalar on the device; where it is False nothing changes.
+    """
+    if keep is None:
+        torch._foreach_lerp_(list(momenta), list(grads), 1 - momentum)
+        return
+    for buffer, grad in zip(momenta, grads, strict=True):
+        buffer.copy_(torch.where(keep, buffer.lerp(grad, 1 - momentum), buffer))
+
+
+def direction_of(momentum_buffer: Tensor, grad: Tensor, momentum: float, nesterov: bool) -> Tensor:
+    """What is orthogonalized: the momentum, or with Nesterov G + momentum (B - G)."""
+    return grad.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a piece lies: in a matrix of `rows` x `cols`, from (`row`, `col`) on."""
+
+    rows: int
+    cols: int
+    row: int
+    col: int
+
+
+def apply_update(
+    param: Tensor,
+    polar_factor: Tensor,
+    place: Place,
+    *,
+    lr: float,
+    matrix_lr: float,
+    weight_decay: float,
+    keep: Tensor | None = None,
+) -> None:
+    """W <- (1 - lr weight_decay) W - matrix_lr O in place, as torch.optim.Muon.
+
+    Args:
+        param: a piece of a weight, [..., rows, cols].
+        polar_factor: the same piece of the orthogonalized direction, any real dtype.
+        place: where in its matrix the piece lies.
+        lr: of the group; decay takes this one.
+        matrix_lr: `adjusted_lr` of the matrix.
+        weight_decay: decoupled, as in AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101).
+        keep: a bool scalar on the device; where it is False nothing changes.
+    """
+    updated = param if keep is None else param.clone()
+    updated.mul_(1 - lr * weight_decay)
+    if _rounds_by_place(updated, polar_factor):
+        _add_by_place(updated, polar_factor, -matrix_lr, place)
+    else:
+        updated.add_(polar_factor, alpha=-matrix_lr)
+    if keep is not None:
+        param.copy_(torch.where(keep, updated, param))
+
+
+# Note [Where torch rounds]
+#   On the host, torch adds two bfloat16 tensors in blocks with a vector kernel, which rounds once,
+#   param + alpha O, and the rest with a scalar kernel, which rounds alpha O as well. Both round
+#   alpha to bfloat16 first. Contiguous tensors take blocks from the start and leave a tail;
+#   strided ones, and the O of a tall matrix is one, take no block. So the bits depend on where in
+#   the whole matrix an element lies, which a shard must imitate. Wider dtypes and GPUs round one
+#   way everywhere. tests/test_update.py compares with torch's own add.
+
+
+def _rounds_by_place(param: Tensor, update: Tensor) -> bool:
+    reduced = param.dtype in (torch.bfloat16, torch.float16)
+    return reduced and param.dtype == update.dtype and param.device.type == "cpu"
+
+
+def _add_by_place(param: Tensor, update: Tensor, alpha: float, place: Place) -> None:
+    """param += alpha update; see Note [Where torch rounds]."""
+    alpha = float(torch.tensor(alpha, dtype=param.dtype))
+    numel = place.rows * place.cols
+    in_blocks = numel - numel % _block_numel(param.dtype)
+    if place.rows > place.cols > 1:
+        in_blocks = 0
+    if in_blocks == 0:
+        param.add_(update * alpha)
+        return
+    rounded_once = param.float().add_(update.float(), alpha=alpha).to(param.dtype)
+    for row in range(max(place.row, in_blocks // place.cols), place.row + param.size(-2)):
+        tail = max(0, in_blocks - row * place.cols - place.col)
+        if tail < param.size(-1):
+            here = (..., row - place.row, slice(tail, None))
+            rounded_once[here] = param[here] + update[here] * alpha
+    param.copy_(rounded_once)
+
+
+@cache
+def _block_numel(dtype: torch.dtype) -> int:
+    """Elements per block of torch's vector kernel on this processor, found by asking it."""
+    generator = torch.Generator().manual_seed(0)
+    base, other = torch.randn(2, 4096, generator=generator).to(dtype)
+    alpha = float(torch.tensor(-0.3, dtype=dtype))
+    once = base.float().add_(other.float(), alpha=alpha).to(dtype)
+    revealing = int((once != base + other * alpha).nonzero()[0])
+    num_elements = 1023
+    both = other[revealing].repeat(num_elements)
+    sums = base[revealing].repeat(num_elements).add_(both, alpha=alpha)
+    num_in_blocks = int((sums == once[revealing]).sum())
+    return num_elements + 1 - num_in_blocks

@@ -1,0 +1,1 @@
+"""Many ranks in one machine, an oracle, and meters: what the tests share."""

@@ -1,0 +1,71 @@
+"""Counts what a step really does: bytes handed to collectives, matrices orthogonalized."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch.distributed as dist
+from torch import Tensor
+
+from muon_dtensor.runtime import executor
+
+_local = threading.local()
+_all_to_all_single = dist.all_to_all_single
+_newton_schulz = executor.newton_schulz
+
+
+@dataclass
+class Count:
+    """One rank's counts. Bytes a rank sends to itself never reach a wire and are left out."""
+
+    sent_nbytes: int = 0
+    num_exchanges: int = 0
+    num_matrices: int = 0
+    names: list[str] = field(default_factory=list)
+
+
+def _counted_all_to_all(
+    output: Tensor,
+    input: Tensor,  # noqa: A002
+    output_splits: list[int],
+    input_splits: list[int],
+    **kwargs: Any,
+) -> Any:
+    count: Count | None = getattr(_local, "count", None)
+    if count is not None:
+        own = input_splits[dist.get_rank(kwargs["group"])]
+        count.sent_nbytes += (sum(input_splits) - own) * input.element_size()
+        count.num_exchanges += 1
+        assert len(input) == sum(input_splits), "the send buffer is filled"
+        assert len(output) == sum(output_splits), "the receive buffer is filled"
+    return _all_to_all_single(output, input, output_splits, input_splits, **kwargs)
+
+
+def _counted_newton_schulz(x: Tensor, **kwargs: Any) -> Tensor:
+    count: Count | None = getattr(_local, "count", None)
+    if count is not None:
+        count.num_matrices += 1 if x.ndim == 2 else len(x)
+    return _newton_schulz(x, **kwargs)
+
+
+@contextmanager
+def counting() -> Iterator[Count]:
+    """Count on this thread. The wrappers must be installed: see `installed`."""
+    _local.count = Count()
+    try:
+        yield _local.count
+    finally:
+        del _local.count
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """Wrap torch's exchange and our iteration for all threads of this process."""
+    with (
+        mock.patch.object(dist, "all_to_all_single", _counted_all_to_all),
+        mock.patch.object(executor, "newton_schulz", _counted_newton_schulz),
+    ):
+        yield

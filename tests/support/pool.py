@@ -1,0 +1,134 @@
+"""Ranks as forked gloo processes, reused between tests, with a fresh process group per job."""
+
+import contextlib
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+COLLECTIVE_SECONDS = 40
+DEADLINE_SECONDS = 90
+
+
+class RankError(RuntimeError):
+    """A rank raised; the text is its traceback."""
+
+
+def _serve(connection: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return
+        if job is None:
+            return
+        body, args, rank, num_ranks, store = job
+        try:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=num_ranks,
+                timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+            )
+            answer = (True, body(*args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        connection.send(answer)
+
+
+class Pool:
+    """Processes that wait for jobs. One that dies or hangs is replaced, with all the others."""
+
+    def __init__(self) -> None:
+        self._ranks: list[tuple[Any, Connection]] = []
+
+    def run(self, num_ranks: int, body: Callable[..., Any], *args: Any) -> list[Any]:
+        """`body(*args)` on every rank; results in rank order. Raises RankError."""
+        answers = self.outcomes(num_ranks, body, *args)
+        for rank, (worked, value) in enumerate(answers):
+            if not worked:
+                raise RankError(f"rank {rank}:\n{value}")
+        return [value for _, value in answers]
+
+    def outcomes(
+        self, num_ranks: int, body: Callable[..., Any], *args: Any
+    ) -> list[tuple[bool, Any]]:
+        """Per rank (True, result) or (False, traceback text)."""
+        context = multiprocessing.get_context("fork")
+        while len(self._ranks) < num_ranks:
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there,), daemon=True)
+            process.start()
+            there.close()
+            self._ranks.append((process, here))
+        with tempfile.TemporaryDirectory() as folder:
+            store = str(Path(folder) / "store")
+            for rank in range(num_ranks):
+                self._ranks[rank][1].send((body, args, rank, num_ranks, store))
+            return self._collect(num_ranks)
+
+    def _collect(self, num_ranks: int) -> list[tuple[bool, Any]]:
+        answers: dict[int, tuple[bool, Any]] = {}
+        rank_of = {self._ranks[rank][1]: rank for rank in range(num_ranks)}
+        deadline = monotonic() + DEADLINE_SECONDS
+        while len(answers) < num_ranks:
+            pending = [c for c, rank in rank_of.items() if rank not in answers]
+            ready = wait(pending, timeout=max(0.0, deadline - monotonic()))
+            if not ready:
+                self.close()
+                missing = sorted(set(range(num_ranks)) - set(answers))
+                told = [value for worked, value in answers.values() if not worked]
+                raise TimeoutError(f"ranks {missing} hang; others said: {told}")
+            for connection in ready:
+                rank = rank_of[connection]
+                try:
+                    answers[rank] = connection.recv()
+                except EOFError:
+                    answers[rank] = (False, "the process died")
+        if any(value == "the process died" for _, value in answers.values()):
+            self.close()
+        return [answers[rank] for rank in range(num_ranks)]
+
+    def close(self) -> None:
+        """End all processes."""
+        for process, connection in self._ranks:
+            connection.close()
+            process.kill()
+            with contextlib.suppress(ValueError, OSError):
+                process.join(5)
+        self._ranks.clear()
+
+
+_pools: dict[int, Pool] = {}
+
+
+def run_processes(num_ranks: int, body: Callable[..., Any], *args: Any) -> list[Any]:
+    """`body(*args)` on ranks of this process's pool; see `Pool.run`."""
+    return _pools.setdefault(os.getpid(), Pool()).run(num_ranks, body, *args)
+
+
+def process_outcomes(
+    num_ranks: int, body: Callable[..., Any], *args: Any
+) -> list[tuple[bool, Any]]:
+    """As `run_processes`, with the traceback of a rank that raised."""
+    return _pools.setdefault(os.getpid(), Pool()).outcomes(num_ranks, body, *args)
+
+
+def close_pools() -> None:
+    """End the processes of this process's pool."""
+    if pool := _pools.pop(os.getpid(), None):
+        pool.close()

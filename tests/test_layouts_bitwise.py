@@ -1,0 +1,122 @@
+"""Every layout gives bitwise the parameters of torch.optim.Muon, each matrix once, as planned.
+
+Ranks are threads here; `test_gloo.py` repeats the hard ones on processes.
+"""
+
+import pytest
+import torch
+from torch.distributed.tensor import Replicate, Shard
+
+from tests.support.cases import Case, Outcome, compare_with_oracle
+from tests.support.meter import installed
+from tests.support.threads import run_threads
+
+R, S0, S1, S2 = Replicate(), Shard(0), Shard(1), Shard(2)
+EVEN = ((8, 16), (16, 8), (12, 12), (8, 8))
+ODD = ((13, 7), (7, 13), (5, 5), (1, 9), (9, 1), (1, 1), (3, 2), (0, 4), (4, 0), (0, 0))
+EXPERTS = ((4, 6, 5), (5, 3, 8), (3, 7, 7), (1, 4, 4), (0, 3, 3))
+
+
+def case(mesh_shape, shapes, placements, **kwargs) -> Case:
+    return Case(mesh_shape, tuple((shape, placements) for shape in shapes), **kwargs)
+
+
+def run(case: Case) -> list[Outcome]:
+    with installed():
+        return run_threads(case.num_ranks, compare_with_oracle, case)
+
+
+def hold_to_plan(outcomes: list[Outcome]) -> None:
+    assert [o.differences for o in outcomes] == [[]] * len(outcomes)
+    assert sum(o.num_matrices for o in outcomes) == outcomes[0].model_matrices
+    assert [o.sent_nbytes for o in outcomes] == [o.planned_sent_nbytes for o in outcomes]
+    assert len({o.digest for o in outcomes}) == 1
+
+
+LAYOUTS = [
+    pytest.param((1,), (R,), id="one-rank"),
+    pytest.param((1,), (S0,), id="one-rank-shard"),
+    pytest.param((4,), (R,), id="replicate"),
+    pytest.param((4,), (S0,), id="rows"),
+    pytest.param((4,), (S1,), id="cols"),
+    pytest.param((3,), (S0,), id="rows-over-3"),
+    pytest.param((2, 2), (R, S0), id="hsdp"),
+    pytest.param((2, 2), (S0, R), id="hsdp-replicas-inside"),
+    pytest.param((2, 2), (S0, S1), id="rows-and-cols"),
+    pytest.param((2, 2), (S0, S0), id="rows-twice"),
+    pytest.param((3, 2), (S1, S1), id="cols-twice"),
+    pytest.param((2, 2), (R, R), id="two-replicate-dims"),
+    pytest.param((2, 2, 2), (R, S0, S1), id="hsdp-tp"),
+    pytest.param((2, 2, 2), (R, S0, S0), id="hsdp-tp-rows"),
+    pytest.param((2, 2, 2), (R, R, S1), id="two-replicate-dims-and-cols"),
+    pytest.param((2, 3, 2), (S0, R, S0), id="replicas-in-the-middle"),
+    pytest.param((2, 1, 2), (S0, S1, R), id="a-dim-of-one"),
+]
+
+
+@pytest.mark.parametrize(("mesh_shape", "placements"), LAYOUTS)
+@pytest.mark.parametrize("shapes", [EVEN, ODD], ids=["even", "odd"])
+def test_matrices(mesh_shape, placements, shapes):
+    hold_to_plan(run(case(mesh_shape, shapes, placements)))
+
+
+@pytest.mark.parametrize(
+    ("mesh_shape", "placements"),
+    [
+        pytest.param((4,), (S0,), id="experts"),
+        pytest.param((4,), (S1,), id="rows"),
+        pytest.param((4,), (S2,), id="cols"),
+        pytest.param((2, 2), (S0, S1), id="experts-and-rows"),
+        pytest.param((2, 2), (S0, S0), id="experts-twice"),
+        pytest.param((2, 2), (R, S0), id="replicated-experts"),
+        pytest.param((2, 2, 2), (R, S0, S2), id="replicated-experts-and-cols"),
+        pytest.param((2, 2), (R, R), id="replicate"),
+    ],
+)
+def test_experts(mesh_shape, placements):
+    hold_to_plan(run(case(mesh_shape, EXPERTS, placements)))
+
+
+@pytest.mark.parametrize("prefetch_count", [0, 1, 2, 5])
+@pytest.mark.parametrize(("mesh_shape", "placements"), LAYOUTS[3:14:3])
+def test_any_buckets_and_prefetch(mesh_shape, placements, prefetch_count):
+    many = (*EVEN, *ODD, *EVEN)
+    ours = {"bucket_mb": 1e-4, "prefetch_count": prefetch_count}
+    hold_to_plan(run(case(mesh_shape, many, placements, ours=ours)))
+
+
+@pytest.mark.parametrize(
+    "muon",
+    [
+        {"nesterov": False},
+        {"weight_decay": 0.0},
+        {"adjust_lr_fn": "original"},
+        {"adjust_lr_fn": "match_rms_adamw", "lr": 0.02},
+        {"momentum": 0.0, "ns_steps": 3, "ns_coefficients": (3.0, -3.2, 1.2)},
+        {"momentum": 0.4, "nesterov": False, "weight_decay": 0.0, "eps": 1e-3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("mesh_shape", "placements"), [LAYOUTS[3], LAYOUTS[12]])
+def test_options(mesh_shape, placements, muon):
+    hold_to_plan(run(case(mesh_shape, EVEN + ODD, placements, muon=muon)))
+
+
+@pytest.mark.parametrize(("mesh_shape", "placements"), [LAYOUTS[3], LAYOUTS[6], LAYOUTS[8]])
+def test_bf16_parameters(mesh_shape, placements):
+    hold_to_plan(run(case(mesh_shape, EVEN + ODD, placements, dtype=torch.bfloat16)))
+
+
+@pytest.mark.parametrize(
+    ("mesh_shape", "placements"),
+    [
+        pytest.param((16,), (S0,), id="16-rows"),
+        pytest.param((4, 4), (R, S0), id="16-hsdp"),
+        pytest.param((2, 4, 2), (R, S0, S0), id="16-hsdp-tp-rows"),
+        pytest.param((2, 4, 4), (R, S0, S1), id="32-hsdp-tp"),
+        pytest.param((32,), (R,), id="32-replicate"),
+        pytest.param((2, 16), (S1, S0), id="32-tp-fsdp"),
+    ],
+)
+def test_many_ranks(mesh_shape, placements):
+    hold_to_plan(run(case(mesh_shape, (*EVEN, *ODD, (40, 33)), placements)))

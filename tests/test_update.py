@@ -1,0 +1,68 @@
+"""The elementwise part: as torch.optim.Muon on whole matrices, and the same on any piece."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from muon_dtensor.update import Place, adjusted_lr, apply_update, direction_of, update_momentum
+
+SHAPES = [(13, 7), (7, 13), (1, 1), (1, 40), (40, 1), (33, 33), (6, 64), (64, 6), (2, 31), (5, 129)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("update_dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pieces_round_as_the_whole(shape, dtype, update_dtype):
+    generator = torch.Generator().manual_seed(3)
+    rows, cols = shape
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    update = torch.randn(shape, generator=generator).to(update_dtype)
+    if rows > cols:  # as Newton-Schulz stores it
+        update = update.T.contiguous().T
+    expected = weight.clone().mul_(1 - 0.02 * 0.1).add_(update, alpha=-0.0137)
+    row_cuts = sorted({0, rows // 3, rows // 2, rows})
+    col_cuts = sorted({0, cols // 2, cols - 1, cols})
+    result = weight.clone()
+    for (a, b), (c, d) in itertools.product(
+        itertools.pairwise(row_cuts), itertools.pairwise(col_cuts)
+    ):
+        apply_update(
+            result[a:b, c:d],
+            update[a:b, c:d].contiguous(),
+            Place(rows, cols, a, c),
+            lr=0.02,
+            matrix_lr=0.0137,
+            weight_decay=0.1,
+        )
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_mask_keeps_or_leaves_everything(kept):
+    keep = torch.tensor(kept)
+    weight, grad, momentum, update = torch.randn(4, 6, 5).unbind()
+    masked_weight, masked_momentum = weight.clone(), momentum.clone()
+    bad = grad if kept else torch.full_like(grad, math.nan)
+    update_momentum([masked_momentum], [bad], 0.9, keep)
+    options = {"lr": 0.1, "matrix_lr": 0.2, "weight_decay": 0.3}
+    apply_update(masked_weight, update * bad / grad, Place(6, 5, 0, 0), **options, keep=keep)
+    if kept:
+        update_momentum([momentum], [grad], 0.9)
+        apply_update(weight, update, Place(6, 5, 0, 0), **options)
+    assert torch.equal(masked_momentum, momentum)
+    torch.testing.assert_close(masked_weight, weight, rtol=1e-6, atol=1e-6)
+
+
+def test_direction():
+    grad, momentum = torch.randn(2, 3, 4).unbind()
+    assert direction_of(momentum, grad, 0.9, nesterov=False) is momentum
+    nesterov = direction_of(momentum, grad, 0.9, nesterov=True)
+    torch.testing.assert_close(nesterov, 0.1 * grad + 0.9 * momentum)
+
+
+def test_adjusted_lr_formulas():
+    assert adjusted_lr(0.5, None, 8, 2) == adjusted_lr(0.5, "original", 8, 2) == 1.0
+    assert adjusted_lr(0.5, None, 2, 8) == 0.5
+    assert adjusted_lr(0.5, "match_rms_adamw", 2, 25) == pytest.approx(0.5)
