@@ -7,6 +7,7 @@ from muon_dtensor.errors import (
     PlanError,
     PlanMismatchError,
 )
+from muon_dtensor.grouping import group_parameters
 from muon_dtensor.optim import Muon
 from muon_dtensor.planning.ir import Plan
 
@@ -20,4 +21,5 @@ __all__ = [
     "Plan",
     "PlanError",
     "PlanMismatchError",
+    "group_parameters",
 ]

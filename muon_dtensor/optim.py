@@ -13,22 +13,15 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from muon_dtensor.adamw import AdamWLocal, adamw_step, step_tensor
-from muon_dtensor.errors import GroupOptionError, NonFiniteGradientError, PlanError, Problem
+from muon_dtensor.errors import GroupOptionError, PlanError, Problem
 from muon_dtensor.layout import MeshSpec, ParamSpec
 from muon_dtensor.options import DEFAULTS, as_text, complete
 from muon_dtensor.planning.ir import Plan, PlanOptions
 from muon_dtensor.planning.planner import plan_update, restrict
-from muon_dtensor.runtime.agreement import (
-    Agreement,
-    Manifest,
-    Votes,
-    all_agree,
-    non_finite_flag,
-    read,
-)
-from muon_dtensor.runtime.agreement import Entry as BallotEntry
+from muon_dtensor.runtime.agreement import Agreement, Manifest
 from muon_dtensor.runtime.describe import Describer, dtype_name, local_part, this_rank
 from muon_dtensor.runtime.executor import Executor, LocalParam, MuonOptions
+from muon_dtensor.runtime.gradients import GradientGate
 from muon_dtensor.runtime.groups import Groups
 
 logger = logging.getLogger("muon_dtensor")
@@ -122,8 +115,6 @@ class Muon(Optimizer):
         self._missing_grad = missing_grad
         self._nonfinite = nonfinite
         self._plan: Plan | None = None
-        self._ballots: list[Tensor] = []
-        self._told_of_zeros = False
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -140,7 +131,8 @@ class Muon(Optimizer):
         groups: list[Any] = list(params) or [{"params": []}]
         super().__init__(groups, defaults)
         self._replan()
-        logger.info("%s", self.plan)
+        if this_rank() == 0:
+            logger.info("%s", self.plan)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does; its parameters are planned, and compared at the next step.
@@ -203,11 +195,14 @@ class Muon(Optimizer):
         groups = Groups(describer.device_meshes, rank)
         self._muon = [param for _, param, _ in muon]
         self._agreement = Agreement(manifests, groups, rank)
+        self._gate = GradientGate(
+            {name: param for name, param, _ in self._named()},
+            self._agreement,
+            missing_grad=self._missing_grad,
+            nonfinite=self._nonfinite,
+        )
         devices = [local_part(param).device for param in self._muon]
         self._executor = Executor(plan, rank, groups, devices)
-        self._mesh_of = {
-            name: describer.layout(p).mesh for name, p, _ in self._named() if isinstance(p, DTensor)
-        }
         self._is_proven = False
         self._is_connected = False
 
@@ -254,16 +249,15 @@ class Muon(Optimizer):
             PlanMismatchError, MissingGradientError, NonFiniteGradientError: on every rank of
                 the meshes concerned, before anything has changed.
         """
-        self._read_ballots()
+        self._gate.read_past()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if not self._is_proven:
-            self._agreement.prove_plan(self._device())
+            self._agreement.prove_plan(self._gate.device)
             self._is_proven = True
-        votes, grads = self._votes()
-        keep = self._settle(votes, grads)
+        grads, keep = self._gate.admit(tuple(as_text(group) for group in self.param_groups))
         if keep is False:
             return loss
         if not self._is_connected:
@@ -273,108 +267,6 @@ class Muon(Optimizer):
         self._executor.run(self._local_params(grads), mask)
         self._step_adamw(grads, mask)
         return loss
-
-    def _device(self) -> torch.device:
-        """Where ballots live: with the parameters that a mesh holds, else on the host."""
-        for _, param, _ in self._named():
-            if isinstance(param, DTensor):
-                return local_part(param).device
-        return torch.device("cpu")
-
-    def _votes(self) -> tuple[Votes, dict[str, Tensor]]:
-        """What this rank says before the step, and the gradients it has, by name."""
-        states: dict[str, str] = {}
-        grads: dict[str, Tensor] = {}
-        fault = ""
-        for name, param, _ in self._named():
-            grad = param.grad
-            if grad is None:
-                states[name] = ""
-                continue
-            fault = fault or _fault_of(name, param, grad)
-            grads[name] = grad
-            states[name] = "yes"
-            if isinstance(grad, DTensor) and _needs_redistribution(param, grad):
-                states[name] = str(grad.placements)
-        presence = tuple(
-            tuple(states[fqn] for fqn in manifest.fqns) for manifest in self._agreement.manifests
-        )
-        options = tuple(as_text(group) for group in self.param_groups)
-        return Votes(options, presence, fault), grads
-
-    def _settle(self, votes: Votes, grads: dict[str, Tensor]) -> Tensor | bool:
-        """Agree with all ranks, bring `grads` to the parameters' placements.
-
-        Returns whether to step: a bool, or a bool scalar on the device that nobody has read.
-        """
-        device = self._device()
-        by_name = {name: param for name, param, _ in self._named()}
-        moved = {n for n, grad in grads.items() if _needs_redistribution(by_name[n], grad)}
-        flag = self._non_finite([g for name, g in grads.items() if name not in moved], device)
-        if self._reads_now(device):
-            verdict = self._agreement.settle(
-                votes, flag, raise_missing=self._missing_grad == "raise"
-            )
-            self._count_as_zero(verdict.incomplete, by_name, grads)
-            bad = verdict.non_finite
-            if moved:
-                self._redistribute(moved, by_name, grads)
-                flag = self._non_finite([grads[name] for name in moved], device)
-                bad |= self._agreement.settle(votes, flag, raise_missing=False).non_finite
-            return not bad or self._raise_or_skip(grads)
-        ballots = self._agreement.cast(votes, flag)
-        keep = all_agree(ballots)
-        if moved:
-            if keep.item():
-                self._redistribute(moved, by_name, grads)
-            else:
-                grads.update({name: torch.zeros_like(by_name[name]) for name in moved})
-            flag = self._non_finite([grads[name] for name in moved], device)
-            ballots = torch.cat([ballots, self._agreement.cast(votes, flag)])
-        self._ballots.append(ballots)
-        return keep & (ballots[:, BallotEntry.NON_FINITE].amax() == 0)
-
-    def _reads_now(self, device: torch.device) -> bool:
-        """Whether to wait for the ballots: on the host, at first, and where the user asks."""
-        waits = device.type == "cpu" or self._missing_grad == "zero" or not self._is_connected
-        return waits or not self._agreement.manifests
-
-    def _non_finite(self, grads: Iterable[Tensor], device: torch.device) -> Tensor:
-        if self._nonfinite == "propagate":
-            return torch.zeros((), dtype=torch.int64, device=device)
-        return non_finite_flag([local_part(grad) for grad in grads], device)
-
-    def _raise_or_skip(self, grads: dict[str, Tensor]) -> bool:
-        if self._nonfinite == "skip":
-            return False
-        here = [n for n, g in grads.items() if not local_part(g).isfinite().all()]
-        where = f"on this rank in {', '.join(here)}" if here else "on another rank"
-        raise NonFiniteGradientError(
-            f"A gradient holds NaN or Inf, {where}. Nothing was changed on any rank. Lower the "
-            'learning rate, clip gradients, or construct Muon with nonfinite="skip" to leave '
-            "such steps out."
-        )
-
-    def _count_as_zero(
-        self, incomplete: frozenset[str], by_name: dict[str, Tensor], grads: dict[str, Tensor]
-    ) -> None:
-        for name in incomplete - grads.keys():
-            grads[name] = torch.zeros_like(by_name[name])
-        if incomplete and not self._told_of_zeros:
-            self._told_of_zeros = True
-            logger.warning(
-                "no gradient on some ranks, counted as zero there, now and from here on "
-                "without a further word: %s",
-                ", ".join(sorted(incomplete)),
-            )
-
-    def _redistribute(
-        self, names: set[str], by_name: dict[str, Tensor], grads: dict[str, Tensor]
-    ) -> None:
-        for name, param in by_name.items():
-            grad = grads.get(name)
-            if name in names and isinstance(param, DTensor) and isinstance(grad, DTensor):
-                grads[name] = grad.redistribute(placements=param.placements)
 
     def _local_params(self, grads: dict[str, Tensor]) -> dict[int, LocalParam]:
         """This rank's part of every Muon parameter that has a gradient, by index in the plan."""
@@ -419,15 +311,9 @@ class Muon(Optimizer):
         for group in self.param_groups:
             adamw_step(by_group.get(id(group), []), group, found_inf)
 
-    def _read_ballots(self) -> None:
-        """Raise what a masked step of the past found; its masks are long computed."""
-        ballots, self._ballots = self._ballots, []
-        for ballot in ballots:
-            read(ballot, with_non_finite=self._nonfinite == "raise")
-
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict: `momentum_buffer`, or AdamW's state, per parameter."""
-        self._read_ballots()
+        self._gate.read_past()
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -437,8 +323,6 @@ class Muon(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by pickle and by `load_state_dict`: plan what the groups now say."""
         super().__setstate__(state)
-        self._ballots = []
-        self._told_of_zeros = False
         self._replan()
 
 
@@ -450,38 +334,3 @@ _PICKLED = (
     "_missing_grad",
     "_nonfinite",
 )
-
-
-def _needs_redistribution(param: Tensor, grad: Tensor) -> bool:
-    return (
-        isinstance(param, DTensor)
-        and isinstance(grad, DTensor)
-        and grad.placements != param.placements
-    )
-
-
-def _fault_of(name: str, param: Tensor, grad: Tensor) -> str:
-    """Why this gradient cannot be used; empty if it can."""
-    if grad.is_sparse or grad.layout != torch.strided:
-        return (
-            f"{name} has a sparse gradient ({grad.layout}); Muon needs a dense one. Construct "
-            "the embedding with sparse=False."
-        )
-    if grad.dtype != param.dtype:
-        return (
-            f"{name} is {dtype_name(param.dtype)} and its gradient {dtype_name(grad.dtype)}. "
-            "Cast the gradient first."
-        )
-    if isinstance(param, DTensor) != isinstance(grad, DTensor):
-        kinds = ["a DTensor" if isinstance(t, DTensor) else "a plain tensor" for t in (param, grad)]
-        return f"{name} is {kinds[0]} and its gradient {kinds[1]}. Give both the same mesh."
-    if (
-        isinstance(param, DTensor)
-        and isinstance(grad, DTensor)
-        and grad.device_mesh != param.device_mesh
-    ):
-        return (
-            f"{name} lives on {param.device_mesh} and its gradient on {grad.device_mesh}. "
-            "Redistribute the gradient to the parameter's mesh first."
-        )
-    return ""

@@ -6,6 +6,7 @@ Arithmetic only. Prices what it is shown; does not choose.
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 
 from muon_dtensor.layout import MeshSpec, Region
 from muon_dtensor.matrices import rows_and_cols
@@ -302,7 +303,7 @@ def _makespan_flops(plan: Plan, costs: tuple[BucketCost, ...], index_of: dict[in
     """Sum over runs of consecutive ORTHOGONALIZE actions of the slowest rank's flops."""
     total, run = 0, [0] * len(index_of)
     phases = [action.phase for action in plan.schedule]
-    for action, following in zip(plan.schedule, [*phases[1:], None], strict=True):
+    for action, following in zip_longest(plan.schedule, phases[1:]):
         if action.phase is Phase.ORTHOGONALIZE:
             cost = costs[action.bucket]
             _add(run, cost.flops, cost.bucket.mesh, index_of)

@@ -184,21 +184,21 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON; `Plan.from_json` reads it back to an equal plan."""
-        from muon_dtensor.planning.render import to_json
+        from muon_dtensor.planning.serialize import to_json
 
         return to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         """Inverse of `to_json`. Raises ValueError for what is no plan, or breaks `check`."""
-        from muon_dtensor.planning.render import from_json
+        from muon_dtensor.planning.serialize import from_json
 
         return from_json(text)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the JSON text, in hex: equal digests are equal plans."""
-        from muon_dtensor.planning.render import digest
+        from muon_dtensor.planning.serialize import digest
 
         return digest(self)
 

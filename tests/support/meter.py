@@ -29,7 +29,7 @@ class Count:
 
 def _counted_all_to_all(
     output: Tensor,
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     output_splits: list[int],
     input_splits: list[int],
     **kwargs: Any,

@@ -1,0 +1,144 @@
+"""Which parameter of a model belongs to which algorithm.
+
+Module classes and names decide, never shapes alone. Builds param groups; plans nothing.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from muon_dtensor.errors import GroupOptionError
+
+EMBEDDING_NAME = re.compile(
+    r"(^|[._])(embed|embeds|embedding|embeddings|wte|wpe|vocab)($|[._])", re.IGNORECASE
+)
+HEAD_NAME = re.compile(
+    r"(^|[._])(head|heads|output|classifier|score|unembed|unembedding|logits|proj_out)$",
+    re.IGNORECASE,
+)
+"""Names of a model's last projection. Only outside numbered layers: a layer's own `output` or
+`head` is a hidden matrix."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One parameter and where it goes."""
+
+    fqn: str
+    param: nn.Parameter
+    algorithm: str
+    why: str
+
+
+def group_parameters(
+    model: nn.Module,
+    *,
+    lr: float | None = None,
+    adamw: Mapping[str, Any] | None = None,
+    rules: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    show: bool = False,
+) -> list[dict[str, Any]]:
+    """Param groups of a whole model, for `Muon`.
+
+    Embeddings, output heads (also tied to an embedding), norms, biases and all with fewer than
+    two dims go to AdamW, the rest to Muon. Parameters without requires_grad are left out.
+
+    Args:
+        model: plain, or after parallelize_module and fully_shard.
+        lr: learning rate of the Muon groups; default: the optimizer's.
+        adamw: options of the AdamW groups (`lr`, `betas`, `eps`, `weight_decay`).
+        rules: (regex, options) pairs; the first whose regex is found in a parameter's name
+            overrides its options, and with `algorithm` its algorithm.
+        show: print a table of all parameters, where they go and why.
+
+    Returns:
+        Groups of (name, parameter) pairs with equal options, in model order.
+
+    Raises:
+        GroupOptionError: a rule that no parameter takes.
+    """
+    entries = list(_classify(model))
+    used: set[int] = set()
+    groups: dict[str, dict[str, Any]] = {}
+    rows = []
+    for entry in entries:
+        algorithm, why, options = entry.algorithm, entry.why, {}
+        for number, (pattern, overrides) in enumerate(rules):
+            if re.search(pattern, entry.fqn):
+                used.add(number)
+                options = dict(overrides)
+                algorithm = options.pop("algorithm", algorithm)
+                why = f"rule {pattern!r}"
+                break
+        base: dict[str, Any] = {} if lr is None else {"lr": lr}
+        if algorithm == "adamw":
+            base.update(adamw or {})
+        merged = {**base, **options, "algorithm": algorithm}
+        group = groups.setdefault(repr(sorted(merged.items())), {"params": [], **merged})
+        group["params"].append((entry.fqn, entry.param))
+        rows.append((entry.fqn, str(list(entry.param.shape)), algorithm, why))
+    _check_rules(rules, used, [entry.fqn for entry in entries])
+    if show:
+        print(table(rows))
+    return list(groups.values())
+
+
+def _check_rules(
+    rules: Sequence[tuple[str, Mapping[str, Any]]], used: set[int], fqns: Sequence[str]
+) -> None:
+    for number, (pattern, _) in enumerate(rules):
+        if number in used:
+            continue
+        if any(re.search(pattern, fqn) for fqn in fqns):
+            raise GroupOptionError(
+                f"rule {number}, {pattern!r}, takes no parameter: earlier rules take all that it "
+                "matches. Put it before them, or leave it out."
+            )
+        raise GroupOptionError(
+            f"rule {number}, {pattern!r}, matches no parameter. Names look like "
+            f"{', '.join(fqns[:3])}."
+        )
+
+
+def _classify(model: nn.Module) -> Iterator[_Entry]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names: dict[nn.Parameter, list[str]] = {}
+    for fqn, param in model.named_parameters(remove_duplicate=False):
+        if param.requires_grad:
+            names.setdefault(param, []).append(fqn)
+    for param, fqns in names.items():
+        # A tied parameter goes where the most particular of its uses sends it.
+        reasons = [_reason_for_adamw(modules, fqn, param.ndim) for fqn in fqns]
+        why = next((reason for reason in reasons if reason), "")
+        if why and len(fqns) > 1:
+            why += f", tied as {', '.join(fqns[1:])}"
+        yield _Entry(fqns[0], param, "adamw" if why else "muon", why or "matrix")
+
+
+def _reason_for_adamw(modules: Mapping[str, nn.Module], fqn: str, ndim: int) -> str:
+    """Why a parameter is not for Muon; empty if it is."""
+    path, _, name = fqn.rpartition(".")
+    classes = [cls.__name__ for cls in type(modules[path]).__mro__]
+    in_layers = any(part.isdecimal() for part in path.split("."))
+    if any("Embedding" in cls for cls in classes) or EMBEDDING_NAME.search(fqn):
+        return "embedding"
+    if any(cls.endswith("Norm") or "Norm1d" in cls or "Norm2d" in cls for cls in classes):
+        return "norm"
+    if not in_layers and HEAD_NAME.search(path):
+        return "output head"
+    if name == "bias" or name.endswith("_bias"):
+        return "bias"
+    return f"{ndim}-D" if ndim < 2 else ""
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows of text in aligned columns, under a heading."""
+    rows = [("parameter", "shape", "algorithm", "why"), *rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,158 @@
+"""A plan as JSON for programs, and as a digest for ranks to compare.
+
+Equal plans, equal text. What it reads back, it checks.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+from muon_dtensor.layout import Layout, MeshSpec, ParamSpec, Region
+from muon_dtensor.matrices import matrix_regions
+from muon_dtensor.planning.check import check
+from muon_dtensor.planning.ir import (
+    Action,
+    AllToAll,
+    Assignment,
+    Bucket,
+    Local,
+    Owned,
+    Plan,
+    PlanOptions,
+    Route,
+    Strategy,
+)
+
+FORMAT = 1
+"""Version of the JSON text; part of the digest, so ranks with different formats disagree."""
+
+
+def to_json(plan: Plan) -> str:
+    """The plan as JSON with sorted keys and no spaces: equal plans, equal text."""
+    meshes = list(plan.meshes)
+    mesh_index = {id(mesh): index for index, mesh in enumerate(meshes)}
+
+    def index_of(mesh: MeshSpec) -> int:
+        known = mesh_index.get(id(mesh))
+        if known is None:
+            known = mesh_index[id(mesh)] = meshes.index(mesh)
+        return known
+
+    return json.dumps(
+        {
+            "format": FORMAT,
+            "options": {name: getattr(plan.options, name) for name in PlanOptions.__slots__},
+            "meshes": [
+                {"dims": list(m.dim_names), "shape": list(m.shape), "ranks": list(m.ranks)}
+                for m in meshes
+            ],
+            "params": [_param_to_json(s, index_of(s.layout.mesh)) for s in plan.params],
+            "buckets": [_bucket_to_json(b, index_of(b.mesh)) for b in plan.buckets],
+            "schedule": " ".join(map(str, plan.schedule)),
+        },
+        sort_keys=True,
+        separators=(",", ":"),
+    )
+
+
+def _param_to_json(spec: ParamSpec, mesh: int) -> dict[str, Any]:
+    value: dict[str, Any] = {
+        "fqn": spec.fqn,
+        "mesh": mesh,
+        "shape": list(spec.shape),
+        "cuts": [list(dims) for dims in spec.layout.cuts],
+        "dtype": spec.dtype,
+        "num_iterations": spec.num_iterations,
+        "wire_dtype": spec.wire_dtype,
+    }
+    if len(spec.shape) not in (2, 3) or spec.matrices != matrix_regions(spec.shape):
+        value["matrices"] = [[list(m.start), list(m.stop)] for m in spec.matrices]
+    return value
+
+
+def _bucket_to_json(bucket: Bucket, mesh: int) -> dict[str, Any]:
+    match bucket.strategy:
+        case Local():
+            strategy: dict[str, Any] = {"kind": "local"}
+        case Owned(unshard_dims=apart, replica_dims=same, hops=hops):
+            strategy = {"kind": "owned", "unshard": apart, "replicas": same, "hops": hops}
+    return {
+        "mesh": mesh,
+        "strategy": strategy,
+        "wire_dtype": bucket.wire_dtype,
+        "assignments": [[a.param, a.matrix, a.owner] for a in bucket.assignments],
+        "unshard": [[list(c.mesh_dims), c.route.value] for c in bucket.unshard],
+        "reshard": [[list(c.mesh_dims), c.route.value] for c in bucket.reshard],
+    }
+
+
+def from_json(text: str) -> Plan:
+    """Inverse of `to_json`. Raises ValueError for what is no plan, or breaks `check`."""
+    try:
+        value = json.loads(text)
+        if value["format"] != FORMAT:
+            raise ValueError(f"plan format {value['format']}, this package reads {FORMAT}")
+        meshes = [
+            MeshSpec(tuple(m["dims"]), tuple(m["shape"]), tuple(m["ranks"]))
+            for m in value["meshes"]
+        ]
+        layouts: dict[tuple[Any, ...], Layout] = {}
+        plan = Plan(
+            params=tuple(_param_from_json(p, meshes, layouts) for p in value["params"]),
+            buckets=tuple(_bucket_from_json(b, meshes) for b in value["buckets"]),
+            schedule=tuple(Action.parse(token) for token in value["schedule"].split()),
+            options=PlanOptions(**value["options"]),
+        )
+    except (KeyError, IndexError, TypeError, AttributeError, AssertionError) as error:
+        raise ValueError(f"not the JSON text of a plan: {error!r}") from error
+    check(plan)
+    return plan
+
+
+def _param_from_json(
+    value: dict[str, Any], meshes: list[MeshSpec], layouts: dict[tuple[Any, ...], Layout]
+) -> ParamSpec:
+    shape, cuts = tuple(value["shape"]), tuple(tuple(dims) for dims in value["cuts"])
+    key = (value["mesh"], shape, cuts)
+    layout = layouts.setdefault(key, Layout(meshes[value["mesh"]], shape, cuts))
+    matrices = (
+        tuple(Region(tuple(start), tuple(stop)) for start, stop in value["matrices"])
+        if "matrices" in value
+        else matrix_regions(shape)
+    )
+    return ParamSpec(
+        value["fqn"],
+        layout,
+        value["dtype"],
+        matrices,
+        value["num_iterations"],
+        value["wire_dtype"],
+    )
+
+
+def _bucket_from_json(value: dict[str, Any], meshes: list[MeshSpec]) -> Bucket:
+    kind = value["strategy"]["kind"]
+    if kind == "local":
+        strategy: Strategy = Local()
+    elif kind == "owned":
+        s = value["strategy"]
+        strategy = Owned(tuple(s["unshard"]), tuple(s["replicas"]), s["hops"])
+    else:
+        raise ValueError(f"unknown strategy {kind!r} in the JSON text of a plan")
+    unshard, reshard = (
+        tuple(AllToAll(tuple(dims), Route(route)) for dims, route in value[phase])
+        for phase in ("unshard", "reshard")
+    )
+    return Bucket(
+        meshes[value["mesh"]],
+        strategy,
+        value["wire_dtype"],
+        tuple(Assignment(*triple) for triple in value["assignments"]),
+        unshard,
+        reshard,
+    )
+
+
+def digest(plan: Plan) -> str:
+    """SHA-256 of `to_json`, in hex."""
+    return hashlib.sha256(to_json(plan).encode()).hexdigest()

@@ -1,0 +1,204 @@
+"""Which gradients a step may use: present, finite, at their parameters' placements.
+
+Asks the agreement, redistributes, and says yes or no on all ranks alike. Updates nothing.
+"""
+
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from muon_dtensor.errors import NonFiniteGradientError
+from muon_dtensor.runtime.agreement import (
+    Agreement,
+    Entry,
+    Votes,
+    all_agree,
+    non_finite_flag,
+    read,
+)
+from muon_dtensor.runtime.describe import dtype_name, local_part
+
+logger = logging.getLogger("muon_dtensor")
+
+
+class GradientGate:
+    """Lets the gradients of a step through, or stops it on every rank.
+
+    On the host all is settled before anything changes. On a device `admit` waits for nothing:
+    it returns a mask, keeps the ballots, and `read_past` raises what they say when asked later.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        agreement: Agreement,
+        *,
+        missing_grad: Literal["raise", "zero"],
+        nonfinite: Literal["raise", "skip", "propagate"],
+    ) -> None:
+        self._params = params
+        self._agreement = agreement
+        self._missing_grad = missing_grad
+        self._nonfinite = nonfinite
+        self._past: list[Tensor] = []
+        self._has_settled = False
+        self._told_of_zeros = False
+        self.device = next(
+            (local_part(p).device for p in params.values() if isinstance(p, DTensor)),
+            torch.device("cpu"),
+        )
+
+    def admit(self, options: tuple[str, ...]) -> tuple[dict[str, Tensor], Tensor | bool]:
+        """Gradients by name of parameter, and whether to step with them.
+
+        The answer is a bool, or a bool scalar on the device that nobody has read.
+
+        Args:
+            options: hyperparameters of each param group as text, for ranks to compare.
+
+        Raises:
+            PlanMismatchError, MissingGradientError, NonFiniteGradientError: on every rank.
+            RuntimeError: a gradient that cannot be used, on this rank or on another.
+        """
+        votes, grads = self._votes(options)
+        moved = [name for name in grads if _has_moved(self._params[name], grads[name])]
+        usable = [] if votes.fault else [g for name, g in grads.items() if name not in moved]
+        flag = self._flag(usable)
+        if self._reads_now():
+            return grads, self._settle(votes, grads, moved, flag)
+        return grads, self._mask(votes, grads, moved, flag)
+
+    def read_past(self) -> None:
+        """Raise what a masked step of the past found; its ballots are long reduced."""
+        past, self._past = self._past, []
+        for ballots in past:
+            read(ballots, with_non_finite=self._nonfinite == "raise")
+
+    def _reads_now(self) -> bool:
+        """Whether to wait for the ballots: on the host, at first, and where the user asks."""
+        return (
+            self.device.type == "cpu"
+            or not self._has_settled
+            or self._missing_grad == "zero"
+            or not self._agreement.manifests
+        )
+
+    def _votes(self, options: tuple[str, ...]) -> tuple[Votes, dict[str, Tensor]]:
+        """What this rank says before the step, and the gradients it has."""
+        states: dict[str, str] = {}
+        grads: dict[str, Tensor] = {}
+        fault = ""
+        for name, param in self._params.items():
+            grad = param.grad
+            if grad is None:
+                states[name] = ""
+                continue
+            fault = fault or _fault_of(name, param, grad)
+            grads[name] = grad
+            states[name] = "yes"
+            if isinstance(grad, DTensor) and _has_moved(param, grad):
+                states[name] = str(grad.placements)
+        presence = tuple(
+            tuple(states[fqn] for fqn in manifest.fqns) for manifest in self._agreement.manifests
+        )
+        return Votes(options, presence, fault), grads
+
+    def _settle(
+        self, votes: Votes, grads: dict[str, Tensor], moved: Collection[str], flag: Tensor
+    ) -> bool:
+        raise_missing = self._missing_grad == "raise"
+        verdict = self._agreement.settle(votes, flag, raise_missing=raise_missing)
+        self._count_as_zero(verdict.incomplete, grads)
+        bad = verdict.non_finite
+        if moved:
+            self._redistribute(moved, grads)
+            flag = self._flag([grads[name] for name in moved])
+            bad |= self._agreement.settle(votes, flag, raise_missing=False).non_finite
+        self._has_settled = True
+        if bad and self._nonfinite == "raise":
+            here = [name for name, g in grads.items() if not local_part(g).isfinite().all()]
+            where = f"on this rank in {', '.join(here)}" if here else "on another rank"
+            raise NonFiniteGradientError(
+                f"A gradient holds NaN or Inf, {where}. Nothing was changed on any rank. Lower "
+                'the learning rate, clip gradients, or construct Muon with nonfinite="skip" to '
+                "leave such steps out."
+            )
+        return not bad
+
+    def _mask(
+        self, votes: Votes, grads: dict[str, Tensor], moved: Collection[str], flag: Tensor
+    ) -> Tensor:
+        ballots = self._agreement.cast(votes, flag)
+        keep = all_agree(ballots)
+        if moved:
+            if keep.item():
+                self._redistribute(moved, grads)
+            else:
+                grads.update({name: torch.zeros_like(self._params[name]) for name in moved})
+            flag = self._flag([grads[name] for name in moved])
+            ballots = torch.cat([ballots, self._agreement.cast(votes, flag)])
+        self._past.append(ballots)
+        return keep & (ballots[:, Entry.NON_FINITE].amax() == 0)
+
+    def _flag(self, grads: Iterable[Tensor]) -> Tensor:
+        if self._nonfinite == "propagate":
+            return torch.zeros((), dtype=torch.int64, device=self.device)
+        return non_finite_flag([local_part(grad) for grad in grads], self.device)
+
+    def _count_as_zero(self, incomplete: frozenset[str], grads: dict[str, Tensor]) -> None:
+        for name in incomplete - grads.keys():
+            grads[name] = torch.zeros_like(self._params[name])
+        if incomplete and not self._told_of_zeros:
+            self._told_of_zeros = True
+            logger.warning(
+                "no gradient on some ranks, counted as zero there, now and from here on "
+                "without a further word: %s",
+                ", ".join(sorted(incomplete)),
+            )
+
+    def _redistribute(self, names: Collection[str], grads: dict[str, Tensor]) -> None:
+        for name in names:
+            param, grad = self._params[name], grads[name]
+            assert isinstance(param, DTensor), name
+            assert isinstance(grad, DTensor), name
+            grads[name] = grad.redistribute(placements=param.placements)
+
+
+def _has_moved(param: Tensor, grad: Tensor) -> bool:
+    """Whether a gradient's placements are not its parameter's."""
+    return (
+        isinstance(param, DTensor)
+        and isinstance(grad, DTensor)
+        and grad.placements != param.placements
+    )
+
+
+def _fault_of(name: str, param: Tensor, grad: Tensor) -> str:
+    """Why this gradient cannot be used; empty if it can."""
+    if grad.layout != torch.strided:
+        return (
+            f"{name} has a sparse gradient ({grad.layout}); Muon needs a dense one. Construct "
+            "the embedding with sparse=False."
+        )
+    if grad.dtype != param.dtype:
+        return (
+            f"{name} is {dtype_name(param.dtype)} and its gradient {dtype_name(grad.dtype)}. "
+            "Cast the gradient first."
+        )
+    if isinstance(param, DTensor) != isinstance(grad, DTensor):
+        kinds = ["a DTensor" if isinstance(t, DTensor) else "a plain tensor" for t in (param, grad)]
+        return f"{name} is {kinds[0]} and its gradient {kinds[1]}. Give both the same mesh."
+    if (
+        isinstance(param, DTensor)
+        and isinstance(grad, DTensor)
+        and grad.device_mesh != param.device_mesh
+    ):
+        return (
+            f"{name} lives on {param.device_mesh} and its gradient on {grad.device_mesh}. "
+            "Redistribute the gradient to the parameter's mesh first."
+        )
+    return ""

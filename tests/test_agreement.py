@@ -1,0 +1,315 @@
+"""What ranks agree on before a step: every disagreement is told on every rank, nothing changes."""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from muon_dtensor import Muon
+from tests.support.cases import mesh_of, spread, tensors_like
+from tests.support.pool import run_processes
+
+R, S0, S1 = Replicate(), Shard(0), Shard(1)
+SHAPES = [(8, 6), (7, 5), (6, 9)]
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def snapshot(optimizer: Muon) -> list[torch.Tensor]:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    states = [value for p in params for value in optimizer.state[p].values()]
+    return [local(t).detach().clone() for t in (*params, *states)]
+
+
+def told(optimizer: Muon, step: Callable[[], Any] | None = None) -> tuple[str, str, bool]:
+    """Error type and text of a step, and whether all was left as it was."""
+    before = snapshot(optimizer)
+    try:
+        (step or optimizer.step)()
+    except Exception as error:
+        name, text = type(error).__name__, str(error)
+    else:
+        name, text = "", ""
+    same = all(torch.equal(a, b) for a, b in zip(before, snapshot(optimizer), strict=True))
+    return name, text, same
+
+
+def made(
+    shape: tuple[int, ...] = (4,), placements: Any = (S0,), adamw: bool = False, **options: Any
+) -> tuple[list[nn.Parameter], Muon, Any]:
+    mesh = mesh_of(shape)
+    params = [nn.Parameter(spread(w, mesh, placements)) for w in tensors_like(SHAPES, 0)]
+    named = [(f"layers.{i}.weight", p) for i, p in enumerate(params)]
+    groups: list[dict[str, Any]] = [{"params": named}]
+    if adamw:
+        norm = nn.Parameter(spread(torch.ones(9), mesh, (R,) * len(shape)))
+        params.append(norm)
+        groups.append({"params": [("norm.weight", norm)], "algorithm": "adamw"})
+    give_gradients(params, mesh, placements)
+    return params, Muon(groups, **options), mesh
+
+
+def give_gradients(params: list[nn.Parameter], mesh: Any, placements: Any, seed: int = 1) -> None:
+    for param, grad in zip(params, tensors_like(SHAPES, seed), strict=False):
+        param.grad = spread(grad, mesh, placements)
+    for param in params[len(SHAPES) :]:
+        param.grad = spread(torch.ones(param.shape), mesh, param.placements)
+
+
+def different_order() -> Any:
+    mesh = mesh_of((2, 2))
+    params = [nn.Parameter(spread(w, mesh, (S0, S1))) for w in tensors_like(SHAPES, 0)]
+    named = [(f"layers.{i}.weight", p) for i, p in enumerate(params)]
+    if dist.get_rank() == 2:
+        named[1], named[2] = named[2], named[1]
+    give_gradients(params, mesh, (S0, S1))
+    return told(Muon(named))
+
+
+def test_different_order_of_parameters():
+    for name, text, same in run_processes(4, different_order):
+        assert (name, same) == ("PlanMismatchError", True)
+        assert "from parameter 1 on" in text
+        assert "rank 2: layers.2.weight [6, 9]" in text
+        assert "3 ranks (0, 1, 3): layers.1.weight [7, 5]" in text
+
+
+def different_plan_options() -> Any:
+    _, optimizer, _ = made(prefetch_count=dist.get_rank() % 2)
+    return told(optimizer)
+
+
+def test_different_plan_options():
+    for name, text, same in run_processes(4, different_plan_options):
+        assert (name, same) == ("PlanMismatchError", True)
+        assert "prefetch_count" in text
+
+
+def different_lr(later: bool) -> Any:
+    params, optimizer, mesh = made(
+        (2, 2), (R, S0), lr=0.1 if dist.get_rank() != 1 or later else 0.2
+    )
+    if later:
+        optimizer.step()
+        give_gradients(params, mesh, (R, S0))
+        if dist.get_rank() == 1:
+            optimizer.param_groups[0]["lr"] = 0.2
+    return told(optimizer)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_different_hyperparameters(later):
+    for name, text, same in run_processes(4, different_lr, later):
+        assert (name, same) == ("PlanMismatchError", True)
+        assert "rank 1: param group 0:" in text
+        assert "lr=0.2" in text
+        assert "lr=0.1" in text
+
+
+def missing_on(ranks: tuple[int, ...], shape: Any, placements: Any, options: Any) -> Any:
+    params, optimizer, mesh = made(shape, placements, adamw=True, **options)
+    optimizer.step()
+    give_gradients(params, mesh, placements, seed=2)
+    if dist.get_rank() in ranks:
+        params[1].grad = None
+        params[3].grad = None
+    first = told(optimizer)
+    give_gradients(params, mesh, placements, seed=3)
+    optimizer.step()
+    return first, local(params[1]).detach(), local(params[3]).detach()
+
+
+@pytest.mark.parametrize(
+    ("shape", "placements"), [((4,), (S0,)), ((2, 2), (R, S0)), ((2, 2), (S0, S1))], ids=str
+)
+def test_a_gradient_missing_on_some_ranks_is_named(shape, placements):
+    for (name, text, same), *_ in run_processes(4, missing_on, (1, 3), shape, placements, {}):
+        assert (name, same) == ("MissingGradientError", True)
+        assert "layers.1.weight: no gradient on 2 ranks (1, 3)" in text
+        assert "norm.weight: no gradient on 2 ranks (1, 3)" in text
+        assert "layers.0" not in text
+
+
+def missing_everywhere(shape: Any, placements: Any) -> Any:
+    params, optimizer, _ = made(shape, placements, adamw=True)
+    params[1].grad = params[3].grad = None
+    before = snapshot(optimizer)
+    optimizer.step()
+    after = snapshot(optimizer)
+    return [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+
+
+@pytest.mark.parametrize(("shape", "placements"), [((3,), (S1,)), ((2, 2), (R, S0))], ids=str)
+def test_a_gradient_missing_everywhere_leaves_the_parameter_alone(shape, placements):
+    num_ranks = torch.Size(shape).numel()
+    for same in run_processes(num_ranks, missing_everywhere, shape, placements):
+        # parameters, then momenta of the first three, then step, exp_avg, exp_avg_sq
+        assert same == [False, True, False, True, False, True, False, True, True, True]
+
+
+def zero_or_zeros(explicit: bool) -> Any:
+    params, optimizer, _ = made(adamw=True, missing_grad="zero")
+    optimizer.step()
+    if dist.get_rank() == 2:
+        zeros = [
+            DTensor.from_local(local(p).detach() * 0, p.device_mesh, p.placements) for p in params
+        ]
+        params[0].grad = zeros[0] if explicit else None
+        params[3].grad = zeros[3] if explicit else None
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("muon_dtensor").addHandler(handler)
+    optimizer.step()
+    optimizer.step()
+    return snapshot(optimizer), [r for r in records if "counted as zero" in r]
+
+
+def test_a_missing_gradient_may_count_as_zero():
+    expected = run_processes(4, zero_or_zeros, True)
+    for (seen, warnings), (wanted, _) in zip(
+        run_processes(4, zero_or_zeros, False), expected, strict=True
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(seen, wanted, strict=True))
+        assert len(warnings) == 1
+        assert "layers.0.weight, norm.weight" in warnings[0]
+
+
+def non_finite(value: float, mode: str, which: int, shape: Any, placements: Any) -> Any:
+    params, optimizer, mesh = made(shape, placements, adamw=True, nonfinite=mode)
+    optimizer.step()
+    if dist.get_rank() == 1:
+        local(params[which].grad).view(-1)[0] = value
+    first = told(optimizer)
+    finite_after = all(bool(t.isfinite().all()) for t in snapshot(optimizer))
+    give_gradients(params, mesh, placements, seed=3)
+    clean = told(optimizer)
+    return first, finite_after, clean
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", [0, 3], ids=["muon", "adamw"])
+@pytest.mark.parametrize(("shape", "placements"), [((4,), (S0,)), ((2, 2), (R, S0))], ids=str)
+def test_non_finite_gradients(value, which, shape, placements):
+    for mode, name in (("raise", "NonFiniteGradientError"), ("skip", "")):
+        outcomes = run_processes(4, non_finite, value, mode, which, shape, placements)
+        for first, finite_after, clean in outcomes:
+            assert first[0] == name
+            assert first[2], "nothing changes on any rank"
+            assert finite_after
+            assert clean[0] == ""
+            assert not clean[2], "the next step is an ordinary one"
+        if mode == "raise":
+            assert "on this rank in" in outcomes[1][0][1]
+            assert "on another rank" in outcomes[2][0][1]
+
+
+def test_propagated_nan_is_what_torch_does():
+    outcomes = run_processes(4, non_finite, math.nan, "propagate", 0, (4,), (S0,))
+    assert all(not finite_after for _, finite_after, _ in outcomes)
+    assert [first[0] for first, _, _ in outcomes] == [""] * 4
+
+
+def nan_on_the_smaller_mesh() -> Any:
+    """A router on dp alone; its NaN must stop ranks that do not hold the router."""
+    world = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    dense = nn.Parameter(spread(tensors_like([(8, 8)], 0)[0], world, (S0, S1)))
+    router = nn.Parameter(spread(tensors_like([(6, 4)], 0)[0], world["dp"], (S0,)))
+    optimizer = Muon([("dense", dense), ("router", router)])
+    dense.grad = spread(torch.ones(8, 8), world, (S0, S1))
+    router.grad = spread(torch.ones(6, 4), world["dp"], (S0,))
+    if dist.get_rank() == 2:
+        local(router.grad)[0, 0] = math.nan
+    nan = told(optimizer)
+    router.grad = spread(torch.ones(6, 4), world["dp"], (S0,)) if dist.get_rank() != 2 else None
+    return nan, told(optimizer)
+
+
+def test_what_a_smaller_mesh_finds_stops_the_larger():
+    for nan, missing in run_processes(4, nan_on_the_smaller_mesh):
+        assert (nan[0], nan[2]) == ("NonFiniteGradientError", True)
+        assert (missing[0], missing[2]) == ("MissingGradientError", True)
+
+
+def sparse_gradient() -> Any:
+    mesh = mesh_of((2,))
+    plain = nn.Embedding(6, 4, sparse=True)
+    held = nn.Parameter(spread(torch.ones(6, 4), mesh, (S0,)))
+    optimizer = Muon([("table", plain.weight), ("held", held)])
+    held.grad = spread(torch.ones(6, 4), mesh, (S0,))
+    if dist.get_rank() == 0:
+        plain(torch.tensor([1, 2])).sum().backward()
+    return told(optimizer)
+
+
+def test_a_sparse_gradient_on_one_rank_stops_all():
+    (name, text, same), (other_name, other_text, other_same) = run_processes(2, sparse_gradient)
+    assert (name, same) == ("RuntimeError", True)
+    assert "table has a sparse gradient" in text
+    assert (other_name, other_same) == ("RuntimeError", True)
+    assert "Another rank could not take this step" in other_text
+
+
+def masked(value: float, missing: bool, mode: str) -> Any:
+    """The road of a GPU, taken on the host: ballots stay unread, the step is masked."""
+    params, optimizer, mesh = made((2, 2), (R, S0), adamw=True, nonfinite=mode)
+    optimizer.step()
+    optimizer._gate._reads_now = lambda: False  # type: ignore[method-assign]
+    give_gradients(params, mesh, (R, S0), seed=2)
+    if dist.get_rank() == 1:
+        if missing:
+            params[1].grad = None
+        local(params[0].grad).view(-1)[0] = value
+    first = told(optimizer)
+    give_gradients(params, mesh, (R, S0), seed=3)
+    second = told(optimizer)
+    third = told(optimizer)
+    return first, second, third, told(optimizer, optimizer.state_dict)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_masked_step_changes_nothing_and_is_told_later(missing):
+    value = 1.0 if missing else math.nan
+    name = "MissingGradientError" if missing else "NonFiniteGradientError"
+    for first, second, third, saved in run_processes(4, masked, value, missing, "raise"):
+        assert first == ("", "", True)
+        assert (second[0], second[2]) == (name, True)
+        assert "changed nothing" in second[1]
+        assert third[0] == saved[0] == ""
+        assert not third[2]
+
+
+def test_a_masked_step_may_be_skipped_silently():
+    for first, second, _, saved in run_processes(4, masked, math.nan, False, "skip"):
+        assert first == ("", "", True)
+        assert second[0] == saved[0] == ""
+        assert not second[2]
+
+
+def masked_or_not(reads_now: bool) -> Any:
+    params, optimizer, mesh = made((2, 2), (S0, S1), adamw=True)
+    for step in range(3):
+        give_gradients(params, mesh, (S0, S1), seed=step)
+        optimizer.step()
+        if not reads_now:
+            optimizer._gate._reads_now = lambda: False  # type: ignore[method-assign]
+    return snapshot(optimizer)
+
+
+def test_a_masked_good_step_is_the_ordinary_one():
+    for seen, wanted in zip(
+        run_processes(4, masked_or_not, False), run_processes(4, masked_or_not, True), strict=True
+    ):
+        for a, b in zip(seen[:3], wanted[:3], strict=True):
+            assert torch.equal(a, b)  # Muon: the same operations
+        for a, b in zip(seen[3:], wanted[3:], strict=True):
+            torch.testing.assert_close(a, b)  # AdamW: torch's fused kernel

@@ -1,0 +1,90 @@
+"""A number imports only lower numbers, and siblings on floor 1 don't know each other."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "muon_dtensor"
+MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+
+MAY_REACH = {
+    "errors": (),
+    "layout": (),
+    "matrices": ("layout",),
+    "planning": ("errors", "layout", "matrices", "planning"),
+    "orthogonalize": ("orthogonalize",),
+    "update": (),
+    "adamw": (),
+    "runtime": ("errors", "layout", "matrices", "planning", "orthogonalize", "update", "runtime"),
+    "options": ("errors", "orthogonalize", "update"),
+    "grouping": ("errors", "options"),
+    "optim": (
+        *("errors", "layout", "planning", "runtime", "adamw", "options"),
+        *("matrices", "orthogonalize", "update"),
+    ),
+    "cli": ("",),
+    "__init__": ("",),
+}
+
+RUNTIME_MAY_PLAN_WITH = ("planning.ir", "planning.routes")
+ONLY_IN_DESCRIBE = ("_StridedShard",)
+STDLIB_ONLY = ("errors", "layout", "matrices", "planning")
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            assert node.module
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def own_imports(path: Path) -> Iterator[str]:
+    for name in imports(path):
+        if name == "muon_dtensor" or name.startswith("muon_dtensor."):
+            yield name.removeprefix("muon_dtensor").removeprefix(".")
+
+
+def floor_of(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_point_down(path):
+    for name in own_imports(path):
+        assert name.split(".")[0].startswith(MAY_REACH[floor_of(path)]), f"{path} imports {name}"
+        if floor_of(path) == "runtime" and name.startswith("planning"):
+            assert name in RUNTIME_MAY_PLAN_WITH, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if floor_of(p) in STDLIB_ONLY], ids=str)
+def test_planning_is_stdlib_only(path):
+    for name in imports(path):
+        assert name.split(".")[0] in {*sys.stdlib_module_names, "muon_dtensor"}, name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_torch_distributed_has_one_home(path):
+    text = (ROOT / path).read_text()
+    allowed = {"runtime", "cli"} | ({"optim"} if "torch.distributed.tensor" in text else set())
+    if any(name.startswith("torch.distributed") for name in imports(path)):
+        assert floor_of(path) in allowed
+    if path.parts != ("runtime", "describe.py"):
+        for name in ONLY_IN_DESCRIBE:
+            assert name not in text, f"{path} reads torch's private {name}"
+
+
+def test_rooms_stay_small():
+    sizes = {path: len((ROOT / path).read_text().splitlines()) for path in MODULES}
+    assert {path: size for path, size in sizes.items() if size > 400} == {}
+
+
+def test_a_planted_import_is_caught(monkeypatch):
+    monkeypatch.setattr("tests.test_floors.own_imports", lambda path: iter(["planning.cost"]))
+    with pytest.raises(AssertionError, match=r"runtime.executor\.py imports planning\.cost"):
+        test_imports_point_down(Path("runtime/executor.py"))

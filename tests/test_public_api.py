@@ -1,0 +1,207 @@
+"""The door: what is listed, what torch's signature promises, what groups hold."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import muon_dtensor
+from muon_dtensor import GroupOptionError, Muon, PlanError
+from tests.support.cases import tensors_like
+
+PUBLIC = {
+    "GroupOptionError",
+    "MissingGradientError",
+    "Muon",
+    "NonFiniteGradientError",
+    "Plan",
+    "PlanError",
+    "PlanMismatchError",
+    "group_parameters",
+}
+
+GROUP_KEYS = {
+    *("params", "lr", "weight_decay", "momentum", "nesterov", "ns_coefficients"),
+    *("eps", "ns_steps", "adjust_lr_fn", "algorithm", "betas"),
+}
+
+
+def test_the_door_lists_what_it_has():
+    assert set(muon_dtensor.__all__) == PUBLIC
+    assert all(getattr(muon_dtensor, name).__doc__ for name in PUBLIC)
+
+
+def test_signature_begins_as_torch_s():
+    ours = list(inspect.signature(Muon).parameters.values())
+    torchs = list(inspect.signature(torch.optim.Muon).parameters.values())
+    for mine, theirs in zip(ours, torchs, strict=False):
+        assert (mine.name, mine.default, mine.kind) == (theirs.name, theirs.default, theirs.kind)
+    assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(torchs) :])
+
+
+def test_group_keys_are_frozen():
+    optimizer = Muon([nn.Parameter(torch.ones(2, 2))])
+    assert set(optimizer.param_groups[0]) == GROUP_KEYS
+
+
+def weight(*shape: int, **kwargs) -> nn.Parameter:
+    return nn.Parameter(torch.ones(*shape, **kwargs), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("param", "words"),
+    [
+        (weight(4), ["norm", "one tensor dim", "Give it to AdamW"]),
+        (nn.Parameter(torch.tensor(1.0)), ["norm", "0 tensor dims", "Give it to AdamW"]),
+        (weight(2, 3, 4, 5), ["4 tensor dims", "[2, 3, 4, 5]", "Store it as"]),
+        (weight(3, 3, dtype=torch.complex64), ["complex64", "real floating dtype"]),
+        (weight(3, 3, dtype=torch.int64), ["int64", "real floating dtype"]),
+    ],
+    ids=["1-D", "0-D", "4-D", "complex", "integer"],
+)
+def test_parameters_that_muon_cannot_step(param, words):
+    with pytest.raises(PlanError) as caught:
+        Muon([("fine", weight(3, 3)), ("norm", param), ("fine2", weight(2, 2))])
+    assert "1 of 3 parameters cannot be planned" in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_all_bad_parameters_are_told_at_once():
+    with pytest.raises(PlanError, match="2 of 3") as caught:
+        Muon([("a", weight(3)), ("b", weight(2, 2)), ("c", weight(5))])
+    assert [problem.fqn for problem in caught.value.problems] == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr must be 0 or more"),
+        ({"lr": float("nan")}, "lr must be 0 or more"),
+        ({"lr": torch.ones(2)}, "one element"),
+        ({"momentum": -0.1}, "momentum must be 0 or more"),
+        ({"weight_decay": -0.1}, "weight_decay must be 0 or more"),
+        ({"eps": -1e-8}, "eps must be 0 or more"),
+        ({"adjust_lr_fn": "spectral"}, "adjust_lr_fn must be"),
+        ({"ns_steps": 100}, "ns_steps must be an integer in 0..99"),
+        ({"ns_coefficients": (1.0, 2.0)}, "three numbers"),
+        ({"ns_dtype": torch.int32}, "ns_dtype must be one of"),
+        ({"missing_grad": "ignore"}, "missing_grad must be"),
+        ({"nonfinite": "ignore"}, "nonfinite must be"),
+    ],
+    ids=str,
+)
+def test_values_out_of_range(options, message):
+    with pytest.raises(GroupOptionError, match=message):
+        Muon([weight(2, 2)], **options)
+
+
+@pytest.mark.parametrize("options", [{"bucket_mb": 0}, {"prefetch_count": -1}], ids=str)
+def test_plan_options_out_of_range(options):
+    with pytest.raises(ValueError, match="must be"):
+        Muon([weight(2, 2)], **options)
+
+
+def test_unknown_group_option_names_the_nearest():
+    with pytest.raises(GroupOptionError, match=r"'weight_decy'\. Did you mean 'weight_decay'"):
+        Muon([{"params": [weight(2, 2)], "weight_decy": 0.1}])
+    with pytest.raises(GroupOptionError, match="algorithm must be one of muon, adamw"):
+        Muon([{"params": [weight(2, 2)], "algorithm": "sgd"}])
+
+
+def test_a_bad_group_is_not_added():
+    optimizer = Muon([weight(2, 2)])
+    digest = optimizer.plan.digest
+    with pytest.raises(PlanError):
+        optimizer.add_param_group({"params": [weight(3)]})
+    assert len(optimizer.param_groups) == 1
+    assert optimizer.plan.digest == digest
+    optimizer.add_param_group({"params": [weight(3)], "algorithm": "adamw"})
+    optimizer.add_param_group({"params": [weight(4, 3)], "lr": 0.5})
+    assert [spec.shape for spec in optimizer.plan.params] == [(2, 2), (4, 3)]
+
+
+def test_an_empty_optimizer_steps():
+    optimizer = Muon([])
+    optimizer.step()
+    assert optimizer.step(lambda: 3.0) == 3.0
+    assert str(optimizer.plan) == "no parameters, nothing to do"
+
+
+def test_adamw_groups_are_torch_s_adamw():
+    shapes = [(5,), (4, 3), (2, 3, 4, 5)]
+    ours = [nn.Parameter(w) for w in tensors_like(shapes, 0)]
+    theirs = [nn.Parameter(w) for w in tensors_like(shapes, 0)]
+    options = {"lr": 0.02, "betas": (0.8, 0.95), "weight_decay": 0.3}
+    optimizer = Muon([{"params": ours, "algorithm": "adamw", **options}])
+    oracle = torch.optim.AdamW(theirs, **options)
+    assert optimizer.param_groups[0]["eps"] == oracle.param_groups[0]["eps"]
+    for step in range(4):
+        for a, b, grad in zip(ours, theirs, tensors_like(shapes, 1 + step), strict=True):
+            a.grad, b.grad = grad, grad.clone()
+        optimizer.step()
+        oracle.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(optimizer.state[a]["exp_avg"], oracle.state[b]["exp_avg"])
+
+
+def test_schedulers_closures_hooks_and_pickles():
+    param = nn.Parameter(torch.randn(4, 6))
+    optimizer = Muon([("w", param)], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, total_iters=4)
+    seen: list[float] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(optimizer.param_groups[0]["lr"]))
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = param.square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        loss = optimizer.step(closure)
+        scheduler.step()
+    assert loss > 0
+    assert seen == pytest.approx([0.05, 0.0625, 0.075])
+    for twin in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
+        twin_param = twin.param_groups[0]["params"][0]
+        twin_param.grad = param.grad.clone()
+        twin.step()
+    optimizer.step()
+    assert torch.equal(twin_param, param)
+
+
+def test_resuming_is_bitwise():
+    def fresh() -> tuple[nn.Parameter, nn.Parameter, Muon]:
+        a, b = (nn.Parameter(w) for w in tensors_like([(6, 4), (4,)], 0))
+        return a, b, Muon([{"params": [a]}, {"params": [b], "algorithm": "adamw"}])
+
+    def train(a: nn.Parameter, b: nn.Parameter, optimizer: Muon, steps: range) -> None:
+        for step in steps:
+            a.grad, b.grad = tensors_like([(6, 4), (4,)], 10 + step)
+            optimizer.step()
+
+    a, b, optimizer = fresh()
+    train(a, b, optimizer, range(3))
+    c, d, resumed = fresh()
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    c.data.copy_(a.data)
+    d.data.copy_(b.data)
+    train(a, b, optimizer, range(3, 6))
+    train(c, d, resumed, range(3, 6))
+    assert torch.equal(a, c)
+    assert torch.equal(b, d)
+
+
+def test_a_step_with_lr_0_and_zero_gradients_changes_nothing():
+    a, b = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3))
+    optimizer = Muon([{"params": [a]}, {"params": [b], "algorithm": "adamw"}], lr=0.0)
+    before = a.clone(), b.clone()
+    a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
+    optimizer.step()
+    assert torch.equal(a, before[0])
+    assert torch.equal(b, before[1])
