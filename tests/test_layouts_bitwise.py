@@ -5,6 +5,8 @@ Ranks are threads here; `test_gloo.py` repeats the hard ones on processes.
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 
 from tests.support.cases import Case, Outcome, compare_with_oracle
@@ -120,3 +122,37 @@ def test_bf16_parameters(mesh_shape, placements):
 )
 def test_many_ranks(mesh_shape, placements):
     hold_to_plan(run(case(mesh_shape, (*EVEN, *ODD, (40, 33)), placements)))
+
+
+@st.composite
+def random_cases(draw) -> Case:
+    mesh_shape = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)))
+    params = []
+    for _ in range(draw(st.integers(1, 5))):
+        ndim = draw(st.integers(2, 3))
+        shape = tuple(draw(st.lists(st.integers(0, 12), min_size=ndim, max_size=ndim)))
+        kinds = [R, *(Shard(dim) for dim in range(ndim))]
+        count = len(mesh_shape)
+        params.append(
+            (shape, tuple(draw(st.lists(st.sampled_from(kinds), min_size=count, max_size=count))))
+        )
+    return Case(
+        mesh_shape,
+        tuple(params),
+        muon={
+            "nesterov": draw(st.booleans()),
+            "adjust_lr_fn": draw(st.sampled_from([None, "match_rms_adamw"])),
+            "weight_decay": draw(st.sampled_from([0.0, 0.1])),
+        },
+        ours={
+            "bucket_mb": draw(st.sampled_from([1e-5, 3e-4, 256])),
+            "prefetch_count": draw(st.integers(0, 3)),
+        },
+        num_steps=2,
+    )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(random_cases())
+def test_any_case(case):
+    hold_to_plan(run(case))

@@ -1,0 +1,94 @@
+"""What a step holds beside parameters, gradients and state, measured by counting live storages."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from muon_dtensor import Muon
+from muon_dtensor.orthogonalize import newton_schulz
+from tests.support.cases import mesh_of, spread, tensors_like
+from tests.support.pool import run_processes
+
+R, S0, S1 = Replicate(), Shard(0), Shard(1)
+
+
+class LiveStorages(TorchDispatchMode):
+    """Bytes of storages that were made under this mode and still live, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._before: set[int] = set()
+        self.peak_nbytes = 0
+
+    def ignore(self, *tensors: torch.Tensor) -> None:
+        self._before |= {StorageWeakRef(t.untyped_storage()).cdata for t in tensors}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                reference = StorageWeakRef(storage)
+                if reference.cdata not in self._before:
+                    self._known[reference.cdata] = (reference, storage.nbytes())
+        self._known = {k: v for k, v in self._known.items() if not v[0].expired()}
+        self.peak_nbytes = max(self.peak_nbytes, sum(n for _, n in self._known.values()))
+        return result
+
+
+def workspace_nbytes(rows: int, cols: int) -> int:
+    """Of one matrix: itself, assembled, and what Newton-Schulz holds beside it."""
+    with LiveStorages() as meter:
+        newton_schulz(torch.ones(rows, cols, dtype=torch.bfloat16))
+    return meter.peak_nbytes
+
+
+def peak_of_a_step(
+    mesh_shape: tuple[int, ...], placements: Any, bucket_mb: float, prefetch_count: int
+) -> tuple[int, int, int, int, int]:
+    mesh = mesh_of(mesh_shape)
+    shapes = [(96, 64), (64, 96), (64, 64), (128, 64)] * 4
+    params = [nn.Parameter(spread(w, mesh, placements)) for w in tensors_like(shapes, 0)]
+    optimizer = Muon(params, bucket_mb=bucket_mb, prefetch_count=prefetch_count)
+    for param, grad in zip(params, tensors_like(shapes, 1), strict=True):
+        param.grad = spread(grad, mesh, placements)
+    optimizer.step()
+    meter = LiveStorages()
+    meter.ignore(*(p.grad.to_local() for p in params), *(p.to_local() for p in params))
+    meter.ignore(*(optimizer.state[p]["momentum_buffer"].to_local() for p in params))
+    with meter:
+        optimizer.step()
+    cost = optimizer.plan.cost
+    return (
+        meter.peak_nbytes,
+        cost.buffer_nbytes[dist.get_rank()],
+        len(optimizer.plan.buckets),
+        max(bucket.peak_nbytes for bucket in cost.buckets),
+        workspace_nbytes(128, 64),
+    )
+
+
+@pytest.mark.parametrize("prefetch_count", [0, 1, 2])
+@pytest.mark.parametrize("bucket_mb", [0.08, 0.14, 256])
+@pytest.mark.parametrize(
+    ("mesh_shape", "placements"),
+    [((4,), (S0,)), ((2, 2), (R, S0)), ((2, 2), (S0, S1)), ((4,), (R,))],
+    ids=["fsdp", "hsdp", "fsdp-tp", "ddp"],
+)
+def test_buffers_stay_under_the_cap(mesh_shape, placements, bucket_mb, prefetch_count):
+    outcomes = run_processes(4, peak_of_a_step, mesh_shape, placements, bucket_mb, prefetch_count)
+    for peak, planned, num_buckets, largest_bucket, workspace in outcomes:
+        cap = bucket_mb * 2**20
+        assert largest_bucket <= cap
+        assert peak <= (prefetch_count + 2) * cap + workspace
+        assert peak <= planned + workspace, "the plan says what a step holds"
+        assert peak >= 0.9 * planned, "and does not exaggerate"
+        assert (num_buckets > 1) == (bucket_mb < 1)
