@@ -77,7 +77,7 @@ def peak_of_a_step(
 
 
 @pytest.mark.parametrize("prefetch_count", [0, 1, 2])
-@pytest.mark.parametrize("bucket_mb", [0.08, 0.14, 256])
+@pytest.mark.parametrize("bucket_mb", [0.07, 0.08, 256])
 @pytest.mark.parametrize(
     ("mesh_shape", "placements"),
     [((4,), (S0,)), ((2, 2), (R, S0)), ((2, 2), (S0, S1)), ((4,), (R,))],
