@@ -115,6 +115,7 @@ class Muon(Optimizer):
         self._missing_grad = missing_grad
         self._nonfinite = nonfinite
         self._plan: Plan | None = None
+        self._proven: set[frozenset[int]] = set()
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -166,7 +167,7 @@ class Muon(Optimizer):
                     yield name, param, group
 
     def _replan(self) -> None:
-        """Plan anew, make missing state; what was proven of the old plan is forgotten."""
+        """Plan anew and make missing state; the next ballots compare the new plan."""
         describer = Describer()
         specs: list[ParamSpec] = []
         problems: list[Problem] = []
@@ -203,7 +204,6 @@ class Muon(Optimizer):
         )
         devices = [local_part(param).device for param in self._muon]
         self._executor = Executor(plan, rank, groups, devices)
-        self._is_proven = False
         self._is_connected = False
 
     def _manifests(self, plan: Plan, describer: Describer) -> Iterator[Manifest]:
@@ -254,9 +254,7 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._is_proven:
-            self._agreement.prove_plan(self._gate.device)
-            self._is_proven = True
+        self._agreement.prove_plan(self._gate.device, self._proven)
         grads, keep = self._gate.admit(tuple(as_text(group) for group in self.param_groups))
         if keep is False:
             return loss
@@ -323,6 +321,10 @@ class Muon(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by pickle and by `load_state_dict`: plan what the groups now say."""
         super().__setstate__(state)
+        self._proven = set()
+        for group in self.param_groups:
+            for name, value in DEFAULTS.items():
+                group.setdefault(name, value)
         self._replan()
 
 

@@ -313,3 +313,21 @@ def test_a_masked_good_step_is_the_ordinary_one():
             assert torch.equal(a, b)  # Muon: the same operations
         for a, b in zip(seen[3:], wanted[3:], strict=True):
             torch.testing.assert_close(a, b)  # AdamW: torch's fused kernel
+
+
+def group_added_later(shape: Any, placements: Any) -> Any:
+    params, optimizer, mesh = made(shape, placements)
+    optimizer.step()
+    give_gradients(params, mesh, placements, seed=2)
+    if dist.get_rank() == 1:
+        more = nn.Parameter(spread(torch.ones(4, 4), mesh, placements))
+        optimizer.add_param_group({"params": [("more", more)]})
+    return told(optimizer)
+
+
+@pytest.mark.parametrize(("shape", "placements"), [((4,), (S0,)), ((2, 2), (S0, S1))], ids=str)
+def test_a_group_added_on_one_rank_is_told(shape, placements):
+    for name, text, same in run_processes(4, group_added_later, shape, placements):
+        assert (name, same) == ("PlanMismatchError", True)
+        assert "rank 1: more [4, 4]" in text
+        assert "no further parameter" in text

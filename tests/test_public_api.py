@@ -205,3 +205,18 @@ def test_a_step_with_lr_0_and_zero_gradients_changes_nothing():
     optimizer.step()
     assert torch.equal(a, before[0])
     assert torch.equal(b, before[1])
+
+
+def test_a_checkpoint_of_torch_s_muon_loads():
+    ours, theirs = (nn.Parameter(tensors_like([(6, 4)], 0)[0]) for _ in range(2))
+    oracle, optimizer = torch.optim.Muon([theirs]), Muon([ours], lr=0.5)
+    for step in range(4):
+        theirs.grad = tensors_like([(6, 4)], 1 + step)[0]
+        if step == 2:
+            optimizer.load_state_dict(copy.deepcopy(oracle.state_dict()))
+            ours.data.copy_(theirs)
+        if step >= 2:
+            ours.grad = theirs.grad.clone()
+            optimizer.step()
+        oracle.step()
+    assert torch.equal(ours, theirs)

@@ -102,18 +102,19 @@ class Agreement:
         """In the order of ballots; `Votes.presence` follows it."""
         return self._manifests
 
-    def prove_plan(self, device: torch.device) -> None:
+    def prove_plan(self, device: torch.device, proven: set[frozenset[int]]) -> None:
         """Raise PlanMismatchError on every rank unless all hold the same plan.
 
-        Uses only the process groups of the meshes' own dims, so that no group is made, and no
-        data sent, before the plans are known to be equal.
+        For sets of ranks that are not in `proven`, and puts them there; plans that change later
+        are compared by the ballots. Uses only the process groups of the meshes' own dims, so that
+        no group is made, and no data sent, before plans have been equal once.
         """
         failed: str | None = None
-        for manifest in self._manifests:
-            groups = self._groups.along_each_dim(manifest.mesh)
+        new = [m for m in self._manifests if m.mesh.rank_set not in proven]
+        for manifest in new:
             mine = manifest.fingerprint
             ballot = torch.tensor([mine, -mine, failed is not None], device=device)
-            for group in groups:
+            for group in self._groups.along_each_dim(manifest.mesh):
                 all_reduce_max(ballot, group)
             high, low, other = ballot.tolist()
             if high != -low:
@@ -122,6 +123,7 @@ class Agreement:
                 failed = "Ranks of another mesh hold different plans; their errors say which."
         if failed is not None:
             raise PlanMismatchError(failed)
+        proven.update(manifest.mesh.rank_set for manifest in new)
 
     def settle(self, votes: Votes, non_finite: Tensor, *, raise_missing: bool) -> Verdict:
         """Reduce the ballot and read it; all ranks raise, or all get the same verdict.

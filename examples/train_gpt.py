@@ -1,0 +1,275 @@
+"""Train a byte-level GPT on the text every Python carries, cut over any 3-D mesh.
+
+    torchrun --nproc-per-node 4 examples/train_gpt.py --dp-shard 2 --tp 2
+
+runs on CPU (gloo) or GPUs (NCCL). Everything but `make_optimizer` is stock PyTorch: that function
+is all a training script changes to move to muon_dtensor.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pydoc_data.topics import topics
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from muon_dtensor import Muon, group_parameters
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to train, how long, and over which mesh."""
+
+    optimizer: Literal["muon", "adamw"] = "muon"
+    steps: int = 120
+    dp_replicate: int = 1
+    dp_shard: int = 2
+    tp: int = 2
+    batch: int = 16
+    """Sequences per step, over all ranks."""
+    context: int = 128
+    dim: int = 128
+    layers: int = 4
+    heads: int = 4
+    muon_lr: float = 0.06
+    """Learning rate of the hidden matrices under Muon; best of 0.01, 0.02, 0.04, 0.06, 0.08."""
+    rest_lr: float = 6e-3
+    """Learning rate of embeddings, head and norms beside Muon; best of 3e-3, 6e-3, 1.2e-2."""
+    adamw_lr: float = 1.5e-3
+    """Learning rate of AdamW alone; best of 5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 6e-3, 1.2e-2."""
+    warmup: int = 10
+    val_batches: int = 8
+    seed: int = 0
+
+
+class Attention(nn.Module):
+    """Causal self-attention; under TP a rank holds whole heads."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.head_dim = dim // heads
+        self.wq = nn.Linear(dim, dim, bias=False)
+        self.wk = nn.Linear(dim, dim, bias=False)
+        self.wv = nn.Linear(dim, dim, bias=False)
+        self.wo = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [batch, context, dim]
+        batch, context, _ = x.shape
+        q, k, v = (
+            w(x).view(batch, context, -1, self.head_dim).transpose(1, 2)
+            for w in (self.wq, self.wk, self.wv)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.wo(mixed.transpose(1, 2).reshape(batch, context, -1))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim)
+        self.attention = Attention(dim, heads)
+        self.mlp_norm = nn.RMSNorm(dim)
+        self.fc = nn.Linear(dim, 4 * dim, bias=False)
+        self.out = nn.Linear(4 * dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.out(F.gelu(self.fc(self.mlp_norm(x))))
+
+
+class GPT(nn.Module):
+    """Bytes in, logits of the next byte out."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(256, config.dim)
+        self.pos_embeddings = nn.Embedding(config.context, config.dim)
+        self.layers = nn.ModuleList(Block(config.dim, config.heads) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim)
+        self.output = nn.Linear(config.dim, 256, bias=False)
+        for param in self.parameters():
+            if param.ndim == 2:
+                nn.init.normal_(param, std=0.02)
+        for block in self.layers:
+            for last in (block.attention.wo, block.out):
+                nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * config.layers))
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [batch, context]
+        positions = torch.arange(tokens.size(1), device=tokens.device)
+        x = self.tok_embeddings(tokens) + self.pos_embeddings(positions)
+        for block in self.layers:
+            x = block(x)
+        return self.output(self.norm(x))
+
+
+def make_mesh(config: Config, device: str) -> DeviceMesh:
+    """The mesh (dp_replicate, dp_shard, tp)."""
+    return init_device_mesh(
+        device,
+        (config.dp_replicate, config.dp_shard, config.tp),
+        mesh_dim_names=("dp_replicate", "dp_shard", "tp"),
+    )
+
+
+def make_model(config: Config, mesh: DeviceMesh) -> nn.Module:
+    """The same weights on any mesh: made whole, then cut by TP, then by FSDP2 (or HSDP)."""
+    torch.manual_seed(config.seed)
+    model = GPT(config).to(mesh.device_type)
+    plan = {
+        "attention.wq": ColwiseParallel(),
+        "attention.wk": ColwiseParallel(),
+        "attention.wv": ColwiseParallel(),
+        "attention.wo": RowwiseParallel(),
+        "fc": ColwiseParallel(),
+        "out": RowwiseParallel(),
+    }
+    data = mesh["dp_replicate", "dp_shard"] if config.dp_replicate > 1 else mesh["dp_shard"]
+    for block in model.layers:
+        if config.tp > 1:
+            parallelize_module(block, mesh["tp"], plan)
+        fully_shard(block, mesh=data)
+    return fully_shard(model, mesh=data)
+
+
+def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """Muon for the hidden matrices and AdamW for the rest, or AdamW for all."""
+    adamw = {"lr": config.rest_lr, "betas": (0.9, 0.95), "weight_decay": 0.01}
+    rules = []
+    if config.optimizer == "adamw":
+        adamw["lr"] = config.adamw_lr
+        rules.append((".", {"algorithm": "adamw"}))
+    return Muon(group_parameters(model, lr=config.muon_lr, adamw=adamw, rules=rules))
+
+
+class Text:
+    """The help texts of Python's own documentation as bytes, the last tenth for validation."""
+
+    def __init__(self, config: Config, mesh: DeviceMesh) -> None:
+        text = "\n\n".join(topics[name] for name in sorted(topics)).encode()
+        tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+        cut = len(tokens) * 9 // 10
+        self.train, self.val = tokens[:cut], tokens[cut:]
+        self.config, self.device = config, mesh.device_type
+        self.num_parts = config.dp_replicate * config.dp_shard
+        if config.batch % self.num_parts:
+            raise ValueError(f"batch {config.batch} does not divide over {self.num_parts} ranks")
+        replica, shard, _ = mesh.get_coordinate()
+        self.part = replica * config.dp_shard + shard
+
+    def batch(self, tokens: Tensor, seed: int) -> Tensor:
+        """This data-parallel rank's part of a global batch: [batch / parts, context + 1]."""
+        generator = torch.Generator().manual_seed(seed)
+        high = len(tokens) - self.config.context - 1
+        starts = torch.randint(high, (self.config.batch,), generator=generator)
+        mine = starts.chunk(self.num_parts)[self.part]
+        rows = [tokens[start : start + self.config.context + 1] for start in mine.tolist()]
+        return torch.stack(rows).to(self.device)
+
+
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    """Mean cross-entropy of the next byte, in nats."""
+    logits = model(batch[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+def mean_over_ranks(value: Tensor) -> float:
+    """The mean over all ranks; ranks of one TP group hold the same value."""
+    value = value.detach().clone()
+    dist.all_reduce(value)
+    return value.item() / dist.get_world_size()
+
+
+@dataclass
+class Result:
+    """What a run leaves behind."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    losses: list[float] = field(default_factory=list)
+    optimizer_seconds: list[float] = field(default_factory=list)
+    val_loss: float = math.nan
+
+
+def train(
+    config: Config,
+    mesh: DeviceMesh,
+    on_start: Callable[[Result], None] = lambda result: None,
+    on_step: Callable[[int, float, float], None] = lambda step, loss, rate: None,
+) -> Result:
+    """Train on all ranks. `on_step(step, loss, tokens per second)` is called on each of them."""
+    text = Text(config, mesh)
+    model = make_model(config, mesh)
+    result = Result(model, make_optimizer(config, model))
+    on_start(result)
+
+    def scale(step: int) -> float:
+        if step < config.warmup:
+            return (step + 1) / config.warmup
+        done = (step - config.warmup) / max(1, config.steps - config.warmup)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(result.optimizer, scale)
+    for step in range(config.steps):
+        start = time.perf_counter()
+        loss = loss_of(model, text.batch(text.train, seed=1 + step))
+        loss.backward()
+        before = time.perf_counter()
+        result.optimizer.step()
+        result.optimizer_seconds.append(time.perf_counter() - before)
+        result.optimizer.zero_grad()
+        scheduler.step()
+        result.losses.append(mean_over_ranks(loss))
+        seconds = time.perf_counter() - start
+        on_step(step + 1, result.losses[-1], config.batch * config.context / seconds)
+    with torch.no_grad():
+        losses = [
+            loss_of(model, text.batch(text.val, seed=10**6 + index))
+            for index in range(config.val_batches)
+        ]
+    result.val_loss = mean_over_ranks(torch.stack(losses).mean())
+    # gradients of the last batch, for whoever wants to time further steps
+    loss_of(model, text.batch(text.train, seed=0)).backward()
+    return result
+
+
+def main() -> None:
+    """Run one training under torchrun; rank 0 prints."""
+    import tyro
+
+    config = tyro.cli(Config, description=__doc__)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = "cuda"
+    else:
+        torch.set_num_threads(1)
+        device = "cpu"
+    mesh = make_mesh(config, device)
+    first = dist.get_rank() == 0
+
+    def on_start(result: Result) -> None:
+        if first and isinstance(result.optimizer, Muon):
+            print(result.optimizer.plan, flush=True)
+
+    def on_step(step: int, loss: float, rate: float) -> None:
+        if first and (step % 10 == 0 or step in (1, config.steps)):
+            print(f"step {step}  loss {loss:.4f}  {rate:,.0f} tokens/s", flush=True)
+
+    result = train(config, mesh, on_start, on_step)
+    if first:
+        print(f"validation loss {result.val_loss:.4f}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The command line: muon-dtensor demo. Needs the `cli` extra."""

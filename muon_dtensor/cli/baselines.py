@@ -1,0 +1,54 @@
+"""What people do without this package: the steps we are compared with.
+
+Correct and plain. Not used by the optimizer.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from muon_dtensor.layout import Region
+from muon_dtensor.orthogonalize import newton_schulz
+from muon_dtensor.runtime.describe import Describer, local_part, this_rank
+from muon_dtensor.runtime.packing import view_region
+from muon_dtensor.update import direction_of, update_momentum
+
+
+@torch.no_grad()
+def everyone_gathers(
+    params: Sequence[Tensor], momenta: Sequence[Tensor], *, lr: float, momentum: float = 0.95
+) -> None:
+    """A Muon step in which every rank gathers and orthogonalizes every matrix by itself.
+
+    `params` are 2-D DTensors with gradients; weight decay is left out.
+    """
+    grads = []
+    for param in params:
+        assert param.grad is not None, "everyone_gathers needs a gradient of every parameter"
+        grads.append(param.grad)
+    buffers = [local_part(m) for m in momenta]
+    update_momentum(buffers, [local_part(g) for g in grads], momentum)
+    for param, grad, buffer in zip(params, grads, momenta, strict=True):
+        local = direction_of(local_part(buffer), local_part(grad), momentum, nesterov=True)
+        if not isinstance(param, DTensor):
+            param.add_(newton_schulz(local), alpha=-lr)
+            continue
+        direction = DTensor.from_local(
+            local,
+            param.device_mesh,
+            param.placements,
+            run_check=False,
+            shape=param.shape,
+            stride=param.stride(),
+        )
+        whole = newton_schulz(direction.full_tensor())
+        local_part(param).add_(_own_part(whole, param), alpha=-lr)
+
+
+def _own_part(whole: Tensor, like: DTensor) -> Tensor:
+    """This rank's shard of a tensor that all ranks hold."""
+    layout = Describer().layout(like)
+    region = layout.region(layout.mesh.position_of(this_rank()))
+    return view_region(whole, region, Region.whole(layout.shape))

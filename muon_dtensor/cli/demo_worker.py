@@ -1,0 +1,189 @@
+"""One rank of `muon-dtensor demo`: trains examples/train_gpt.py twice, times steps, reports.
+
+Rank 0 alone prints and writes.
+"""
+
+import importlib.util
+import json
+import logging
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from muon_dtensor import Muon
+from muon_dtensor.cli.baselines import everyone_gathers
+from muon_dtensor.planning.render import quantity
+
+TIMED_ROUNDS = 7
+
+
+def load_script(path: str) -> ModuleType:
+    """A Python file as a module named after itself."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None, path
+    assert spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def train_with_bar(script: ModuleType, config: Any, mesh: Any, console: Console) -> Any:
+    """Train one configuration behind a progress bar; the plan is printed before a Muon run."""
+    columns = (
+        TextColumn(f"{config.optimizer:>5}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=config.steps, loss=float("nan"), rate=0.0)
+
+        def on_step(step: int, loss: float, rate: float) -> None:
+            progress.update(task, completed=step, loss=loss, rate=rate)
+            if not console.is_terminal and step % 20 == 0:
+                console.print(f"{config.optimizer} step {step}  loss {loss:.3f}")
+
+        def on_start(result: Any) -> None:
+            if config.optimizer == "muon":
+                console.print(str(result.optimizer.plan), highlight=False, soft_wrap=True)
+
+        return script.train(config, mesh, on_start, on_step)
+
+
+def time_steps(optimizer: Muon) -> dict[str, float]:
+    """Median seconds of our Muon step and of everyone-gathers, taken in turns.
+
+    Both orthogonalize the same gradients; parameters under AdamW sit this out.
+    """
+    for group in optimizer.param_groups:
+        if group["algorithm"] == "adamw":
+            for param in group["params"]:
+                param.grad = None
+    muon = [p for g in optimizer.param_groups if g["algorithm"] == "muon" for p in g["params"]]
+    momenta = [torch.zeros_like(param, requires_grad=False) for param in muon]
+    seconds: dict[str, list[float]] = {"muon_dtensor": [], "everyone_gathers": []}
+    for turn in range(TIMED_ROUNDS + 1):
+        for name, values in seconds.items():
+            dist.barrier()
+            start = time.perf_counter()
+            if name == "muon_dtensor":
+                optimizer.step()
+            else:
+                everyone_gathers(muon, momenta, lr=0.0)
+            dist.barrier()
+            if turn:
+                values.append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def report(told: dict[str, Any], runs: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    """All that demo.json holds. Bytes and orthogonalizations are those of the plan."""
+    plan = runs["muon"].optimizer.plan
+    orthogonalized = dict.fromkeys(plan.cost.ranks, 0)
+    for bucket in plan.buckets:
+        for assignment in bucket.assignments:
+            orthogonalized[bucket.mesh.ranks[assignment.owner]] += 1
+    return {
+        "val_loss": {name: run.val_loss for name, run in runs.items()},
+        "steps": told["steps"],
+        "mesh": {name: told[name] for name in ("dp_replicate", "dp_shard", "tp")},
+        "losses": {name: run.losses for name, run in runs.items()},
+        "optimizer_seconds_per_step": {
+            **seconds,
+            "adamw": statistics.median(runs["adamw"].optimizer_seconds),
+        },
+        "sent_nbytes_per_step": {
+            "total": plan.cost.total_nbytes,
+            "busiest_rank": max(plan.cost.sent_nbytes),
+            "lower_bound_total": plan.cost.bound_nbytes,
+        },
+        "orthogonalizations_per_rank": list(orthogonalized.values()),
+        "plan_digest": plan.digest,
+        "torch": torch.__version__,
+    }
+
+
+def result_table(summary: dict[str, Any]) -> Table:
+    """The report as a table."""
+    table = Table(title=f"after {summary['steps']} steps")
+    for column in ("", "muon_dtensor", "everyone gathers", "AdamW alone"):
+        table.add_column(column, justify="left" if not column else "right")
+    losses, seconds = summary["val_loss"], summary["optimizer_seconds_per_step"]
+    counts = summary["orthogonalizations_per_rank"]
+    table.add_row("validation loss", f"{losses['muon']:.4f}", "the same", f"{losses['adamw']:.4f}")
+    ours, theirs = seconds["muon_dtensor"], seconds["everyone_gathers"]
+    table.add_row(
+        "optimizer, ms per step",
+        f"{1e3 * ours:.1f} ({ours / theirs:.2f} x)",
+        f"{1e3 * theirs:.1f}",
+        f"{1e3 * seconds['adamw']:.1f}",
+    )
+    table.add_row(
+        "sent per step", quantity(summary["sent_nbytes_per_step"]["total"], "B"), "", "0 B"
+    )
+    each = "/".join(map(str, counts))
+    everyone = "/".join([str(sum(counts))] * len(counts))
+    table.add_row("orthogonalizations per rank", each, everyone, "0")
+    return table
+
+
+def plot_losses(losses: dict[str, list[float]], path: Path) -> str:
+    """Write the training losses as a PNG; returns what to tell the user."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "no plot: pip install 'muon_dtensor[plot]'"
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), constrained_layout=True)
+    for name, label in (("muon", "Muon (hidden matrices) + AdamW"), ("adamw", "AdamW alone")):
+        axes.plot(range(1, len(losses[name]) + 1), losses[name], label=label, linewidth=1.5)
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss, nats per byte")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    return f"losses plotted in {path}"
+
+
+def main() -> None:
+    """What torch.distributed.run starts on every rank."""
+    told = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    # the baseline gathers with several collectives where one would do, and torch says so each time
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
+    script = load_script(told["script"])
+    sizes = {name: told[name] for name in ("dp_replicate", "dp_shard", "tp")}
+    mesh = script.make_mesh(script.Config(**sizes), "cpu")
+    first = dist.get_rank() == 0
+    console = Console(quiet=not first)
+    console.print(f"mesh {sizes} on {dist.get_world_size()} gloo processes", highlight=False)
+    runs = {}
+    for name in ("muon", "adamw"):
+        config = script.Config(optimizer=name, steps=told["steps"], **sizes)
+        runs[name] = train_with_bar(script, config, mesh, console)
+    seconds = time_steps(runs["muon"].optimizer)
+    if first:
+        out = Path(told["out"])
+        summary = report(told, runs, seconds)
+        (out / "demo.json").write_text(json.dumps(summary, indent=1))
+        console.print(result_table(summary))
+        console.print(plot_losses(summary["losses"], out / "losses.png"), soft_wrap=True)
+        console.print(f"figures written to {out / 'demo.json'}", soft_wrap=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Which subcommand runs. Knows no optimizer."""
+
+import importlib.util
+import sys
+
+NEEDED = ("rich", "tyro")
+
+
+def main() -> None:
+    """Entry point of `muon-dtensor`. Exits with status 2 for what cannot be run."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"muon-dtensor needs {', '.join(missing)}: pip install 'muon_dtensor[cli]'",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+    import tyro
+
+    from muon_dtensor.cli.demo import demo
+
+    status = tyro.extras.subcommand_cli_from_dict(
+        {"demo": demo, "version": version},
+        prog="muon-dtensor",
+        description="Sharding-aware Muon for PyTorch.",
+    )
+    raise SystemExit(status)
+
+
+def version() -> int:
+    """Print the versions of this package and of torch."""
+    import torch
+
+    from muon_dtensor import __version__
+
+    print(f"muon_dtensor {__version__}, torch {torch.__version__}")
+    return 0
