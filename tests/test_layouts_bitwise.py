@@ -92,19 +92,19 @@ def test_any_buckets_and_prefetch(mesh_shape, placements, prefetch_count):
     [
         {"nesterov": False},
         {"weight_decay": 0.0},
-        {"adjust_lr_fn": "original"},
+        {"adjust_lr_fn": "original", "weight_decay": 0.3},
         {"adjust_lr_fn": "match_rms_adamw", "lr": 0.02},
         {"momentum": 0.0, "ns_steps": 3, "ns_coefficients": (3.0, -3.2, 1.2)},
         {"momentum": 0.4, "nesterov": False, "weight_decay": 0.0, "eps": 1e-3},
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("mesh_shape", "placements"), [LAYOUTS[3], LAYOUTS[12]])
+@pytest.mark.parametrize(("mesh_shape", "placements"), LAYOUTS)
 def test_options(mesh_shape, placements, muon):
     hold_to_plan(run(case(mesh_shape, EVEN + ODD, placements, muon=muon)))
 
 
-@pytest.mark.parametrize(("mesh_shape", "placements"), [LAYOUTS[3], LAYOUTS[6], LAYOUTS[8]])
+@pytest.mark.parametrize(("mesh_shape", "placements"), LAYOUTS)
 def test_bf16_parameters(mesh_shape, placements):
     hold_to_plan(run(case(mesh_shape, EVEN + ODD, placements, dtype=torch.bfloat16)))
 

@@ -7,10 +7,12 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 import muon_dtensor
 from muon_dtensor import GroupOptionError, Muon, PlanError
-from tests.support.cases import tensors_like
+from tests.support.cases import mesh_of, tensors_like
+from tests.support.threads import run_threads
 
 PUBLIC = {
     "GroupOptionError",
@@ -68,6 +70,21 @@ def test_parameters_that_muon_cannot_step(param, words):
     assert "1 of 3 parameters cannot be planned" in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+def partial_parameter() -> str:
+    mesh = mesh_of((2, 2))
+    param = DTensor.from_local(torch.ones(4, 4), mesh, (Partial(), Shard(0)), run_check=False)
+    with pytest.raises(PlanError) as caught:
+        Muon([("w", nn.Parameter(param))])
+    return str(caught.value)
+
+
+def test_a_partial_parameter_is_refused_on_every_rank():
+    for text in run_threads(4, partial_parameter):
+        assert "w  [8, 4] (Partial(sum), Shard(dim=0)) on (a=2, b=2)" in text
+        assert "no value yet on mesh dim 'a'" in text
+        assert "redistribute(placements=[Replicate(), Shard(dim=0)])" in text
 
 
 def test_all_bad_parameters_are_told_at_once():

@@ -1,0 +1,83 @@
+"""The command line, run as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from muon_dtensor.cli.demo import mesh_sizes, train_script
+
+
+def muon_dtensor(*flags: str) -> subprocess.CompletedProcess[str]:
+    code = "from muon_dtensor.cli.main import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *flags],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "COLUMNS": "120"},
+    )
+
+
+def test_the_demo_trains_and_writes_what_it_promises(tmp_path):
+    flags = ("--steps", "3", "--dp-replicate", "2", "--dp-shard", "1", "--tp", "2")
+    run = muon_dtensor("demo", *flags, "--out", str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    summary = json.loads((tmp_path / "demo.json").read_text())
+    assert summary["steps"] == 3
+    assert set(summary["val_loss"]) == {"muon", "adamw"}
+    assert all(4 < loss < 6 for loss in summary["val_loss"].values())
+    assert summary["losses"]["muon"][0] == summary["losses"]["adamw"][0]
+    assert sum(summary["orthogonalizations_per_rank"]) == 24
+    sent = summary["sent_nbytes_per_step"]
+    assert sent["total"] == sent["lower_bound_total"] > 0
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    for words in ("bucket 0  owned", "after 3 steps", "validation loss", "everyone gathers"):
+        assert words in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--steps", "0"), "--steps must be 1 or more, got 0"),
+        (("--tp", "3"), "--tp must divide the 4 attention heads"),
+        (("--dp-shard", "3"), "must divide the batch of 16"),
+        (("--ranks", "3", "--dp-shard", "2"), "3 ranks do not make a mesh"),
+        (("--ranks", "-1"), "--ranks must be 1 or more"),
+        (("--out", "/dev/null/x"), "Not a directory"),
+    ],
+    ids=str,
+)
+def test_bad_flags_are_one_line_and_status_2(flags, message):
+    run = muon_dtensor("demo", *flags)
+    assert run.returncode == 2
+    assert message in run.stderr
+    assert len(run.stderr.splitlines()) == 1
+
+
+def test_version_and_unknown_commands():
+    assert "torch" in muon_dtensor("version").stdout
+    assert muon_dtensor("dance").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "sizes"),
+    [
+        ((None, None, None, None), (1, 2, 2)),
+        ((8, None, None, None), (1, 4, 2)),
+        ((1, None, None, None), (1, 1, 1)),
+        ((None, 2, None, 1), (2, 2, 1)),
+        ((4, 2, None, None), (2, 1, 2)),
+        ((None, None, 1, 1), (1, 1, 1)),
+    ],
+)
+def test_mesh_sizes(said, sizes):
+    assert tuple(mesh_sizes(*said).values()) == sizes
+
+
+def test_the_training_script_is_found():
+    assert train_script().name == "train_gpt.py"
+    assert Path(train_script()).exists()
