@@ -238,8 +238,6 @@ def train(
             for index in range(config.val_batches)
         ]
     result.val_loss = mean_over_ranks(torch.stack(losses).mean())
-    # gradients of the last batch, for whoever wants to time further steps
-    loss_of(model, text.batch(text.train, seed=0)).backward()
     return result
 
 
@@ -258,7 +256,7 @@ def main() -> None:
     first = dist.get_rank() == 0
 
     def on_start(result: Result) -> None:
-        if first and isinstance(result.optimizer, Muon):
+        if first and config.optimizer == "muon":
             print(result.optimizer.plan, flush=True)
 
     def on_step(step: int, loss: float, rate: float) -> None:

@@ -1,5 +1,7 @@
 """Sharding-aware Muon: hand it DTensors, their placements say how each matrix comes together."""
 
+from typing import TYPE_CHECKING, Any
+
 from muon_dtensor.errors import (
     GroupOptionError,
     MissingGradientError,
@@ -7,9 +9,11 @@ from muon_dtensor.errors import (
     PlanError,
     PlanMismatchError,
 )
-from muon_dtensor.grouping import group_parameters
-from muon_dtensor.optim import Muon
 from muon_dtensor.planning.ir import Plan
+
+if TYPE_CHECKING:
+    from muon_dtensor.grouping import group_parameters
+    from muon_dtensor.optim import Muon
 
 __version__ = "0.1.0"
 
@@ -23,3 +27,16 @@ __all__ = [
     "PlanMismatchError",
     "group_parameters",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # What needs torch is imported when it is asked for, so that plans can be made without torch.
+    if name == "Muon":
+        from muon_dtensor.optim import Muon
+
+        return Muon
+    if name == "group_parameters":
+        from muon_dtensor.grouping import group_parameters
+
+        return group_parameters
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

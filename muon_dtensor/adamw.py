@@ -24,9 +24,8 @@ class AdamWLocal:
 
 
 def step_tensor(param: Tensor) -> Tensor:
-    """A step count of 0, on the device where torch's fused AdamW wants it."""
-    device = param.device if param.device.type != "cpu" else torch.device("cpu")
-    return torch.zeros((), dtype=torch.float32, device=device)
+    """A step count of 0, on the parameter's device, where torch's fused AdamW wants it."""
+    return torch.zeros((), dtype=torch.float32, device=param.device)
 
 
 def adamw_step(

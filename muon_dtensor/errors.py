@@ -20,6 +20,14 @@ class Problem:
         return f"{self.fqn}  {self.seen}\n    {self.reason}\n    {self.remedy}"
 
 
+class RefusalError(ValueError):
+    """Why one parameter cannot be planned, from whoever found out; a Problem without its name."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        self.reason, self.remedy = reason, remedy
+        super().__init__(f"{reason} {remedy}")
+
+
 class PlanError(ValueError):
     """Some parameters cannot be planned. Raised once for all of them, before any collective."""
 

@@ -85,6 +85,7 @@ class MeshSpec:
         return cls(tuple(sizes), tuple(sizes.values()), tuple(range(prod(sizes.values()))))
 
     def __hash__(self) -> int:
+        # cheaper than thousands of ranks, and meshes of one plan rarely differ in ranks alone
         return hash((self.dim_names, self.shape, self.ranks[0]))
 
     @cached_property
@@ -110,7 +111,11 @@ class MeshSpec:
 
     def position_of(self, rank: int) -> int:
         """The position of a global rank that the mesh holds."""
-        return self.ranks.index(rank) if self.dim_names else 0
+        return self._positions[rank] if self.dim_names else 0
+
+    @cached_property
+    def _positions(self) -> dict[int, int]:
+        return {rank: position for position, rank in enumerate(self.ranks)}
 
     def index_along(self, position: int, mesh_dims: tuple[str, ...]) -> int:
         """Row-major index of a position among the coordinates of some mesh dims."""
@@ -128,7 +133,7 @@ class MeshSpec:
             offset += coordinate * self.strides[name]
         return offset
 
-    def size_along(self, mesh_dims: tuple[str, ...]) -> int:
+    def num_ranks_along(self, mesh_dims: tuple[str, ...]) -> int:
         """How many ranks lie along these mesh dims."""
         return prod(self.sizes[name] for name in mesh_dims)
 
@@ -139,7 +144,8 @@ class MeshSpec:
         """
         base = position - self.offset_of(self.index_along(position, mesh_dims), mesh_dims)
         peers = (
-            base + self.offset_of(index, mesh_dims) for index in range(self.size_along(mesh_dims))
+            base + self.offset_of(index, mesh_dims)
+            for index in range(self.num_ranks_along(mesh_dims))
         )
         return tuple(sorted(peers, key=self.ranks.__getitem__))
 
@@ -153,8 +159,7 @@ class Layout:
     """A tensor's global shape and, per tensor dim, the mesh dims that cut it, outermost first.
 
     Every cut follows torch.chunk: n rows over k ranks are pieces of ceil(n / k) rows, the last
-    one shorter, the rest empty. Mesh dims that cut nothing replicate the tensor. Mesh dims of
-    one rank are left out.
+    one shorter, the rest empty. Mesh dims that cut nothing replicate the tensor.
     """
 
     mesh: MeshSpec
@@ -172,7 +177,7 @@ class Layout:
 
     @cached_property
     def cut_dims(self) -> tuple[str, ...]:
-        """Mesh dims that cut some tensor dim, in mesh order."""
+        """Mesh dims of more than one rank that cut some tensor dim, in mesh order."""
         used = {name for dims in self.cuts for name in dims}
         return tuple(n for n in self.mesh.dim_names if n in used and self.mesh.sizes[n] > 1)
 
@@ -186,8 +191,8 @@ class Layout:
     def _bounds(self) -> tuple[tuple[int, ...], ...]:
         """Per tensor dim the ends of its consecutive pieces, beginning with 0."""
         return tuple(
-            _chunk_bounds(numel, tuple(self.mesh.sizes[name] for name in dims))
-            for numel, dims in zip(self.shape, self.cuts, strict=True)
+            _chunk_bounds(num_rows, tuple(self.mesh.sizes[name] for name in mesh_dims))
+            for num_rows, mesh_dims in zip(self.shape, self.cuts, strict=True)
         )
 
     def region(self, position: int) -> Region:
@@ -242,12 +247,12 @@ class Layout:
     def replica_offsets(self) -> tuple[int, ...]:
         """The offsets of all replicas, the first one 0."""
         dims = self.replica_dims
-        return tuple(self.mesh.offset_of(i, dims) for i in range(self.mesh.size_along(dims)))
+        return tuple(self.mesh.offset_of(i, dims) for i in range(self.mesh.num_ranks_along(dims)))
 
 
-def _chunk_bounds(numel: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Ends of the pieces that torch.chunk makes of `numel` rows, size after size."""
-    bounds = [0, numel]
+def _chunk_bounds(num_rows: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Ends of the pieces that torch.chunk makes of so many rows, size after size."""
+    bounds = [0, num_rows]
     for size in sizes:
         cut = [0]
         for first, last in pairwise(bounds):
@@ -259,7 +264,11 @@ def _chunk_bounds(numel: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """All a planner may know of one parameter."""
+    """All a planner may know of one parameter.
+
+    `matrices` are boxes of the global tensor. `num_iterations` of Newton-Schulz, in `wire_dtype`,
+    which is also what travels. `dtype` is that of the stored parameter.
+    """
 
     fqn: str
     layout: Layout

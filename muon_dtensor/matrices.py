@@ -3,14 +3,17 @@
 Declared on the global tensor, so that every mesh gives the same update. Does not know the mesh.
 """
 
+from muon_dtensor.errors import RefusalError
 from muon_dtensor.layout import Region
+
+TO_ADAMW = "Give it to AdamW: a param group with algorithm='adamw'."
 
 
 def matrix_regions(shape: tuple[int, ...]) -> tuple[Region, ...]:
     """The matrices of a parameter of this global shape.
 
-    `[rows, cols]` is one matrix, `[batch, rows, cols]` is `batch` matrices. Raises ValueError,
-    with what to do instead as its text, for any other number of tensor dims.
+    `[rows, cols]` is one matrix, `[batch, rows, cols]` is `batch` matrices. Raises RefusalError for
+    any other number of tensor dims.
     """
     match shape:
         case (_, _):
@@ -18,11 +21,12 @@ def matrix_regions(shape: tuple[int, ...]) -> tuple[Region, ...]:
         case (batch, rows, cols):
             return tuple(Region((i, 0, 0), (i + 1, rows, cols)) for i in range(batch))
         case () | (_,):
-            raise ValueError("Give it to AdamW: a param group with algorithm='adamw'.")
+            dims = "one tensor dim" if shape else "no tensor dims"
+            raise RefusalError(f"Muon needs a matrix; this has {dims}.", TO_ADAMW)
         case _:
-            raise ValueError(
-                "Store it as [rows, cols] or [batch, rows, cols], or give it to AdamW: "
-                "a param group with algorithm='adamw'."
+            raise RefusalError(
+                f"Muon needs to know its matrices; this has {len(shape)} tensor dims.",
+                f"Store it as [rows, cols] or [batch, rows, cols]. Or: {TO_ADAMW}",
             )
 
 

@@ -4,6 +4,7 @@ Keeps torch's contract; leaves planning, moving and mathematics to those who kno
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, overload
 
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from muon_dtensor.adamw import AdamWLocal, adamw_step, step_tensor
 from muon_dtensor.errors import GroupOptionError, PlanError, Problem
 from muon_dtensor.layout import MeshSpec, ParamSpec
-from muon_dtensor.options import DEFAULTS, as_text, complete
+from muon_dtensor.options import DEFAULTS, as_text, complete, complete_loaded
 from muon_dtensor.planning.ir import Plan, PlanOptions
 from muon_dtensor.planning.planner import plan_update, restrict
 from muon_dtensor.runtime.agreement import Agreement, Manifest
@@ -26,7 +27,7 @@ from muon_dtensor.runtime.groups import Groups
 
 logger = logging.getLogger("muon_dtensor")
 
-WIRE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WIRE_DTYPES = (torch.bfloat16, torch.float32)
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -60,7 +61,8 @@ class Muon(Optimizer):
         adjust_lr_fn: None or "original": s = sqrt(max(1, rows / cols)); "match_rms_adamw":
             s = 0.2 sqrt(max(rows, cols)) (Liu et al. 2025, arXiv:2502.16982).
         ns_dtype: dtype of the iteration and of all that is sent.
-        bucket_mb: most MiB of exchange buffers a bucket may hold on a rank.
+        bucket_mb: most MiB of exchange buffers a bucket may hold on a rank. The work space of one
+            matrix (of several, where batched) comes on top.
         prefetch_count: buckets in flight while another is orthogonalized; 0 for none.
         batched: stack equal-shaped matrices of one owner; rounds differently. Default: on a GPU.
         missing_grad: a parameter with a gradient on some ranks only: "raise"
@@ -71,10 +73,12 @@ class Muon(Optimizer):
             the step is masked on the device, and raises at the next `step` or `state_dict`.
 
     A param group may name any of the options up to `adjust_lr_fn`, and `algorithm="adamw"` with
-    `betas`, `eps`, `weight_decay`, `lr`: torch's own AdamW steps such a group, of any shape.
+    `betas`, `eps`, `weight_decay`, `lr`: torch's own AdamW steps such a group, of any shape. Where
+    it names no `lr` or `weight_decay`, it takes the ones above, as any group of an optimizer does.
 
     Raises:
         GroupOptionError: an option that is unknown or out of range.
+        ValueError: `bucket_mb` or `prefetch_count` is out of range.
         PlanError: parameters that Muon cannot step, all of them told at once.
         PlanMismatchError: from the first `step`, if ranks differ in parameters or options.
     """
@@ -125,8 +129,6 @@ class Muon(Optimizer):
             "eps": eps,
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
-            "algorithm": "muon",
-            "betas": DEFAULTS["betas"],
         }
         complete({}, defaults)
         groups: list[Any] = list(params) or [{"params": []}]
@@ -170,18 +172,31 @@ class Muon(Optimizer):
         """Plan anew and make missing state; the next ballots compare the new plan."""
         describer = Describer()
         specs: list[ParamSpec] = []
-        problems: list[Problem] = []
+        homes: dict[MeshSpec, torch.device] = {}
         muon = list(self._named("muon"))
+        named = list(self._named())
+        problems = _same_names([name for name, *_ in named])
         for name, param, group in muon:
             described = describer.param(
                 name, param, num_iterations=group["ns_steps"], wire_dtype=self._ns_dtype
             )
             if isinstance(described, Problem):
                 problems.append(described)
-            else:
-                specs.append(described)
+                continue
+            specs.append(described)
+            device = local_part(param).device
+            home = homes.setdefault(described.layout.mesh, device)
+            if home != device:
+                problems.append(
+                    Problem(
+                        name,
+                        f"on {device}",
+                        f"Other parameters of mesh {described.layout.mesh} are on {home}.",
+                        "Move them to one device, or give each device an optimizer of its own.",
+                    )
+                )
         if problems:
-            raise PlanError(problems, num_params=len(muon))
+            raise PlanError(problems, num_params=len(named))
         on_gpu = any(param.device.type == "cuda" for _, param, _ in muon)
         options = PlanOptions(
             bucket_nbytes=self._bucket_nbytes,
@@ -222,7 +237,9 @@ class Muon(Optimizer):
                 f"{param.placements} on {mesh}, {algorithm}"
                 for name, param, algorithm, mesh in params
             )
-            yield Manifest(params[0][3], digest, lines, tuple(name for name, *_ in params))
+            # Several meshes may hold these ranks; all ranks must pick the same one to vote on.
+            voting = min((mesh for *_, mesh in params), key=lambda m: (m.dim_names, m.shape))
+            yield Manifest(voting, digest, lines, tuple(name for name, *_ in params))
 
     def _make_state(self, param: Tensor, algorithm: str) -> None:
         """State of every parameter from the start, so that all ranks hold the same keys."""
@@ -248,6 +265,8 @@ class Muon(Optimizer):
         Raises:
             PlanMismatchError, MissingGradientError, NonFiniteGradientError: on every rank of
                 the meshes concerned, before anything has changed.
+            RuntimeError: a gradient that cannot be used (sparse, of another dtype or mesh), on
+                this rank or on another.
         """
         self._gate.read_past()
         loss = None
@@ -255,7 +274,8 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._agreement.prove_plan(self._gate.device, self._proven)
-        grads, keep = self._gate.admit(tuple(as_text(group) for group in self.param_groups))
+        options = tuple(as_text(i, group) for i, group in enumerate(self.param_groups))
+        grads, keep = self._gate.admit(options)
         if keep is False:
             return loss
         if not self._is_connected:
@@ -320,11 +340,11 @@ class Muon(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by pickle and by `load_state_dict`: plan what the groups now say."""
+        known = [group["algorithm"] for group in self.__dict__.get("param_groups", [])]
         super().__setstate__(state)
+        for index, group in enumerate(self.param_groups):
+            complete_loaded(group, known[index] if index < len(known) else "muon")
         self._proven = set()
-        for group in self.param_groups:
-            for name, value in DEFAULTS.items():
-                group.setdefault(name, value)
         self._replan()
 
 
@@ -336,3 +356,13 @@ _PICKLED = (
     "_missing_grad",
     "_nonfinite",
 )
+
+
+def _same_names(names: list[str]) -> list[Problem]:
+    """A problem for every name that more than one parameter has."""
+    counts = Counter(names)
+    return [
+        Problem(name, f"{count} parameters", "They have one name.", "Pass names that differ.")
+        for name, count in counts.items()
+        if count > 1
+    ]

@@ -40,9 +40,11 @@ MOST_ITERATIONS = 99
 
 
 def complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A new group with every option; `lr` and `weight_decay` of an AdamW group default alike.
+    """A new group with every option.
 
-    Raises GroupOptionError for unknown options and values out of range.
+    An AdamW group that names no `lr` or `weight_decay` takes the constructor's, as any group of a
+    torch optimizer does; its `eps` and `betas` default to torch.optim.AdamW's. Raises
+    GroupOptionError for unknown options and values out of range.
     """
     unknown = group.keys() - DEFAULTS.keys() - WRITTEN_BY_OTHERS
     if unknown:
@@ -52,11 +54,22 @@ def complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, An
         raise GroupOptionError(
             f"unknown param group option '{name}'.{hint} Options are {', '.join(DEFAULTS)}."
         )
-    if group.get("algorithm", "muon") == "adamw":
-        defaults = {**defaults, "eps": ADAMW_EPS}
-    completed = {**{name: defaults[name] for name in DEFAULTS}, **group}
+    completed = {**_defaults_of(group.get("algorithm", "muon"), defaults), **group}
     validate(completed)
     return completed
+
+
+def complete_loaded(group: dict[str, Any], algorithm: str) -> None:
+    """Fill in, in place, what a checkpoint of torch's Muon or AdamW does not name."""
+    for name, value in _defaults_of(algorithm, DEFAULTS).items():
+        group.setdefault(name, value)
+
+
+def _defaults_of(algorithm: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    values = {**DEFAULTS, **defaults, "algorithm": algorithm}
+    if algorithm == "adamw":
+        values["eps"] = ADAMW_EPS
+    return values
 
 
 def validate(group: Mapping[str, Any]) -> None:
@@ -88,10 +101,10 @@ def validate(group: Mapping[str, Any]) -> None:
         raise GroupOptionError(f"betas must be two numbers in [0, 1), got {betas}")
 
 
-def as_text(group: Mapping[str, Any]) -> str:
+def as_text(index: int, group: Mapping[str, Any]) -> str:
     """All options of a group as one line, for ranks to compare."""
     parts = []
     for name in sorted(group.keys() - {"params", "param_names"}):
         value = group[name]
         parts.append(f"{name}={float(value) if isinstance(value, Tensor) else value!r}")
-    return ", ".join(parts)
+    return f"param group {index}: {', '.join(parts)}"

@@ -128,14 +128,18 @@ def _add_by_place(param: Tensor, update: Tensor, alpha: float, place: Place) -> 
 
 @cache
 def _block_numel(dtype: torch.dtype) -> int:
-    """Elements per block of torch's vector kernel on this processor, found by asking it."""
+    """Elements per block of torch's vector kernel on this processor, found by asking it.
+
+    Takes two numbers on which the kernels differ, adds them in all of 1023 places (one less than
+    a power of two, so that every block size leaves a tail), and counts who got the vector result.
+    Where nobody did, blocks are as large as no matrix.
+    """
     generator = torch.Generator().manual_seed(0)
     base, other = torch.randn(2, 4096, generator=generator).to(dtype)
     alpha = float(torch.tensor(-0.3, dtype=dtype))
     once = base.float().add_(other.float(), alpha=alpha).to(dtype)
     revealing = int((once != base + other * alpha).nonzero()[0])
-    num_elements = 1023
-    both = other[revealing].repeat(num_elements)
-    sums = base[revealing].repeat(num_elements).add_(both, alpha=alpha)
+    both = other[revealing].repeat(1023)
+    sums = base[revealing].repeat(1023).add_(both, alpha=alpha)
     num_in_blocks = int((sums == once[revealing]).sum())
-    return num_elements + 1 - num_in_blocks
+    return 1024 - num_in_blocks if num_in_blocks else 1 << 62

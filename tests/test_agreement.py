@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from muon_dtensor import Muon
 from tests.support.cases import mesh_of, spread, tensors_like
@@ -331,3 +331,121 @@ def test_a_group_added_on_one_rank_is_told(shape, placements):
         assert (name, same) == ("PlanMismatchError", True)
         assert "rank 1: more [4, 4]" in text
         assert "no further parameter" in text
+
+
+def different_modes(option: str, value: str) -> Any:
+    params, optimizer, _ = made(**({option: value} if dist.get_rank() == 2 else {}))
+    if dist.get_rank() == 1:
+        params[0].grad = None
+    return told(optimizer)
+
+
+@pytest.mark.parametrize(("option", "value"), [("missing_grad", "zero"), ("nonfinite", "skip")])
+def test_different_ways_to_take_gradients_are_told(option, value):
+    for name, text, same in run_processes(4, different_modes, option, value):
+        assert (name, same) == ("PlanMismatchError", True)
+        assert "rank 2: optimizer:" in text
+        assert f"{option}={value}" in text
+
+
+def order_over_two_meshes() -> Any:
+    both = mesh_of((2, 2))
+    flat = init_device_mesh("cpu", (4,), mesh_dim_names=("ep",))
+    named = [
+        ("dense", nn.Parameter(spread(torch.ones(8, 8), both, (S0, S1)))),
+        ("expert", nn.Parameter(spread(torch.ones(4, 8), flat, (S0,)))),
+    ]
+    return told(Muon(named[::-1] if dist.get_rank() == 2 else named))
+
+
+def test_different_order_over_two_meshes_of_the_same_ranks():
+    for name, text, same in run_processes(4, order_over_two_meshes):
+        assert (name, same) == ("PlanMismatchError", True)
+        assert "rank 2: expert" in text
+
+
+def crossing_meshes(kind: str) -> Any:
+    """One parameter on rows of ranks, one on columns, none on all of them."""
+    world = mesh_of((2, 2))
+    on_a = nn.Parameter(spread(torch.ones(8, 6), world["a"], (S0,)))
+    on_b = nn.Parameter(spread(torch.ones(6, 8), world["b"], (S0,)))
+    if kind == "one-sided" and dist.get_rank() == 3:
+        optimizer = Muon([("on_b", on_b)])
+    else:
+        optimizer = Muon([("on_a", on_a), ("on_b", on_b)])
+    on_a.grad = spread(torch.ones(8, 6), world["a"], (S0,))
+    on_b.grad = spread(torch.ones(6, 8), world["b"], (S0,))
+    if dist.get_rank() == 0:
+        if kind == "late":
+            on_b.grad = None
+        elif kind == "early":
+            on_a.grad = None
+        elif kind == "nan":
+            local(on_b.grad)[0, 0] = math.nan
+    return told(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        ("late", "MissingGradientError"),
+        ("early", "MissingGradientError"),
+        ("nan", "NonFiniteGradientError"),
+    ],
+)
+def test_meshes_that_cross_tell_each_other(kind, error):
+    for name, _, same in run_processes(4, crossing_meshes, kind):
+        assert (name, same) == (error, True)
+
+
+def moved_gradients(missing_grad: str, masked_step: bool) -> Any:
+    """Rank 0 holds a Partial gradient, the others none at all; then all hold a Partial one."""
+    params, optimizer, mesh = made((4,), (R,), missing_grad=missing_grad)
+    optimizer.step()
+    if masked_step:
+        optimizer._gate._reads_now = lambda: False  # type: ignore[method-assign]
+
+    def partial(param: nn.Parameter) -> DTensor:
+        return DTensor.from_local(torch.ones(param.shape), mesh, (Partial(),), run_check=False)
+
+    give_gradients(params, mesh, (R,), seed=2)
+    params[0].grad = partial(params[0]) if dist.get_rank() == 0 else None
+    first = told(optimizer)
+    give_gradients(params, mesh, (R,), seed=3)
+    params[0].grad = partial(params[0])
+    return first, told(optimizer), told(optimizer)
+
+
+@pytest.mark.parametrize("missing_grad", ["raise", "zero"])
+def test_a_partial_gradient_on_some_ranks_is_told(missing_grad):
+    for first, second, third in run_processes(4, moved_gradients, missing_grad, False):
+        assert (first[0], first[2]) == ("MissingGradientError", True)
+        assert "(Partial(sum),) on rank 0" in first[1]
+        assert second[0] == third[0] == ""
+        assert not second[2]
+
+
+def test_a_masked_partial_gradient_on_some_ranks_is_told_later():
+    for first, second, third in run_processes(4, moved_gradients, "raise", True):
+        assert first == ("", "", True)
+        assert second[0] == "MissingGradientError"
+        assert (third[0], third[2]) == ("", False)
+
+
+def masked_sparse() -> Any:
+    mesh = mesh_of((2,))
+    plain = nn.Embedding(6, 4, sparse=True)
+    held = nn.Parameter(spread(torch.ones(6, 4), mesh, (S0,)))
+    optimizer = Muon([("table", plain.weight), ("held", held)])
+    optimizer._gate._reads_now = lambda: False  # type: ignore[method-assign]
+    held.grad = spread(torch.ones(6, 4), mesh, (S0,))
+    if dist.get_rank() == 0:
+        plain(torch.tensor([1, 2])).sum().backward()
+    return told(optimizer), told(optimizer, optimizer.state_dict)
+
+
+def test_a_masked_sparse_gradient_stops_all_and_is_told_later():
+    (first, text), (other, other_text) = run_processes(2, masked_sparse)
+    assert first == other == ("", "", True)
+    assert "table has a sparse gradient" in text[1]
+    assert "Another rank could not take this step" in other_text[1]

@@ -75,9 +75,11 @@ def test_singular_values_are_near_one():
     assert values.min() > 0.65
 
 
-def test_a_vector_is_refused():
+def test_vectors_and_float16_are_refused():
     with pytest.raises(ValueError, match="two dims"):
         newton_schulz(torch.ones(3))
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        newton_schulz(torch.ones(3, 3), dtype=torch.float16)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0), (0, 3, 3)], ids=str)

@@ -2,9 +2,9 @@
 
 import os
 import random
-import resource
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from time import process_time
@@ -18,7 +18,7 @@ from muon_dtensor.matrices import matrix_regions
 from muon_dtensor.planning.check import check, check_routes
 from muon_dtensor.planning.cost import newton_schulz_flops
 from muon_dtensor.planning.ir import Action, Local, Owned, Phase, Plan, PlanOptions
-from muon_dtensor.planning.planner import owners_by_name, plan_update, restrict
+from muon_dtensor.planning.planner import plan_update, restrict
 from muon_dtensor.planning.render import families, quantity
 from muon_dtensor.planning.routes import rank_bucket
 from tests.support.models import anchors, layered, llama3_70b, param_spec
@@ -156,7 +156,7 @@ def test_a_plan_for_8192_ranks_is_made_in_seconds():
     cost = plan.cost
     assert cost.total_nbytes == cost.bound_nbytes
     assert cost.num_matrices == 560
-    assert len({rank for ranks in owners_by_name(plan).values() for rank in ranks}) == 560
+    assert len({rank for ranks in plan.owners.values() for rank in ranks}) == 560
 
 
 def test_every_rank_makes_the_same_plan():
@@ -167,6 +167,7 @@ def test_every_rank_makes_the_same_plan():
         "from muon_dtensor.planning.planner import plan_update\n"
         "from tests.support.models import llama3_70b\n"
         f"plan = plan_update(llama3_70b(MeshSpec.of(**{LLAMA_MESH})))\n"
+        "assert 'torch' not in sys.modules\n"
         "print(plan.digest)"
     )
     digests = set()
@@ -233,9 +234,8 @@ def test_a_damaged_plan_is_refused(plans, index):
     plan = damaged(plans["fsdp"])[index]
     with pytest.raises(ValueError, match="not a valid plan"):
         check(plan)
-    if index < 13:
-        with pytest.raises(ValueError, match="not"):
-            Plan.from_json(plan.to_json())
+    with pytest.raises(ValueError, match="not a valid plan"):
+        Plan.from_json(plan.to_json())
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 99}', '{"format": 1}'])
@@ -288,7 +288,7 @@ def test_loads_are_carried_across_meshes_of_the_same_ranks():
         for i in range(2)
     ]
     plan = plan_update(specs)
-    assert sorted(rank for ranks in owners_by_name(plan).values() for rank in ranks) == [0, 1, 2, 3]
+    assert sorted(rank for ranks in plan.owners.values() for rank in ranks) == [0, 1, 2, 3]
     part = restrict(plan, rows.rank_set)
     assert part == plan
     assert restrict(plan, frozenset({7})).params == ()
@@ -357,18 +357,19 @@ def test_any_plan_routes_every_element_once(case):
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(random_params(), st.integers(0, 10**6))
-def test_the_order_of_parameters_moves_no_owner_of_a_distinct_size(case, seed):
+def test_the_order_of_parameters_moves_no_owner(case, seed):
     specs, options = case
     shuffled = random.Random(seed).sample(specs, len(specs))
-    there = owners_by_name(plan_update(specs, options))
-    assert owners_by_name(plan_update(shuffled, options)) == there
+    there = plan_update(specs, options).owners
+    assert plan_update(shuffled, options).owners == there
 
 
 def test_planning_thousands_of_ranks_takes_little_memory():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()
     plan_update(llama3_70b(MeshSpec.of(dp_replicate=32, dp_shard=64, tp=8)))
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    assert grown < 1 << 30
+    _, peak_nbytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_nbytes < 100 << 20
 
 
 def test_two_hops_where_direct_loads_the_owner():

@@ -57,8 +57,8 @@ def weight(*shape: int, **kwargs) -> nn.Parameter:
     ("param", "words"),
     [
         (weight(4), ["norm", "one tensor dim", "Give it to AdamW"]),
-        (nn.Parameter(torch.tensor(1.0)), ["norm", "0 tensor dims", "Give it to AdamW"]),
-        (weight(2, 3, 4, 5), ["4 tensor dims", "[2, 3, 4, 5]", "Store it as"]),
+        (nn.Parameter(torch.tensor(1.0)), ["norm", "no tensor dims", "Give it to AdamW"]),
+        (weight(2, 3, 4, 5), ["4 tensor dims", "[2, 3, 4, 5]", "Store it as", "AdamW"]),
         (weight(3, 3, dtype=torch.complex64), ["complex64", "real floating dtype"]),
         (weight(3, 3, dtype=torch.int64), ["int64", "real floating dtype"]),
     ],
@@ -184,12 +184,14 @@ def test_schedulers_closures_hooks_and_pickles():
         scheduler.step()
     assert loss > 0
     assert seen == pytest.approx([0.05, 0.0625, 0.075])
+    twins = []
     for twin in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
         twin_param = twin.param_groups[0]["params"][0]
         twin_param.grad = param.grad.clone()
         twin.step()
+        twins.append(twin_param)
     optimizer.step()
-    assert torch.equal(twin_param, param)
+    assert all(torch.equal(twin_param, param) for twin_param in twins)
 
 
 def test_resuming_is_bitwise():
@@ -237,3 +239,37 @@ def test_a_checkpoint_of_torch_s_muon_loads():
             optimizer.step()
         oracle.step()
     assert torch.equal(ours, theirs)
+
+
+def test_names_must_differ():
+    with pytest.raises(PlanError, match="w  2 parameters"):
+        Muon(
+            [
+                {"params": [("w", weight(3))], "algorithm": "adamw"},
+                {"params": [("w", weight(2, 2))]},
+            ]
+        )
+
+
+def test_loading_keeps_the_algorithm_of_a_group():
+    ours, theirs = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizer = Muon([{"params": [ours], "algorithm": "adamw"}])
+    oracle = torch.optim.AdamW([theirs], lr=0.3)
+    theirs.grad = torch.ones(4)
+    oracle.step()
+    optimizer.load_state_dict(copy.deepcopy(oracle.state_dict()))
+    assert optimizer.param_groups[0]["algorithm"] == "adamw"
+    ours.data.copy_(theirs)
+    ours.grad = torch.ones(4)
+    optimizer.step()
+    oracle.step()
+    assert torch.equal(ours, theirs)
+
+
+def test_one_cycle_moves_the_momentum_as_with_torch_s_muon():
+    seen = []
+    for kind in (Muon, torch.optim.Muon):
+        optimizer = kind([nn.Parameter(torch.ones(2, 2))], lr=0.1)
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=9)
+        seen.append((optimizer.param_groups[0]["momentum"], optimizer.param_groups[0]["lr"]))
+    assert seen[0] == seen[1]

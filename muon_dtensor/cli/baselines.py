@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from muon_dtensor.layout import Region
 from muon_dtensor.orthogonalize import newton_schulz
 from muon_dtensor.runtime.describe import Describer, local_part, this_rank
-from muon_dtensor.runtime.packing import view_region
+from muon_dtensor.runtime.packing import box_of, view_box
 from muon_dtensor.update import direction_of, update_momentum
 
 
@@ -51,4 +51,4 @@ def _own_part(whole: Tensor, like: DTensor) -> Tensor:
     """This rank's shard of a tensor that all ranks hold."""
     layout = Describer().layout(like)
     region = layout.region(layout.mesh.position_of(this_rank()))
-    return view_region(whole, region, Region.whole(layout.shape))
+    return view_box(whole, box_of(region, Region.whole(layout.shape)))

@@ -121,7 +121,7 @@ def result_table(summary: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     losses, seconds = summary["val_loss"], summary["optimizer_seconds_per_step"]
     counts = summary["orthogonalizations_per_rank"]
-    table.add_row("validation loss", f"{losses['muon']:.4f}", "the same", f"{losses['adamw']:.4f}")
+    table.add_row("validation loss", f"{losses['muon']:.4f}", "", f"{losses['adamw']:.4f}")
     ours, theirs = seconds["muon_dtensor"], seconds["everyone_gathers"]
     table.add_row(
         "optimizer, ms per step",
@@ -174,6 +174,8 @@ def main() -> None:
     for name in ("muon", "adamw"):
         config = script.Config(optimizer=name, steps=told["steps"], **sizes)
         runs[name] = train_with_bar(script, config, mesh, console)
+    text = script.Text(script.Config(**sizes), mesh)
+    script.loss_of(runs["muon"].model, text.batch(text.train, seed=0)).backward()
     seconds = time_steps(runs["muon"].optimizer)
     if first:
         out = Path(told["out"])

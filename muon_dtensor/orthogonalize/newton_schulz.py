@@ -14,6 +14,9 @@ KELLER_JORDAN = (3.4445, -4.7750, 2.0315)
 EPS = 1e-7
 NUM_ITERATIONS = 5
 
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+"""float16 is left out: gradients reach beyond its range before anything can scale them."""
+
 
 def newton_schulz(
     x: Tensor,  # [*batch, rows, cols]
@@ -38,13 +41,15 @@ def newton_schulz(
         coefficients: the (a, b, c) of every iteration.
         num_iterations: how many.
         eps: least norm to divide by.
-        dtype: of the iteration and of the result.
+        dtype: of the iteration and of the result, one of DTYPES.
 
     Raises:
-        ValueError: x has fewer than two dims.
+        ValueError: x has fewer than two dims, or the dtype is another.
     """
     if x.ndim < 2:
         raise ValueError(f"a matrix has two dims, got a tensor of shape {tuple(x.shape)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     if x.numel() == 0:
         return x.to(dtype)
     x = x.to(dtype)

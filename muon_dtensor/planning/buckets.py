@@ -90,21 +90,21 @@ def deal(
     target = min(cap_nbytes, max(SMALLEST_NBYTES, everything.nbytes // NUM_OVERLAPPING))
     waves: list[tuple[tuple[Parcel, ...], ...]] = []
     current: list[Parcel] = []
-    size = empty.empty()
+    footprint = empty.empty()
     for level in _rounds(parcels):
         for parcel in level:
-            size.add(parcel)
-        if size.nbytes <= target or (not current and size.nbytes <= cap_nbytes):
+            footprint.add(parcel)
+        if footprint.nbytes <= target or (not current and footprint.nbytes <= cap_nbytes):
             current += level
             continue
         if current:
             waves.append((tuple(current),))
         parts = _split(level, empty, cap_nbytes)
-        current, size = [], empty.empty()
+        current, footprint = [], empty.empty()
         if len(parts) > 1:
             waves.append(parts)
             continue
-        current, size = list(level), empty.of(level)
+        current, footprint = list(level), empty.of(level)
     if current:
         waves.append((tuple(current),))
     return tuple(waves)
@@ -129,13 +129,12 @@ def _split(
     """Consecutive runs under the cap, or under what the largest parcel needs by itself."""
     limit = max(cap_nbytes, *(empty.of([parcel]).nbytes for parcel in level))
     runs: list[list[Parcel]] = []
-    size = empty.empty()
+    footprint = empty.empty()
     for parcel in level:
-        size.add(parcel)
-        if not runs or size.nbytes > limit:
+        footprint.add(parcel)
+        if not runs or footprint.nbytes > limit:
             runs.append([])
-            size = empty.empty()
-            size.add(parcel)
+            footprint = empty.of([parcel])
         runs[-1].append(parcel)
     return tuple(tuple(run) for run in runs)
 

@@ -3,7 +3,7 @@
 Recomputes from the layouts; trusts nothing that the planner says. Raises, never repairs.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 from muon_dtensor.layout import Region
 from muon_dtensor.planning.ir import Bucket, Local, Phase, Plan
@@ -94,15 +94,17 @@ def _wrong_bucket(plan: Plan, bucket: Bucket) -> list[str]:
 
 def _wrong_schedule(plan: Plan) -> list[str]:
     wrong = []
+    phases: dict[int, list[Phase]] = defaultdict(list)
+    for action in plan.schedule:
+        phases[action.bucket].append(action.phase)
     for index, bucket in enumerate(plan.buckets):
         due = [Phase.UNSHARD, Phase.ORTHOGONALIZE, Phase.APPLY]
         if bucket.reshard:
             due.insert(2, Phase.RESHARD)
         if bucket.unshard:
             due.insert(1, Phase.WAIT)
-        seen = [action.phase for action in plan.schedule if action.bucket == index]
-        if seen != due:
-            wrong.append(f"bucket {index} runs {''.join(seen)}, not {''.join(due)}")
+        if phases[index] != due:
+            wrong.append(f"bucket {index} runs {''.join(phases[index])}, not {''.join(due)}")
     if strays := [str(a) for a in plan.schedule if not 0 <= a.bucket < len(plan.buckets)]:
         wrong.append(f"the schedule runs buckets that do not exist: {', '.join(strays)}")
     return wrong

@@ -6,13 +6,14 @@ Arithmetic only. Prices what it is shown; does not choose.
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import zip_longest
+from itertools import groupby
 
 from muon_dtensor.layout import MeshSpec, Region
 from muon_dtensor.matrices import rows_and_cols
 from muon_dtensor.planning.ir import Bucket, Collective, Local, Owned, Phase, Plan, Route
 
-ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+ITEMSIZES = {"bfloat16": 2, "float32": 4, "float64": 8}
+"""Bytes per element of each wire dtype."""
 
 
 def newton_schulz_flops(rows: int, cols: int, num_iterations: int) -> int:
@@ -51,7 +52,7 @@ class BucketCost:
             case Local():
                 return 1
             case Owned(replica_dims=dims):
-                return self.bucket.mesh.size_along(dims)
+                return self.bucket.mesh.num_ranks_along(dims)
 
     @property
     def itemsize(self) -> int:
@@ -63,7 +64,7 @@ class BucketCost:
             case Route.TO_OWNER:
                 numels = [a - k for a, k in zip(self.pieces, self.kept, strict=True)]
             case Route.TO_HOLDERS:
-                copies = self._copies(collective)
+                copies = self._owner_copies
                 numels = [copies * w - k for w, k in zip(self.wholes, self.kept, strict=True)]
             case Route.TO_REPLICAS:
                 numels = [(self.num_replicas - 1) * a for a in self.pieces]
@@ -75,48 +76,45 @@ class BucketCost:
             case Route.TO_OWNER:
                 numels = [w - k for w, k in zip(self.wholes, self.kept, strict=True)]
             case Route.TO_HOLDERS:
-                held = self.spread if self._copies(collective) > 1 else self.pieces
+                held = self.spread if self._owner_copies > 1 else self.pieces
                 numels = [h - k for h, k in zip(held, self.kept, strict=True)]
             case Route.TO_REPLICAS:
                 numels = [s - a for s, a in zip(self.spread, self.pieces, strict=True)]
         return tuple(self.itemsize * numel for numel in numels)
 
-    def _copies(self, collective: Collective) -> int:
+    @property
+    def _owner_copies(self) -> int:
         """Into how many replicas the owner itself sends."""
-        last = collective is self.bucket.reshard[-1] and len(self.bucket.reshard) == 1
-        return self.num_replicas if last else 1
+        return self.num_replicas if len(self.bucket.reshard) == 1 else 1
 
     def buffers(self) -> dict[Phase, tuple[int, ...]]:
         """Bytes of exchange buffers each position holds from the end of a phase to the next.
 
-        At the end of APPLY nothing is held; the value there is the peak during it.
+        At the end of APPLY nothing is held; the value there is the peak during it. Not counted is
+        what one matrix needs while it is orthogonalized (several, where they are batched).
         """
-        gathered = self.wholes if self.bucket.unshard else (0,) * len(self.wholes)
-        unshard = [a + g for a, g in zip(self.pieces, gathered, strict=True)]
-        waited = list(gathered) if self.bucket.unshard else list(self.pieces)
-        held = self.wholes if self.bucket.unshard else self.pieces
-        hops, copies = len(self.bucket.reshard), self.num_replicas
-        if hops == 0:
-            reshard = apply = waited
-        elif hops == 1 and copies > 1:
-            reshard = [
-                max(h + copies * w, copies * w + s)
-                for h, w, s in zip(held, self.wholes, self.spread, strict=True)
-            ]
-            apply = [copies * w + s for w, s in zip(self.wholes, self.spread, strict=True)]
-        else:
-            reshard = [h + a for h, a in zip(held, self.pieces, strict=True)]
-            apply = reshard
-            if hops == 2:
-                relayed = [
-                    max(a + copies * a, copies * a + s)
-                    for a, s in zip(self.pieces, self.spread, strict=True)
-                ]
-                apply = [max(pair) for pair in zip(reshard, relayed, strict=True)]
+        copies = self.num_replicas
+        unshard = reshard = apply = self.wholes
+        if self.bucket.unshard:
+            unshard = _sums(self.pieces, self.wholes)
+        match len(self.bucket.reshard):
+            case 1 if copies > 1:
+                reshard = tuple(
+                    copies * w + max(w, s) for w, s in zip(self.wholes, self.spread, strict=True)
+                )
+                apply = tuple(copies * w + s for w, s in zip(self.wholes, self.spread, strict=True))
+            case 1:
+                reshard = apply = _sums(self.wholes, self.pieces)
+            case 2:
+                reshard = _sums(self.wholes, self.pieces)
+                relayed = (
+                    copies * p + max(p, s) for p, s in zip(self.pieces, self.spread, strict=True)
+                )
+                apply = tuple(map(max, reshard, relayed))
         numels = {
             Phase.UNSHARD: unshard,
-            Phase.WAIT: waited,
-            Phase.ORTHOGONALIZE: waited,
+            Phase.WAIT: self.wholes,
+            Phase.ORTHOGONALIZE: self.wholes,
             Phase.RESHARD: reshard,
             Phase.APPLY: apply,
         }
@@ -131,9 +129,17 @@ class BucketCost:
         return max(max(values, default=0) for values in self.buffers().values())
 
 
+def _sums(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a + b for a, b in zip(first, second, strict=True))
+
+
 @dataclass(frozen=True)
 class PlanCost:
-    """Totals of a plan. Per-rank values follow `ranks`, the sorted global ranks of its meshes."""
+    """Totals of a plan. Per-rank values follow `ranks`, the sorted global ranks of its meshes.
+
+    `flops` and `makespan_flops` (see `makespan`) count what ranks do, `model_flops` each matrix
+    once; `buffer_nbytes` is each rank's peak over the schedule; `bound_nbytes` see there.
+    """
 
     ranks: tuple[int, ...]
     buckets: tuple[BucketCost, ...]
@@ -226,8 +232,9 @@ def _same_holders(
 def bound_nbytes(plan: Plan) -> int:
     """The least bytes a step can send, summed over ranks, when owners are balanced.
 
-    Of P elements in N pieces an owner lacks P - P/N, which travel to it and back, and every
-    further replica receives P once.
+    Of P elements in N pieces an owner lacks P - P/N in the mean over all that could be the owner;
+    they travel to it and back, and every further replica receives P once. Where pieces differ, a
+    plan whose owners hold the larger ones sends a little less.
     """
     total = 0.0
     for spec in plan.params:
@@ -301,13 +308,13 @@ def _buffer_peaks(
 
 def _makespan_flops(plan: Plan, costs: tuple[BucketCost, ...], index_of: dict[int, int]) -> int:
     """Sum over runs of consecutive ORTHOGONALIZE actions of the slowest rank's flops."""
-    total, run = 0, [0] * len(index_of)
-    phases = [action.phase for action in plan.schedule]
-    for action, following in zip_longest(plan.schedule, phases[1:]):
-        if action.phase is Phase.ORTHOGONALIZE:
+    total = 0
+    for computes, actions in groupby(plan.schedule, lambda a: a.phase is Phase.ORTHOGONALIZE):
+        if not computes:
+            continue
+        run = [0] * len(index_of)
+        for action in actions:
             cost = costs[action.bucket]
             _add(run, cost.flops, cost.bucket.mesh, index_of)
-            if following is not Phase.ORTHOGONALIZE:
-                total += max(run)
-                run = [0] * len(index_of)
+        total += max(run)
     return total

@@ -164,6 +164,16 @@ class Plan:
         return tuple(dict.fromkeys(spec.layout.mesh for spec in self.params))
 
     @cached_property
+    def owners(self) -> dict[str, tuple[int, ...]]:
+        """Per parameter the global ranks that orthogonalize its matrices, in matrix order."""
+        owners: dict[str, list[tuple[int, int]]] = {spec.fqn: [] for spec in self.params}
+        for bucket in self.buckets:
+            for assignment in bucket.assignments:
+                rank = bucket.mesh.ranks[assignment.owner]
+                owners[self.spec(assignment).fqn].append((assignment.matrix, rank))
+        return {fqn: tuple(rank for _, rank in sorted(found)) for fqn, found in owners.items()}
+
+    @cached_property
     def cost(self) -> "PlanCost":
         """Bytes, flops and buffers of every rank, and the lower bounds."""
         from muon_dtensor.planning.cost import plan_cost

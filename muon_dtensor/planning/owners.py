@@ -19,13 +19,14 @@ class Work:
     candidates: tuple[int, ...]
 
 
-def assign_owners(work: Sequence[Work], loads: dict[int, int]) -> tuple[int, ...]:
+def assign_owners(work: Sequence[Work]) -> tuple[int, ...]:
     """Longest processing time first: the costliest matrix to the least loaded candidate.
 
     Within 4/3 - 1/(3 ranks) of the best makespan where every rank may own everything (Graham
     1969, "Bounds on multiprocessing timing anomalies", theorem 2). Ties go by name, then to the
-    earlier candidate. `loads` maps a candidate to the flops it already has; it is updated.
+    earlier candidate.
     """
+    loads: dict[int, int] = {}
     owners = [0] * len(work)
     queues: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for index in sorted(range(len(work)), key=lambda i: (-work[i].flops, work[i].name)):

@@ -1,9 +1,9 @@
-"""Candidates in, the cheapest valid Plan out: a pure function of frozen values.
+"""Parameters in, a Plan out: a pure function of frozen values.
 
 Chooses transports and calls those who choose owners and buckets. Never sees a tensor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from muon_dtensor.errors import PlanError, Problem
@@ -22,17 +22,12 @@ from muon_dtensor.planning.ir import (
 )
 from muon_dtensor.planning.owners import Work, assign_owners, candidates_for
 from muon_dtensor.planning.strategies import (
+    DIRECT_SLACK,
+    MOST_DIRECT_RANKS,
     reshard_collectives,
     strategies_for,
     unshard_collectives,
 )
-
-MOST_DIRECT_RANKS = 64
-"""The owner sends to all holders directly only among this many ranks: one exchange less, but
-every owner opens a connection to every holder of every replica."""
-
-DIRECT_SLACK = 1.25
-"""... and only if its busiest rank sends at most this many times what it would with two hops."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +70,8 @@ def plan_update(params: Sequence[ParamSpec], options: PlanOptions | None = None)
         strategy, empty, parcels = _choose(params, transport, items)
         for wave in deal(parcels, empty, options.bucket_nbytes):
             waves.append([])
-            for parcel_run in wave:
-                chosen = sorted((items[p.index] for p in parcel_run), key=_model_order)
+            for parcels_of_bucket in wave:
+                chosen = sorted((items[p.index] for p in parcels_of_bucket), key=_model_order)
                 waves[-1].append(len(buckets))
                 buckets.append(
                     Bucket(
@@ -123,8 +118,11 @@ def _check_params(params: tuple[ParamSpec, ...]) -> None:
 
 
 def _owners(params: tuple[ParamSpec, ...]) -> list[_Item]:
-    """Owners of all matrices; ranks that several meshes share carry their load across them."""
-    loads: dict[frozenset[int], dict[int, int]] = {}
+    """Owners of all matrices.
+
+    Meshes of exactly the same ranks share loads. Others do not: their ranks cannot see each
+    other's plans.
+    """
     work: dict[frozenset[int], list[tuple[int, int, Region, Work]]] = {}
     candidates: dict[int, tuple[int, ...]] = {}
     for param, spec in enumerate(params):
@@ -143,15 +141,11 @@ def _owners(params: tuple[ParamSpec, ...]) -> list[_Item]:
                 (param, index, region, Work(flops, (spec.fqn, index), ranks))
             )
     items = []
-    positions: dict[int, dict[int, int]] = {}
-    for rank_set, entries in work.items():
-        owners = assign_owners([w for *_, w in entries], loads.setdefault(rank_set, {}))
+    for entries in work.values():
+        owners = assign_owners([w for *_, w in entries])
         for (param, index, region, _), rank in zip(entries, owners, strict=True):
-            mesh = params[param].layout.mesh
-            position_of = positions.setdefault(
-                id(mesh), {r: position for position, r in enumerate(mesh.ranks)}
-            )
-            items.append(_Item(param, index, region, position_of[rank]))
+            owner = params[param].layout.mesh.position_of(rank)
+            items.append(_Item(param, index, region, owner))
     return items
 
 
@@ -207,7 +201,7 @@ def _choose(
         case Local():
             return strategy, Footprint(1, 0, gathers=False), parcels
         case Owned(unshard_dims=apart, replica_dims=same, hops=hops):
-            copies = transport.mesh.size_along(same)
+            copies = transport.mesh.num_ranks_along(same)
             return strategy, Footprint(copies, hops, gathers=bool(apart)), parcels
 
 
@@ -215,8 +209,8 @@ def _direct_is_cheap(transport: _Transport, parcels: Sequence[Parcel]) -> bool:
     """Whether one hop from owners to all holders beats two; see MOST_DIRECT_RANKS."""
     direct = transport.strategies[0]
     assert isinstance(direct, Owned)
-    copies = transport.mesh.size_along(direct.replica_dims)
-    if transport.mesh.size_along(direct.unshard_dims) * copies > MOST_DIRECT_RANKS:
+    copies = transport.mesh.num_ranks_along(direct.replica_dims)
+    if transport.mesh.num_ranks_along(direct.unshard_dims) * copies > MOST_DIRECT_RANKS:
         return False
     total = Footprint(copies, 1, gathers=True).of(parcels)
     wholes, pieces = max(total.wholes.values()), max(total.pieces.values())
@@ -243,14 +237,3 @@ def restrict(plan: Plan, rank_set: frozenset[int]) -> Plan:
         Action(a.phase, new_bucket[a.bucket]) for a in plan.schedule if a.bucket in new_bucket
     )
     return Plan(tuple(plan.params[i] for i in params), buckets, actions, plan.options)
-
-
-def owners_by_name(plan: Plan) -> Mapping[str, tuple[int, ...]]:
-    """Per parameter the global ranks that orthogonalize its matrices, in matrix order."""
-    owners: dict[str, list[tuple[int, int]]] = {spec.fqn: [] for spec in plan.params}
-    for bucket in plan.buckets:
-        for assignment in bucket.assignments:
-            owners[plan.spec(assignment).fqn].append(
-                (assignment.matrix, bucket.mesh.ranks[assignment.owner])
-            )
-    return {fqn: tuple(rank for _, rank in sorted(pairs)) for fqn, pairs in owners.items()}

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from muon_dtensor.layout import Layout
-from muon_dtensor.planning.cost import BucketCost, matrix_flops
+from muon_dtensor.planning.cost import ITEMSIZES, BucketCost, matrix_flops
 from muon_dtensor.planning.ir import (
     AllToAll,
     Bucket,
@@ -17,6 +17,7 @@ from muon_dtensor.planning.ir import (
     Plan,
     Strategy,
 )
+from muon_dtensor.planning.strategies import MOST_DIRECT_RANKS
 
 MOST_ROWS = 10
 """Rows of a table in `summary` before the rest is counted instead of shown."""
@@ -54,7 +55,7 @@ def families(names: Iterable[str]) -> str:
 
 
 def cuts_text(layout: Layout) -> str:
-    """Cuts in words: `rows over tp then dp, replicated over r`."""
+    """Cuts in words: `rows over tp=2 then dp=4, replicated over r=2`."""
     names = ["rows", "cols"] if len(layout.shape) == 2 else ["batch", "rows", "cols"]
     if len(layout.shape) not in (2, 3):
         names = [f"dim {index}" for index in range(len(layout.shape))]
@@ -142,7 +143,8 @@ def _bucket_lines(cost: BucketCost) -> list[str]:
                 f"  {phase}  all_to_all {route} over {collective_dims(bucket, c)}: "
                 f"{quantity(sum(sent), 'B')}, at most {quantity(max(sent), 'B')} a rank"
             )
-    lines.append(f"  because {_reason(cost)}")
+    reason = _reason(bucket, sum(cost.wholes), sum(cost.flops), _why_hops(cost))
+    lines.append(f"  because {reason}")
     return lines
 
 
@@ -162,26 +164,35 @@ def collective_dims(bucket: Bucket, collective: AllToAll) -> str:
     return " x ".join(f"{name}={bucket.mesh.sizes[name]}" for name in collective.mesh_dims)
 
 
-def _reason(cost: BucketCost) -> str:
-    """Why this and not the alternative, with what the alternative would cost."""
-    bucket = cost.bucket
+def _reason(bucket: Bucket, numel: int, flops: int, why_hops: str = "") -> str:
+    """Why this and not the alternative, with what that would cost for these matrices."""
     match bucket.strategy:
         case Local():
-            return "every matrix lies whole on one rank: nothing to send"
-        case Owned(unshard_dims=apart, replica_dims=same, hops=hops):
-            flops = sum(cost.flops)
-            dims = tuple(n for n in bucket.mesh.dim_names if n in apart or n in same)
-            everyone = bucket.mesh.size_along(dims)
-            gather = sum(cost.wholes) * (bucket.mesh.size_along(apart) - 1) * cost.itemsize
-            gather *= bucket.mesh.size_along(same)
-            text = (
-                "each matrix is orthogonalized once; if every rank gathered it: "
-                f"{quantity(gather, 'B')} and {quantity(flops * everyone, 'FLOP')}"
-            )
-            if apart and same:
-                other = "two hops save no bytes" if hops == 1 else "one hop loads few owners more"
-                text += f"; {other}"
-            return text
+            return "it lies whole on one rank: nothing to send"
+        case Owned(unshard_dims=apart, replica_dims=same):
+            mesh = bucket.mesh
+            num_ranks = mesh.num_ranks_along(apart) * mesh.num_ranks_along(same)
+            num_gathers = (mesh.num_ranks_along(apart) - 1) * mesh.num_ranks_along(same)
+            nbytes = ITEMSIZES[bucket.wire_dtype] * numel * num_gathers
+            work = quantity(flops * num_ranks, "FLOP")
+            text = f"each rank doing all would mean {quantity(nbytes, 'B')} and {work}"
+            return f"{text}{why_hops}"
+
+
+def _why_hops(cost: BucketCost) -> str:
+    """Why the results take one hop or two, where there is a choice."""
+    match cost.bucket.strategy:
+        case Owned(unshard_dims=(_, *_) as apart, replica_dims=(_, *_) as same, hops=hops):
+            mesh, copies = cost.bucket.mesh, cost.num_replicas
+            num_ranks = mesh.num_ranks_along(tuple(apart)) * mesh.num_ranks_along(tuple(same))
+            if hops == 1:
+                return "; a second hop would save no bytes"
+            if num_ranks > MOST_DIRECT_RANKS:
+                return f"; one hop would be among {num_ranks} ranks"
+            busiest = quantity(copies * max(cost.wholes) * cost.itemsize, "B")
+            return f"; in one hop the busiest owner would send {busiest}"
+        case _:
+            return ""
 
 
 def _param_lines(plan: Plan) -> list[str]:
@@ -205,10 +216,14 @@ def _param_lines(plan: Plan) -> list[str]:
             for i in members
             for m in plan.params[i].matrices
         )
-        place = f"bucket {_ranges(buckets)}, owners {_ranges(ranks)}" if buckets else "empty"
+        place = f"{_listed('bucket', buckets)}, {_listed('owner', ranks)}" if buckets else "empty"
         name = families(plan.params[i].fqn for i in members)
         lines.append(f"{name}  {shape}  {cuts}: {place}, {quantity(flops, 'FLOP')}")
     return lines
+
+
+def _listed(noun: str, numbers: Sequence[int]) -> str:
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {_ranges(numbers)}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -258,7 +273,8 @@ def explain(plan: Plan, fqn: str) -> str:
                 )
                 if todo
             ]
-            lines.append(f"    because {_reason(cost)}")
+            flops = matrix_flops(matrix, spec.num_iterations)
+            lines.append(f"    because {_reason(bucket, matrix.numel, flops)}")
     if len(lines) == 2:
         lines.append("  no elements, nothing to do")
     return "\n".join(lines)

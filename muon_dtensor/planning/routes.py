@@ -12,12 +12,17 @@ Note [Three buffers]
     results travel back through the mirror image of the exchange that brought the pieces.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import assert_never
 
 from muon_dtensor.layout import Region
-from muon_dtensor.planning.ir import AllToAll, Assignment, Bucket, Plan, Route
+from muon_dtensor.matrices import rows_and_cols
+from muon_dtensor.planning.ir import Assignment, Bucket, Collective, Plan, Route
+
+Piece = tuple[Assignment, Region]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +32,6 @@ class Slot:
     assignment: Assignment
     region: Region
     offset: int
-
-    @property
-    def numel(self) -> int:
-        return self.region.numel
 
     @property
     def stop(self) -> int:
@@ -50,7 +51,7 @@ class Packing:
     @cached_property
     def numels(self) -> tuple[int, ...]:
         """Elements per peer: the split sizes of the collective."""
-        return tuple(sum(slot.numel for slot in slots) for slots in self.by_peer)
+        return tuple(sum(slot.region.numel for slot in slots) for slots in self.by_peer)
 
     @cached_property
     def numel(self) -> int:
@@ -58,57 +59,168 @@ class Packing:
 
 
 @dataclass(frozen=True, slots=True)
-class Transfer:
-    """One all-to-all as this rank sees it."""
+class RankCollective:
+    """A collective as one rank sees it: what it sends, what it receives."""
 
-    collective: AllToAll
+    collective: Collective
     send: Packing
     recv: Packing
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """A run of elements from one flat buffer to another."""
+
+    source: int
+    target: int
+    numel: int
+
+
+@dataclass(frozen=True)
 class RankBucket:
     """One bucket as one rank sees it; see Note [Three buffers].
 
     `touched`: this rank's pieces of all matrices of the bucket, owned in whichever replica.
+    `shards`: per parameter the box this rank stores. `moves`: per collective of the way back, how
+    its send buffer is filled from the one before; None where it is the one before.
     """
 
     bucket: Bucket
-    touched: tuple[tuple[Assignment, Region], ...]
+    touched: tuple[Piece, ...]
+    shards: dict[int, Region]
     owned: tuple[Assignment, ...]
+    matrices: dict[Assignment, Region]
     pieces: Packing
     wholes: Packing
-    unshard: tuple[Transfer, ...]
-    reshard: tuple[Transfer, ...]
+    unshard: tuple[RankCollective, ...]
+    reshard: tuple[RankCollective, ...]
+    moves: tuple[tuple[Move, ...] | None, ...]
     results: Packing
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, Region], ...]:
+        """The touched pieces by parameter; where they are all of a shard, the shard itself."""
+        by_param: dict[int, list[Region]] = defaultdict(list)
+        for assignment, region in self.touched:
+            by_param[assignment.param].append(region)
+        runs: list[tuple[int, Region]] = []
+        for param, regions in by_param.items():
+            shard = self.shards[param]
+            whole = sum(region.numel for region in regions) == shard.numel
+            runs += [(param, shard)] if whole else [(param, region) for region in regions]
+        return tuple(runs)
+
+    @cached_property
+    def slots_of(self) -> dict[Assignment, tuple[Slot, ...]]:
+        """Per owned matrix, where its pieces lie in `wholes`."""
+        slots: dict[Assignment, list[Slot]] = defaultdict(list)
+        for slot in self.wholes.slots:
+            slots[slot.assignment].append(slot)
+        return {assignment: tuple(found) for assignment, found in slots.items()}
+
+    def batches(self, batched: bool) -> tuple[tuple[Assignment, ...], ...]:
+        """Owned matrices that are orthogonalized together: of one size if batched, else alone."""
+        if not batched:
+            return tuple((assignment,) for assignment in self.owned)
+        by_size: dict[tuple[int, int], list[Assignment]] = defaultdict(list)
+        for assignment in self.owned:
+            by_size[rows_and_cols(self.matrices[assignment])].append(assignment)
+        return tuple(map(tuple, by_size.values()))
 
 
 def rank_bucket(plan: Plan, bucket: Bucket, position: int) -> RankBucket:
     """What the rank at this position does for a bucket of its mesh."""
-    touched = tuple(_touched(plan, bucket, position))
+    touched = []
+    for assignment in bucket.assignments:
+        layout = plan.spec(assignment).layout
+        region = plan.holders(assignment).get(layout.home(position))
+        if region is not None:
+            touched.append((assignment, region))
     owned = tuple(a for a in bucket.assignments if a.owner == position)
-    unshard: tuple[Transfer, ...] = ()
-    if bucket.unshard:
-        (gather,) = bucket.unshard
-        unshard = (_to_owner(plan, bucket, gather, position),)
+    unshard, reshard = (
+        tuple(_rank_collective(plan, bucket, c, position, touched, owned) for c in collectives)
+        for collectives in (bucket.unshard, bucket.reshard)
+    )
+    if unshard:
         pieces, wholes = unshard[0].send, unshard[0].recv
     else:
         pieces = wholes = _pack([[(a, plan.matrix(a)) for a in owned]])
-    reshard = tuple(_back(plan, bucket, c, position) for c in bucket.reshard)
-    results = reshard[-1].recv if reshard else wholes
-    return RankBucket(bucket, touched, owned, pieces, wholes, unshard, reshard, results)
+    moves, before = [], wholes
+    for rank_collective in reshard:
+        mirror = rank_collective.send.by_peer == before.by_peer
+        moves.append(None if mirror else _moves(before, rank_collective.send))
+        before = rank_collective.recv
+    return RankBucket(
+        bucket=bucket,
+        touched=tuple(touched),
+        shards={a.param: plan.spec(a).layout.region(position) for a, _ in touched},
+        owned=owned,
+        matrices={a: plan.matrix(a) for a, _ in touched},
+        pieces=pieces,
+        wholes=wholes,
+        unshard=unshard,
+        reshard=reshard,
+        moves=tuple(moves),
+        results=before,
+    )
 
 
-def _touched(plan: Plan, bucket: Bucket, position: int) -> Iterator[tuple[Assignment, Region]]:
-    """This position's pieces of all matrices of a bucket."""
-    for assignment in bucket.assignments:
+def _rank_collective(
+    plan: Plan,
+    bucket: Bucket,
+    collective: Collective,
+    position: int,
+    touched: Sequence[Piece],
+    owned: Sequence[Assignment],
+) -> RankCollective:
+    peers = bucket.mesh.peers(position, collective.mesh_dims)
+    match collective.route:
+        case Route.TO_OWNER:
+            send, recv = _owned_by(touched, peers), _held_by(plan, owned, peers)
+        case Route.TO_HOLDERS:
+            send, recv = _held_by(plan, owned, peers), _owned_by(touched, peers)
+        case Route.TO_REPLICAS:
+            recv = [_owned_near(plan, touched, peer) for peer in peers]
+            send = [_owned_near(plan, touched, position)] * len(peers)
+        case _:
+            assert_never(collective.route)
+    return RankCollective(collective, _pack(send), _pack(recv))
+
+
+def _owned_by(pieces: Iterable[Piece], peers: Sequence[int]) -> list[list[Piece]]:
+    """Per peer, those of the pieces whose matrix it owns."""
+    owned: dict[int, list[Piece]] = {peer: [] for peer in peers}
+    for assignment, region in pieces:
+        if assignment.owner in owned:
+            owned[assignment.owner].append((assignment, region))
+    return list(owned.values())
+
+
+def _held_by(
+    plan: Plan, assignments: Iterable[Assignment], peers: Sequence[int]
+) -> list[list[Piece]]:
+    """Per peer, the pieces it holds of these matrices."""
+    held: dict[int, list[Piece]] = {peer: [] for peer in peers}
+    for assignment in assignments:
+        layout, pieces = plan.spec(assignment).layout, plan.holders(assignment)
+        for peer, found in held.items():
+            region = pieces.get(layout.home(peer))
+            if region is not None:
+                found.append((assignment, region))
+    return list(held.values())
+
+
+def _owned_near(plan: Plan, pieces: Iterable[Piece], position: int) -> list[Piece]:
+    """Those of the pieces whose matrix is owned in the replica of this position."""
+    near = []
+    for assignment, region in pieces:
         layout = plan.spec(assignment).layout
-        piece = plan.holders(assignment).get(layout.home(position))
-        if piece is not None:
-            yield assignment, piece
+        if layout.replica_offset(assignment.owner) == layout.replica_offset(position):
+            near.append((assignment, region))
+    return near
 
 
-def _pack(by_peer: list[list[tuple[Assignment, Region]]]) -> Packing:
+def _pack(by_peer: Sequence[Sequence[Piece]]) -> Packing:
     offset, packed = 0, []
     for pieces in by_peer:
         slots = []
@@ -119,54 +231,15 @@ def _pack(by_peer: list[list[tuple[Assignment, Region]]]) -> Packing:
     return Packing(tuple(packed))
 
 
-def _to_owner(plan: Plan, bucket: Bucket, collective: AllToAll, position: int) -> Transfer:
-    peers = bucket.mesh.peers(position, collective.mesh_dims)
-    assert collective.route is Route.TO_OWNER, collective
-    send = _owned_by(_touched(plan, bucket, position), peers)
-    owned = [a for a in bucket.assignments if a.owner == position]
-    return Transfer(collective, _pack(send), _pack(_pieces_at(plan, owned, peers)))
-
-
-def _owned_by(
-    pieces: Iterable[tuple[Assignment, Region]], peers: tuple[int, ...]
-) -> list[list[tuple[Assignment, Region]]]:
-    """Per peer, those of the pieces whose matrix it owns."""
-    owned: dict[int, list[tuple[Assignment, Region]]] = {peer: [] for peer in peers}
-    for assignment, region in pieces:
-        if assignment.owner in owned:
-            owned[assignment.owner].append((assignment, region))
-    return list(owned.values())
-
-
-def _pieces_at(
-    plan: Plan, assignments: list[Assignment], peers: tuple[int, ...]
-) -> list[list[tuple[Assignment, Region]]]:
-    """Per peer, the pieces it holds of these matrices."""
-    held: dict[int, list[tuple[Assignment, Region]]] = {peer: [] for peer in peers}
-    for assignment in assignments:
-        layout = plan.spec(assignment).layout
-        for home, region in plan.holders(assignment).items():
-            for offset in layout.replica_offsets:
-                if home + offset in held:
-                    held[home + offset].append((assignment, region))
-    return list(held.values())
-
-
-def _back(plan: Plan, bucket: Bucket, collective: AllToAll, position: int) -> Transfer:
-    peers = bucket.mesh.peers(position, collective.mesh_dims)
-    mine = list(_touched(plan, bucket, position))
-    if collective.route is Route.TO_HOLDERS:
-        owned = [a for a in bucket.assignments if a.owner == position]
-        recv = _owned_by(mine, peers)
-        return Transfer(collective, _pack(_pieces_at(plan, owned, peers)), _pack(recv))
-    assert collective.route is Route.TO_REPLICAS, collective
-
-    def owned_near(peer: int) -> list[tuple[Assignment, Region]]:
-        def replica(place: int, assignment: Assignment) -> int:
-            return plan.spec(assignment).layout.replica_offset(place)
-
-        return [(a, r) for a, r in mine if replica(a.owner, a) == replica(peer, a)]
-
-    send = [owned_near(position) for _ in peers]
-    recv = [owned_near(peer) for peer in peers]
-    return Transfer(collective, _pack(send), _pack(recv))
+def _moves(source: Packing, target: Packing) -> tuple[Move, ...]:
+    """How to fill `target` with slots that `source` holds; adjacent runs are merged."""
+    places = {(slot.assignment, slot.region): slot.offset for slot in source.slots}
+    merged: list[Move] = []
+    for slot in target.slots:
+        offset, numel = places[slot.assignment, slot.region], slot.region.numel
+        last = merged[-1] if merged else None
+        if last and (last.source + last.numel, last.target + last.numel) == (offset, slot.offset):
+            merged[-1] = Move(last.source, last.target, last.numel + numel)
+        else:
+            merged.append(Move(offset, slot.offset, numel))
+    return tuple(merged)

@@ -6,6 +6,13 @@ Knows where its pieces lie; knows neither its price nor its owner.
 from muon_dtensor.layout import Layout, Region
 from muon_dtensor.planning.ir import AllToAll, Collective, Local, Owned, Route, Strategy
 
+MOST_DIRECT_RANKS = 64
+"""The owner sends to all holders directly only among this many ranks: one exchange less, but
+every owner opens a connection to every holder of every replica."""
+
+DIRECT_SLACK = 1.25
+"""... and only if its busiest rank sends at most this many times what it would with two hops."""
+
 
 def strategies_for(layout: Layout, matrix: Region) -> tuple[Strategy, ...]:
     """Legal strategies for a matrix with at least one element, fewest collectives first."""

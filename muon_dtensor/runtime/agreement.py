@@ -6,13 +6,15 @@ Note [Ballot]
     Eight int64, reduced by MAX over every set of ranks that a mesh holds, smaller sets first.
     A value and its negative reveal any difference: the maxima agree only if all values do. What
     a smaller set found travels on in the last two entries, so ranks of a larger set that see
-    nothing wrong themselves stop with the others. On a device the ballot stays there; the step
-    is masked by it, and it is read when it no longer costs a wait.
+    nothing wrong themselves stop with the others. Where the last set does not hold all others
+    (one mesh of rows, one of columns), a second sweep carries what was found late back again.
+    On a device the ballots stay there; the step is masked by them, and they are read when that
+    no longer costs a wait.
 """
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 
@@ -36,6 +38,8 @@ class Entry(IntEnum):
 
 
 BALLOT_NUMEL = 8
+
+MISSING, PRESENT = "", "yes"
 
 
 class Fault(IntEnum):
@@ -72,7 +76,8 @@ class Manifest:
 class Votes:
     """What this rank has to say: its hyperparameters and, per manifest, its gradients' state.
 
-    `presence` holds one text per parameter of the manifest: empty where there is no gradient.
+    `presence` holds one text per parameter of the manifest: MISSING, PRESENT, or what else is
+    particular about its gradient. `fault` says why this rank cannot step; empty if it can.
     """
 
     hyperparameters: tuple[str, ...]
@@ -94,6 +99,14 @@ class Agreement:
     def __init__(self, manifests: Sequence[Manifest], groups: Groups, rank: int) -> None:
         shared = [manifest for manifest in manifests if manifest.mesh.num_ranks > 1]
         self._manifests = sorted(shared, key=lambda m: (m.mesh.num_ranks, m.mesh.dim_names))
+        covered = all(m.mesh.rank_set <= self._manifests[-1].mesh.rank_set for m in shared)
+        self._second_sweep = [] if covered else self._manifests[-2::-1]
+        if not covered:
+            # Ranks must sweep alike, so they compare which meshes they have.
+            meshes = " and ".join(str(manifest.mesh) for manifest in self._manifests)
+            self._manifests = [
+                replace(m, params=(*m.params, f"parameters on {meshes}")) for m in self._manifests
+            ]
         self._groups = groups
         self._rank = rank
 
@@ -134,28 +147,28 @@ class Agreement:
             raise_missing: raise MissingGradientError instead of naming parameters in the verdict.
         """
         error: Exception | None = None
-        fault, bad = Fault.NONE, int(non_finite)
+        bad, fault = int(non_finite), Fault.OTHER_RANK if votes.fault else Fault.NONE
         missing: set[str] = set()
-        if votes.fault:
-            fault = Fault.OTHER_RANK
         for manifest, presence in zip(self._manifests, votes.presence, strict=True):
-            ballot = self._ballot(manifest, votes, presence, non_finite)
-            ballot[Entry.NON_FINITE], ballot[Entry.FAULT] = bad, fault
-            all_reduce_max(ballot, self._groups.over(manifest.mesh, manifest.mesh.dim_names))
+            ballot = self._ballot(manifest, votes, presence, bad, fault, non_finite.device)
+            self._reduce(ballot, manifest)
             values = ballot.tolist()
             bad, seen = values[Entry.NON_FINITE], Fault(values[Entry.FAULT])
-            incomplete: frozenset[str] = frozenset()
             if _differ(values, Entry.PLAN):
                 error, seen = PlanMismatchError(self._first_difference(manifest)), Fault.PLAN
             elif _differ(values, Entry.HYPERPARAMETERS):
                 error = PlanMismatchError(self._other_options(manifest, votes))
-                seen = Fault.HYPERPARAMETERS
+                seen = max(seen, Fault.HYPERPARAMETERS)
             elif _differ(values, Entry.PRESENCE):
-                incomplete, text = self._who_misses(manifest, presence)
-                if raise_missing or not incomplete:
-                    error, seen = MissingGradientError(text), Fault.GRADIENTS
+                incomplete, others, text = self._who_misses(manifest, presence)
+                missing |= incomplete
+                if raise_missing or others:
+                    error, seen = MissingGradientError(text), max(seen, Fault.GRADIENTS)
             fault = max(fault, seen)
-            missing |= incomplete
+        for manifest in self._second_sweep:
+            ballot = self._ballot(manifest, None, (), bad, fault, non_finite.device)
+            self._reduce(ballot, manifest)
+            bad, fault = int(ballot[Entry.NON_FINITE]), Fault(int(ballot[Entry.FAULT]))
         if votes.fault:
             raise RuntimeError(votes.fault)
         if error is not None:
@@ -165,27 +178,43 @@ class Agreement:
         return Verdict(frozenset(missing), bool(bad))
 
     def cast(self, votes: Votes, non_finite: Tensor) -> Tensor:
-        """Reduce the ballot and leave it on the device: int64, [manifests, BALLOT_NUMEL]."""
+        """Reduce the ballot and leave it on the device: int64, [ballots, BALLOT_NUMEL]."""
         ballots: list[Tensor] = []
-        for manifest, presence in zip(self._manifests, votes.presence, strict=True):
-            ballot = self._ballot(manifest, votes, presence, non_finite)
+        mine = Fault.OTHER_RANK if votes.fault else Fault.NONE
+        rounds: list[tuple[Manifest, Votes | None, tuple[str, ...]]] = [
+            (m, votes, p) for m, p in zip(self._manifests, votes.presence, strict=True)
+        ]
+        rounds += [(manifest, None, ()) for manifest in self._second_sweep]
+        for manifest, said, presence in rounds:
+            ballot = self._ballot(manifest, said, presence, 0, mine, non_finite.device)
+            ballot[Entry.NON_FINITE] = non_finite
             if ballots:
-                ballot[Entry.NON_FINITE :] = ballots[-1][Entry.NON_FINITE :]
-                torch.maximum(ballot[Entry.FAULT], _differs(ballots[-1]), out=ballot[Entry.FAULT])
-            all_reduce_max(ballot, self._groups.over(manifest.mesh, manifest.mesh.dim_names))
+                found = torch.stack([ballots[-1][Entry.NON_FINITE], _fault_in(ballots[-1])])
+                torch.maximum(ballot[Entry.NON_FINITE :], found, out=ballot[Entry.NON_FINITE :])
+            self._reduce(ballot, manifest)
             ballots.append(ballot)
         return torch.stack(ballots)
 
+    def _reduce(self, ballot: Tensor, manifest: Manifest) -> None:
+        all_reduce_max(ballot, self._groups.over(manifest.mesh, manifest.mesh.dim_names))
+
     def _ballot(
-        self, manifest: Manifest, votes: Votes, presence: tuple[str, ...], non_finite: Tensor
+        self,
+        manifest: Manifest,
+        votes: Votes | None,
+        presence: tuple[str, ...],
+        bad: int,
+        fault: Fault,
+        device: torch.device,
     ) -> Tensor:
-        plan = manifest.fingerprint
-        options = fingerprint("\n".join(votes.hyperparameters))
-        present = fingerprint("\n".join(presence))
-        host = [plan, -plan, options, -options, present, -present, 0, 0]
-        ballot = torch.tensor(host, dtype=torch.int64, device=non_finite.device)
-        ballot[Entry.NON_FINITE] = non_finite
-        return ballot
+        """See Note [Ballot]; without votes, one of the second sweep."""
+        values = [0] * Entry.NON_FINITE
+        if votes is not None:
+            plan = manifest.fingerprint
+            options = fingerprint("\n".join(votes.hyperparameters))
+            present = fingerprint("\n".join(presence))
+            values = [plan, -plan, options, -options, present, -present]
+        return torch.tensor([*values, bad, fault], dtype=torch.int64, device=device)
 
     def _gather(self, mesh: MeshSpec, value: object) -> dict[int, object]:
         """A value of every rank of a mesh, by global rank."""
@@ -218,7 +247,7 @@ class Agreement:
         return (
             f"Ranks of mesh {manifest.mesh} hold the same parameters and different plans: they "
             "run different versions of muon_dtensor, or were given different plan options "
-            "(bucket_mb, prefetch_count, ns_dtype, ns_steps)."
+            "(bucket_mb, prefetch_count, batched, ns_dtype, ns_steps)."
         )
 
     def _other_options(self, manifest: Manifest, votes: Votes) -> str:
@@ -229,12 +258,10 @@ class Agreement:
             seen: dict[str, list[int]] = {}
             for rank, options in by_rank.items():
                 assert isinstance(options, tuple)
-                line = options[index] if index < len(options) else "no such param group"
+                line = options[index] if index < len(options) else "nothing further"
                 seen.setdefault(line, []).append(rank)
             if len(seen) > 1:
-                lines += [
-                    f"\n  {_ranks(r)}: param group {index}: {line}" for line, r in seen.items()
-                ]
+                lines += [f"\n  {_ranks(r)}: {line}" for line, r in seen.items()]
         return (
             f"Ranks of mesh {manifest.mesh} hold different hyperparameters:{''.join(lines)}\n"
             "Set the same values on all of them; a scheduler must step on all of them too."
@@ -242,56 +269,56 @@ class Agreement:
 
     def _who_misses(
         self, manifest: Manifest, presence: tuple[str, ...]
-    ) -> tuple[frozenset[str], str]:
+    ) -> tuple[frozenset[str], bool, str]:
+        """Parameters missing on some ranks, whether gradients differ otherwise, and the text."""
         by_rank = self._gather(manifest.mesh, presence)
-        missing, lines = set(), []
+        missing, others, lines = set(), False, []
         for index, fqn in enumerate(manifest.fqns):
             states: dict[str, list[int]] = {}
             for rank, present in by_rank.items():
                 assert isinstance(present, tuple)
                 states.setdefault(present[index], []).append(rank)
-            if len(states) > 1 and "" in states:
+            if len(states) == 1:
+                continue
+            if states.keys() == {MISSING, PRESENT}:
                 missing.add(fqn)
-                lines.append(f"\n  {fqn}: no gradient on {_ranks(states[''])}")
-            elif len(states) > 1:
-                told = "; ".join(f"{state} on {_ranks(ranks)}" for state, ranks in states.items())
-                lines.append(f"\n  {fqn}: {told}")
-        return frozenset(missing), (
-            f"Gradients differ between ranks of mesh {manifest.mesh}:{''.join(lines)}\n"
-            "Run the same forward and backward on all of them, or construct Muon with "
-            'missing_grad="zero" to count a missing gradient as zero.'
-        )
+                lines.append(f"\n  {fqn}: no gradient on {_ranks(states[MISSING])}")
+                continue
+            others = True
+            words = {MISSING: "no gradient", PRESENT: "placed as the parameter"}
+            told = "; ".join(f"{words.get(s, s)} on {_ranks(r)}" for s, r in states.items())
+            lines.append(f"\n  {fqn}: {told}")
+        advice = "Run the same forward and backward on all of them"
+        if not others:
+            advice += ', or construct Muon with missing_grad="zero" to count a missing one as zero'
+        text = f"Gradients differ between ranks of mesh {manifest.mesh}:{''.join(lines)}\n{advice}."
+        return frozenset(missing), others, text
 
 
 def read(ballots: Tensor, *, with_non_finite: bool) -> None:
     """Raise what the ballots of an earlier step say. Waits for the device; no communication."""
-    for values in ballots.tolist():
-        if _differ(values, Entry.PLAN) or values[Entry.FAULT] >= Fault.PLAN:
-            raise _error_of(Fault.PLAN)
-        if _differ(values, Entry.HYPERPARAMETERS):
-            raise _error_of(Fault.HYPERPARAMETERS)
-        if _differ(values, Entry.PRESENCE) or values[Entry.FAULT]:
-            raise _error_of(Fault.GRADIENTS)
-        if with_non_finite and values[Entry.NON_FINITE]:
-            raise NonFiniteGradientError(
-                "A gradient of an earlier step holds NaN or Inf on some rank. That step changed "
-                'nothing. Lower the learning rate or clip gradients; nonfinite="skip" leaves '
-                "such steps out silently."
-            )
+    faults = torch.stack([_fault_in(ballot) for ballot in ballots])
+    if fault := Fault(int(faults.max())):
+        raise _error_of(fault)
+    if with_non_finite and ballots[:, Entry.NON_FINITE].any():
+        raise NonFiniteGradientError(
+            "A gradient of an earlier step holds NaN or Inf on some rank. That step changed "
+            'nothing. Lower the learning rate or clip gradients; nonfinite="skip" leaves such '
+            "steps out silently."
+        )
 
 
 def all_agree(ballots: Tensor) -> Tensor:
-    """A bool scalar on the device: no manifest's ballots differ. Non-finite is not looked at."""
-    differ = ballots[:, Entry.FAULT].amax()
-    for ballot in ballots:
-        differ = torch.maximum(differ, _differs(ballot))
-    return differ == 0
+    """A bool scalar on the device: no ballot shows a fault. Non-finite is not looked at."""
+    return torch.stack([_fault_in(ballot) for ballot in ballots]).amax() == 0
 
 
-def _differs(ballot: Tensor) -> Tensor:
-    """int64 scalar, GRADIENTS where any pair of a ballot shows a difference, else 0."""
-    high, low = ballot[: Entry.NON_FINITE : 2], ballot[1 : Entry.NON_FINITE : 2]
-    return (high != -low).any().to(torch.int64) * int(Fault.GRADIENTS)
+def _fault_in(ballot: Tensor) -> Tensor:
+    """int64 scalar: the worst Fault that a reduced ballot shows."""
+    differs = ballot[: Entry.NON_FINITE : 2] != -ballot[1 : Entry.NON_FINITE : 2]
+    codes = [Fault.PLAN, Fault.HYPERPARAMETERS, Fault.GRADIENTS]
+    found = differs * torch.tensor(codes, dtype=torch.int64, device=ballot.device)
+    return torch.maximum(found.amax(), ballot[Entry.FAULT])
 
 
 def _differ(values: Sequence[int], entry: Entry) -> bool:

@@ -7,16 +7,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
-from muon_dtensor.planning.routes import Transfer
+from muon_dtensor.planning.routes import RankCollective
 
 
-def issue(transfer: Transfer, send: Tensor, recv: Tensor, group: ProcessGroup) -> Work:
-    """Start a transfer between flat buffers; both must live on until its `wait()`."""
+def issue(rank_collective: RankCollective, send: Tensor, recv: Tensor, group: ProcessGroup) -> Work:
+    """Start a collective between flat buffers; both must live on until its `wait()`."""
     work: Work | None = dist.all_to_all_single(
         recv,
         send,
-        list(transfer.recv.numels),
-        list(transfer.send.numels),
+        list(rank_collective.recv.numels),
+        list(rank_collective.send.numels),
         group=group,
         async_op=True,
     )

@@ -1,6 +1,6 @@
 """Tensors to values: what a planner may know of a parameter.
 
-The sole reader of torch's private names, so one file follows torch's releases. Plans nothing.
+The sole reader of torch's private classes, so one file follows torch's releases. Plans nothing.
 """
 
 from math import prod
@@ -12,12 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from muon_dtensor.errors import Problem
-from muon_dtensor.layout import Layout, MeshSpec, ParamSpec, Region
+from muon_dtensor.errors import Problem, RefusalError
+from muon_dtensor.layout import Layout, MeshSpec, ParamSpec
 from muon_dtensor.matrices import matrix_regions
-
-ALONE = MeshSpec((), (), (0,))
-"""The mesh of parameters that no mesh holds: this rank by itself."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -37,14 +34,14 @@ def describe_mesh(mesh: DeviceMesh) -> MeshSpec:
 
 
 def describe_layout(tensor: DTensor, mesh: MeshSpec) -> Layout:
-    """Shape and cuts of a DTensor. Raises ValueError, reason and remedy apart by a newline."""
+    """Shape and cuts of a DTensor. Raises RefusalError for placements that tell no shards."""
     placements = tensor.placements
     for name, placement in zip(mesh.dim_names, placements, strict=True):
         if isinstance(placement, Partial):
             whole = [Replicate() if p is placement else p for p in placements]
-            raise ValueError(
-                f"A Partial parameter has no value yet on mesh dim '{name}'.\n"
-                f"Reduce it first: param.redistribute(placements={whole})."
+            raise RefusalError(
+                f"A Partial parameter has no value yet on mesh dim '{name}'.",
+                f"Reduce it first: param.redistribute(placements={whole}).",
             )
     cuts = tuple(
         tuple(mesh.dim_names[index] for index in _cut_order(placements, mesh.shape, tensor_dim))
@@ -71,20 +68,20 @@ def _cut_order(
         elif isinstance(placement, Replicate):
             continue
         else:
-            raise ValueError(
-                f"The placement {placement} is not known.\n"
-                "Use Shard and Replicate, or what parallelize_module and fully_shard make of them."
+            raise RefusalError(
+                f"The placement {placement} is not known.",
+                "Use Shard and Replicate, or what parallelize_module and fully_shard make of them.",
             )
-        if placement.dim % max(len(mesh_shape), placement.dim + 1) != tensor_dim:
+        if placement.dim != tensor_dim:
             continue
         for place in range(len(order) + 1):
             if prod(mesh_shape[other] for other in order[:place]) == factor:
                 order.insert(place, mesh_dim)
                 break
         else:
-            raise ValueError(
-                f"The placements {placements} tell no order of cuts on tensor dim {tensor_dim}.\n"
-                "Shard with parallelize_module first and fully_shard second."
+            raise RefusalError(
+                f"The placements {placements} tell no order of cuts on tensor dim {tensor_dim}.",
+                "Shard with parallelize_module first and fully_shard second.",
             )
     return tuple(order)
 
@@ -94,6 +91,7 @@ class Describer:
 
     def __init__(self) -> None:
         self.device_meshes: dict[MeshSpec, DeviceMesh] = {}
+        self._alone = MeshSpec((), (), (this_rank(),))
         self._meshes: dict[int, MeshSpec] = {}
         self._layouts: dict[tuple[int, object, object], Layout] = {}
 
@@ -109,11 +107,11 @@ class Describer:
         return spec
 
     def layout(self, tensor: Tensor) -> Layout:
-        """The layout of a DTensor, or of a plain tensor on the mesh ALONE."""
+        """The layout of a DTensor; a plain tensor lies whole on a mesh of this rank alone."""
         if isinstance(tensor, DTensor):
             layout = describe_layout(tensor, self.mesh(tensor.device_mesh))
         else:
-            layout = Layout(ALONE, tuple(tensor.shape), ((),) * tensor.ndim)
+            layout = Layout(self._alone, tuple(tensor.shape), ((),) * tensor.ndim)
         key = (id(layout.mesh), layout.shape, layout.cuts)
         return self._layouts.setdefault(key, layout)
 
@@ -131,15 +129,9 @@ class Describer:
             )
         try:
             layout = self.layout(tensor)
-        except ValueError as error:
-            reason, _, remedy = str(error).partition("\n")
-            return Problem(fqn, seen, reason, remedy)
-        try:
-            matrices = self._matrices(layout)
-        except ValueError as error:
-            dims = "one tensor dim" if tensor.ndim == 1 else f"{tensor.ndim} tensor dims"
-            reason = f"Muon needs to know its matrices; this has {dims}."
-            return Problem(fqn, seen, reason, str(error))
+            matrices = matrix_regions(layout.shape)
+        except RefusalError as refusal:
+            return Problem(fqn, seen, refusal.reason, refusal.remedy)
         return ParamSpec(
             fqn,
             layout,
@@ -148,9 +140,6 @@ class Describer:
             num_iterations,
             dtype_name(wire_dtype),
         )
-
-    def _matrices(self, layout: Layout) -> tuple[Region, ...]:
-        return matrix_regions(layout.shape)
 
 
 def _seen(tensor: Tensor) -> str:

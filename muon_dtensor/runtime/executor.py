@@ -13,20 +13,19 @@ import torch
 from torch import Tensor
 from torch.distributed import Work
 
-from muon_dtensor.layout import Region
 from muon_dtensor.matrices import rows_and_cols
 from muon_dtensor.orthogonalize import newton_schulz
 from muon_dtensor.planning.ir import Action, Assignment, Phase, Plan
-from muon_dtensor.planning.routes import RankBucket, Slot, Transfer, rank_bucket
+from muon_dtensor.planning.routes import RankCollective, Slot, rank_bucket
 from muon_dtensor.runtime.collectives import issue
 from muon_dtensor.runtime.groups import Groups
 from muon_dtensor.runtime.packing import (
-    Move,
+    Box,
     assemble,
-    moves,
+    box_of,
+    disassemble,
     repack,
-    scatter,
-    view_region,
+    view_box,
     view_slot,
 )
 from muon_dtensor.update import (
@@ -81,49 +80,35 @@ class _Flight:
         self.sending = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A slot of a buffer and where it lies: in the local shard, and in its matrix."""
+
+    param: int
+    slot: Slot
+    box: Box | None
+    place: Place
+
+
 class _RankBucketRun:
     """One bucket on one rank, with all that can be worked out before the first step."""
 
     def __init__(self, plan: Plan, index: int, rank: int, devices: Sequence[torch.device]) -> None:
-        bucket = plan.buckets[index]
+        self.bucket = bucket = plan.buckets[index]
+        self.local = rank_bucket(plan, bucket, bucket.mesh.position_of(rank))
+        self.batches = self.local.batches(plan.options.batched)
         self.device = devices[bucket.assignments[0].param]
-        self.bucket = bucket
-        position = bucket.mesh.position_of(rank)
-        self.local: RankBucket = rank_bucket(plan, bucket, position)
         self.dtype: torch.dtype = getattr(torch, bucket.wire_dtype)
-        self.origins = {
-            a.param: plan.spec(a).layout.region(position) for a, _ in self.local.touched
-        }
-        self.momentum_runs = _merge_runs(self.local.touched, self.origins)
-        self.slots_of: dict[Assignment, list[Slot]] = defaultdict(list)
-        for slot in self.local.wholes.slots:
-            self.slots_of[slot.assignment].append(slot)
-        self.matrix_of = {a: plan.matrix(a) for a, _ in self.local.touched}
-        self.hop_moves = self._hop_moves()
+        shards = self.local.shards
+        self.runs = [(param, box_of(region, shards[param])) for param, region in self.local.runs]
+        self.pieces = [self._piece(slot) for slot in self.local.pieces.slots]
+        self.results = [self._piece(slot) for slot in self.local.results.slots]
 
-    def _hop_moves(self) -> list[tuple[Move, ...] | None]:
-        """Per hop back, how its send buffer is filled; None where it is the buffer before it."""
-        found: list[tuple[Move, ...] | None] = []
-        before = self.local.wholes
-        for transfer in self.local.reshard:
-            mirror = transfer.send.by_peer == before.by_peer
-            found.append(None if mirror else moves(before, transfer.send))
-            before = transfer.recv
-        return found
-
-
-def _merge_runs(
-    touched: Sequence[tuple[Assignment, Region]], origins: dict[int, Region]
-) -> tuple[tuple[int, Region], ...]:
-    """Pieces by parameter; where they are all of the shard, the shard itself."""
-    by_param: dict[int, list[Region]] = defaultdict(list)
-    for assignment, region in touched:
-        by_param[assignment.param].append(region)
-    runs: list[tuple[int, Region]] = []
-    for param, regions in by_param.items():
-        whole = sum(region.numel for region in regions) == origins[param].numel
-        runs += [(param, origins[param])] if whole else [(param, region) for region in regions]
-    return tuple(runs)
+    def _piece(self, slot: Slot) -> _Piece:
+        matrix, param = self.local.matrices[slot.assignment], slot.assignment.param
+        row, col = slot.region.relative_to(matrix).start[-2:]
+        box = box_of(slot.region, self.local.shards[param])
+        return _Piece(param, slot, box, Place(*rows_and_cols(matrix), row, col))
 
 
 class Executor:
@@ -185,78 +170,79 @@ class Executor:
     def _unshard(
         self, run: _RankBucketRun, params: dict[int, LocalParam], keep: Tensor | None
     ) -> _Flight:
-        local = run.local
         by_momentum: dict[float, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for param, region in run.momentum_runs:
-            if leaf := params.get(param):
-                views = (
-                    view_region(leaf.momentum_buffer, region, run.origins[param]),
-                    view_region(leaf.grad, region, run.origins[param]),
-                )
-                by_momentum[leaf.options.momentum].append(views)
+        for param, box in run.runs:
+            if local := params.get(param):
+                views = view_box(local.momentum_buffer, box), view_box(local.grad, box)
+                by_momentum[local.options.momentum].append(views)
         for momentum, pairs in by_momentum.items():
             update_momentum([b for b, _ in pairs], [g for _, g in pairs], momentum, keep)
-        pieces = torch.empty(local.pieces.numel, dtype=run.dtype, device=run.device)
-        for slot in local.pieces.slots:
-            if leaf := params.get(slot.assignment.param):
-                origin = run.origins[slot.assignment.param]
+        buffer = torch.empty(run.local.pieces.numel, dtype=run.dtype, device=run.device)
+        for piece in run.pieces:
+            if local := params.get(piece.param):
                 direction = direction_of(
-                    view_region(leaf.momentum_buffer, slot.region, origin),
-                    view_region(leaf.grad, slot.region, origin),
-                    leaf.options.momentum,
-                    leaf.options.nesterov,
+                    view_box(local.momentum_buffer, piece.box),
+                    view_box(local.grad, piece.box),
+                    local.options.momentum,
+                    local.options.nesterov,
                 )
-                view_slot(pieces, slot).copy_(direction)
-        flight = _Flight(pieces, None, [])
-        for transfer in local.unshard:
-            self._send(run, flight, transfer, pieces)
+                view_slot(buffer, piece.slot).copy_(direction)
+        flight = _Flight(buffer, None, [])
+        for rank_collective in run.local.unshard:
+            self._send(run, flight, rank_collective, buffer)
         return flight
 
-    def _send(self, run: _RankBucketRun, flight: _Flight, transfer: Transfer, send: Tensor) -> None:
-        """Start a transfer; what it brings becomes the flight's buffer."""
-        group = self._groups.over(run.bucket.mesh, transfer.collective.mesh_dims)
-        recv = torch.empty(transfer.recv.numel, dtype=run.dtype, device=run.device)
-        flight.works.append(issue(transfer, send, recv, group))
+    def _send(
+        self, run: _RankBucketRun, flight: _Flight, rank_collective: RankCollective, send: Tensor
+    ) -> None:
+        """Issue a collective; what it brings becomes the flight's buffer."""
+        group = self._groups.over(run.bucket.mesh, rank_collective.collective.mesh_dims)
+        recv = torch.empty(rank_collective.recv.numel, dtype=run.dtype, device=run.device)
+        flight.works.append(issue(rank_collective, send, recv, group))
         flight.buffer, flight.sending = recv, send
 
     def _orthogonalize(
         self, run: _RankBucketRun, flight: _Flight, params: dict[int, LocalParam]
     ) -> None:
-        batches: dict[object, list[Assignment]] = defaultdict(list)
-        for assignment in run.local.owned:
-            if leaf := params.get(assignment.param):
-                shape = rows_and_cols(run.matrix_of[assignment])
-                alone = None if self.plan.options.batched else assignment
-                batches[shape, leaf.options, alone].append(assignment)
-        for assignments in batches.values():
-            options = params[assignments[0].param].options
-            matrices = [
-                assemble(flight.buffer, run.slots_of[a], run.matrix_of[a]).view(
-                    rows_and_cols(run.matrix_of[a])
-                )
-                for a in assignments
-            ]
-            stacked = matrices[0] if len(matrices) == 1 else torch.stack(matrices)
-            result = newton_schulz(
-                stacked,
-                coefficients=options.ns_coefficients,
-                num_iterations=options.ns_steps,
-                eps=options.eps,
-                dtype=run.dtype,
-            )
-            results = [result] if len(matrices) == 1 else list(result.unbind())
-            for assignment, polar_factor in zip(assignments, results, strict=True):
-                slots, matrix = run.slots_of[assignment], run.matrix_of[assignment]
-                scatter(polar_factor, flight.buffer, slots, matrix)
+        for batch in run.batches:
+            by_options: dict[MuonOptions, list[Assignment]] = defaultdict(list)
+            for assignment in batch:
+                if local := params.get(assignment.param):
+                    by_options[local.options].append(assignment)
+            for options, assignments in by_options.items():
+                self._orthogonalize_batch(run, flight.buffer, options, assignments)
+
+    def _orthogonalize_batch(
+        self,
+        run: _RankBucketRun,
+        buffer: Tensor,
+        options: MuonOptions,
+        assignments: Sequence[Assignment],
+    ) -> None:
+        """Matrices of one size, each to its polar factor in place."""
+        places = [(run.local.slots_of[a], run.local.matrices[a]) for a in assignments]
+        matrices = [
+            assemble(buffer, slots, matrix).view(rows_and_cols(matrix)) for slots, matrix in places
+        ]
+        result = newton_schulz(
+            matrices[0] if len(matrices) == 1 else torch.stack(matrices),
+            coefficients=options.ns_coefficients,
+            num_iterations=options.ns_steps,
+            eps=options.eps,
+            dtype=run.dtype,
+        )
+        polar_factors = [result] if len(matrices) == 1 else result.unbind()
+        for polar_factor, (slots, matrix) in zip(polar_factors, places, strict=True):
+            disassemble(polar_factor, buffer, slots, matrix)
 
     def _hop_back(self, run: _RankBucketRun, flight: _Flight, hop: int) -> None:
-        """Start one transfer of the way back."""
-        transfer, runs = run.local.reshard[hop], run.hop_moves[hop]
+        """Issue one collective of the way back."""
+        rank_collective, moves = run.local.reshard[hop], run.local.moves[hop]
         send = flight.buffer
-        if runs is not None:
-            send = torch.empty(transfer.send.numel, dtype=run.dtype, device=run.device)
-            repack(flight.buffer, send, runs)
-        self._send(run, flight, transfer, send)
+        if moves is not None:
+            send = torch.empty(rank_collective.send.numel, dtype=run.dtype, device=run.device)
+            repack(flight.buffer, send, moves)
+        self._send(run, flight, rank_collective, send)
 
     def _apply(
         self,
@@ -269,20 +255,17 @@ class Executor:
         for hop in range(1, len(run.local.reshard)):
             self._hop_back(run, flight, hop)
             flight.wait()
-        for slot in run.local.results.slots:
-            leaf = params.get(slot.assignment.param)
-            if leaf is None:
+        for piece in run.results:
+            local = params.get(piece.param)
+            if local is None:
                 continue
-            options, origin = leaf.options, run.origins[slot.assignment.param]
-            matrix = run.matrix_of[slot.assignment]
-            rows, cols = rows_and_cols(matrix)
-            row, col = slot.region.relative_to(matrix).start[-2:]
+            options, place = local.options, piece.place
             apply_update(
-                view_region(leaf.param, slot.region, origin),
-                view_slot(flight.buffer, slot),
-                Place(rows, cols, row, col),
+                view_box(local.param, piece.box),
+                view_slot(flight.buffer, piece.slot),
+                place,
                 lr=options.lr,
-                matrix_lr=adjusted_lr(options.lr, options.adjust_lr_fn, rows, cols),
+                matrix_lr=adjusted_lr(options.lr, options.adjust_lr_fn, place.rows, place.cols),
                 weight_decay=options.weight_decay,
                 keep=keep,
             )

@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from muon_dtensor.errors import NonFiniteGradientError
 from muon_dtensor.runtime.agreement import (
+    MISSING,
+    PRESENT,
     Agreement,
     Entry,
     Votes,
@@ -45,6 +47,7 @@ class GradientGate:
         self._missing_grad = missing_grad
         self._nonfinite = nonfinite
         self._past: list[Tensor] = []
+        self._past_fault = ""
         self._has_settled = False
         self._told_of_zeros = False
         self.device = next(
@@ -64,17 +67,24 @@ class GradientGate:
             PlanMismatchError, MissingGradientError, NonFiniteGradientError: on every rank.
             RuntimeError: a gradient that cannot be used, on this rank or on another.
         """
-        votes, grads = self._votes(options)
+        grads = {name: p.grad for name, p in self._params.items() if p.grad is not None}
+        faults = {name: _fault_of(name, self._params[name], grad) for name, grad in grads.items()}
+        faulty = [name for name, fault in faults.items() if fault]
+        votes = self._votes(options, grads, faults[faulty[0]] if faulty else "")
         moved = [name for name in grads if _has_moved(self._params[name], grads[name])]
-        usable = [] if votes.fault else [g for name, g in grads.items() if name not in moved]
-        flag = self._flag(usable)
+        left_out = {*moved, *faulty}
+        flag = self._flag([grad for name, grad in grads.items() if name not in left_out])
         if self._reads_now():
             return grads, self._settle(votes, grads, moved, flag)
+        grads.update({name: torch.zeros_like(self._params[name]) for name in faulty})
         return grads, self._mask(votes, grads, moved, flag)
 
     def read_past(self) -> None:
         """Raise what a masked step of the past found; its ballots are long reduced."""
         past, self._past = self._past, []
+        fault, self._past_fault = self._past_fault, ""
+        if fault:
+            raise RuntimeError(fault)
         for ballots in past:
             read(ballots, with_non_finite=self._nonfinite == "raise")
 
@@ -87,25 +97,20 @@ class GradientGate:
             or not self._agreement.manifests
         )
 
-    def _votes(self, options: tuple[str, ...]) -> tuple[Votes, dict[str, Tensor]]:
-        """What this rank says before the step, and the gradients it has."""
-        states: dict[str, str] = {}
-        grads: dict[str, Tensor] = {}
-        fault = ""
-        for name, param in self._params.items():
-            grad = param.grad
-            if grad is None:
-                states[name] = ""
-                continue
-            fault = fault or _fault_of(name, param, grad)
-            grads[name] = grad
-            states[name] = "yes"
-            if isinstance(grad, DTensor) and _has_moved(param, grad):
-                states[name] = str(grad.placements)
+    def _votes(self, options: tuple[str, ...], grads: Mapping[str, Tensor], fault: str) -> Votes:
+        """What this rank says before the step."""
+
+        def state(name: str) -> str:
+            grad = grads.get(name)
+            if isinstance(grad, DTensor) and _has_moved(self._params[name], grad):
+                return str(grad.placements)
+            return MISSING if grad is None else PRESENT
+
         presence = tuple(
-            tuple(states[fqn] for fqn in manifest.fqns) for manifest in self._agreement.manifests
+            tuple(state(name) for name in manifest.fqns) for manifest in self._agreement.manifests
         )
-        return Votes(options, presence, fault), grads
+        gate = f"optimizer: missing_grad={self._missing_grad}, nonfinite={self._nonfinite}"
+        return Votes((*options, gate), presence, fault)
 
     def _settle(
         self, votes: Votes, grads: dict[str, Tensor], moved: Collection[str], flag: Tensor
@@ -134,14 +139,14 @@ class GradientGate:
     ) -> Tensor:
         ballots = self._agreement.cast(votes, flag)
         keep = all_agree(ballots)
-        if moved:
-            if keep.item():
-                self._redistribute(moved, grads)
-            else:
-                grads.update({name: torch.zeros_like(self._params[name]) for name in moved})
+        if moved and keep.item():  # with equal ballots, all ranks have moved the same
+            self._redistribute(moved, grads)
             flag = self._flag([grads[name] for name in moved])
             ballots = torch.cat([ballots, self._agreement.cast(votes, flag)])
+        else:
+            grads.update({name: torch.zeros_like(self._params[name]) for name in moved})
         self._past.append(ballots)
+        self._past_fault = votes.fault
         return keep & (ballots[:, Entry.NON_FINITE].amax() == 0)
 
     def _flag(self, grads: Iterable[Tensor]) -> Tensor:

@@ -42,8 +42,6 @@ class Outcome:
     sent_nbytes: int
     num_matrices: int
     planned_sent_nbytes: int
-    total_nbytes: int
-    bound_nbytes: int
     model_matrices: int
     digest: str
 
@@ -60,15 +58,12 @@ class Oracle:
         flat = [m for parts in self.matrices for m in parts if m.numel()]
         self.optimizer = torch.optim.Muon(flat, **options) if flat else None
 
-    def step(self, grads: Sequence[Tensor | None]) -> None:
+    def step(self, grads: Sequence[Tensor]) -> None:
         """One step with these full gradients."""
         for parts, grad in zip(self.matrices, grads, strict=True):
-            if grad is None:
-                whole: Sequence[Tensor | None] = [None] * len(parts)
-            else:
-                whole = grad.unbind() if grad.ndim == 3 else [grad]
-            for matrix, part in zip(parts, whole, strict=True):
-                matrix.grad = None if part is None else part.clone()
+            slices = grad.unbind() if grad.ndim == 3 else [grad]
+            for matrix, part in zip(parts, slices, strict=True):
+                matrix.grad = part.clone()
         if self.optimizer is not None:
             self.optimizer.step()
 
@@ -132,8 +127,6 @@ def compare_with_oracle(case: Case) -> Outcome:
         count.sent_nbytes,
         count.num_matrices,
         cost.sent_nbytes[dist.get_rank()] * case.num_steps,
-        cost.total_nbytes * case.num_steps,
-        cost.bound_nbytes * case.num_steps,
         cost.num_matrices * case.num_steps,
         ours.plan.digest,
     )
