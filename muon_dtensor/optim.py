@@ -6,14 +6,16 @@ Keeps torch's contract; leaves planning, moving and mathematics to those who kno
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from muon_dtensor.adamw import AdamWLocal, adamw_step, step_tensor
+from muon_dtensor.config import DistributedConfig
 from muon_dtensor.errors import GroupOptionError, PlanError, Problem
 from muon_dtensor.layout import MeshSpec, ParamSpec
 from muon_dtensor.options import DEFAULTS, as_text, complete, complete_loaded
@@ -60,10 +62,13 @@ class Muon(Optimizer):
         ns_steps: iterations, 0 to 99.
         adjust_lr_fn: None or "original": s = sqrt(max(1, rows / cols)); "match_rms_adamw":
             s = 0.2 sqrt(max(rows, cols)) (Liu et al. 2025, arXiv:2502.16982).
+        distributed_config: of `create_devicemesh_config` or its kin: where plain tensors are
+            replicated, and how exchanges run. DTensors need none.
         ns_dtype: dtype of the iteration and of all that is sent.
         bucket_mb: most MiB of exchange buffers a bucket may hold on a rank. The work space of one
             matrix (of several, where batched) comes on top.
-        prefetch_count: buckets in flight while another is orthogonalized; 0 for none.
+        prefetch_count: buckets in flight while another is orthogonalized; 0 for none. Default:
+            that of `distributed_config`, or 1.
         batched: stack equal-shaped matrices of one owner; rounds differently. Default: on a GPU.
         missing_grad: a parameter with a gradient on some ranks only: "raise"
             MissingGradientError on every rank, or count it as "zero" there. Without a gradient
@@ -78,7 +83,8 @@ class Muon(Optimizer):
 
     Raises:
         GroupOptionError: an option that is unknown or out of range.
-        ValueError: `bucket_mb` or `prefetch_count` is out of range.
+        ValueError: `bucket_mb` or `prefetch_count` is out of range, or a DTensor lives on ranks
+            that the mesh of `distributed_config` does not hold.
         PlanError: parameters that Muon cannot step, all of them told at once.
         PlanMismatchError: from the first `step`, if ranks differ in parameters or options.
     """
@@ -95,9 +101,10 @@ class Muon(Optimizer):
         ns_steps: int = DEFAULTS["ns_steps"],
         adjust_lr_fn: str | None = DEFAULTS["adjust_lr_fn"],
         *,
+        distributed_config: DistributedConfig | None = None,
         ns_dtype: torch.dtype = torch.bfloat16,
         bucket_mb: float = 256,
-        prefetch_count: int = 1,
+        prefetch_count: int | None = None,
         batched: bool | None = None,
         missing_grad: Literal["raise", "zero"] = "raise",
         nonfinite: Literal["raise", "skip", "propagate"] = "raise",
@@ -114,7 +121,9 @@ class Muon(Optimizer):
             )
         self._ns_dtype = ns_dtype
         self._bucket_nbytes = int(bucket_mb * 2**20)
-        self._prefetch_count = prefetch_count
+        self._config = distributed_config or DistributedConfig()
+        if prefetch_count is not None:
+            self._config = replace(self._config, prefetch_count=prefetch_count)
         self._batched = batched
         self._missing_grad = missing_grad
         self._nonfinite = nonfinite
@@ -170,7 +179,10 @@ class Muon(Optimizer):
 
     def _replan(self) -> None:
         """Plan anew and make missing state; the next ballots compare the new plan."""
-        describer = Describer()
+        config = self._config
+        describer = Describer(config.plain_mesh)
+        if config.mesh is not None:
+            self._check_mesh(describer, config.mesh)
         specs: list[ParamSpec] = []
         homes: dict[MeshSpec, torch.device] = {}
         muon = list(self._named("muon"))
@@ -200,8 +212,9 @@ class Muon(Optimizer):
         on_gpu = any(param.device.type == "cuda" for _, param, _ in muon)
         options = PlanOptions(
             bucket_nbytes=self._bucket_nbytes,
-            prefetch_count=self._prefetch_count,
+            prefetch_count=config.prefetch_count,
             batched=on_gpu if self._batched is None else self._batched,
+            sequential=not config.async_gpu_parallelism,
         )
         self._plan = plan = plan_update(specs, options)
         for _, param, group in self._named():
@@ -211,9 +224,11 @@ class Muon(Optimizer):
         groups = Groups(describer.device_meshes, rank)
         self._muon = [param for _, param, _ in muon]
         self._agreement = Agreement(manifests, groups, rank)
+        shared = (param for _, param, _ in named if describer.home(param).dim_names)
         self._gate = GradientGate(
-            {name: param for name, param, _ in self._named()},
+            {name: param for name, param, _ in named},
             self._agreement,
+            device=next((local_part(p).device for p in shared), torch.device("cpu")),
             missing_grad=self._missing_grad,
             nonfinite=self._nonfinite,
         )
@@ -221,12 +236,24 @@ class Muon(Optimizer):
         self._executor = Executor(plan, rank, groups, devices)
         self._is_connected = False
 
+    def _check_mesh(self, describer: Describer, mesh: DeviceMesh) -> None:
+        """Raise ValueError for parameters that live outside the mesh of the config."""
+        whole = describer.mesh(mesh)
+        for name, param, _ in self._named():
+            home = describer.home(param)
+            if not home.rank_set <= whole.rank_set:
+                raise ValueError(
+                    f"{name} lives on mesh {home} with ranks {min(home.ranks)} to "
+                    f"{max(home.ranks)}, which the config's mesh {whole} does not hold. Make the "
+                    "config from a mesh that holds all parameters."
+                )
+
     def _manifests(self, plan: Plan, describer: Describer) -> Iterator[Manifest]:
         """What each set of ranks must have in common: its part of the plan, its parameters."""
-        members: dict[frozenset[int], list[tuple[str, DTensor, str, MeshSpec]]] = {}
+        members: dict[frozenset[int], list[tuple[str, Tensor, str, MeshSpec]]] = {}
         for name, param, group in self._named():
-            if isinstance(param, DTensor):
-                mesh = describer.mesh(param.device_mesh)
+            mesh = describer.home(param)
+            if mesh.dim_names and mesh.holds(this_rank()):
                 members.setdefault(mesh.rank_set, []).append(
                     (name, param, group["algorithm"], mesh)
                 )
@@ -234,7 +261,7 @@ class Muon(Optimizer):
             digest = restrict(plan, rank_set).digest
             lines = tuple(
                 f"{name} {list(param.shape)} {dtype_name(param.dtype)} "
-                f"{param.placements} on {mesh}, {algorithm}"
+                f"{getattr(param, 'placements', 'replicated')} on {mesh}, {algorithm}"
                 for name, param, algorithm, mesh in params
             )
             # Several meshes may hold these ranks; all ranks must pick the same one to vote on.
@@ -349,9 +376,9 @@ class Muon(Optimizer):
 
 
 _PICKLED = (
+    "_config",
     "_ns_dtype",
     "_bucket_nbytes",
-    "_prefetch_count",
     "_batched",
     "_missing_grad",
     "_nonfinite",

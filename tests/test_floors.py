@@ -21,9 +21,10 @@ MAY_REACH = {
     "runtime": ("errors", "layout", "matrices", "planning", "orthogonalize", "update", "runtime"),
     "options": ("errors", "orthogonalize", "update"),
     "grouping": ("errors", "options"),
+    "config": (),
     "optim": (
         *("errors", "layout", "planning", "runtime", "adamw", "options"),
-        *("matrices", "orthogonalize", "update"),
+        *("config", "matrices", "orthogonalize", "update"),
     ),
     "cli": ("",),
     "__init__": ("",),
@@ -31,6 +32,7 @@ MAY_REACH = {
 
 RUNTIME_MAY_PLAN_WITH = ("planning.ir", "planning.routes")
 ONLY_IN_DESCRIBE = ("_StridedShard",)
+HOMES = ("runtime", "config", "cli")
 STDLIB_ONLY = ("errors", "layout", "matrices", "planning")
 
 
@@ -72,9 +74,8 @@ def test_planning_is_stdlib_only(path):
 def test_torch_distributed_has_one_home(path):
     text = (ROOT / path).read_text()
     for name in imports(path):
-        if name.startswith("torch.distributed") and floor_of(path) not in ("runtime", "cli"):
-            # the optimizer asks of a parameter whether it is a DTensor, and nothing else
-            assert (floor_of(path), name) == ("optim", "torch.distributed.tensor")
+        if name.startswith("torch.distributed") and floor_of(path) not in HOMES:
+            assert (floor_of(path), name) == ("optim", "torch.distributed.device_mesh")
     if path.parts != ("runtime", "describe.py"):
         for name in ONLY_IN_DESCRIBE:
             assert name not in text, f"{path} reads torch's private {name}"

@@ -22,6 +22,9 @@ PUBLIC = {
     "Plan",
     "PlanError",
     "PlanMismatchError",
+    "DistributedConfig",
+    "create_devicemesh_config",
+    "create_dtensor_config",
     "group_parameters",
 }
 

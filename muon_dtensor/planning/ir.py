@@ -123,12 +123,14 @@ class PlanOptions:
     `bucket_nbytes`: most bytes of buffers one bucket may hold on any rank; a matrix that needs
     more by itself travels alone. `prefetch_count`: buckets whose exchange is in flight while
     another is orthogonalized. `batched`: whether an owner stacks its equal-shaped matrices of a
-    bucket into one batch (faster on GPUs, rounds differently).
+    bucket into one batch (faster on GPUs, rounds differently). `sequential`: ranks orthogonalize
+    one after the other, in the order of their positions; for debugging.
     """
 
     bucket_nbytes: int = 256 * 2**20
     prefetch_count: int = 1
     batched: bool = False
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         if self.bucket_nbytes < 1:

@@ -24,6 +24,11 @@ def issue(rank_collective: RankCollective, send: Tensor, recv: Tensor, group: Pr
     return work
 
 
+def barrier(group: ProcessGroup) -> None:
+    """Wait until all ranks of a group are here."""
+    dist.barrier(group=group)
+
+
 def all_reduce_max(values: Tensor, group: ProcessGroup) -> None:
     """The elementwise maximum over a group, in place."""
     dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)

@@ -89,10 +89,12 @@ def _cut_order(
 class Describer:
     """Describes parameters, equal meshes and layouts as one and the same object."""
 
-    def __init__(self) -> None:
+    def __init__(self, plain_mesh: DeviceMesh | None = None) -> None:
+        """`plain_mesh`: where tensors that are no DTensors are replicated; None: nowhere."""
         self.device_meshes: dict[MeshSpec, DeviceMesh] = {}
-        self._alone = MeshSpec((), (), (this_rank(),))
         self._meshes: dict[int, MeshSpec] = {}
+        alone = MeshSpec((), (), (this_rank(),))
+        self._plain = alone if plain_mesh is None else self.mesh(plain_mesh)
         self._layouts: dict[tuple[int, object, object], Layout] = {}
 
     def mesh(self, mesh: DeviceMesh) -> MeshSpec:
@@ -106,12 +108,16 @@ class Describer:
             self.device_meshes.setdefault(spec, mesh)
         return spec
 
+    def home(self, tensor: Tensor) -> MeshSpec:
+        """The mesh a parameter lives on; without dims where that is this rank alone."""
+        return self.mesh(tensor.device_mesh) if isinstance(tensor, DTensor) else self._plain
+
     def layout(self, tensor: Tensor) -> Layout:
-        """The layout of a DTensor; a plain tensor lies whole on a mesh of this rank alone."""
+        """The layout of a DTensor; a plain tensor lies whole on every rank of its mesh."""
         if isinstance(tensor, DTensor):
             layout = describe_layout(tensor, self.mesh(tensor.device_mesh))
         else:
-            layout = Layout(self._alone, tuple(tensor.shape), ((),) * tensor.ndim)
+            layout = Layout(self._plain, tuple(tensor.shape), ((),) * tensor.ndim)
         key = (id(layout.mesh), layout.shape, layout.cuts)
         return self._layouts.setdefault(key, layout)
 

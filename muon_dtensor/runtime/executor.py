@@ -17,7 +17,7 @@ from muon_dtensor.matrices import rows_and_cols
 from muon_dtensor.orthogonalize import newton_schulz
 from muon_dtensor.planning.ir import Action, Assignment, Phase, Plan
 from muon_dtensor.planning.routes import RankCollective, Slot, rank_bucket
-from muon_dtensor.runtime.collectives import issue
+from muon_dtensor.runtime.collectives import barrier, issue
 from muon_dtensor.runtime.groups import Groups
 from muon_dtensor.runtime.packing import (
     Box,
@@ -95,7 +95,8 @@ class _RankBucketRun:
 
     def __init__(self, plan: Plan, index: int, rank: int, devices: Sequence[torch.device]) -> None:
         self.bucket = bucket = plan.buckets[index]
-        self.local = rank_bucket(plan, bucket, bucket.mesh.position_of(rank))
+        self.position = bucket.mesh.position_of(rank)
+        self.local = rank_bucket(plan, bucket, self.position)
         self.batches = self.local.batches(plan.options.batched)
         self.device = devices[bucket.assignments[0].param]
         self.dtype: torch.dtype = getattr(torch, bucket.wire_dtype)
@@ -159,7 +160,10 @@ class Executor:
             case Phase.WAIT:
                 self._flights[action.bucket].wait()
             case Phase.ORTHOGONALIZE:
-                self._orthogonalize(run, self._flights[action.bucket], params)
+                if self.plan.options.sequential:
+                    self._orthogonalize_in_turn(run, self._flights[action.bucket], params)
+                else:
+                    self._orthogonalize(run, self._flights[action.bucket], params)
             case Phase.RESHARD:
                 self._hop_back(run, self._flights[action.bucket], hop=0)
             case Phase.APPLY:
@@ -211,6 +215,16 @@ class Executor:
                     by_options[local.options].append(assignment)
             for options, assignments in by_options.items():
                 self._orthogonalize_batch(run, flight.buffer, options, assignments)
+
+    def _orthogonalize_in_turn(
+        self, run: _RankBucketRun, flight: _Flight, params: dict[int, LocalParam]
+    ) -> None:
+        mesh = run.bucket.mesh
+        for position in range(mesh.num_ranks):
+            if position == run.position:
+                self._orthogonalize(run, flight, params)
+            if mesh.dim_names:
+                barrier(self._groups.over(mesh, mesh.dim_names))
 
     def _orthogonalize_batch(
         self,

@@ -39,9 +39,12 @@ class GradientGate:
         params: Mapping[str, Tensor],
         agreement: Agreement,
         *,
+        device: torch.device,
         missing_grad: Literal["raise", "zero"],
         nonfinite: Literal["raise", "skip", "propagate"],
     ) -> None:
+        """`device`: where ballots live; that of the parameters that a mesh holds."""
+        self.device = device
         self._params = params
         self._agreement = agreement
         self._missing_grad = missing_grad
@@ -50,10 +53,6 @@ class GradientGate:
         self._past_fault = ""
         self._has_settled = False
         self._told_of_zeros = False
-        self.device = next(
-            (local_part(p).device for p in params.values() if isinstance(p, DTensor)),
-            torch.device("cpu"),
-        )
 
     def admit(self, options: tuple[str, ...]) -> tuple[dict[str, Tensor], Tensor | bool]:
         """Gradients by name of parameter, and whether to step with them.

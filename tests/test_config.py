@@ -1,0 +1,205 @@
+"""The one-liners: plain parameters share the work; the mesh is made from sizes; debug mode."""
+
+import time
+from itertools import pairwise
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.nn.parallel import DistributedDataParallel
+
+from muon_dtensor import Muon, create_devicemesh_config, create_dtensor_config
+from muon_dtensor.runtime import executor
+from tests.support.cases import Oracle, mesh_of, spread, tensors_like
+from tests.support.meter import counting, installed
+from tests.support.pool import run_processes
+from tests.support.threads import run_threads
+
+R, S0 = Replicate(), Shard(0)
+SHAPES = [(8, 16), (16, 8), (7, 5), (3, 4, 6), (1, 9), (0, 4)]
+
+
+def shared(mesh_shape: tuple[int, ...], names: tuple[str, ...] | None, **options: Any) -> Any:
+    """Plain parameters beside a DTensor; equal gradients on all ranks, as DDP leaves them."""
+    mesh = mesh_of(mesh_shape)
+    weights = tensors_like([*SHAPES, (12, 6)], 0)
+    params = [nn.Parameter(w) for w in weights[:-1]]
+    params.append(nn.Parameter(spread(weights[-1], mesh, (S0,) * mesh.ndim)))
+    config = create_devicemesh_config(mesh, names, **options)
+    optimizer = Muon([(f"p{i}", p) for i, p in enumerate(params)], distributed_config=config)
+    oracle = Oracle(weights)
+    with counting() as count:
+        for step in range(3):
+            grads = tensors_like([*SHAPES, (12, 6)], 1 + step)
+            for param, grad in zip(params[:-1], grads, strict=False):
+                param.grad = grad.clone()
+            params[-1].grad = spread(grads[-1], mesh, (S0,) * mesh.ndim)
+            optimizer.step()
+            oracle.step(grads)
+    *plain, last = oracle.results()
+    same = [torch.equal(p, w) for p, w in zip(params[:-1], plain, strict=True)]
+    same.append(
+        torch.equal(params[-1].to_local(), spread(last, mesh, params[-1].placements).to_local())
+    )
+    cost = optimizer.plan.cost
+    return same, count.num_matrices, cost.num_matrices, count.sent_nbytes, cost.sent_nbytes
+
+
+@pytest.mark.parametrize(
+    ("mesh_shape", "names", "copies"),
+    [
+        pytest.param((4,), None, 1, id="ddp"),
+        pytest.param((2, 2), None, 1, id="two-dims"),
+        pytest.param((2, 2), ("a",), 2, id="over-a-alone"),
+        pytest.param((2, 3), ("b",), 2, id="over-b-alone"),
+        pytest.param((1,), None, 1, id="one-rank"),
+    ],
+)
+def test_plain_parameters_share_the_work(mesh_shape, names, copies):
+    num_ranks = torch.Size(mesh_shape).numel()
+    with installed():
+        outcomes = run_threads(num_ranks, lambda: shared(mesh_shape, names))
+    assert all(all(same) for same, *_ in outcomes)
+    done = sum(num for _, num, *_ in outcomes)
+    # seven plain matrices are shared by each group of replicas, the DTensor's one by all ranks
+    assert done == 3 * (7 * copies + 1)
+    if copies == 1:
+        for rank, (_, _, in_plan, sent, planned) in enumerate(outcomes):
+            assert in_plan == 8
+            assert sent == 3 * planned[rank]
+
+
+def without_names() -> Any:
+    mesh = init_device_mesh("cpu", (2, 2))
+    param = nn.Parameter(torch.ones(6, 4))
+    optimizer = Muon([param], distributed_config=create_devicemesh_config(mesh))
+    return str(optimizer.plan.meshes[0]), optimizer.plan.digest
+
+
+def test_a_mesh_without_names():
+    outcomes = run_threads(4, without_names)
+    assert outcomes == [("(dim0=2, dim1=2)", outcomes[0][1])] * 4
+
+
+def real_ddp() -> list[bool]:
+    torch.manual_seed(dist.get_rank())
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 4, bias=False))
+    model = DistributedDataParallel(model)
+    params = list(model.parameters())
+    oracle = Oracle([p.detach() for p in params])
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
+    optimizer = Muon(model.named_parameters(), distributed_config=create_devicemesh_config(mesh))
+    for step in range(3):
+        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+        model(torch.randn(5, 6, generator=generator)).square().mean().backward()
+        oracle.step([p.grad for p in params])
+        optimizer.step()
+        optimizer.zero_grad()
+    return [torch.equal(p, w) for p, w in zip(params, oracle.results(), strict=True)]
+
+
+def test_real_ddp():
+    assert run_processes(4, real_ddp) == [[True, True]] * 4
+
+
+def intervals(sequential: bool) -> tuple[list[torch.Tensor], list[tuple[float, float]]]:
+    """Parameters after three steps, and when this rank orthogonalized."""
+    seen: list[tuple[float, float]] = []
+    original = executor.newton_schulz
+
+    def timed(x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        start = time.monotonic()
+        time.sleep(0.002)
+        result = original(x, **kwargs)
+        seen.append((start, time.monotonic()))
+        return result
+
+    mesh = mesh_of((2, 2))
+    params = [nn.Parameter(spread(w, mesh, (R, S0))) for w in tensors_like([(8, 6)] * 8, 0)]
+    config = create_devicemesh_config(
+        mesh, async_gpu_parallelism=not sequential, prefetch_count=0 if sequential else 1
+    )
+    optimizer = Muon(params, distributed_config=config, bucket_mb=5e-4)
+    with mock.patch.object(executor, "newton_schulz", timed):
+        for step in range(3):
+            for param, grad in zip(params, tensors_like([(8, 6)] * 8, 1 + step), strict=True):
+                param.grad = spread(grad, mesh, (R, S0))
+            optimizer.step()
+    return [p.to_local().detach() for p in params], seen
+
+
+def test_sequential_execution_is_one_rank_at_a_time_and_changes_nothing():
+    sequential = run_processes(4, intervals, True)
+    spans = sorted(
+        (start, stop, rank) for rank, (_, seen) in enumerate(sequential) for start, stop in seen
+    )
+    assert len(spans) == 24
+    for (_, stop, _), (start, _, _) in pairwise(spans):
+        assert stop <= start
+    for (ours, _), (theirs, _) in zip(sequential, run_processes(4, intervals, False), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def from_sizes() -> list[Any]:
+    config = create_devicemesh_config(dp_replicate=2, dp_shard=-1, tp=2)
+    assert config.mesh is not None
+    found: list[Any] = [config.mesh.mesh_dim_names, tuple(config.mesh.shape)]
+    stages = create_devicemesh_config(pp=2, dp_shard=4)
+    assert stages.plain_mesh is not None
+    found.append(stages.plain_mesh.mesh_dim_names)
+    for wrong in (
+        {},
+        {"mesh": config.mesh, "tp": 2},
+        {"dp_shard": 3},
+        {"dp_shard": -1, "tp": -1},
+        {"tp": 0},
+        {"dp_shard": 4},
+        {"mesh": config.mesh, "mesh_dim_names": ["ep"]},
+    ):
+        with pytest.raises(ValueError, match=r"mesh|world size|sizes") as caught:
+            create_devicemesh_config(**wrong)
+        found.append(str(caught.value))
+    return found
+
+
+def test_a_mesh_from_sizes():
+    names, shape, plain, *errors = run_threads(8, from_sizes)[0]
+    assert (names, shape) == (("dp_replicate", "dp_shard", "tp"), (2, 2, 2))
+    assert plain == ("dp_shard",)
+    assert errors == [
+        "give a DeviceMesh or sizes like dp_shard=4, and not both",
+        "give a DeviceMesh or sizes like dp_shard=4, and not both",
+        "dp_shard=3 does not make the world size of 8",
+        "only one mesh size may be -1, got dp_shard=-1, tp=-1",
+        "mesh sizes must be 1 or more, or -1 for one of them, got tp=0",
+        "dp_shard=4 does not make the world size of 8",
+        "mesh dims ['ep'] are not on the mesh, which has ('dp_replicate', 'dp_shard', 'tp')",
+    ]
+
+
+def foreign_mesh() -> str:
+    world = mesh_of((2, 2))
+    param = nn.Parameter(spread(torch.ones(4, 4), world, (S0, S0)))
+    with pytest.raises(ValueError, match="lives on mesh") as caught:
+        Muon([("w", param)], distributed_config=create_devicemesh_config(world["b"]))
+    return str(caught.value)
+
+
+def test_a_config_must_hold_the_parameters():
+    for text in run_threads(4, foreign_mesh):
+        assert "w lives on mesh (a=2, b=2) with ranks 0 to 3" in text
+        assert "mesh (b=2) does not hold" in text
+
+
+def test_a_config_for_dtensors_alone():
+    config = create_dtensor_config(prefetch_count=3, async_gpu_parallelism=False)
+    optimizer = Muon([nn.Parameter(torch.ones(2, 2))], distributed_config=config)
+    assert optimizer.plan.options.prefetch_count == 3
+    assert optimizer.plan.options.sequential
+    again = Muon([nn.Parameter(torch.ones(2, 2))], distributed_config=config, prefetch_count=0)
+    assert again.plan.options.prefetch_count == 0
