@@ -74,6 +74,8 @@ class MeshSpec:
             raise ValueError(f"mesh {self.shape} needs {prod(self.shape)} ranks")
         if len(set(self.ranks)) != len(self.ranks):
             raise ValueError("a mesh holds every rank at most once")
+        if any(type(rank) is not int or rank < 0 for rank in self.ranks):
+            raise ValueError("ranks are integers from 0 on")
 
     @classmethod
     def of(cls, **sizes: int) -> "MeshSpec":
@@ -167,6 +169,8 @@ class Layout:
     cuts: tuple[tuple[str, ...], ...]
 
     def __post_init__(self) -> None:
+        if any(type(size) is not int or size < 0 for size in self.shape):
+            raise ValueError(f"tensor dims are integers from 0 on, got {self.shape}")
         if len(self.cuts) != len(self.shape):
             raise ValueError(f"{len(self.cuts)} cuts for {len(self.shape)} tensor dims")
         used = [name for dims in self.cuts for name in dims]
@@ -276,6 +280,12 @@ class ParamSpec:
     matrices: tuple[Region, ...]
     num_iterations: int = 5
     wire_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if not all(type(text) is str for text in (self.fqn, self.dtype, self.wire_dtype)):
+            raise ValueError("names and dtypes are strings")
+        if type(self.num_iterations) is not int or self.num_iterations < 0:
+            raise ValueError(f"num_iterations is an integer from 0 on, got {self.num_iterations}")
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -10,12 +10,14 @@ TO_ADAMW = "Give it to AdamW: a param group with algorithm='adamw'."
 
 
 def matrix_regions(shape: tuple[int, ...]) -> tuple[Region, ...]:
-    """The matrices of a parameter of this global shape.
+    """The matrices of a parameter of this global shape; none where it has no elements.
 
     `[rows, cols]` is one matrix, `[batch, rows, cols]` is `batch` matrices. Raises RefusalError for
     any other number of tensor dims.
     """
     match shape:
+        case (_, _) | (_, _, _) if 0 in shape:
+            return ()
         case (_, _):
             return (Region.whole(shape),)
         case (batch, rows, cols):

@@ -4,6 +4,7 @@ Keeps torch's contract; leaves planning, moving and mathematics to those who kno
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from muon_dtensor.adamw import AdamWLocal, adamw_step, step_tensor
+from muon_dtensor.adamw import AdamWLocal, adamw_step
 from muon_dtensor.config import DistributedConfig
 from muon_dtensor.errors import GroupOptionError, PlanError, Problem
 from muon_dtensor.layout import MeshSpec, ParamSpec
@@ -26,6 +27,7 @@ from muon_dtensor.runtime.describe import Describer, dtype_name, local_part, thi
 from muon_dtensor.runtime.executor import Executor, LocalParam, MuonOptions
 from muon_dtensor.runtime.gradients import GradientGate
 from muon_dtensor.runtime.groups import Groups
+from muon_dtensor.state import check_loaded, make_state
 
 logger = logging.getLogger("muon_dtensor")
 
@@ -120,7 +122,9 @@ class Muon(Optimizer):
                 f"nonfinite must be 'raise', 'skip' or 'propagate', got {nonfinite!r}"
             )
         self._ns_dtype = ns_dtype
-        self._bucket_nbytes = int(bucket_mb * 2**20)
+        if not (isinstance(bucket_mb, (int, float)) and 0 < bucket_mb < math.inf):
+            raise ValueError(f"bucket_mb must be a number above 0, got {bucket_mb!r}")
+        self._bucket_nbytes = max(1, int(bucket_mb * 2**20))
         self._config = distributed_config or DistributedConfig()
         if prefetch_count is not None:
             self._config = replace(self._config, prefetch_count=prefetch_count)
@@ -128,7 +132,7 @@ class Muon(Optimizer):
         self._missing_grad = missing_grad
         self._nonfinite = nonfinite
         self._plan: Plan | None = None
-        self._proven: set[frozenset[int]] = set()
+        self._sweeps_twice: dict[frozenset[int], bool] = {}
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -140,7 +144,7 @@ class Muon(Optimizer):
             "adjust_lr_fn": adjust_lr_fn,
         }
         complete({}, defaults)
-        groups: list[Any] = list(params) or [{"params": []}]
+        groups: Any = params if isinstance(params, Tensor) else list(params) or [{"params": []}]
         super().__init__(groups, defaults)
         self._replan()
         if this_rank() == 0:
@@ -218,7 +222,7 @@ class Muon(Optimizer):
         )
         self._plan = plan = plan_update(specs, options)
         for _, param, group in self._named():
-            self._make_state(param, group["algorithm"])
+            make_state(self.state[param], param, group["algorithm"])
         rank = this_rank()
         manifests = list(self._manifests(plan, describer))
         groups = Groups(describer.device_meshes, rank)
@@ -250,34 +254,23 @@ class Muon(Optimizer):
 
     def _manifests(self, plan: Plan, describer: Describer) -> Iterator[Manifest]:
         """What each set of ranks must have in common: its part of the plan, its parameters."""
-        members: dict[frozenset[int], list[tuple[str, Tensor, str, MeshSpec]]] = {}
+        members: dict[frozenset[int], list[tuple[str, Tensor, dict[str, Any], MeshSpec]]] = {}
         for name, param, group in self._named():
             mesh = describer.home(param)
             if mesh.dim_names and mesh.holds(this_rank()):
-                members.setdefault(mesh.rank_set, []).append(
-                    (name, param, group["algorithm"], mesh)
-                )
+                members.setdefault(mesh.rank_set, []).append((name, param, group, mesh))
         for rank_set, params in members.items():
             digest = restrict(plan, rank_set).digest
             lines = tuple(
                 f"{name} {list(param.shape)} {dtype_name(param.dtype)} "
-                f"{getattr(param, 'placements', 'replicated')} on {mesh}, {algorithm}"
-                for name, param, algorithm, mesh in params
+                f"{getattr(param, 'placements', 'replicated')} on {mesh}, {group['algorithm']}"
+                for name, param, group, mesh in params
             )
             # Several meshes may hold these ranks; all ranks must pick the same one to vote on.
             voting = min((mesh for *_, mesh in params), key=lambda m: (m.dim_names, m.shape))
-            yield Manifest(voting, digest, lines, tuple(name for name, *_ in params))
-
-    def _make_state(self, param: Tensor, algorithm: str) -> None:
-        """State of every parameter from the start, so that all ranks hold the same keys."""
-        state = self.state[param]
-        if algorithm == "muon":
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(param, requires_grad=False)
-        elif "exp_avg" not in state:
-            state["step"] = step_tensor(param)
-            state["exp_avg"] = torch.zeros_like(param, requires_grad=False)
-            state["exp_avg_sq"] = torch.zeros_like(param, requires_grad=False)
+            ids = {id(group) for _, _, group, _ in params}
+            groups = tuple(i for i, group in enumerate(self.param_groups) if id(group) in ids)
+            yield Manifest(voting, digest, lines, tuple(name for name, *_ in params), groups)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -300,8 +293,8 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._agreement.prove_plan(self._gate.device, self._proven)
-        options = tuple(as_text(i, group) for i, group in enumerate(self.param_groups))
+        self._agreement.prove_plan(self._gate.device, self._sweeps_twice)
+        options = tuple(as_text(group) for group in self.param_groups)
         grads, keep = self._gate.admit(options)
         if keep is False:
             return loss
@@ -322,8 +315,8 @@ class Muon(Optimizer):
                 continue
             if id(group) not in options:
                 options[id(group)] = MuonOptions(
-                    lr=float(group["lr"]),
-                    weight_decay=group["weight_decay"],
+                    lr=group["lr"],
+                    decay=float(1 - group["lr"] * group["weight_decay"]),
                     momentum=group["momentum"],
                     nesterov=group["nesterov"],
                     ns_coefficients=tuple(group["ns_coefficients"]),
@@ -361,6 +354,17 @@ class Muon(Optimizer):
         self._gate.read_past()
         return super().state_dict()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's, for state of this optimizer, torch.optim.Muon or torch.optim.AdamW.
+
+        Raises:
+            GroupOptionError: an option out of its range.
+            ValueError: state whose shape or placements are not those of its parameter. Then
+                nothing has changed.
+        """
+        check_loaded(state_dict, self.param_groups)
+        super().load_state_dict(state_dict)
+
     def __getstate__(self) -> dict[str, Any]:
         mine = {name: self.__dict__[name] for name in _PICKLED}
         return {**super().__getstate__(), **mine}
@@ -371,7 +375,7 @@ class Muon(Optimizer):
         super().__setstate__(state)
         for index, group in enumerate(self.param_groups):
             complete_loaded(group, known[index] if index < len(known) else "muon")
-        self._proven = set()
+        self.__dict__.setdefault("_sweeps_twice", {})
         self._replan()
 
 

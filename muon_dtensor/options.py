@@ -78,8 +78,9 @@ def validate(group: Mapping[str, Any]) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise GroupOptionError(f"lr as a tensor must have one element, got {tuple(lr.shape)}")
     for name in ("lr", "weight_decay", "momentum", "eps"):
-        if not group[name] >= 0:
-            raise GroupOptionError(f"{name} must be 0 or more, got {group[name]}")
+        value = group[name]
+        if not isinstance(value, (int, float, Tensor)) or not value >= 0:
+            raise GroupOptionError(f"{name} must be 0 or more, got {value!r}")
     if group["algorithm"] not in ALGORITHMS:
         raise GroupOptionError(
             f"algorithm must be one of {', '.join(ALGORITHMS)}, got {group['algorithm']!r}"
@@ -92,19 +93,27 @@ def validate(group: Mapping[str, Any]) -> None:
     steps = group["ns_steps"]
     if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps <= MOST_ITERATIONS:
         raise GroupOptionError(f"ns_steps must be an integer in 0..{MOST_ITERATIONS}, got {steps}")
-    if len(group["ns_coefficients"]) != 3:
+    if not _are_numbers(group["ns_coefficients"], 3):
         raise GroupOptionError(
             f"ns_coefficients must be three numbers, got {group['ns_coefficients']}"
         )
     betas = group["betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    if not _are_numbers(betas, 2) or not all(0 <= beta < 1 for beta in betas):
         raise GroupOptionError(f"betas must be two numbers in [0, 1), got {betas}")
 
 
-def as_text(index: int, group: Mapping[str, Any]) -> str:
+def _are_numbers(value: Any, count: int) -> bool:
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) == count
+        and all(isinstance(number, (int, float)) for number in value)
+    )
+
+
+def as_text(group: Mapping[str, Any]) -> str:
     """All options of a group as one line, for ranks to compare."""
     parts = []
     for name in sorted(group.keys() - {"params", "param_names"}):
         value = group[name]
         parts.append(f"{name}={float(value) if isinstance(value, Tensor) else value!r}")
-    return f"param group {index}: {', '.join(parts)}"
+    return ", ".join(parts)

@@ -14,16 +14,16 @@ from torch import Tensor
 ADJUST_LR_FNS = (None, "original", "match_rms_adamw")
 
 
-def adjusted_lr(lr: float, adjust_lr_fn: str | None, rows: int, cols: int) -> float:
-    """The learning rate of one matrix of this size.
+def adjusted_lr(lr: float | Tensor, adjust_lr_fn: str | None, rows: int, cols: int) -> float:
+    """The learning rate of one matrix of this size; a tensor is scaled in its own dtype.
 
     `None` or "original": lr sqrt(max(1, rows / cols)) (Jordan 2024,
     https://kellerjordan.github.io/posts/muon/). "match_rms_adamw": 0.2 lr sqrt(max(rows, cols))
     (Liu et al. 2025, "Muon is scalable for LLM training", arXiv:2502.16982, eq. 4).
     """
     if adjust_lr_fn == "match_rms_adamw":
-        return lr * (0.2 * math.sqrt(max(rows, cols)))
-    return lr * math.sqrt(max(1, rows / cols))
+        return float(lr * (0.2 * math.sqrt(max(rows, cols))))
+    return float(lr * math.sqrt(max(1, rows / cols)))
 
 
 def update_momentum(
@@ -54,12 +54,16 @@ def direction_of(momentum_buffer: Tensor, grad: Tensor, momentum: float, nestero
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a piece lies: in a matrix of `rows` x `cols`, from (`row`, `col`) on."""
+    """Where a piece lies: in a matrix of `rows` x `cols`, from (`row`, `col`) on.
+
+    `is_transposed`: whether torch.optim.Muon would hold the polar factor of it transposed.
+    """
 
     rows: int
     cols: int
     row: int
     col: int
+    is_transposed: bool
 
 
 def apply_update(
@@ -67,24 +71,23 @@ def apply_update(
     polar_factor: Tensor,
     place: Place,
     *,
-    lr: float,
+    decay: float,
     matrix_lr: float,
-    weight_decay: float,
     keep: Tensor | None = None,
 ) -> None:
-    """W <- (1 - lr weight_decay) W - matrix_lr O in place, as torch.optim.Muon.
+    """W <- decay W - matrix_lr O in place, as torch.optim.Muon.
 
     Args:
         param: a piece of a weight, [..., rows, cols].
         polar_factor: the same piece of the orthogonalized direction, any real dtype.
         place: where in its matrix the piece lies.
-        lr: of the group; decay takes this one.
+        decay: 1 - lr weight_decay with the group's lr: decoupled, as in AdamW (Loshchilov & Hutter
+            2019, arXiv:1711.05101).
         matrix_lr: `adjusted_lr` of the matrix.
-        weight_decay: decoupled, as in AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101).
         keep: a bool scalar on the device; where it is False nothing changes.
     """
     updated = param if keep is None else param.clone()
-    updated.mul_(1 - lr * weight_decay)
+    updated.mul_(decay)
     if _rounds_by_place(updated, polar_factor):
         _add_by_place(updated, polar_factor, -matrix_lr, place)
     else:
@@ -97,9 +100,9 @@ def apply_update(
 #   On the host, torch adds two bfloat16 tensors in blocks with a vector kernel, which rounds once,
 #   param + alpha O, and the rest with a scalar kernel, which rounds alpha O as well. Both round
 #   alpha to bfloat16 first. Contiguous tensors take blocks from the start and leave a tail;
-#   strided ones, and the O of a tall matrix is one, take no block. So the bits depend on where in
-#   the whole matrix an element lies, which a shard must imitate. Wider dtypes and GPUs round one
-#   way everywhere. tests/test_update.py compares with torch's own add.
+#   strided ones, and the transposed O of a tall matrix is one, take no block. So the bits depend
+#   on where in the whole matrix an element lies, which a shard must imitate. Wider dtypes and
+#   GPUs round one way everywhere. tests/test_update.py compares with torch's own add.
 
 
 def _rounds_by_place(param: Tensor, update: Tensor) -> bool:
@@ -112,7 +115,7 @@ def _add_by_place(param: Tensor, update: Tensor, alpha: float, place: Place) -> 
     alpha = float(torch.tensor(alpha, dtype=param.dtype))
     numel = place.rows * place.cols
     in_blocks = numel - numel % _block_numel(param.dtype)
-    if place.rows > place.cols > 1:
+    if place.is_transposed and place.cols > 1:
         in_blocks = 0
     if in_blocks == 0:
         param.add_(update * alpha)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from muon_dtensor import Muon
@@ -369,12 +369,11 @@ def crossing_meshes(kind: str) -> Any:
     world = mesh_of((2, 2))
     on_a = nn.Parameter(spread(torch.ones(8, 6), world["a"], (S0,)))
     on_b = nn.Parameter(spread(torch.ones(6, 8), world["b"], (S0,)))
-    if kind == "one-sided" and dist.get_rank() == 3:
-        optimizer = Muon([("on_b", on_b)])
-    else:
-        optimizer = Muon([("on_a", on_a), ("on_b", on_b)])
+    if kind == "shape" and dist.get_rank() == 3:
+        on_b = nn.Parameter(spread(torch.ones(7, 8), world["b"], (S0,)))
+    optimizer = Muon([("on_a", on_a), ("on_b", on_b)])
     on_a.grad = spread(torch.ones(8, 6), world["a"], (S0,))
-    on_b.grad = spread(torch.ones(6, 8), world["b"], (S0,))
+    on_b.grad = spread(torch.ones(on_b.shape), world["b"], (S0,))
     if dist.get_rank() == 0:
         if kind == "late":
             on_b.grad = None
@@ -391,6 +390,7 @@ def crossing_meshes(kind: str) -> Any:
         ("late", "MissingGradientError"),
         ("early", "MissingGradientError"),
         ("nan", "NonFiniteGradientError"),
+        ("shape", "PlanMismatchError"),
     ],
 )
 def test_meshes_that_cross_tell_each_other(kind, error):
@@ -449,3 +449,104 @@ def test_a_masked_sparse_gradient_stops_all_and_is_told_later():
     assert first == other == ("", "", True)
     assert "table has a sparse gradient" in text[1]
     assert "Another rank could not take this step" in other_text[1]
+
+
+def stages_and_a_tie(nan_on: int | None) -> Any:
+    """Two pipeline stages of two ranks, and a parameter that their first ranks share."""
+    rank = dist.get_rank()
+    stages = [DeviceMesh("cpu", ranks, mesh_dim_names=("dp",)) for ranks in ([0, 1], [2, 3])]
+    tie = DeviceMesh("cpu", [0, 2], mesh_dim_names=("tie",))
+    stage = stages[rank // 2]
+    params = [("w", nn.Parameter(spread(torch.ones(8, 8), stage, (S0,))))]
+    if rank in (0, 2):
+        params.append(("tied", nn.Parameter(spread(torch.ones(6, 6), tie, (R,)))))
+    optimizer = Muon(params)
+    for step in range(2):
+        for _, param in params:
+            param.grad = spread(torch.ones(param.shape), param.device_mesh, param.placements)
+        if step and rank == nan_on:
+            local(params[0][1].grad)[0, 0] = math.nan
+        outcome = told(optimizer)
+    return outcome
+
+
+def test_ranks_may_hold_meshes_that_others_do_not_know():
+    assert run_processes(4, stages_and_a_tie, None) == [("", "", False)] * 4
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_a_fault_crosses_meshes_that_others_do_not_know(rank):
+    for name, _, same in run_processes(4, stages_and_a_tie, rank):
+        assert (name, same) == ("NonFiniteGradientError", True)
+
+
+def more_on_some_ranks(kind: str, prefetch_count: int) -> Any:
+    """Some ranks hold a further parameter: on a smaller mesh, or of their own."""
+    rank, whole = dist.get_rank(), mesh_of((4,))
+    half = DeviceMesh("cpu", [0, 1], mesh_dim_names=("x",))
+    params = [
+        ("a", nn.Parameter(spread(torch.ones(16, 16), whole, (S0,)))),
+        ("b", nn.Parameter(spread(torch.ones(8, 8), whole, (R,)))),
+        ("e", nn.Parameter(spread(torch.ones(4, 4, 4), whole, (S0,)))),
+    ]
+    if kind == "mesh" and rank < 2:
+        params.append(("c", nn.Parameter(spread(torch.ones(12, 12), half, (S0,)))))
+    if kind == "plain" and rank == 0:
+        params.append(("c", nn.Parameter(torch.ones(12, 12))))
+    groups: list[dict[str, Any]] = [{"params": params[:3]}]
+    if len(params) > 3:  # a group of its own, and the first one
+        groups.insert(0, {"params": params[3:], "lr": 0.2})
+    optimizer = Muon(groups, bucket_mb=1e-3, prefetch_count=prefetch_count)
+    for _, param in params:
+        param.grad = torch.ones(param.shape)
+        if isinstance(param, DTensor):
+            param.grad = spread(param.grad, param.device_mesh, param.placements)
+    return told(optimizer)
+
+
+@pytest.mark.parametrize("kind", ["mesh", "plain"])
+@pytest.mark.parametrize("prefetch_count", [0, 1, 3])
+def test_some_ranks_may_hold_more(kind, prefetch_count):
+    assert run_processes(4, more_on_some_ranks, kind, prefetch_count) == [("", "", False)] * 4
+
+
+def outside_the_mesh() -> Any:
+    mesh = DeviceMesh("cpu", [0, 1], mesh_dim_names=("x",))
+    param = nn.Parameter(spread(torch.ones(12, 12), mesh, (S0,)))
+    optimizer = Muon([("p", param)])
+    param.grad = spread(torch.ones(12, 12), mesh, (S0,))
+    return told(optimizer)
+
+
+def test_ranks_outside_a_mesh_have_nothing_to_do():
+    inside, outside = [("", "", False)] * 2, [("", "", True)] * 2
+    assert run_processes(4, outside_the_mesh) == [*inside, *outside]
+
+
+def loaded_on_one_rank() -> Any:
+    params, optimizer, mesh = made()
+    optimizer.step()
+    if dist.get_rank() == 0:
+        optimizer.load_state_dict(optimizer.state_dict())
+    give_gradients(params, mesh, (S0,), seed=2)
+    return told(optimizer)
+
+
+def test_loading_on_one_rank_alone_does_no_harm():
+    assert run_processes(4, loaded_on_one_rank) == [("", "", False)] * 4
+
+
+def loaded_elsewhere() -> Any:
+    mesh = mesh_of((2, 2))
+    there, here = (
+        Muon([("p", nn.Parameter(spread(torch.ones(8, 8), mesh, placements)))])
+        for placements in ((S0, S1), (S1, S0))
+    )
+    return told(here, lambda: here.load_state_dict(there.state_dict()))
+
+
+def test_state_of_other_placements_is_refused():
+    for name, text, same in run_processes(4, loaded_elsewhere):
+        assert (name, same) == ("ValueError", True)
+        assert "'momentum_buffer' of parameter 0 is [8, 8] (Shard(dim=0), Shard(dim=1))" in text
+        assert "torch.distributed.checkpoint" in text

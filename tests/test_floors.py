@@ -22,9 +22,10 @@ MAY_REACH = {
     "options": ("errors", "orthogonalize", "update"),
     "grouping": ("errors", "options"),
     "config": (),
+    "state": ("adamw", "options", "runtime"),
     "optim": (
         *("errors", "layout", "planning", "runtime", "adamw", "options"),
-        *("config", "matrices", "orthogonalize", "update"),
+        *("config", "matrices", "orthogonalize", "state", "update"),
     ),
     "cli": ("",),
     "__init__": ("",),

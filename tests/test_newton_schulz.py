@@ -45,6 +45,7 @@ def test_torch_s_own_is_zero_at_those_scales():
 def test_zero_and_empty():
     assert torch.equal(newton_schulz(torch.zeros(4, 6)), torch_s(torch.zeros(4, 6)))
     assert newton_schulz(torch.zeros(4, 6)).abs().max() == 0
+    assert newton_schulz(torch.zeros(4, 6), eps=0.0).abs().max() == 0
     for shape in [(0, 4), (4, 0), (0, 0), (3, 0, 2)]:
         assert newton_schulz(torch.zeros(shape)).shape == shape
 
@@ -121,3 +122,14 @@ def test_one_bad_element_reaches_nothing(value):
     optimizer.step()
     assert torch.equal(param, torch.ones(4, 6))
     assert optimizer.state[param]["momentum_buffer"].abs().max() == 0
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(40, 33), (33, 40), (9, 8)], ids=str)
+def test_bf16_parameters_with_few_iterations(shape, steps):
+    weight, grad = (t.bfloat16() for t in tensors_like([shape, shape], 4))
+    ours, theirs = nn.Parameter(weight.clone()), nn.Parameter(weight.clone())
+    ours.grad, theirs.grad = grad, grad.clone()
+    Muon([ours], lr=0.1, ns_steps=steps).step()
+    torch.optim.Muon([theirs], lr=0.1, ns_steps=steps).step()
+    assert torch.equal(ours, theirs)

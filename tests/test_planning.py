@@ -1,5 +1,6 @@
 """Plans: pure, exact about what they cost, at the lower bound, readable. No torch, no ranks."""
 
+import json
 import os
 import random
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from muon_dtensor.errors import PlanError
 from muon_dtensor.layout import Layout, MeshSpec, ParamSpec, Region
 from muon_dtensor.matrices import matrix_regions
 from muon_dtensor.planning.check import check, check_routes
@@ -242,6 +244,61 @@ def test_a_damaged_plan_is_refused(plans, index):
 def test_foreign_json_is_refused(text):
     with pytest.raises(ValueError, match=r"plan|Expecting"):
         Plan.from_json(text)
+
+
+def _places(value, path=()):
+    """Every place in a JSON value, as a path of keys."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items:
+        if isinstance(inner, (dict, list)):
+            yield from _places(inner, (*path, key))
+        else:
+            yield (*path, key)
+
+
+ODD = [None, "x", -1, 1.5, 10**30, [], {}, True, float("nan")]
+
+
+def test_no_mutated_json_makes_anything_but_a_plan_or_a_value_error(plans):
+    text = plans["experts"].to_json()
+    rng = random.Random(0)
+    places = [path for path in _places(json.loads(text)) if path]
+    for path in rng.sample(places, min(len(places), 120)):
+        for odd in ODD:
+            value = json.loads(text)
+            inner = value
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = odd
+            try:
+                plan = Plan.from_json(json.dumps(value))
+            except ValueError:
+                continue
+            assert plan.cost.num_matrices >= 0
+            assert str(plan)
+
+
+def test_deep_json_is_refused():
+    with pytest.raises(ValueError, match="not the JSON text of a plan"):
+        Plan.from_json("[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    "matrices",
+    [
+        (Region((0, 0), (4, 4)), Region((2, 0), (4, 4))),
+        (Region((0, 0), (4, 3)),),
+        (Region((0, 0), (5, 4)),),
+        (Region((0,), (16,)),),
+        (),
+    ],
+    ids=["overlap", "too-few", "outside", "1-D", "none"],
+)
+def test_matrices_that_are_not_the_parameter_are_refused(matrices):
+    layout = Layout(MeshSpec.of(dp=2), (4, 4), (("dp",), ()))
+    with pytest.raises(PlanError, match=r"[Mm]atri"):
+        plan_update([ParamSpec("w", layout, "float32", matrices)])
 
 
 def test_tokens_parse_back():

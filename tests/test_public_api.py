@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import pickle
 
 import pytest
@@ -108,6 +109,8 @@ def test_all_bad_parameters_are_told_at_once():
         ({"adjust_lr_fn": "spectral"}, "adjust_lr_fn must be"),
         ({"ns_steps": 100}, "ns_steps must be an integer in 0..99"),
         ({"ns_coefficients": (1.0, 2.0)}, "three numbers"),
+        ({"ns_coefficients": [5, "b", 3]}, "three numbers"),
+        ({"lr": "fast"}, "lr must be 0 or more"),
         ({"ns_dtype": torch.int32}, "ns_dtype must be one of"),
         ({"missing_grad": "ignore"}, "missing_grad must be"),
         ({"nonfinite": "ignore"}, "nonfinite must be"),
@@ -119,7 +122,14 @@ def test_values_out_of_range(options, message):
         Muon([weight(2, 2)], **options)
 
 
-@pytest.mark.parametrize("options", [{"bucket_mb": 0}, {"prefetch_count": -1}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"bucket_mb": value} for value in (0, -1, math.inf, math.nan, "big")),
+        *({"prefetch_count": value} for value in (-1, 1.5)),
+    ],
+    ids=str,
+)
 def test_plan_options_out_of_range(options):
     with pytest.raises(ValueError, match="must be"):
         Muon([weight(2, 2)], **options)
@@ -276,3 +286,31 @@ def test_one_cycle_moves_the_momentum_as_with_torch_s_muon():
         torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=9)
         seen.append((optimizer.param_groups[0]["momentum"], optimizer.param_groups[0]["lr"]))
     assert seen[0] == seen[1]
+
+
+def test_a_tensor_is_no_list_of_parameters():
+    with pytest.raises(TypeError, match="params argument"):
+        Muon(torch.ones(3, 4, 4))
+
+
+@pytest.mark.parametrize("bad", [{"algorithm": "sgd"}, {"adjust_lr_fn": "typo"}, {"betas": 5}])
+def test_a_checkpoint_with_options_out_of_range_changes_nothing(bad):
+    optimizer = Muon([weight(2, 2)])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0].update(bad)
+    with pytest.raises(GroupOptionError):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state_dict()["param_groups"][0]["algorithm"] == "muon"
+
+
+def test_a_learning_rate_may_be_a_tensor():
+    for value in (0.1, 0.0137, 0.3):
+        ours, theirs = (nn.Parameter(tensors_like([(6, 4)], 0)[0]) for _ in range(2))
+        optimizers = (
+            Muon([ours], lr=torch.tensor(value)),
+            torch.optim.Muon([theirs], torch.tensor(value)),
+        )
+        for param, optimizer in zip((ours, theirs), optimizers, strict=True):
+            param.grad = tensors_like([(6, 4)], 1)[0]
+            optimizer.step()
+        assert torch.equal(ours, theirs)

@@ -60,7 +60,8 @@ def newton_schulz(
     # torch's norm of one whole matrix and of a batch of matrices round differently; a single
     # matrix takes the road of torch.optim.Muon.
     norm = x.norm() if x.ndim == 2 else x.norm(dim=(-2, -1), keepdim=True)
-    x.div_(norm.clamp(min=eps))
+    # the norm of anything but zero is at least 1/2 by now; zero stays zero even with eps = 0
+    x.div_(norm.clamp(min=max(eps, 1e-30)))
     x = _iterate(x, coefficients, num_iterations)
     return x.mT if tall else x
 

@@ -5,7 +5,7 @@ Recomputes from the layouts; trusts nothing that the planner says. Raises, never
 
 from collections import Counter, defaultdict
 
-from muon_dtensor.layout import Region
+from muon_dtensor.layout import ParamSpec, Region
 from muon_dtensor.planning.ir import Bucket, Local, Phase, Plan
 from muon_dtensor.planning.routes import Packing, rank_bucket
 from muon_dtensor.planning.strategies import (
@@ -17,9 +17,10 @@ from muon_dtensor.planning.strategies import (
 
 def check(plan: Plan) -> None:
     """Raise ValueError with all that is wrong with a plan. Takes time linear in its matrices."""
+    wrong = [*_wrong_matrices(plan), *_wrong_assignments(plan)]
+    if wrong:
+        raise ValueError("not a valid plan:\n  " + "\n  ".join(wrong))
     wrong = [
-        *_wrong_matrices(plan),
-        *_wrong_assignments(plan),
         *(problem for bucket in plan.buckets for problem in _wrong_bucket(plan, bucket)),
         *_wrong_schedule(plan),
     ]
@@ -27,17 +28,22 @@ def check(plan: Plan) -> None:
         raise ValueError("not a valid plan:\n  " + "\n  ".join(wrong))
 
 
+def wrong_matrices(spec: ParamSpec) -> str:
+    """What is wrong with the matrices of a parameter; empty if nothing is."""
+    whole = Region.whole(spec.shape)
+    if any(len(m.start) != len(spec.shape) or len(m.start) < 2 for m in spec.matrices):
+        return "Its matrices have other tensor dims than it has itself, or fewer than two."
+    if not all(whole.covers(matrix) for matrix in spec.matrices):
+        return "One of its matrices reaches outside it."
+    held = sum(matrix.numel for matrix in spec.matrices)
+    if held != whole.numel or _overlap(spec.matrices):
+        return "Its matrices do not hold every element exactly once."
+    return ""
+
+
 def _wrong_matrices(plan: Plan) -> list[str]:
-    wrong = []
-    for spec in plan.params:
-        whole = Region.whole(spec.shape)
-        if not all(whole.covers(matrix) for matrix in spec.matrices):
-            wrong.append(f"{spec.fqn}: a matrix reaches outside the parameter")
-        elif sum(matrix.numel for matrix in spec.matrices) != whole.numel or _overlap(
-            spec.matrices
-        ):
-            wrong.append(f"{spec.fqn}: its matrices do not hold every element exactly once")
-    return wrong
+    wrong = ((spec.fqn, wrong_matrices(spec)) for spec in plan.params)
+    return [f"{fqn}: {text}" for fqn, text in wrong if text]
 
 
 def _overlap(regions: tuple[Region, ...]) -> bool:
@@ -53,6 +59,9 @@ def _overlap(regions: tuple[Region, ...]) -> bool:
 
 def _wrong_assignments(plan: Plan) -> list[str]:
     wrong = []
+    places = (n for b in plan.buckets for a in b.assignments for n in (a.param, a.matrix, a.owner))
+    if any(type(number) is not int for number in places):
+        return ["an assignment is not made of integers"]
     counts = Counter((a.param, a.matrix) for b in plan.buckets for a in b.assignments)
     expected = {
         (param, index)

@@ -133,10 +133,14 @@ class PlanOptions:
     sequential: bool = False
 
     def __post_init__(self) -> None:
-        if self.bucket_nbytes < 1:
+        if type(self.bucket_nbytes) is not int or self.bucket_nbytes < 1:
             raise ValueError(f"bucket_mb must be above 0, got {self.bucket_nbytes} bytes")
-        if self.prefetch_count < 0:
-            raise ValueError(f"prefetch_count must be 0 or more, got {self.prefetch_count}")
+        if type(self.prefetch_count) is not int or self.prefetch_count < 0:
+            raise ValueError(
+                f"prefetch_count must be an integer from 0 on, got {self.prefetch_count}"
+            )
+        if type(self.batched) is not bool or type(self.sequential) is not bool:
+            raise ValueError("batched and sequential are True or False")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from muon_dtensor.errors import PlanError, Problem
 from muon_dtensor.layout import MeshSpec, ParamSpec, Region
 from muon_dtensor.planning.buckets import Footprint, Parcel, deal, schedule
+from muon_dtensor.planning.check import wrong_matrices
 from muon_dtensor.planning.cost import ITEMSIZES, matrix_flops
 from muon_dtensor.planning.ir import (
     Action,
@@ -55,14 +56,39 @@ def plan_update(params: Sequence[ParamSpec], options: PlanOptions | None = None)
     The same parameters and options give the same plan, byte for byte, on every rank.
 
     Raises:
-        PlanError: parameters of the same name, or an unknown wire dtype.
+        PlanError: parameters of the same name, with an unknown wire dtype, or with matrices that
+            do not hold each of their elements once.
     """
     options = options or PlanOptions()
     params = tuple(params)
     _check_params(params)
+    by_ranks: dict[frozenset[int], dict[_Transport, list[_Item]]] = {}
+    for transport, items in _by_transport(params, _owners(params)).items():
+        by_ranks.setdefault(transport.mesh.rank_set, {})[transport] = items
     buckets: list[Bucket] = []
+    actions: list[Action] = []
+    for rank_set in sorted(by_ranks, key=_rank_set_order):
+        waves = _deal_transports(params, by_ranks[rank_set], options, buckets)
+        actions += schedule(buckets, waves, options.prefetch_count)
+    return Plan(params, tuple(buckets), tuple(actions), options)
+
+
+def _rank_set_order(rank_set: frozenset[int]) -> tuple[int, int]:
+    """Sets of ranks run one after the other, in one order for all.
+
+    So ranks that share one mesh and differ in others still issue its collectives alike.
+    """
+    return (-len(rank_set), min(rank_set))
+
+
+def _deal_transports(
+    params: tuple[ParamSpec, ...],
+    transports: dict[_Transport, list[_Item]],
+    options: PlanOptions,
+    buckets: list[Bucket],
+) -> list[list[int]]:
+    """Append the buckets of one set of ranks; returns them as waves of indices."""
     waves: list[list[int]] = []
-    transports = _by_transport(params, _owners(params))
     # Exchanges first, the longest compute first; what needs no exchange hides the last one.
     for transport, items in sorted(
         transports.items(), key=lambda pair: _order(params, pair[0], pair[1])
@@ -83,7 +109,7 @@ def plan_update(params: Sequence[ParamSpec], options: PlanOptions | None = None)
                         reshard=reshard_collectives(strategy, transport.mesh.dim_names),
                     )
                 )
-    return Plan(params, tuple(buckets), schedule(buckets, waves, options.prefetch_count), options)
+    return waves
 
 
 def _model_order(item: _Item) -> tuple[int, int]:
@@ -112,6 +138,10 @@ def _check_params(params: tuple[ParamSpec, ...]) -> None:
                     "This dtype is not known to the planner.",
                     f"Use one of {', '.join(ITEMSIZES)}.",
                 )
+            )
+        if wrong := wrong_matrices(spec):
+            problems.append(
+                Problem(spec.fqn, str(list(spec.shape)), wrong, "See matrices.matrix_regions.")
             )
     if problems:
         raise PlanError(problems, num_params=len(params))
@@ -218,7 +248,10 @@ def _direct_is_cheap(transport: _Transport, parcels: Sequence[Parcel]) -> bool:
 
 
 def restrict(plan: Plan, rank_set: frozenset[int]) -> Plan:
-    """The part of a plan on meshes of exactly these ranks: what those ranks must agree on."""
+    """The part of a plan on meshes of exactly these ranks: what those ranks must agree on.
+
+    It does not depend on what else the ranks hold; see `_rank_set_order`.
+    """
     params = [i for i, spec in enumerate(plan.params) if spec.layout.mesh.rank_set == rank_set]
     new_param = {old: new for new, old in enumerate(params)}
     kept = [i for i, bucket in enumerate(plan.buckets) if bucket.mesh.rank_set == rank_set]

@@ -23,6 +23,11 @@ from muon_dtensor.planning.ir import (
     Strategy,
 )
 
+NOT_A_PLAN = (
+    *(KeyError, IndexError, TypeError, AttributeError, AssertionError),
+    *(RecursionError, OverflowError),
+)
+
 FORMAT = 1
 """Version of the JSON text; part of the digest, so ranks with different formats disagree."""
 
@@ -90,31 +95,43 @@ def from_json(text: str) -> Plan:
     """Inverse of `to_json`. Raises ValueError for what is no plan, or breaks `check`."""
     try:
         value = json.loads(text)
-        if value["format"] != FORMAT:
+        if type(value["format"]) is not int or value["format"] != FORMAT:
             raise ValueError(f"plan format {value['format']}, this package reads {FORMAT}")
         meshes = [
             MeshSpec(tuple(m["dims"]), tuple(m["shape"]), tuple(m["ranks"]))
             for m in value["meshes"]
         ]
         layouts: dict[tuple[Any, ...], Layout] = {}
+        count = sum(len(bucket["assignments"]) for bucket in value["buckets"])
         plan = Plan(
-            params=tuple(_param_from_json(p, meshes, layouts) for p in value["params"]),
+            params=tuple(_param_from_json(p, meshes, layouts, count) for p in value["params"]),
             buckets=tuple(_bucket_from_json(b, meshes) for b in value["buckets"]),
             schedule=tuple(Action.parse(token) for token in value["schedule"].split()),
             options=PlanOptions(**value["options"]),
         )
-    except (KeyError, IndexError, TypeError, AttributeError, AssertionError) as error:
+        check(plan)
+    except NOT_A_PLAN as error:
         raise ValueError(f"not the JSON text of a plan: {error!r}") from error
-    check(plan)
     return plan
 
 
+def _mesh_at(meshes: list[MeshSpec], index: Any) -> MeshSpec:
+    if type(index) is not int or not 0 <= index < len(meshes):
+        raise ValueError(f"there is no mesh {index!r} in this plan")
+    return meshes[index]
+
+
 def _param_from_json(
-    value: dict[str, Any], meshes: list[MeshSpec], layouts: dict[tuple[Any, ...], Layout]
+    value: dict[str, Any],
+    meshes: list[MeshSpec],
+    layouts: dict[tuple[Any, ...], Layout],
+    num_matrices: int,
 ) -> ParamSpec:
     shape, cuts = tuple(value["shape"]), tuple(tuple(dims) for dims in value["cuts"])
     key = (value["mesh"], shape, cuts)
-    layout = layouts.setdefault(key, Layout(meshes[value["mesh"]], shape, cuts))
+    layout = layouts.setdefault(key, Layout(_mesh_at(meshes, value["mesh"]), shape, cuts))
+    if "matrices" not in value and len(shape) == 3 and 0 not in shape and shape[0] > num_matrices:
+        raise ValueError(f"{shape[0]} matrices in one parameter, {num_matrices} in the plan")
     matrices = (
         tuple(Region(tuple(start), tuple(stop)) for start, stop in value["matrices"])
         if "matrices" in value
@@ -144,7 +161,7 @@ def _bucket_from_json(value: dict[str, Any], meshes: list[MeshSpec]) -> Bucket:
         for phase in ("unshard", "reshard")
     )
     return Bucket(
-        meshes[value["mesh"]],
+        _mesh_at(meshes, value["mesh"]),
         strategy,
         value["wire_dtype"],
         tuple(Assignment(*triple) for triple in value["assignments"]),

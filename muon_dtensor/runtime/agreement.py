@@ -6,15 +6,16 @@ Note [Ballot]
     Eight int64, reduced by MAX over every set of ranks that a mesh holds, smaller sets first.
     A value and its negative reveal any difference: the maxima agree only if all values do. What
     a smaller set found travels on in the last two entries, so ranks of a larger set that see
-    nothing wrong themselves stop with the others. Where the last set does not hold all others
-    (one mesh of rows, one of columns), a second sweep carries what was found late back again.
+    nothing wrong themselves stop with the others. Where a rank's last set does not hold its
+    others (one mesh of rows, one of columns), a second sweep over all sets of such a rank carries
+    what was found late back again; who sweeps twice is settled when plans are proven equal.
     On a device the ballots stay there; the step is masked by them, and they are read when that
     no longer costs a wait.
 """
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 
@@ -59,12 +60,16 @@ def fingerprint(text: str) -> int:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What one set of ranks must have in common, as lines that an error can show."""
+    """What one set of ranks must have in common, as lines that an error can show.
+
+    `groups`: indices of the param groups that hold any of its parameters.
+    """
 
     mesh: MeshSpec
     digest: str
     params: tuple[str, ...]
     fqns: tuple[str, ...]
+    groups: tuple[int, ...]
 
     @cached_property
     def fingerprint(self) -> int:
@@ -74,13 +79,13 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Votes:
-    """What this rank has to say: its hyperparameters and, per manifest, its gradients' state.
+    """What this rank has to say, per manifest: its hyperparameters, its gradients' state.
 
     `presence` holds one text per parameter of the manifest: MISSING, PRESENT, or what else is
     particular about its gradient. `fault` says why this rank cannot step; empty if it can.
     """
 
-    hyperparameters: tuple[str, ...]
+    hyperparameters: tuple[tuple[str, ...], ...]
     presence: tuple[tuple[str, ...], ...]
     fault: str
 
@@ -98,45 +103,58 @@ class Agreement:
 
     def __init__(self, manifests: Sequence[Manifest], groups: Groups, rank: int) -> None:
         shared = [manifest for manifest in manifests if manifest.mesh.num_ranks > 1]
-        self._manifests = sorted(shared, key=lambda m: (m.mesh.num_ranks, m.mesh.dim_names))
-        covered = all(m.mesh.rank_set <= self._manifests[-1].mesh.rank_set for m in shared)
-        self._second_sweep = [] if covered else self._manifests[-2::-1]
-        if not covered:
-            # Ranks must sweep alike, so they compare which meshes they have.
-            meshes = " and ".join(str(manifest.mesh) for manifest in self._manifests)
-            self._manifests = [
-                replace(m, params=(*m.params, f"parameters on {meshes}")) for m in self._manifests
-            ]
+        self._manifests = sorted(
+            shared, key=lambda m: (m.mesh.num_ranks, m.mesh.dim_names, min(m.mesh.ranks))
+        )
         self._groups = groups
         self._rank = rank
+        self._second_sweep: list[Manifest] = []
 
     @property
     def manifests(self) -> Sequence[Manifest]:
         """In the order of ballots; `Votes.presence` follows it."""
         return self._manifests
 
-    def prove_plan(self, device: torch.device, proven: set[frozenset[int]]) -> None:
+    def prove_plan(self, device: torch.device, sweeps_twice: dict[frozenset[int], bool]) -> None:
         """Raise PlanMismatchError on every rank unless all hold the same plan.
 
-        For sets of ranks that are not in `proven`, and puts them there; plans that change later
-        are compared by the ballots. Uses only the process groups of the meshes' own dims, so that
-        no group is made, and no data sent, before plans have been equal once.
+        For sets of ranks that are not in `sweeps_twice`, and puts them there, with whether they
+        take part in second sweeps; plans that change later are compared by the ballots. Uses only
+        the process groups of the meshes' own dims, so that no group is made, and no data sent,
+        before plans have been equal once.
         """
-        failed: str | None = None
-        new = [m for m in self._manifests if m.mesh.rank_set not in proven]
+        failed = ""
+        new = [m for m in self._manifests if m.mesh.rank_set not in sweeps_twice]
+        last = self._manifests[-1].mesh.rank_set if self._manifests else frozenset()
+        crosses = not all(manifest.mesh.rank_set <= last for manifest in self._manifests)
+        elsewhere = "Ranks of another mesh hold different plans; their errors say which."
         for manifest in new:
             mine = manifest.fingerprint
-            ballot = torch.tensor([mine, -mine, failed is not None], device=device)
-            for group in self._groups.along_each_dim(manifest.mesh):
-                all_reduce_max(ballot, group)
-            high, low, other = ballot.tolist()
+            high, low, other, twice = self._prove(
+                manifest, [mine, -mine, bool(failed), crosses], device
+            )
             if high != -low:
                 failed = self._first_difference(manifest)
-            elif other and failed is None:
-                failed = "Ranks of another mesh hold different plans; their errors say which."
-        if failed is not None:
+            elif other:
+                failed = failed or elsewhere
+            sweeps_twice[manifest.mesh.rank_set] = bool(twice)
+        for manifest in reversed(new):
+            if sweeps_twice[manifest.mesh.rank_set]:
+                _, _, other, _ = self._prove(manifest, [0, 0, bool(failed), 0], device)
+                failed = failed or (elsewhere if other else "")
+        if failed:
+            for manifest in new:
+                del sweeps_twice[manifest.mesh.rank_set]
             raise PlanMismatchError(failed)
-        proven.update(manifest.mesh.rank_set for manifest in new)
+        self._second_sweep = [m for m in reversed(self._manifests) if sweeps_twice[m.mesh.rank_set]]
+
+    def _prove(self, manifest: Manifest, values: list[int], device: torch.device) -> list[int]:
+        """The maxima over a mesh, by the groups of its own dims."""
+        ballot = torch.tensor(values, dtype=torch.int64, device=device)
+        for group in self._groups.along_each_dim(manifest.mesh):
+            all_reduce_max(ballot, group)
+        maxima: list[int] = ballot.tolist()
+        return maxima
 
     def settle(self, votes: Votes, non_finite: Tensor, *, raise_missing: bool) -> Verdict:
         """Reduce the ballot and read it; all ranks raise, or all get the same verdict.
@@ -149,24 +167,26 @@ class Agreement:
         error: Exception | None = None
         bad, fault = int(non_finite), Fault.OTHER_RANK if votes.fault else Fault.NONE
         missing: set[str] = set()
-        for manifest, presence in zip(self._manifests, votes.presence, strict=True):
-            ballot = self._ballot(manifest, votes, presence, bad, fault, non_finite.device)
+        for index, manifest in enumerate(self._manifests):
+            ballot = self._ballot(manifest, (votes, index), bad, fault, non_finite.device)
             self._reduce(ballot, manifest)
             values = ballot.tolist()
             bad, seen = values[Entry.NON_FINITE], Fault(values[Entry.FAULT])
             if _differ(values, Entry.PLAN):
                 error, seen = PlanMismatchError(self._first_difference(manifest)), Fault.PLAN
             elif _differ(values, Entry.HYPERPARAMETERS):
-                error = PlanMismatchError(self._other_options(manifest, votes))
+                error = PlanMismatchError(
+                    self._other_options(manifest, votes.hyperparameters[index])
+                )
                 seen = max(seen, Fault.HYPERPARAMETERS)
             elif _differ(values, Entry.PRESENCE):
-                incomplete, others, text = self._who_misses(manifest, presence)
+                incomplete, others, text = self._who_misses(manifest, votes.presence[index])
                 missing |= incomplete
                 if raise_missing or others:
                     error, seen = MissingGradientError(text), max(seen, Fault.GRADIENTS)
             fault = max(fault, seen)
         for manifest in self._second_sweep:
-            ballot = self._ballot(manifest, None, (), bad, fault, non_finite.device)
+            ballot = self._ballot(manifest, None, bad, fault, non_finite.device)
             self._reduce(ballot, manifest)
             bad, fault = int(ballot[Entry.NON_FINITE]), Fault(int(ballot[Entry.FAULT]))
         if votes.fault:
@@ -181,12 +201,12 @@ class Agreement:
         """Reduce the ballot and leave it on the device: int64, [ballots, BALLOT_NUMEL]."""
         ballots: list[Tensor] = []
         mine = Fault.OTHER_RANK if votes.fault else Fault.NONE
-        rounds: list[tuple[Manifest, Votes | None, tuple[str, ...]]] = [
-            (m, votes, p) for m, p in zip(self._manifests, votes.presence, strict=True)
+        said: list[tuple[Manifest, tuple[Votes, int] | None]] = [
+            (manifest, (votes, index)) for index, manifest in enumerate(self._manifests)
         ]
-        rounds += [(manifest, None, ()) for manifest in self._second_sweep]
-        for manifest, said, presence in rounds:
-            ballot = self._ballot(manifest, said, presence, 0, mine, non_finite.device)
+        said += [(manifest, None) for manifest in self._second_sweep]
+        for manifest, vote in said:
+            ballot = self._ballot(manifest, vote, 0, mine, non_finite.device)
             ballot[Entry.NON_FINITE] = non_finite
             if ballots:
                 found = torch.stack([ballots[-1][Entry.NON_FINITE], _fault_in(ballots[-1])])
@@ -201,18 +221,18 @@ class Agreement:
     def _ballot(
         self,
         manifest: Manifest,
-        votes: Votes | None,
-        presence: tuple[str, ...],
+        vote: tuple[Votes, int] | None,
         bad: int,
         fault: Fault,
         device: torch.device,
     ) -> Tensor:
-        """See Note [Ballot]; without votes, one of the second sweep."""
+        """See Note [Ballot]. `vote`: votes and the index of the manifest; None in second sweeps."""
         values = [0] * Entry.NON_FINITE
-        if votes is not None:
+        if vote is not None:
+            votes, index = vote
             plan = manifest.fingerprint
-            options = fingerprint("\n".join(votes.hyperparameters))
-            present = fingerprint("\n".join(presence))
+            options = fingerprint("\n".join(votes.hyperparameters[index]))
+            present = fingerprint("\n".join(votes.presence[index]))
             values = [plan, -plan, options, -options, present, -present]
         return torch.tensor([*values, bad, fault], dtype=torch.int64, device=device)
 
@@ -250,8 +270,8 @@ class Agreement:
             "(bucket_mb, prefetch_count, batched, ns_dtype, ns_steps)."
         )
 
-    def _other_options(self, manifest: Manifest, votes: Votes) -> str:
-        by_rank = self._gather(manifest.mesh, votes.hyperparameters)
+    def _other_options(self, manifest: Manifest, mine: tuple[str, ...]) -> str:
+        by_rank = self._gather(manifest.mesh, mine)
         lines = []
         values = [v for v in by_rank.values() if isinstance(v, tuple)]
         for index in range(max(map(len, values))):

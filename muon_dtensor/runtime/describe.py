@@ -125,7 +125,7 @@ class Describer:
         self, fqn: str, tensor: Tensor, *, num_iterations: int, wire_dtype: torch.dtype
     ) -> ParamSpec | Problem:
         """One parameter of Muon, or why it cannot be one."""
-        seen = _seen(tensor)
+        seen = placed(tensor)
         if tensor.is_complex() or not tensor.is_floating_point():
             return Problem(
                 fqn,
@@ -148,7 +148,8 @@ class Describer:
         )
 
 
-def _seen(tensor: Tensor) -> str:
+def placed(tensor: Tensor) -> str:
+    """Shape, placements and mesh of a tensor in words."""
     where = ""
     if isinstance(tensor, DTensor):
         placements = ", ".join(map(repr, tensor.placements))

@@ -39,10 +39,13 @@ from muon_dtensor.update import (
 
 @dataclass(frozen=True, slots=True)
 class MuonOptions:
-    """What a param group says about the step of its parameters, with the meaning torch gives."""
+    """What a param group says about the step of its parameters, with the meaning torch gives.
 
-    lr: float
-    weight_decay: float
+    `decay` is 1 - lr weight_decay.
+    """
+
+    lr: float | Tensor
+    decay: float
     momentum: float
     nesterov: bool
     ns_coefficients: tuple[float, float, float]
@@ -100,6 +103,7 @@ class _RankBucketRun:
         self.batches = self.local.batches(plan.options.batched)
         self.device = devices[bucket.assignments[0].param]
         self.dtype: torch.dtype = getattr(torch, bucket.wire_dtype)
+        self.num_iterations = {a.param: plan.spec(a).num_iterations for a in bucket.assignments}
         shards = self.local.shards
         self.runs = [(param, box_of(region, shards[param])) for param, region in self.local.runs]
         self.pieces = [self._piece(slot) for slot in self.local.pieces.slots]
@@ -109,7 +113,9 @@ class _RankBucketRun:
         matrix, param = self.local.matrices[slot.assignment], slot.assignment.param
         row, col = slot.region.relative_to(matrix).start[-2:]
         box = box_of(slot.region, self.local.shards[param])
-        return _Piece(param, slot, box, Place(*rows_and_cols(matrix), row, col))
+        rows, cols = rows_and_cols(matrix)
+        is_transposed = rows > cols and self.num_iterations[param] > 0
+        return _Piece(param, slot, box, Place(rows, cols, row, col, is_transposed))
 
 
 class Executor:
@@ -278,8 +284,7 @@ class Executor:
                 view_box(local.param, piece.box),
                 view_slot(flight.buffer, piece.slot),
                 place,
-                lr=options.lr,
+                decay=options.decay,
                 matrix_lr=adjusted_lr(options.lr, options.adjust_lr_fn, place.rows, place.cols),
-                weight_decay=options.weight_decay,
                 keep=keep,
             )

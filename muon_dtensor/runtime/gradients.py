@@ -109,7 +109,14 @@ class GradientGate:
             tuple(state(name) for name in manifest.fqns) for manifest in self._agreement.manifests
         )
         gate = f"optimizer: missing_grad={self._missing_grad}, nonfinite={self._nonfinite}"
-        return Votes((*options, gate), presence, fault)
+        hyperparameters = tuple(
+            (
+                *(f"param group {n}: {options[group]}" for n, group in enumerate(manifest.groups)),
+                gate,
+            )
+            for manifest in self._agreement.manifests
+        )
+        return Votes(hyperparameters, presence, fault)
 
     def _settle(
         self, votes: Votes, grads: dict[str, Tensor], moved: Collection[str], flag: Tensor
