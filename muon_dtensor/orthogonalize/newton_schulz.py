@@ -68,7 +68,8 @@ def newton_schulz(
 
 def _power_of_two(x: Tensor) -> Tensor:
     """Per matrix 2^-e with e the exponent of its largest magnitude; 1 for a zero matrix."""
-    largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=(-2, -1), keepdim=x.ndim > 2)
+    # on the host ten times as fast as the norm of order infinity
+    largest = x.abs().amax(dim=(-2, -1), keepdim=x.ndim > 2)
     _, exponent = torch.frexp(largest.float())
     # 2^127 and 2^-126 are the ends of the normal float32 and bfloat16 range.
     return torch.ldexp(

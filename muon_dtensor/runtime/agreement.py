@@ -373,6 +373,12 @@ def non_finite_flag(grads: Sequence[Tensor], device: torch.device) -> Tensor:
     nonempty = [grad for grad in grads if grad.numel()]
     if not nonempty:
         return torch.zeros((), dtype=torch.int64, device=device)
-    norms: Sequence[Tensor] = torch._foreach_norm(nonempty, float("inf"))
-    largest = torch.stack([norm.to(device=device, dtype=torch.float64) for norm in norms])
-    return (~largest.isfinite()).any().to(torch.int64)
+    # NaN and Inf survive in these extremes: one kernel per tensor on the host, one for all on a GPU
+    extremes: list[Tensor] = []
+    if device.type == "cpu":
+        for grad in nonempty:
+            extremes += torch.aminmax(grad)
+    else:
+        extremes += torch._foreach_norm(nonempty, float("inf"))
+    gathered = torch.stack([extreme.to(device=device, dtype=torch.float64) for extreme in extremes])
+    return (~gathered.isfinite()).any().to(torch.int64)
