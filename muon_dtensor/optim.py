@@ -54,7 +54,8 @@ class Muon(Optimizer):
 
     Args:
         params: tensors, DTensors, (name, tensor) pairs or param groups. Names make errors and
-            plans readable: prefer `model.named_parameters()`. Plain tensors are this rank's own.
+            plans readable: prefer `model.named_parameters()`. Plain tensors are this rank's own,
+            unless `distributed_config` says where they are replicated.
         lr: learning rate, a number or a one-element tensor.
         weight_decay: decoupled weight decay, times lr.
         momentum: of the moving average B.
@@ -138,7 +139,7 @@ class Muon(Optimizer):
             "weight_decay": weight_decay,
             "momentum": momentum,
             "nesterov": nesterov,
-            "ns_coefficients": tuple(ns_coefficients),
+            "ns_coefficients": ns_coefficients,
             "eps": eps,
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
@@ -159,7 +160,7 @@ class Muon(Optimizer):
         if self._plan is not None:
             try:
                 self._replan()
-            except PlanError:
+            except ValueError:
                 self.param_groups.pop()
                 self._replan()
                 raise

@@ -110,6 +110,7 @@ def test_all_bad_parameters_are_told_at_once():
         ({"ns_steps": 100}, "ns_steps must be an integer in 0..99"),
         ({"ns_coefficients": (1.0, 2.0)}, "three numbers"),
         ({"ns_coefficients": [5, "b", 3]}, "three numbers"),
+        ({"ns_coefficients": 5}, "three numbers"),
         ({"lr": "fast"}, "lr must be 0 or more"),
         ({"ns_dtype": torch.int32}, "ns_dtype must be one of"),
         ({"missing_grad": "ignore"}, "missing_grad must be"),
