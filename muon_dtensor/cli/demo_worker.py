@@ -56,7 +56,8 @@ def train_with_bar(script: ModuleType, config: Any, mesh: Any, console: Console)
 
         def on_start(result: Any) -> None:
             if config.optimizer == "muon":
-                console.print(str(result.optimizer.plan), highlight=False, soft_wrap=True)
+                plan = str(result.optimizer.plan)
+                console.print(plan, highlight=False, soft_wrap=True, markup=False)
 
         return script.train(config, mesh, on_start, on_step)
 
@@ -182,7 +183,8 @@ def main() -> None:
         summary = report(told, runs, seconds)
         (out / "demo.json").write_text(json.dumps(summary, indent=1))
         console.print(result_table(summary))
-        console.print(plot_losses(summary["losses"], out / "losses.png"), soft_wrap=True)
+        told_of_plot = plot_losses(summary["losses"], out / "losses.png")
+        console.print(told_of_plot, soft_wrap=True, markup=False)
         console.print(f"figures written to {out / 'demo.json'}", soft_wrap=True)
     dist.destroy_process_group()
 
