@@ -550,3 +550,42 @@ def test_state_of_other_placements_is_refused():
         assert (name, same) == ("ValueError", True)
         assert "'momentum_buffer' of parameter 0 is [8, 8] (Shard(dim=0), Shard(dim=1))" in text
         assert "torch.distributed.checkpoint" in text
+
+
+def partial_on_a_mesh_of_some(overflows: bool) -> Any:
+    """Only ranks 0 and 1 hold a parameter whose gradient must be reduced first."""
+    whole, half = mesh_of((4,)), DeviceMesh("cpu", [0, 1], mesh_dim_names=("x",))
+    shared = nn.Parameter(spread(torch.ones(8, 8), whole, (S0,)))
+    shared.grad = spread(torch.ones(8, 8), whole, (S0,))
+    params = [("shared", shared)]
+    if dist.get_rank() < 2:
+        some = nn.Parameter(spread(torch.ones(6, 6), half, (R,)))
+        part = torch.full((6, 6), 3e38 if overflows else 1.0)
+        some.grad = DTensor.from_local(part, half, (Partial(),), run_check=False)
+        params.append(("some", some))
+    return told(Muon(params))
+
+
+@pytest.mark.parametrize("overflows", [False, True])
+def test_a_partial_gradient_on_a_mesh_of_some_ranks(overflows):
+    error = "NonFiniteGradientError" if overflows else ""
+    for name, _, same in run_processes(4, partial_on_a_mesh_of_some, overflows):
+        assert (name, same) == (error, overflows)
+
+
+def order_of_tied_meshes() -> Any:
+    """Two meshes of one size and one first rank; ranks 0 and 1 share both, in opposite order."""
+    rank = dist.get_rank()
+    meshes = [DeviceMesh("cpu", ranks, mesh_dim_names=("x",)) for ranks in ([0, 1, 2], [0, 1, 3])]
+    params = [
+        (f"p{i}", nn.Parameter(spread(torch.ones(9, 6), mesh, (S0,))))
+        for i, mesh in enumerate(meshes)
+        if rank in mesh.mesh.tolist()
+    ]
+    for _, param in params:
+        param.grad = spread(torch.ones(9, 6), param.device_mesh, (S0,))
+    return told(Muon(params[::-1] if rank == 1 else params))
+
+
+def test_meshes_run_in_one_order_on_all_ranks():
+    assert run_processes(4, order_of_tied_meshes) == [("", "", False)] * 4

@@ -59,7 +59,10 @@ LAYOUTS = [
 @pytest.mark.parametrize(("mesh_shape", "placements"), LAYOUTS)
 @pytest.mark.parametrize("shapes", [EVEN, ODD], ids=["even", "odd"])
 def test_matrices(mesh_shape, placements, shapes):
-    hold_to_plan(run(case(mesh_shape, shapes, placements)))
+    outcomes = run(case(mesh_shape, shapes, placements))
+    hold_to_plan(outcomes)
+    if shapes is EVEN and 3 not in mesh_shape:  # every dim of EVEN divides by 4
+        assert sum(o.sent_nbytes for o in outcomes) == outcomes[0].bound_nbytes
 
 
 @pytest.mark.parametrize(

@@ -73,12 +73,12 @@ def plan_update(params: Sequence[ParamSpec], options: PlanOptions | None = None)
     return Plan(params, tuple(buckets), tuple(actions), options)
 
 
-def _rank_set_order(rank_set: frozenset[int]) -> tuple[int, int]:
+def _rank_set_order(rank_set: frozenset[int]) -> tuple[int, list[int]]:
     """Sets of ranks run one after the other, in one order for all.
 
     So ranks that share one mesh and differ in others still issue its collectives alike.
     """
-    return (-len(rank_set), min(rank_set))
+    return (-len(rank_set), sorted(rank_set))
 
 
 def _deal_transports(

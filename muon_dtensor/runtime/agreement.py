@@ -3,9 +3,9 @@
 One small reduction per step. Knows the ballots and how to name who differs; updates nothing.
 
 Note [Ballot]
-    Eight int64, reduced by MAX over every set of ranks that a mesh holds, smaller sets first.
+    Nine int64, reduced by MAX over every set of ranks that a mesh holds, smaller sets first.
     A value and its negative reveal any difference: the maxima agree only if all values do. What
-    a smaller set found travels on in the last two entries, so ranks of a larger set that see
+    a smaller set found travels on in the last three entries, so ranks of a larger set that see
     nothing wrong themselves stop with the others. Where a rank's last set does not hold its
     others (one mesh of rows, one of columns), a second sweep over all sets of such a rank carries
     what was found late back again; who sweeps twice is settled when plans are proven equal.
@@ -35,10 +35,9 @@ class Entry(IntEnum):
     HYPERPARAMETERS = 2
     PRESENCE = 4
     NON_FINITE = 6
-    FAULT = 7
+    MOVED = 7
+    FAULT = 8
 
-
-BALLOT_NUMEL = 8
 
 MISSING, PRESENT = "", "yes"
 
@@ -92,10 +91,15 @@ class Votes:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What all ranks now know. `incomplete`: parameters with a gradient on some ranks only."""
+    """What all ranks now know.
+
+    `incomplete`: parameters with a gradient on some ranks only. `moved`: some rank has gradients
+    to redistribute, after which all ranks vote again.
+    """
 
     incomplete: frozenset[str]
     non_finite: bool
+    moved: bool
 
 
 class Agreement:
@@ -103,9 +107,7 @@ class Agreement:
 
     def __init__(self, manifests: Sequence[Manifest], groups: Groups, rank: int) -> None:
         shared = [manifest for manifest in manifests if manifest.mesh.num_ranks > 1]
-        self._manifests = sorted(
-            shared, key=lambda m: (m.mesh.num_ranks, m.mesh.dim_names, min(m.mesh.ranks))
-        )
+        self._manifests = sorted(shared, key=lambda m: (m.mesh.num_ranks, sorted(m.mesh.ranks)))
         self._groups = groups
         self._rank = rank
         self._second_sweep: list[Manifest] = []
@@ -156,22 +158,27 @@ class Agreement:
         maxima: list[int] = ballot.tolist()
         return maxima
 
-    def settle(self, votes: Votes, non_finite: Tensor, *, raise_missing: bool) -> Verdict:
+    def settle(
+        self, votes: Votes, non_finite: Tensor, *, moved: bool, raise_missing: bool
+    ) -> Verdict:
         """Reduce the ballot and read it; all ranks raise, or all get the same verdict.
 
         Args:
             votes: of this rank.
             non_finite: int64 scalar, 1 if any local gradient holds NaN or Inf.
+            moved: whether this rank has gradients to redistribute.
             raise_missing: raise MissingGradientError instead of naming parameters in the verdict.
         """
         error: Exception | None = None
         bad, fault = int(non_finite), Fault.OTHER_RANK if votes.fault else Fault.NONE
         missing: set[str] = set()
         for index, manifest in enumerate(self._manifests):
-            ballot = self._ballot(manifest, (votes, index), bad, fault, non_finite.device)
+            carried = (bad, moved, fault)
+            ballot = self._ballot(manifest, (votes, index), carried, non_finite.device)
             self._reduce(ballot, manifest)
             values = ballot.tolist()
-            bad, seen = values[Entry.NON_FINITE], Fault(values[Entry.FAULT])
+            bad, moved = values[Entry.NON_FINITE], bool(values[Entry.MOVED])
+            seen = Fault(values[Entry.FAULT])
             if _differ(values, Entry.PLAN):
                 error, seen = PlanMismatchError(self._first_difference(manifest)), Fault.PLAN
             elif _differ(values, Entry.HYPERPARAMETERS):
@@ -186,19 +193,21 @@ class Agreement:
                     error, seen = MissingGradientError(text), max(seen, Fault.GRADIENTS)
             fault = max(fault, seen)
         for manifest in self._second_sweep:
-            ballot = self._ballot(manifest, None, bad, fault, non_finite.device)
+            ballot = self._ballot(manifest, None, (bad, moved, fault), non_finite.device)
             self._reduce(ballot, manifest)
-            bad, fault = int(ballot[Entry.NON_FINITE]), Fault(int(ballot[Entry.FAULT]))
+            values = ballot.tolist()
+            bad, moved = values[Entry.NON_FINITE], bool(values[Entry.MOVED])
+            fault = Fault(values[Entry.FAULT])
         if votes.fault:
             raise RuntimeError(votes.fault)
         if error is not None:
             raise error
         if fault is not Fault.NONE:
             raise _error_of(fault)
-        return Verdict(frozenset(missing), bool(bad))
+        return Verdict(frozenset(missing), bool(bad), moved)
 
     def cast(self, votes: Votes, non_finite: Tensor) -> Tensor:
-        """Reduce the ballot and leave it on the device: int64, [ballots, BALLOT_NUMEL]."""
+        """Reduce the ballot and leave it on the device: int64, [ballots, entries]."""
         ballots: list[Tensor] = []
         mine = Fault.OTHER_RANK if votes.fault else Fault.NONE
         said: list[tuple[Manifest, tuple[Votes, int] | None]] = [
@@ -206,10 +215,13 @@ class Agreement:
         ]
         said += [(manifest, None) for manifest in self._second_sweep]
         for manifest, vote in said:
-            ballot = self._ballot(manifest, vote, 0, mine, non_finite.device)
+            ballot = self._ballot(manifest, vote, (0, False, mine), non_finite.device)
             ballot[Entry.NON_FINITE] = non_finite
             if ballots:
-                found = torch.stack([ballots[-1][Entry.NON_FINITE], _fault_in(ballots[-1])])
+                before = ballots[-1]
+                found = torch.stack(
+                    [before[Entry.NON_FINITE], before[Entry.MOVED], _fault_in(before)]
+                )
                 torch.maximum(ballot[Entry.NON_FINITE :], found, out=ballot[Entry.NON_FINITE :])
             self._reduce(ballot, manifest)
             ballots.append(ballot)
@@ -222,11 +234,13 @@ class Agreement:
         self,
         manifest: Manifest,
         vote: tuple[Votes, int] | None,
-        bad: int,
-        fault: Fault,
+        carried: tuple[int, bool, Fault],
         device: torch.device,
     ) -> Tensor:
-        """See Note [Ballot]. `vote`: votes and the index of the manifest; None in second sweeps."""
+        """See Note [Ballot]. `vote`: votes and the index of the manifest; None in second sweeps.
+
+        `carried`: the last three entries.
+        """
         values = [0] * Entry.NON_FINITE
         if vote is not None:
             votes, index = vote
@@ -234,7 +248,7 @@ class Agreement:
             options = fingerprint("\n".join(votes.hyperparameters[index]))
             present = fingerprint("\n".join(votes.presence[index]))
             values = [plan, -plan, options, -options, present, -present]
-        return torch.tensor([*values, bad, fault], dtype=torch.int64, device=device)
+        return torch.tensor([*values, *carried], dtype=torch.int64, device=device)
 
     def _gather(self, mesh: MeshSpec, value: object) -> dict[int, object]:
         """A value of every rank of a mesh, by global rank."""

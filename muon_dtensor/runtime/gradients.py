@@ -71,8 +71,7 @@ class GradientGate:
         faulty = [name for name, fault in faults.items() if fault]
         votes = self._votes(options, grads, faults[faulty[0]] if faulty else "")
         moved = [name for name in grads if _has_moved(self._params[name], grads[name])]
-        left_out = {*moved, *faulty}
-        flag = self._flag([grad for name, grad in grads.items() if name not in left_out])
+        flag = self._flag([grad for name, grad in grads.items() if not faults[name]])
         if self._reads_now():
             return grads, self._settle(votes, grads, moved, flag)
         grads.update({name: torch.zeros_like(self._params[name]) for name in faulty})
@@ -122,13 +121,16 @@ class GradientGate:
         self, votes: Votes, grads: dict[str, Tensor], moved: Collection[str], flag: Tensor
     ) -> bool:
         raise_missing = self._missing_grad == "raise"
-        verdict = self._agreement.settle(votes, flag, raise_missing=raise_missing)
+        verdict = self._agreement.settle(
+            votes, flag, moved=bool(moved), raise_missing=raise_missing
+        )
         self._count_as_zero(verdict.incomplete, grads)
         bad = verdict.non_finite
-        if moved:
+        if verdict.moved:  # a reduction of finite parts may overflow: all ranks look again
             self._redistribute(moved, grads)
             flag = self._flag([grads[name] for name in moved])
-            bad |= self._agreement.settle(votes, flag, raise_missing=False).non_finite
+            again = self._agreement.settle(votes, flag, moved=True, raise_missing=False)
+            bad |= again.non_finite
         self._has_settled = True
         if bad and self._nonfinite == "raise":
             here = [name for name, g in grads.items() if not local_part(g).isfinite().all()]
@@ -145,10 +147,8 @@ class GradientGate:
     ) -> Tensor:
         ballots = self._agreement.cast(votes, flag)
         keep = all_agree(ballots)
-        if moved and keep.item():  # with equal ballots, all ranks have moved the same
+        if moved and keep.item():  # with equal ballots, all ranks of the mesh have moved the same
             self._redistribute(moved, grads)
-            flag = self._flag([grads[name] for name in moved])
-            ballots = torch.cat([ballots, self._agreement.cast(votes, flag)])
         else:
             grads.update({name: torch.zeros_like(self._params[name]) for name in moved})
         self._past.append(ballots)

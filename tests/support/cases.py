@@ -42,6 +42,7 @@ class Outcome:
     sent_nbytes: int
     num_matrices: int
     planned_sent_nbytes: int
+    bound_nbytes: int
     model_matrices: int
     digest: str
 
@@ -127,6 +128,7 @@ def compare_with_oracle(case: Case) -> Outcome:
         count.sent_nbytes,
         count.num_matrices,
         cost.sent_nbytes[dist.get_rank()] * case.num_steps,
+        cost.bound_nbytes * case.num_steps,
         cost.num_matrices * case.num_steps,
         ours.plan.digest,
     )
