@@ -146,7 +146,7 @@ def measure(name: str, config: Config) -> Cell:
         for bucket in optimizer.plan.buckets
         for a in bucket.assignments
         if bucket.mesh.ranks[a.owner] == dist.get_rank()
-        for plan_shape in [optimizer.plan.matrix(a).shape]
+        for plan_shape in [optimizer.plan.matrix(a).region.shape]
     ]
     ms = medians(
         {

@@ -38,6 +38,10 @@ class PlanError(ValueError):
         super().__init__("\n".join(lines))
 
 
+class AssignmentError(ValueError, AssertionError):
+    """An assignment of parameters to ranks names a rank that is none, or a parameter not once."""
+
+
 class GroupOptionError(ValueError):
     """A param group holds an option that is unknown or has a value out of its range."""
 

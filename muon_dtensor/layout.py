@@ -46,9 +46,37 @@ class Region:
             tuple(b - o for b, o in zip(self.stop, origin.start, strict=True)),
         )
 
+    def offset_in(self, shape: tuple[int, ...]) -> int:
+        """Row-major index of this box's first element in a tensor of this shape."""
+        index = 0
+        for start, size in zip(self.start, shape, strict=True):
+            index = index * size + start
+        return index
+
     def covers(self, other: "Region") -> bool:
         """Whether every element of `other` lies in this box."""
         return other.numel == 0 or self.intersect(other) == other
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A box of a parameter that is orthogonalized on its own, as `rows` x `cols`, row-major.
+
+    The box has as many elements as the matrix, and need not have its shape: a parameter stored
+    flat holds each matrix as an interval.
+    """
+
+    region: Region
+    rows: int
+    cols: int
+
+    def __post_init__(self) -> None:
+        if self.rows * self.cols != self.region.numel:
+            raise ValueError(f"{self.rows} x {self.cols} elements do not fill {self.region}")
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.cols
 
 
 @dataclass(frozen=True)
@@ -160,13 +188,16 @@ class MeshSpec:
 class Layout:
     """A tensor's global shape and, per tensor dim, the mesh dims that cut it, outermost first.
 
-    Every cut follows torch.chunk: n rows over k ranks are pieces of ceil(n / k) rows, the last
-    one shorter, the rest empty. Mesh dims that cut nothing replicate the tensor.
+    Without `bounds` every cut follows torch.chunk: n rows over k ranks are pieces of ceil(n / k)
+    rows, the last one shorter, the rest empty. With them a tensor dim is cut anywhere: per tensor
+    dim the ends of its pieces in the order of `cuts`, beginning with 0. Bounds that are
+    torch.chunk's are dropped. Mesh dims that cut nothing replicate the tensor.
     """
 
     mesh: MeshSpec
     shape: tuple[int, ...]
     cuts: tuple[tuple[str, ...], ...]
+    bounds: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if any(type(size) is not int or size < 0 for size in self.shape):
@@ -178,6 +209,22 @@ class Layout:
             raise ValueError(f"a mesh dim cuts a tensor at most once, got {self.cuts}")
         if unknown := set(used) - set(self.mesh.dim_names):
             raise ValueError(f"unknown mesh dims {sorted(unknown)} on mesh {self.mesh}")
+        if self.bounds is not None:
+            self._check_bounds(self.bounds)
+            if self.bounds == self._chunk_bounds:
+                object.__setattr__(self, "bounds", None)
+
+    def _check_bounds(self, bounds: tuple[tuple[int, ...], ...]) -> None:
+        if len(bounds) != len(self.shape):
+            raise ValueError(f"{len(bounds)} bounds for {len(self.shape)} tensor dims")
+        for size, dims, ends in zip(self.shape, self.cuts, bounds, strict=True):
+            if (
+                any(type(end) is not int for end in ends)
+                or len(ends) != self.mesh.num_ranks_along(dims) + 1
+                or (ends[0], ends[-1]) != (0, size)
+                or any(first > last for first, last in pairwise(ends))
+            ):
+                raise ValueError(f"bounds {ends} do not cut {size} over {dims} of {self.mesh}")
 
     @cached_property
     def cut_dims(self) -> tuple[str, ...]:
@@ -194,6 +241,10 @@ class Layout:
     @cached_property
     def _bounds(self) -> tuple[tuple[int, ...], ...]:
         """Per tensor dim the ends of its consecutive pieces, beginning with 0."""
+        return self._chunk_bounds if self.bounds is None else self.bounds
+
+    @property
+    def _chunk_bounds(self) -> tuple[tuple[int, ...], ...]:
         return tuple(
             _chunk_bounds(num_rows, tuple(self.mesh.sizes[name] for name in mesh_dims))
             for num_rows, mesh_dims in zip(self.shape, self.cuts, strict=True)
@@ -270,14 +321,14 @@ def _chunk_bounds(num_rows: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
 class ParamSpec:
     """All a planner may know of one parameter.
 
-    `matrices` are boxes of the global tensor. `num_iterations` of Newton-Schulz, in `wire_dtype`,
+    `matrices` hold each of its elements once. `num_iterations` of Newton-Schulz, in `wire_dtype`,
     which is also what travels. `dtype` is that of the stored parameter.
     """
 
     fqn: str
     layout: Layout
     dtype: str
-    matrices: tuple[Region, ...]
+    matrices: tuple[Matrix, ...]
     num_iterations: int = 5
     wire_dtype: str = "bfloat16"
 

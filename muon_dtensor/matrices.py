@@ -3,13 +3,15 @@
 Declared on the global tensor, so that every mesh gives the same update. Does not know the mesh.
 """
 
+from math import prod
+
 from muon_dtensor.errors import RefusalError
-from muon_dtensor.layout import Region
+from muon_dtensor.layout import Matrix, Region
 
 TO_ADAMW = "Give it to AdamW: a param group with algorithm='adamw'."
 
 
-def matrix_regions(shape: tuple[int, ...]) -> tuple[Region, ...]:
+def matrices_of(shape: tuple[int, ...]) -> tuple[Matrix, ...]:
     """The matrices of a parameter of this global shape; none where it has no elements.
 
     `[rows, cols]` is one matrix, `[batch, rows, cols]` is `batch` matrices. Raises RefusalError for
@@ -18,10 +20,12 @@ def matrix_regions(shape: tuple[int, ...]) -> tuple[Region, ...]:
     match shape:
         case (_, _) | (_, _, _) if 0 in shape:
             return ()
-        case (_, _):
-            return (Region.whole(shape),)
+        case (rows, cols):
+            return (Matrix(Region.whole(shape), rows, cols),)
         case (batch, rows, cols):
-            return tuple(Region((i, 0, 0), (i + 1, rows, cols)) for i in range(batch))
+            return tuple(
+                Matrix(Region((i, 0, 0), (i + 1, rows, cols)), rows, cols) for i in range(batch)
+            )
         case () | (_,):
             dims = "one tensor dim" if shape else "no tensor dims"
             raise RefusalError(f"Muon needs a matrix; this has {dims}.", TO_ADAMW)
@@ -32,7 +36,10 @@ def matrix_regions(shape: tuple[int, ...]) -> tuple[Region, ...]:
             )
 
 
-def rows_and_cols(matrix: Region) -> tuple[int, int]:
-    """The size of one matrix: its last two tensor dims."""
-    rows, cols = matrix.shape[-2:]
-    return rows, cols
+def flat_matrices_of(shape: tuple[int, ...]) -> tuple[Matrix, ...]:
+    """The same matrices where a parameter of this shape is stored flat: as intervals."""
+    numel = prod(shape[-2:])
+    return tuple(
+        Matrix(Region((index * numel,), ((index + 1) * numel,)), matrix.rows, matrix.cols)
+        for index, matrix in enumerate(matrices_of(shape))
+    )

@@ -54,15 +54,15 @@ def direction_of(momentum_buffer: Tensor, grad: Tensor, momentum: float, nestero
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a piece lies: in a matrix of `rows` x `cols`, from (`row`, `col`) on.
+    """Where a piece lies: in a matrix of `rows` x `cols`, from its element `start` on, row-major.
 
-    `is_transposed`: whether torch.optim.Muon would hold the polar factor of it transposed.
+    A piece is a box of the matrix, or an interval of its elements. `is_transposed`: whether
+    torch.optim.Muon would hold the polar factor of it transposed.
     """
 
     rows: int
     cols: int
-    row: int
-    col: int
+    start: int
     is_transposed: bool
 
 
@@ -78,7 +78,7 @@ def apply_update(
     """W <- decay W - matrix_lr O in place, as torch.optim.Muon.
 
     Args:
-        param: a piece of a weight, [..., rows, cols].
+        param: a piece of a weight, a box [..., rows, cols] or an interval [numel].
         polar_factor: the same piece of the orthogonalized direction, any real dtype.
         place: where in its matrix the piece lies.
         decay: 1 - lr weight_decay with the group's lr: decoupled, as in AdamW (Loshchilov & Hutter
@@ -121,11 +121,12 @@ def _add_by_place(param: Tensor, update: Tensor, alpha: float, place: Place) -> 
         param.add_(update * alpha)
         return
     rounded_once = param.float().add_(update.float(), alpha=alpha).to(param.dtype)
-    for row in range(max(place.row, in_blocks // place.cols), place.row + param.size(-2)):
-        tail = max(0, in_blocks - row * place.cols - place.col)
-        if tail < param.size(-1):
-            here = (..., row - place.row, slice(tail, None))
-            rounded_once[here] = param[here] + update[here] * alpha
+    if param.ndim == 1:
+        param, rounded_once, update = param[None], rounded_once[None], update[None]
+    width, ahead = param.size(-1), in_blocks - place.start
+    for row in range(max(0, (ahead - width) // place.cols + 1), param.size(-2)):
+        here = (..., row, slice(max(0, ahead - row * place.cols), None))
+        rounded_once[here] = param[here] + update[here] * alpha
     param.copy_(rounded_once)
 
 

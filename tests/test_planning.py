@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muon_dtensor.errors import PlanError
-from muon_dtensor.layout import Layout, MeshSpec, ParamSpec, Region
-from muon_dtensor.matrices import matrix_regions
+from muon_dtensor.layout import Layout, Matrix, MeshSpec, ParamSpec, Region
+from muon_dtensor.matrices import matrices_of
 from muon_dtensor.planning.check import check, check_routes
 from muon_dtensor.planning.cost import newton_schulz_flops
 from muon_dtensor.planning.ir import Action, Local, Owned, Phase, Plan, PlanOptions
@@ -224,7 +224,7 @@ def damaged(plan: Plan) -> list[Plan]:
         replace(
             plan,
             params=(
-                replace(plan.params[0], matrices=(Region((0, 0), (5, 5)),)),
+                replace(plan.params[0], matrices=(Matrix(Region((0, 0), (5, 5)), 5, 5),)),
                 *plan.params[1:],
             ),
         ),
@@ -287,10 +287,10 @@ def test_deep_json_is_refused():
 @pytest.mark.parametrize(
     "matrices",
     [
-        (Region((0, 0), (4, 4)), Region((2, 0), (4, 4))),
-        (Region((0, 0), (4, 3)),),
-        (Region((0, 0), (5, 4)),),
-        (Region((0,), (16,)),),
+        (Matrix(Region((0, 0), (4, 4)), 4, 4), Matrix(Region((2, 0), (4, 4)), 2, 4)),
+        (Matrix(Region((0, 0), (4, 3)), 4, 3),),
+        (Matrix(Region((0, 0), (5, 4)), 5, 4),),
+        (Matrix(Region((0,), (16,)), 4, 4),),
         (),
     ],
     ids=["overlap", "too-few", "outside", "1-D", "none"],
@@ -381,7 +381,7 @@ def random_params(draw) -> tuple[list[ParamSpec], PlanOptions]:
             if where >= 0:
                 cuts[where].append(name)
         layout = Layout(mesh, shape, tuple(map(tuple, cuts)))
-        specs.append(ParamSpec(f"p{index}", layout, "float32", matrix_regions(shape)))
+        specs.append(ParamSpec(f"p{index}", layout, "float32", matrices_of(shape)))
     cap = draw(st.sampled_from([1, 50, 400, 10**9]))
     return specs, PlanOptions(bucket_nbytes=cap, prefetch_count=draw(st.integers(0, 3)))
 

@@ -9,6 +9,7 @@ from muon_dtensor.layout import ParamSpec, Region
 from muon_dtensor.planning.ir import Bucket, Local, Phase, Plan
 from muon_dtensor.planning.routes import Packing, rank_bucket
 from muon_dtensor.planning.strategies import (
+    can_own,
     reshard_collectives,
     strategies_for,
     unshard_collectives,
@@ -31,12 +32,13 @@ def check(plan: Plan) -> None:
 def wrong_matrices(spec: ParamSpec) -> str:
     """What is wrong with the matrices of a parameter; empty if nothing is."""
     whole = Region.whole(spec.shape)
-    if any(len(m.start) != len(spec.shape) or len(m.start) < 2 for m in spec.matrices):
-        return "Its matrices have other tensor dims than it has itself, or fewer than two."
-    if not all(whole.covers(matrix) for matrix in spec.matrices):
+    regions = tuple(matrix.region for matrix in spec.matrices)
+    if any(len(region.start) != len(spec.shape) for region in regions):
+        return "Its matrices have other tensor dims than it has itself."
+    if not all(whole.covers(region) for region in regions):
         return "One of its matrices reaches outside it."
-    held = sum(matrix.numel for matrix in spec.matrices)
-    if held != whole.numel or _overlap(spec.matrices):
+    held = sum(region.numel for region in regions)
+    if held != whole.numel or _overlap(regions):
         return "Its matrices do not hold every element exactly once."
     return ""
 
@@ -89,15 +91,15 @@ def _wrong_bucket(plan: Plan, bucket: Bucket) -> list[str]:
         spec = plan.spec(assignment)
         if not 0 <= assignment.matrix < len(spec.matrices):
             continue
-        layout, matrix = spec.layout, plan.matrix(assignment)
+        layout, region = spec.layout, plan.matrix(assignment).region
         if layout.mesh != bucket.mesh or spec.wire_dtype != bucket.wire_dtype:
             wrong.append(f"{spec.fqn}: its mesh or wire dtype is not that of its bucket")
-        elif bucket.strategy not in strategies_for(layout, matrix):
+        elif bucket.strategy not in strategies_for(layout, region):
             wrong.append(f"{spec.fqn}: {bucket.strategy} cannot bring its matrix together")
         elif not 0 <= assignment.owner < bucket.mesh.num_ranks:
             wrong.append(f"{spec.fqn}: owner {assignment.owner} is not on mesh {bucket.mesh}")
-        elif layout.home(assignment.owner) not in layout.holders(matrix):
-            wrong.append(f"{spec.fqn}: its owner holds no part of matrix {assignment.matrix}")
+        elif not can_own(layout, region, assignment.owner):
+            wrong.append(f"{spec.fqn}: matrix {assignment.matrix} cannot travel to its owner")
     return wrong
 
 
@@ -144,7 +146,9 @@ def check_routes(plan: Plan) -> None:
                             )
         for position, here in enumerate(ranks):
             for assignment in here.owned:
-                _must_tile(here.wholes, plan.matrix(assignment), assignment, number, position)
+                _must_tile(
+                    here.wholes, plan.matrix(assignment).region, assignment, number, position
+                )
             applied = sorted(((s.assignment, s.region) for s in here.results.slots), key=repr)
             if applied != sorted(here.touched, key=repr):
                 raise ValueError(
@@ -155,11 +159,11 @@ def check_routes(plan: Plan) -> None:
 
 
 def _must_tile(
-    packing: Packing, matrix: Region, assignment: object, bucket: int, position: int
+    packing: Packing, region: Region, assignment: object, bucket: int, position: int
 ) -> None:
     pieces = tuple(s.region for s in packing.slots if s.assignment == assignment)
     covered = sum(piece.numel for piece in pieces)
-    if covered != matrix.numel or _overlap(pieces) or not all(matrix.covers(p) for p in pieces):
+    if covered != region.numel or _overlap(pieces) or not all(region.covers(p) for p in pieces):
         raise ValueError(
-            f"bucket {bucket}: the owner at {position} gets {covered} of {matrix.numel} elements"
+            f"bucket {bucket}: the owner at {position} gets {covered} of {region.numel} elements"
         )

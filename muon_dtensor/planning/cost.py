@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
-from muon_dtensor.layout import MeshSpec, Region
-from muon_dtensor.matrices import rows_and_cols
+from muon_dtensor.layout import Matrix, MeshSpec
 from muon_dtensor.planning.ir import Bucket, Collective, Local, Owned, Phase, Plan, Route
 
 ITEMSIZES = {"bfloat16": 2, "float32": 4, "float64": 8}
@@ -26,9 +25,9 @@ def newton_schulz_flops(rows: int, cols: int, num_iterations: int) -> int:
     return num_iterations * (4 * short * short * long + 2 * short**3)
 
 
-def matrix_flops(matrix: Region, num_iterations: int) -> int:
+def matrix_flops(matrix: Matrix, num_iterations: int) -> int:
     """`newton_schulz_flops` of one matrix of a parameter."""
-    return newton_schulz_flops(*rows_and_cols(matrix), num_iterations)
+    return newton_schulz_flops(matrix.rows, matrix.cols, num_iterations)
 
 
 @dataclass(frozen=True)
@@ -198,17 +197,18 @@ def bucket_cost(plan: Plan, bucket: Bucket) -> BucketCost:
         spec, matrix, owner = plan.spec(assignment), plan.matrix(assignment), assignment.owner
         flops[owner] += matrix_flops(matrix, spec.num_iterations)
         wholes[owner] += matrix.numel
-        kept[owner] += spec.layout.holders(matrix)[spec.layout.home(owner)].numel
+        own = plan.holders(assignment).get(spec.layout.home(owner))
+        kept[owner] += 0 if own is None else own.numel
         num_spread[assignment.param, assignment.matrix, 0] += 1
         num_in_replica[assignment.param, assignment.matrix, spec.layout.replica_offset(owner)] += 1
     for (param, index, _), count in _same_holders(plan, num_spread).items():
         layout = plan.params[param].layout
-        for home, piece in layout.holders(plan.params[param].matrices[index]).items():
+        for home, piece in layout.holders(plan.params[param].matrices[index].region).items():
             for offset in layout.replica_offsets:
                 spread[home + offset] += count * piece.numel
     for (param, index, offset), count in _same_holders(plan, num_in_replica).items():
         layout = plan.params[param].layout
-        for home, piece in layout.holders(plan.params[param].matrices[index]).items():
+        for home, piece in layout.holders(plan.params[param].matrices[index].region).items():
             pieces[home + offset] += count * piece.numel
     return BucketCost(
         bucket, tuple(flops), tuple(pieces), tuple(spread), tuple(wholes), tuple(kept)
@@ -223,7 +223,7 @@ def _same_holders(
     for key, count in counts.items():
         param, index, offset = key
         spec = plan.params[param]
-        same = (id(spec.layout.holders(spec.matrices[index])), offset)
+        same = (id(spec.layout.holders(spec.matrices[index].region)), offset)
         first, so_far = merged.get(same, (key, 0))
         merged[same] = (first, so_far + count)
     return dict(merged.values())
@@ -242,7 +242,7 @@ def bound_nbytes(plan: Plan) -> int:
         for matrix in spec.matrices:
             if matrix.numel == 0:
                 continue
-            num_holders = len(spec.layout.holders(matrix))
+            num_holders = len(spec.layout.holders(matrix.region))
             away = matrix.numel * (1 - 1 / num_holders)
             further = matrix.numel * (len(spec.layout.replica_offsets) - 1)
             total += itemsize * (2 * away + further)

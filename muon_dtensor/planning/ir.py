@@ -9,7 +9,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from muon_dtensor.layout import MeshSpec, ParamSpec, Region
+from muon_dtensor.layout import Matrix, MeshSpec, ParamSpec, Region
 
 if TYPE_CHECKING:
     from muon_dtensor.planning.cost import PlanCost
@@ -124,7 +124,7 @@ class PlanOptions:
     more by itself travels alone. `prefetch_count`: buckets whose exchange is in flight while
     another is orthogonalized. `batched`: whether an owner stacks its equal-shaped matrices of a
     bucket into one batch (faster on GPUs, rounds differently). `sequential`: ranks orthogonalize
-    one after the other, in the order of their positions; for debugging.
+    one after the other, in the order of global ranks; for debugging.
     """
 
     bucket_nbytes: int = 256 * 2**20
@@ -156,13 +156,13 @@ class Plan:
         """The parameter that holds this matrix."""
         return self.params[assignment.param]
 
-    def matrix(self, assignment: Assignment) -> Region:
-        """The box of the parameter that is this matrix."""
+    def matrix(self, assignment: Assignment) -> Matrix:
+        """The matrix itself."""
         return self.params[assignment.param].matrices[assignment.matrix]
 
     def holders(self, assignment: Assignment) -> dict[int, Region]:
         """Who in one replica holds which piece of this matrix; see `Layout.holders`."""
-        return self.spec(assignment).layout.holders(self.matrix(assignment))
+        return self.spec(assignment).layout.holders(self.matrix(assignment).region)
 
     @cached_property
     def meshes(self) -> tuple[MeshSpec, ...]:

@@ -3,11 +3,11 @@
 Chooses transports and calls those who choose owners and buckets. Never sees a tensor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from muon_dtensor.errors import PlanError, Problem
-from muon_dtensor.layout import MeshSpec, ParamSpec, Region
+from muon_dtensor.errors import AssignmentError, PlanError, Problem
+from muon_dtensor.layout import Matrix, MeshSpec, ParamSpec
 from muon_dtensor.planning.buckets import Footprint, Parcel, deal, schedule
 from muon_dtensor.planning.check import wrong_matrices
 from muon_dtensor.planning.cost import ITEMSIZES, matrix_flops
@@ -25,6 +25,7 @@ from muon_dtensor.planning.owners import Work, assign_owners, candidates_for
 from muon_dtensor.planning.strategies import (
     DIRECT_SLACK,
     MOST_DIRECT_RANKS,
+    can_own,
     reshard_collectives,
     strategies_for,
     unshard_collectives,
@@ -36,8 +37,8 @@ class _Item:
     """One matrix on its way through the planner."""
 
     param: int
-    matrix: int
-    region: Region
+    index: int
+    matrix: Matrix
     owner: int
 
 
@@ -50,12 +51,23 @@ class _Transport:
     strategies: tuple[Strategy, ...]
 
 
-def plan_update(params: Sequence[ParamSpec], options: PlanOptions | None = None) -> Plan:
+def plan_update(
+    params: Sequence[ParamSpec],
+    options: PlanOptions | None = None,
+    owners: Mapping[str, int] | None = None,
+) -> Plan:
     """Plan one step: who orthogonalizes each matrix, and what moves, in which order.
 
     The same parameters and options give the same plan, byte for byte, on every rank.
 
+    Args:
+        params: what to plan.
+        options: of the plan as a whole.
+        owners: global ranks that own the matrices of some parameters, by name. A matrix that
+            lies whole on one rank stays there. Others are balanced by flops.
+
     Raises:
+        AssignmentError: a matrix cannot travel to the owner that was named for it.
         PlanError: parameters of the same name, with an unknown wire dtype, or with matrices that
             do not hold each of their elements once.
     """
@@ -63,7 +75,7 @@ def plan_update(params: Sequence[ParamSpec], options: PlanOptions | None = None)
     params = tuple(params)
     _check_params(params)
     by_ranks: dict[frozenset[int], dict[_Transport, list[_Item]]] = {}
-    for transport, items in _by_transport(params, _owners(params)).items():
+    for transport, items in _by_transport(params, _owners(params, owners or {})).items():
         by_ranks.setdefault(transport.mesh.rank_set, {})[transport] = items
     buckets: list[Bucket] = []
     actions: list[Action] = []
@@ -104,7 +116,7 @@ def _deal_transports(
                         mesh=transport.mesh,
                         strategy=strategy,
                         wire_dtype=transport.wire_dtype,
-                        assignments=tuple(Assignment(i.param, i.matrix, i.owner) for i in chosen),
+                        assignments=tuple(Assignment(i.param, i.index, i.owner) for i in chosen),
                         unshard=unshard_collectives(strategy),
                         reshard=reshard_collectives(strategy, transport.mesh.dim_names),
                     )
@@ -113,7 +125,7 @@ def _deal_transports(
 
 
 def _model_order(item: _Item) -> tuple[int, int]:
-    return (item.param, item.matrix)
+    return (item.param, item.index)
 
 
 def _check_params(params: tuple[ParamSpec, ...]) -> None:
@@ -141,42 +153,57 @@ def _check_params(params: tuple[ParamSpec, ...]) -> None:
             )
         if wrong := wrong_matrices(spec):
             problems.append(
-                Problem(spec.fqn, str(list(spec.shape)), wrong, "See matrices.matrix_regions.")
+                Problem(spec.fqn, str(list(spec.shape)), wrong, "See matrices.matrices_of.")
             )
     if problems:
         raise PlanError(problems, num_params=len(params))
 
 
-def _owners(params: tuple[ParamSpec, ...]) -> list[_Item]:
-    """Owners of all matrices.
+def _owners(params: tuple[ParamSpec, ...], named: Mapping[str, int]) -> list[_Item]:
+    """Owners of all matrices; `named` by the user or chosen.
 
     Meshes of exactly the same ranks share loads. Others do not: their ranks cannot see each
     other's plans.
     """
-    work: dict[frozenset[int], list[tuple[int, int, Region, Work]]] = {}
+    work: dict[frozenset[int], list[tuple[int, int, Matrix, Work]]] = {}
     candidates: dict[int, tuple[int, ...]] = {}
     for param, spec in enumerate(params):
         mesh = spec.layout.mesh
-        for index, region in enumerate(spec.matrices):
-            if region.numel == 0:
+        for index, matrix in enumerate(spec.matrices):
+            if matrix.numel == 0:
                 continue
-            table = spec.layout.holders(region)
+            table = spec.layout.holders(matrix.region)
             ranks = candidates.get(id(table))
             if ranks is None:
                 ranks = candidates[id(table)] = tuple(
-                    mesh.ranks[position] for position in candidates_for(spec.layout, region)
+                    mesh.ranks[position] for position in candidates_for(spec.layout, matrix.region)
                 )
-            flops = max(matrix_flops(region, spec.num_iterations), region.numel)
+            if spec.fqn in named and len(ranks) > 1:
+                ranks = (_named_owner(spec, index, named[spec.fqn]),)
+            flops = max(matrix_flops(matrix, spec.num_iterations), matrix.numel)
             work.setdefault(mesh.rank_set, []).append(
-                (param, index, region, Work(flops, (spec.fqn, index), ranks))
+                (param, index, matrix, Work(flops, (spec.fqn, index), ranks))
             )
     items = []
     for entries in work.values():
         owners = assign_owners([w for *_, w in entries])
-        for (param, index, region, _), rank in zip(entries, owners, strict=True):
+        for (param, index, matrix, _), rank in zip(entries, owners, strict=True):
             owner = params[param].layout.mesh.position_of(rank)
-            items.append(_Item(param, index, region, owner))
+            items.append(_Item(param, index, matrix, owner))
     return items
+
+
+def _named_owner(spec: ParamSpec, index: int, rank: int) -> int:
+    """The rank itself. Raises AssignmentError if it cannot own this matrix."""
+    layout = spec.layout
+    region = spec.matrices[index].region
+    if layout.mesh.holds(rank) and can_own(layout, region, layout.mesh.position_of(rank)):
+        return rank
+    ranks = [layout.mesh.ranks[p] for p in candidates_for(layout, region)]
+    raise AssignmentError(
+        f"{spec.fqn} is assigned to rank {rank}, where its matrix {index} cannot be brought: it "
+        f"lies on ranks {sorted(ranks)} of mesh {layout.mesh}. Assign it to one of them."
+    )
 
 
 def _by_transport(
@@ -186,10 +213,10 @@ def _by_transport(
     known: dict[int, tuple[Strategy, ...]] = {}
     for item in items:
         spec = params[item.param]
-        table = id(spec.layout.holders(item.region))
+        table = id(spec.layout.holders(item.matrix.region))
         strategies = known.get(table)
         if strategies is None:
-            strategies = known[table] = strategies_for(spec.layout, item.region)
+            strategies = known[table] = strategies_for(spec.layout, item.matrix.region)
         transport = _Transport(spec.layout.mesh, spec.wire_dtype, strategies)
         transports.setdefault(transport, []).append(item)
     return transports
@@ -198,7 +225,7 @@ def _by_transport(
 def _order(
     params: tuple[ParamSpec, ...], transport: _Transport, items: Sequence[_Item]
 ) -> tuple[bool, int, tuple[int, int]]:
-    flops = sum(matrix_flops(i.region, params[i.param].num_iterations) for i in items)
+    flops = sum(matrix_flops(i.matrix, params[i.param].num_iterations) for i in items)
     first = min(_model_order(item) for item in items)
     return (isinstance(transport.strategies[0], Local), -flops, first)
 
@@ -211,17 +238,17 @@ def _choose(
     parcels = []
     for index, item in enumerate(items):
         layout = params[item.param].layout
-        holders = layout.holders(item.region)
+        holders = layout.holders(item.matrix.region)
         parcels.append(
             Parcel(
                 index=index,
                 owner=item.owner,
                 replica=layout.replica_offset(item.owner),
                 home=0 if len(holders) > 1 else layout.home(item.owner),
-                nbytes=itemsize * item.region.numel,
+                nbytes=itemsize * item.matrix.numel,
                 piece_nbytes=itemsize * max(piece.numel for piece in holders.values()),
-                flops=matrix_flops(item.region, params[item.param].num_iterations),
-                name=(params[item.param].fqn, item.matrix),
+                flops=matrix_flops(item.matrix, params[item.param].num_iterations),
+                name=(params[item.param].fqn, item.index),
             )
         )
     strategy = transport.strategies[0]

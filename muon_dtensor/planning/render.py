@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from muon_dtensor.layout import Layout
+from muon_dtensor.layout import Layout, ParamSpec
 from muon_dtensor.planning.cost import ITEMSIZES, BucketCost, matrix_flops
 from muon_dtensor.planning.ir import (
     AllToAll,
@@ -59,6 +59,8 @@ def cuts_text(layout: Layout) -> str:
     names = ["rows", "cols"] if len(layout.shape) == 2 else ["batch", "rows", "cols"]
     if len(layout.shape) not in (2, 3):
         names = [f"dim {index}" for index in range(len(layout.shape))]
+    if len(layout.shape) == 1:
+        names = ["elements"]
     parts = [
         f"{name} over {' then '.join(f'{d}={layout.mesh.sizes[d]}' for d in dims)}"
         for name, dims in zip(names, layout.cuts, strict=True)
@@ -68,6 +70,15 @@ def cuts_text(layout: Layout) -> str:
         sizes = " x ".join(f"{d}={layout.mesh.sizes[d]}" for d in layout.replica_dims)
         parts.append(f"replicated over {sizes}")
     return ", ".join(parts) or "whole"
+
+
+def shape_text(spec: ParamSpec) -> str:
+    """The global shape; of a parameter stored flat, that of its matrices."""
+    if len(spec.shape) == 1 and spec.matrices:
+        matrix, count = spec.matrices[0], len(spec.matrices)
+        batch = f"{count}, " if count > 1 else ""
+        return f"[{batch}{matrix.rows}, {matrix.cols}] stored flat"
+    return str(list(spec.shape))
 
 
 def summary(plan: Plan) -> str:
@@ -205,7 +216,7 @@ def _param_lines(plan: Plan) -> list[str]:
             owners[assignment.param].add(bucket.mesh.ranks[assignment.owner])
     for index, spec in enumerate(plan.params):
         pattern = re.sub(r"\d+", "#", spec.fqn)
-        key = (pattern, str(list(spec.shape)), cuts_text(spec.layout))
+        key = (pattern, shape_text(spec), cuts_text(spec.layout))
         groups[key].append(index)
     lines = []
     for (_, shape, cuts), members in groups.items():
@@ -243,7 +254,7 @@ def explain(plan: Plan, fqn: str) -> str:
     index = {spec.fqn: i for i, spec in enumerate(plan.params)}[fqn]
     spec = plan.params[index]
     lines = [
-        f"{fqn}  {list(spec.shape)} {spec.dtype} on {spec.layout.mesh}",
+        f"{fqn}  {shape_text(spec)} {spec.dtype} on {spec.layout.mesh}",
         f"  stored: {cuts_text(spec.layout)}",
     ]
     for number, cost in enumerate(plan.cost.buckets):
@@ -252,11 +263,13 @@ def explain(plan: Plan, fqn: str) -> str:
             if assignment.param != index:
                 continue
             matrix = plan.matrix(assignment)
-            holders = spec.layout.holders(matrix)
-            kept = holders[spec.layout.home(assignment.owner)].numel
+            holders = plan.holders(assignment)
+            own = holders.get(spec.layout.home(assignment.owner))
+            kept = 0 if own is None else own.numel
             away = (matrix.numel - kept) * cost.itemsize
             back = away + matrix.numel * (len(spec.layout.replica_offsets) - 1) * cost.itemsize
-            box = ", ".join(f"{a}:{b}" for a, b in zip(matrix.start, matrix.stop, strict=True))
+            region = matrix.region
+            box = ", ".join(f"{a}:{b}" for a, b in zip(region.start, region.stop, strict=True))
             lines += [
                 f"  matrix [{box}] in bucket {number}, {strategy_text(bucket.strategy)}",
                 f"    in {_count(len(holders), 'piece', 'pieces')} on each of "

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import assert_never
 
-from muon_dtensor.layout import Region
-from muon_dtensor.matrices import rows_and_cols
+from muon_dtensor.layout import Matrix, Region
 from muon_dtensor.planning.ir import Assignment, Bucket, Collective, Plan, Route
 
 Piece = tuple[Assignment, Region]
@@ -89,7 +88,7 @@ class RankBucket:
     touched: tuple[Piece, ...]
     shards: dict[int, Region]
     owned: tuple[Assignment, ...]
-    matrices: dict[Assignment, Region]
+    matrices: dict[Assignment, Matrix]
     pieces: Packing
     wholes: Packing
     unshard: tuple[RankCollective, ...]
@@ -124,7 +123,8 @@ class RankBucket:
             return tuple((assignment,) for assignment in self.owned)
         by_size: dict[tuple[int, int], list[Assignment]] = defaultdict(list)
         for assignment in self.owned:
-            by_size[rows_and_cols(self.matrices[assignment])].append(assignment)
+            matrix = self.matrices[assignment]
+            by_size[matrix.rows, matrix.cols].append(assignment)
         return tuple(map(tuple, by_size.values()))
 
 
@@ -144,7 +144,7 @@ def rank_bucket(plan: Plan, bucket: Bucket, position: int) -> RankBucket:
     if unshard:
         pieces, wholes = unshard[0].send, unshard[0].recv
     else:
-        pieces = wholes = _pack([[(a, plan.matrix(a)) for a in owned]])
+        pieces = wholes = _pack([[(a, plan.matrix(a).region) for a in owned]])
     moves, before = [], wholes
     for rank_collective in reshard:
         mirror = rank_collective.send.by_peer == before.by_peer
@@ -155,7 +155,7 @@ def rank_bucket(plan: Plan, bucket: Bucket, position: int) -> RankBucket:
         touched=tuple(touched),
         shards={a.param: plan.spec(a).layout.region(position) for a, _ in touched},
         owned=owned,
-        matrices={a: plan.matrix(a) for a, _ in touched},
+        matrices={a: plan.matrix(a) for a in (*(a for a, _ in touched), *owned)},
         pieces=pieces,
         wholes=wholes,
         unshard=unshard,

@@ -7,8 +7,8 @@ import hashlib
 import json
 from typing import Any
 
-from muon_dtensor.layout import Layout, MeshSpec, ParamSpec, Region
-from muon_dtensor.matrices import matrix_regions
+from muon_dtensor.layout import Layout, Matrix, MeshSpec, ParamSpec, Region
+from muon_dtensor.matrices import matrices_of
 from muon_dtensor.planning.check import check
 from muon_dtensor.planning.ir import (
     Action,
@@ -70,8 +70,12 @@ def _param_to_json(spec: ParamSpec, mesh: int) -> dict[str, Any]:
         "num_iterations": spec.num_iterations,
         "wire_dtype": spec.wire_dtype,
     }
-    if len(spec.shape) not in (2, 3) or spec.matrices != matrix_regions(spec.shape):
-        value["matrices"] = [[list(m.start), list(m.stop)] for m in spec.matrices]
+    if spec.layout.bounds is not None:
+        value["bounds"] = [list(ends) for ends in spec.layout.bounds]
+    if len(spec.shape) not in (2, 3) or spec.matrices != matrices_of(spec.shape):
+        value["matrices"] = [
+            [list(m.region.start), list(m.region.stop), m.rows, m.cols] for m in spec.matrices
+        ]
     return value
 
 
@@ -128,14 +132,18 @@ def _param_from_json(
     num_matrices: int,
 ) -> ParamSpec:
     shape, cuts = tuple(value["shape"]), tuple(tuple(dims) for dims in value["cuts"])
-    key = (value["mesh"], shape, cuts)
-    layout = layouts.setdefault(key, Layout(_mesh_at(meshes, value["mesh"]), shape, cuts))
+    bounds = tuple(map(tuple, value["bounds"])) if "bounds" in value else None
+    key = (value["mesh"], shape, cuts, bounds)
+    layout = layouts.setdefault(key, Layout(_mesh_at(meshes, value["mesh"]), shape, cuts, bounds))
     if "matrices" not in value and len(shape) == 3 and 0 not in shape and shape[0] > num_matrices:
         raise ValueError(f"{shape[0]} matrices in one parameter, {num_matrices} in the plan")
     matrices = (
-        tuple(Region(tuple(start), tuple(stop)) for start, stop in value["matrices"])
+        tuple(
+            Matrix(Region(tuple(start), tuple(stop)), rows, cols)
+            for start, stop, rows, cols in value["matrices"]
+        )
         if "matrices" in value
-        else matrix_regions(shape)
+        else matrices_of(shape)
     )
     return ParamSpec(
         value["fqn"],

@@ -16,19 +16,31 @@ DIRECT_SLACK = 1.25
 
 def strategies_for(layout: Layout, matrix: Region) -> tuple[Strategy, ...]:
     """Legal strategies for a matrix with at least one element, fewest collectives first."""
-    mesh = layout.mesh
-    homes = list(layout.holders(matrix))
-    unshard_dims = tuple(
-        name
-        for name in layout.cut_dims
-        if len({mesh.index_along(home, (name,)) for home in homes}) > 1
-    )
+    unshard_dims = _dims_apart(layout, matrix)
     if not unshard_dims and not layout.replica_dims:
         return (Local(),)
     direct = Owned(unshard_dims, layout.replica_dims, hops=1)
     if not unshard_dims or not layout.replica_dims:
         return (direct,)
     return (direct, Owned(unshard_dims, layout.replica_dims, hops=2))
+
+
+def _dims_apart(layout: Layout, matrix: Region) -> tuple[str, ...]:
+    """Mesh dims along which the pieces of a matrix lie at different coordinates."""
+    homes = layout.holders(matrix)
+    return tuple(
+        name
+        for name in layout.cut_dims
+        if len({layout.mesh.index_along(home, (name,)) for home in homes}) > 1
+    )
+
+
+def can_own(layout: Layout, matrix: Region, position: int) -> bool:
+    """Whether the collectives of its strategies can bring a matrix to this position."""
+    apart = _dims_apart(layout, matrix)
+    fixed = tuple(name for name in layout.cut_dims if name not in apart)
+    along = layout.mesh.index_along
+    return along(position, fixed) == along(next(iter(layout.holders(matrix))), fixed)
 
 
 def unshard_collectives(strategy: Strategy) -> tuple[Collective, ...]:

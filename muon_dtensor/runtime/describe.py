@@ -14,7 +14,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from muon_dtensor.errors import Problem, RefusalError
 from muon_dtensor.layout import Layout, MeshSpec, ParamSpec
-from muon_dtensor.matrices import matrix_regions
+from muon_dtensor.matrices import matrices_of
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -135,7 +135,7 @@ class Describer:
             )
         try:
             layout = self.layout(tensor)
-            matrices = matrix_regions(layout.shape)
+            matrices = matrices_of(layout.shape)
         except RefusalError as refusal:
             return Problem(fqn, seen, refusal.reason, refusal.remedy)
         return ParamSpec(

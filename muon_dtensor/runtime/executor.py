@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.distributed import Work
 
-from muon_dtensor.matrices import rows_and_cols
 from muon_dtensor.orthogonalize import newton_schulz
 from muon_dtensor.planning.ir import Action, Assignment, Phase, Plan
 from muon_dtensor.planning.routes import RankCollective, Slot, rank_bucket
@@ -111,11 +110,10 @@ class _RankBucketRun:
 
     def _piece(self, slot: Slot) -> _Piece:
         matrix, param = self.local.matrices[slot.assignment], slot.assignment.param
-        row, col = slot.region.relative_to(matrix).start[-2:]
+        start = slot.region.relative_to(matrix.region).offset_in(matrix.region.shape)
         box = box_of(slot.region, self.local.shards[param])
-        rows, cols = rows_and_cols(matrix)
-        is_transposed = rows > cols and self.num_iterations[param] > 0
-        return _Piece(param, slot, box, Place(rows, cols, row, col, is_transposed))
+        is_transposed = matrix.rows > matrix.cols and self.num_iterations[param] > 0
+        return _Piece(param, slot, box, Place(matrix.rows, matrix.cols, start, is_transposed))
 
 
 class Executor:
@@ -226,7 +224,7 @@ class Executor:
         self, run: _RankBucketRun, flight: _Flight, params: dict[int, LocalParam]
     ) -> None:
         mesh = run.bucket.mesh
-        for position in range(mesh.num_ranks):
+        for position in sorted(range(mesh.num_ranks), key=mesh.ranks.__getitem__):
             if position == run.position:
                 self._orthogonalize(run, flight, params)
             if mesh.dim_names:
@@ -242,7 +240,8 @@ class Executor:
         """Matrices of one size, each to its polar factor in place."""
         places = [(run.local.slots_of[a], run.local.matrices[a]) for a in assignments]
         matrices = [
-            assemble(buffer, slots, matrix).view(rows_and_cols(matrix)) for slots, matrix in places
+            assemble(buffer, slots, matrix.region).view(matrix.rows, matrix.cols)
+            for slots, matrix in places
         ]
         result = newton_schulz(
             matrices[0] if len(matrices) == 1 else torch.stack(matrices),
@@ -253,7 +252,7 @@ class Executor:
         )
         polar_factors = [result] if len(matrices) == 1 else result.unbind()
         for polar_factor, (slots, matrix) in zip(polar_factors, places, strict=True):
-            disassemble(polar_factor, buffer, slots, matrix)
+            disassemble(polar_factor, buffer, slots, matrix.region)
 
     def _hop_back(self, run: _RankBucketRun, flight: _Flight, hop: int) -> None:
         """Issue one collective of the way back."""

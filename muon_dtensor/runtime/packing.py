@@ -32,21 +32,21 @@ def view_slot(buffer: Tensor, slot: Slot) -> Tensor:
     return buffer[slot.offset : slot.stop].view(slot.region.shape)
 
 
-def assemble(buffer: Tensor, slots: Sequence[Slot], matrix: Region) -> Tensor:
-    """A whole contiguous matrix from its pieces; a view where it already lies in one piece."""
+def assemble(buffer: Tensor, slots: Sequence[Slot], region: Region) -> Tensor:
+    """A whole contiguous region from its pieces; a view where it already lies in one piece."""
     if len(slots) == 1:
         return view_slot(buffer, slots[0])
-    whole = torch.empty(matrix.shape, dtype=buffer.dtype, device=buffer.device)
+    whole = torch.empty(region.shape, dtype=buffer.dtype, device=buffer.device)
     for slot in slots:
-        view_box(whole, box_of(slot.region, matrix)).copy_(view_slot(buffer, slot))
+        view_box(whole, box_of(slot.region, region)).copy_(view_slot(buffer, slot))
     return whole
 
 
-def disassemble(result: Tensor, buffer: Tensor, slots: Sequence[Slot], matrix: Region) -> None:
-    """Inverse of `assemble`: the pieces of `result` [rows, cols] into the slots of its matrix."""
-    whole = result[(None,) * (len(matrix.shape) - result.ndim)]
+def disassemble(result: Tensor, buffer: Tensor, slots: Sequence[Slot], region: Region) -> None:
+    """Inverse of `assemble`: the pieces of `result`, of as many elements as the region."""
+    whole = result.reshape(region.shape)
     for slot in slots:
-        view_slot(buffer, slot).copy_(view_box(whole, box_of(slot.region, matrix)))
+        view_slot(buffer, slot).copy_(view_box(whole, box_of(slot.region, region)))
 
 
 def repack(source: Tensor, target: Tensor, moves: Sequence[Move]) -> None:

@@ -3,14 +3,14 @@
 from collections.abc import Iterator, Sequence
 
 from muon_dtensor.layout import Layout, MeshSpec, ParamSpec
-from muon_dtensor.matrices import matrix_regions
+from muon_dtensor.matrices import matrices_of
 
 Cuts = tuple[tuple[str, ...], ...]
 
 
 def param_spec(mesh: MeshSpec, fqn: str, shape: tuple[int, ...], cuts: Cuts) -> ParamSpec:
     """One parameter with default options."""
-    return ParamSpec(fqn, Layout(mesh, shape, cuts), "float32", matrix_regions(shape))
+    return ParamSpec(fqn, Layout(mesh, shape, cuts), "float32", matrices_of(shape))
 
 
 def layered(
@@ -20,9 +20,7 @@ def layered(
     layouts = {name: Layout(mesh, shape, cuts) for name, shape, cuts in kinds}
     for layer in range(num_layers):
         for name, shape, _ in kinds:
-            yield ParamSpec(
-                f"layers.{layer}.{name}", layouts[name], "float32", matrix_regions(shape)
-            )
+            yield ParamSpec(f"layers.{layer}.{name}", layouts[name], "float32", matrices_of(shape))
 
 
 def llama3_70b(mesh: MeshSpec) -> list[ParamSpec]:
