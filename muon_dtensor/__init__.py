@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from muon_dtensor.errors import (
+    AssignmentError,
     GroupOptionError,
     MissingGradientError,
     NonFiniteGradientError,
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
         create_devicemesh_config,
         create_dtensor_config,
     )
+    from muon_dtensor.group_configs import create_auto_config, create_processgroup_config
     from muon_dtensor.grouping import group_parameters
     from muon_dtensor.optim import Muon
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AssignmentError",
     "DistributedConfig",
     "GroupOptionError",
     "MissingGradientError",
@@ -32,23 +35,33 @@ __all__ = [
     "Plan",
     "PlanError",
     "PlanMismatchError",
+    "create_auto_config",
     "create_devicemesh_config",
     "create_dtensor_config",
+    "create_processgroup_config",
     "group_parameters",
 ]
 
 
 # What needs torch is imported when it is asked for, so that plans can be made without torch.
 _HOMES = {
-    "DistributedConfig": "config",
-    "Muon": "optim",
-    "create_devicemesh_config": "config",
-    "create_dtensor_config": "config",
-    "group_parameters": "grouping",
+    "DistributedConfig": ("config", "DistributedConfig"),
+    "Muon": ("optim", "Muon"),
+    "create_auto_config": ("group_configs", "create_auto_config"),
+    "create_devicemesh_config": ("config", "create_devicemesh_config"),
+    "create_dtensor_config": ("config", "create_dtensor_config"),
+    "create_processgroup_config": ("group_configs", "create_processgroup_config"),
+    "group_parameters": ("grouping", "group_parameters"),
+    # the requirement documents import these by these names
+    "_default_assign_fn": ("assignment", "default_assign_fn"),
+    "_gather_fn_async": ("by_hand", "gather_fn_async"),
+    "_load_balanced_assign_fn": ("assignment", "load_balanced_assign_fn"),
+    "_validate_assignments": ("assignment", "validate_assignments"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"muon_dtensor.{_HOMES[name]}"), name)
+    home, attribute = _HOMES[name]
+    return getattr(importlib.import_module(f"muon_dtensor.{home}"), attribute)

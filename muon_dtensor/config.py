@@ -1,35 +1,105 @@
 """How parameters that are no DTensors lie, and how exchanges run: the one-liners of the door.
 
-Says where plain tensors are replicated; the planner does the rest.
+Says where plain tensors are; the planner does the rest.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from muon_dtensor.assignment import AssignFn
+from muon_dtensor.by_hand import (
+    MADE_FUNCTIONS,
+    assign_by_index,
+    gather_to_one,
+    scatter_from_one,
+)
+from muon_dtensor.runtime.describe import this_rank
+from muon_dtensor.runtime.plain import PlainRule
 
 TITAN_DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """torchtitan's mesh dims, outermost first."""
 
+GatherFn = Callable[[Tensor, int, dict[str, Any]], Tensor | None]
+"""(this rank's shard, global rank of the owner, state) -> the whole tensor, on the owner at least.
+
+On other ranks it may return None. Called for every matrix, in order, on every rank."""
+
+RedistributeFn = Callable[[Tensor | None, int, dict[str, Any]], Tensor]
+"""(the whole tensor on the owner, global rank of the owner, state) -> this rank's shard."""
+
 
 @dataclass
 class DistributedConfig:
-    """What `Muon(distributed_config=...)` takes; made by a `create_*_config` function.
+    """What `Muon(distributed_config=...)` takes.
 
-    mesh: the mesh it was made for or made from.
-    plain_mesh: where parameters that are no DTensors are replicated; None: they are each rank's
-        own. Must have at most the ranks that really hold equal copies.
+    Made by a `create_*` function, it says how plain tensors lie, and the planner moves them.
+    Written by hand, for a framework of your own, its functions move them: `Muon` then calls
+    `assign_fn` once, and per parameter `gather_fn` and `redistribute_fn` on every rank; the owner
+    orthogonalizes in between. Parameters of more than two tensor dims are batches of matrices.
+    Other ranks hand `redistribute_fn` None, or NaN of the whole shape where their `gather_fn`
+    returned a tensor: only what the owner hands over counts.
+
+    A made config whose `assign_fn` is replaced keeps the planner, with those owners. One whose
+    `gather_fn` or `redistribute_fn` is replaced is a hand-written one.
+
+    assign_fn: (parameters, state) -> `{index: rank}` or `{rank: [index, ...]}`, the same on every
+        rank; ranks are global. Parameters that are cut without being DTensors are shown to it as
+        meta tensors of their whole shape.
+    gather_fn: see GatherFn.
+    redistribute_fn: see RedistributeFn.
+    state: handed to all three. `rank` and `world_size` are looked up in it; without them they are
+        those of torch.distributed.
     async_gpu_parallelism: False for debugging: ranks orthogonalize one after the other, in rank
-        order. The result is the same.
+        order. The result is the same. Hand-written functions decide that themselves.
     prefetch_count: buckets whose exchange is in flight while another is orthogonalized.
     """
 
-    mesh: DeviceMesh | None = None
-    plain_mesh: DeviceMesh | None = None
+    assign_fn: AssignFn
+    gather_fn: GatherFn
+    redistribute_fn: RedistributeFn
+    state: dict[str, Any] = field(default_factory=dict)
     async_gpu_parallelism: bool = True
     prefetch_count: int = 1
+
+    @property
+    def is_by_hand(self) -> bool:
+        """Whether the config's own functions move tensors, rather than a plan."""
+        return not {self.gather_fn, self.redistribute_fn} <= set(MADE_FUNCTIONS)
+
+    @property
+    def names_owners(self) -> bool:
+        """Whether `assign_fn` is the user's."""
+        return self.assign_fn not in MADE_FUNCTIONS
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The mesh it was made for or from; it must hold all parameters."""
+        mesh: DeviceMesh | None = self.state.get("device_mesh")
+        return mesh
+
+    @property
+    def plain_rule(self) -> PlainRule | None:
+        """How plain tensors lie; None: they are each rank's own."""
+        rule: PlainRule | None = self.state.get("plain_rule")
+        return rule
+
+
+def base_state(rule: PlainRule | None) -> dict[str, Any]:
+    """What is in the state of every made config."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    ranks = None if rule is None else sorted(rule.mesh.mesh.flatten().tolist())
+    return {
+        "rank": this_rank(),
+        "world_size": world_size,
+        "ranks": ranks or list(range(world_size)),
+        "plain_rule": rule,
+    }
 
 
 def create_devicemesh_config(
@@ -48,7 +118,8 @@ def create_devicemesh_config(
     """One line for any mesh: DTensors keep their placements, plain parameters share the work.
 
     Plain parameters are taken to be replicated over the named mesh dims (DDP, context parallel):
-    each matrix is then orthogonalized by one rank instead of by all.
+    each matrix is then orthogonalized by one rank instead of by all. The functions of the config,
+    called by hand, bring a plain tensor or a DTensor to one rank, and a plain one to all.
 
     Args:
         mesh: a DeviceMesh; or leave it out and give sizes, and `config.mesh` is made from them.
@@ -81,7 +152,15 @@ def create_devicemesh_config(
     plain_mesh: DeviceMesh | None = mesh
     if wanted is not None and wanted != names:
         plain_mesh = mesh[wanted] if wanted else None
-    return DistributedConfig(mesh, plain_mesh, async_gpu_parallelism, prefetch_count)
+    rule = None if plain_mesh is None else PlainRule(plain_mesh)
+    return DistributedConfig(
+        assign_by_index,
+        gather_to_one,
+        scatter_from_one,
+        {**base_state(rule), "device_mesh": mesh},
+        async_gpu_parallelism,
+        prefetch_count,
+    )
 
 
 def _fill_in(sizes: dict[str, int], world_size: int) -> dict[str, int]:
@@ -102,4 +181,11 @@ def create_dtensor_config(
     *, async_gpu_parallelism: bool = True, prefetch_count: int = 1
 ) -> DistributedConfig:
     """For models of DTensors alone: their placements say everything. See DistributedConfig."""
-    return DistributedConfig(None, None, async_gpu_parallelism, prefetch_count)
+    return DistributedConfig(
+        assign_by_index,
+        gather_to_one,
+        scatter_from_one,
+        base_state(None),
+        async_gpu_parallelism,
+        prefetch_count,
+    )

@@ -5,28 +5,29 @@ Keeps torch's contract; leaves planning, moving and mathematics to those who kno
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from muon_dtensor.adamw import AdamWLocal, adamw_step
-from muon_dtensor.config import DistributedConfig
-from muon_dtensor.errors import GroupOptionError, PlanError, Problem
-from muon_dtensor.layout import MeshSpec, ParamSpec
+from muon_dtensor.census import Census, Entry
+from muon_dtensor.config import DistributedConfig, create_dtensor_config
+from muon_dtensor.errors import GroupOptionError
 from muon_dtensor.options import DEFAULTS, as_text, complete, complete_loaded
 from muon_dtensor.planning.ir import Plan, PlanOptions
-from muon_dtensor.planning.planner import plan_update, restrict
-from muon_dtensor.runtime.agreement import Agreement, Manifest
-from muon_dtensor.runtime.describe import Describer, dtype_name, local_part, this_rank
+from muon_dtensor.planning.planner import plan_update
+from muon_dtensor.runtime.agreement import Agreement
+from muon_dtensor.runtime.by_functions import ByFunctions, FunctionParam
+from muon_dtensor.runtime.describe import local_part, this_rank
 from muon_dtensor.runtime.executor import Executor, LocalParam, MuonOptions
 from muon_dtensor.runtime.gradients import GradientGate
 from muon_dtensor.runtime.groups import Groups
+from muon_dtensor.runtime.plain import PlainTensors
+from muon_dtensor.runtime.trace import Trace
 from muon_dtensor.state import check_loaded, make_state
 
 logger = logging.getLogger("muon_dtensor")
@@ -65,8 +66,8 @@ class Muon(Optimizer):
         ns_steps: iterations, 0 to 99.
         adjust_lr_fn: None or "original": s = sqrt(max(1, rows / cols)); "match_rms_adamw":
             s = 0.2 sqrt(max(rows, cols)) (Liu et al. 2025, arXiv:2502.16982).
-        distributed_config: of `create_devicemesh_config` or its kin: where plain tensors are
-            replicated, and how exchanges run. DTensors need none.
+        distributed_config: of `create_devicemesh_config` or its kin: how plain tensors lie, and
+            how exchanges run; or hand-written functions that move them. DTensors need none.
         ns_dtype: dtype of the iteration and of all that is sent.
         bucket_mb: most MiB of exchange buffers a bucket may hold on a rank. The work space of one
             matrix (of several, where batched) comes on top.
@@ -79,6 +80,7 @@ class Muon(Optimizer):
         nonfinite: NaN or Inf in a gradient on some rank: "raise" NonFiniteGradientError on
             every rank, "skip" the step on every rank, or "propagate" it as torch does. On a GPU
             the step is masked on the device, and raises at the next `step` or `state_dict`.
+        trace: record in `trace` when this rank began and ended each phase of each bucket.
 
     A param group may name any of the options up to `adjust_lr_fn`, and `algorithm="adamw"` with
     `betas`, `eps`, `weight_decay`, `lr`: torch's own AdamW steps such a group, of any shape. Where
@@ -88,8 +90,11 @@ class Muon(Optimizer):
         GroupOptionError: an option that is unknown or out of range.
         ValueError: `bucket_mb` or `prefetch_count` is out of range, or a DTensor lives on ranks
             that the mesh of `distributed_config` does not hold.
+        AssignmentError: the user's `assign_fn` does not assign each parameter once, to a rank
+            that can own it.
         PlanError: parameters that Muon cannot step, all of them told at once.
-        PlanMismatchError: from the first `step`, if ranks differ in parameters or options.
+        PlanMismatchError: from the first `step`, if ranks differ in parameters or options; from
+            the constructor, if they hand over different plain tensors under process groups.
     """
 
     def __init__(
@@ -111,6 +116,7 @@ class Muon(Optimizer):
         batched: bool | None = None,
         missing_grad: Literal["raise", "zero"] = "raise",
         nonfinite: Literal["raise", "skip", "propagate"] = "raise",
+        trace: bool = False,
     ) -> None:
         if ns_dtype not in WIRE_DTYPES:
             raise GroupOptionError(
@@ -126,12 +132,14 @@ class Muon(Optimizer):
         if not (isinstance(bucket_mb, (int, float)) and 0 < bucket_mb < math.inf):
             raise ValueError(f"bucket_mb must be a number above 0, got {bucket_mb!r}")
         self._bucket_nbytes = max(1, int(bucket_mb * 2**20))
-        self._config = distributed_config or DistributedConfig()
+        self._config = distributed_config or create_dtensor_config()
         if prefetch_count is not None:
             self._config = replace(self._config, prefetch_count=prefetch_count)
         self._batched = batched
         self._missing_grad = missing_grad
         self._nonfinite = nonfinite
+        self._trace = Trace(this_rank()) if trace else None
+        self._plain = PlainTensors(None)
         self._plan: Plan | None = None
         self._sweeps_twice: dict[frozenset[int], bool] = {}
         defaults = {
@@ -148,7 +156,7 @@ class Muon(Optimizer):
         groups: Any = params if isinstance(params, Tensor) else list(params) or [{"params": []}]
         super().__init__(groups, defaults)
         self._replan()
-        if this_rank() == 0:
+        if this_rank() == 0 and not self._config.is_by_hand:
             logger.info("%s", self.plan)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -167,111 +175,57 @@ class Muon(Optimizer):
 
     @property
     def plan(self) -> Plan:
-        """What a step does: `print(optimizer.plan)`."""
+        """What a step does: `print(optimizer.plan)`.
+
+        Raises RuntimeError under a hand-written DistributedConfig, whose functions nobody can plan.
+        """
+        if self._config.is_by_hand:
+            raise RuntimeError("a hand-written DistributedConfig moves matrices without a plan")
         assert self._plan is not None, "the constructor plans"
         return self._plan
 
-    def _named(self, algorithm: str | None = None) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-        """Name, tensor and group of every parameter, in order; unnamed ones are numbered."""
-        number = 0
-        for group in self.param_groups:
-            names = group.get("param_names")
-            for index, param in enumerate(group["params"]):
-                name = names[index] if names else f"param.{number}"
-                number += 1
-                if algorithm in (None, group["algorithm"]):
-                    yield name, param, group
+    @property
+    def trace(self) -> Trace | None:
+        """What this rank did when, if the constructor was told to record it."""
+        return self._trace
 
     def _replan(self) -> None:
         """Plan anew and make missing state; the next ballots compare the new plan."""
         config = self._config
-        describer = Describer(config.plain_mesh)
-        if config.mesh is not None:
-            self._check_mesh(describer, config.mesh)
-        specs: list[ParamSpec] = []
-        homes: dict[MeshSpec, torch.device] = {}
-        muon = list(self._named("muon"))
-        named = list(self._named())
-        problems = _same_names([name for name, *_ in named])
-        for name, param, group in muon:
-            described = describer.param(
-                name, param, num_iterations=group["ns_steps"], wire_dtype=self._ns_dtype
-            )
-            if isinstance(described, Problem):
-                problems.append(described)
-                continue
-            specs.append(described)
-            device = local_part(param).device
-            home = homes.setdefault(described.layout.mesh, device)
-            if home != device:
-                problems.append(
-                    Problem(
-                        name,
-                        f"on {device}",
-                        f"Other parameters of mesh {described.layout.mesh} are on {home}.",
-                        "Move them to one device, or give each device an optimizer of its own.",
-                    )
-                )
-        if problems:
-            raise PlanError(problems, num_params=len(named))
-        on_gpu = any(param.device.type == "cuda" for _, param, _ in muon)
+        if self._plain.rule is not config.plain_rule:
+            self._plain = PlainTensors(config.plain_rule)
+        census = Census(self.param_groups, self._plain)
+        by_hand = config.is_by_hand
+        if by_hand:
+            census.must_be_matrices()
+            owners = census.assigned(config, [entry.param for entry in census.muon])
+        else:
+            specs = census.specs(self._ns_dtype, whole=config.mesh)
+            owners = census.owners(config, specs)
+        on_gpu = any(entry.param.device.type == "cuda" for entry in census.muon)
         options = PlanOptions(
             bucket_nbytes=self._bucket_nbytes,
             prefetch_count=config.prefetch_count,
             batched=on_gpu if self._batched is None else self._batched,
             sequential=not config.async_gpu_parallelism,
         )
-        self._plan = plan = plan_update(specs, options)
-        for _, param, group in self._named():
-            make_state(self.state[param], param, group["algorithm"])
+        self._plan = plan = plan_update([] if by_hand else specs, options, owners)
+        self._census, self._owners = census, owners
+        for entry in census.entries:
+            make_state(self.state[entry.param], entry.param, entry.group["algorithm"])
         rank = this_rank()
-        manifests = list(self._manifests(plan, describer))
-        groups = Groups(describer.device_meshes, rank)
-        self._muon = [param for _, param, _ in muon]
-        self._agreement = Agreement(manifests, groups, rank)
-        shared = (param for _, param, _ in named if describer.home(param).dim_names)
+        groups = Groups(census.describer.device_meshes, rank)
+        self._agreement = Agreement(list(census.manifests(plan)), groups, rank)
         self._gate = GradientGate(
-            {name: param for name, param, _ in named},
+            {entry.name: entry.param for entry in census.entries},
             self._agreement,
-            device=next((local_part(p).device for p in shared), torch.device("cpu")),
+            device=census.shared_device,
             missing_grad=self._missing_grad,
             nonfinite=self._nonfinite,
         )
-        devices = [local_part(param).device for param in self._muon]
-        self._executor = Executor(plan, rank, groups, devices)
+        devices = [local_part(entry.param).device for entry in census.muon]
+        self._executor = Executor(plan, rank, groups, devices, self._trace)
         self._is_connected = False
-
-    def _check_mesh(self, describer: Describer, mesh: DeviceMesh) -> None:
-        """Raise ValueError for parameters that live outside the mesh of the config."""
-        whole = describer.mesh(mesh)
-        for name, param, _ in self._named():
-            home = describer.home(param)
-            if not home.rank_set <= whole.rank_set:
-                raise ValueError(
-                    f"{name} lives on mesh {home} with ranks {min(home.ranks)} to "
-                    f"{max(home.ranks)}, which the config's mesh {whole} does not hold. Make the "
-                    "config from a mesh that holds all parameters."
-                )
-
-    def _manifests(self, plan: Plan, describer: Describer) -> Iterator[Manifest]:
-        """What each set of ranks must have in common: its part of the plan, its parameters."""
-        members: dict[frozenset[int], list[tuple[str, Tensor, dict[str, Any], MeshSpec]]] = {}
-        for name, param, group in self._named():
-            mesh = describer.home(param)
-            if mesh.dim_names and mesh.holds(this_rank()):
-                members.setdefault(mesh.rank_set, []).append((name, param, group, mesh))
-        for rank_set, params in members.items():
-            digest = restrict(plan, rank_set).digest
-            lines = tuple(
-                f"{name} {list(param.shape)} {dtype_name(param.dtype)} "
-                f"{getattr(param, 'placements', 'replicated')} on {mesh}, {group['algorithm']}"
-                for name, param, group, mesh in params
-            )
-            # Several meshes may hold these ranks; all ranks must pick the same one to vote on.
-            voting = min((mesh for *_, mesh in params), key=lambda m: (m.dim_names, m.shape))
-            ids = {id(group) for _, _, group, _ in params}
-            groups = tuple(i for i, group in enumerate(self.param_groups) if id(group) in ids)
-            yield Manifest(voting, digest, lines, tuple(name for name, *_ in params), groups)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -303,52 +257,63 @@ class Muon(Optimizer):
             self._executor.connect()
             self._is_connected = True
         mask = keep if isinstance(keep, Tensor) else None
-        self._executor.run(self._local_params(grads), mask)
+        self._step_muon(grads, mask)
         self._step_adamw(grads, mask)
         return loss
 
-    def _local_params(self, grads: dict[str, Tensor]) -> dict[int, LocalParam]:
-        """This rank's part of every Muon parameter that has a gradient, by index in the plan."""
-        found: dict[int, LocalParam] = {}
-        options: dict[int, MuonOptions] = {}
-        for index, (name, param, group) in enumerate(self._named("muon")):
-            if name not in grads:
-                continue
-            if id(group) not in options:
-                options[id(group)] = MuonOptions(
-                    lr=group["lr"],
-                    decay=float(1 - group["lr"] * group["weight_decay"]),
-                    momentum=group["momentum"],
-                    nesterov=group["nesterov"],
-                    ns_coefficients=tuple(group["ns_coefficients"]),
-                    eps=group["eps"],
-                    ns_steps=group["ns_steps"],
-                    adjust_lr_fn=group["adjust_lr_fn"],
-                )
-            found[index] = LocalParam(
-                local_part(param),
-                local_part(grads[name]),
-                local_part(self.state[param]["momentum_buffer"]),
-                options[id(group)],
+    def _step_muon(self, grads: dict[str, Tensor], mask: Tensor | None) -> None:
+        found = {
+            index: LocalParam(
+                entry.param, grads[entry.name], self.state[entry.param]["momentum_buffer"], options
             )
-        return found
+            for index, entry, options in self._with_options()
+            if entry.name in grads
+        }
+        config = self._config
+        if not config.is_by_hand:
+            local = {index: param.on_this_rank() for index, param in found.items()}
+            self._executor.run(local, mask)
+            return
+        names = [entry.name for entry in self._census.muon]
+        ByFunctions(
+            config.gather_fn,
+            config.redistribute_fn,
+            config.state,
+            config.state.get("rank", this_rank()),
+            self._ns_dtype,
+        ).run(
+            [
+                FunctionParam(names[index], param, self._owners[names[index]])
+                for index, param in found.items()
+            ],
+            mask,
+            detect_misuse=mask is None and self._nonfinite != "propagate",
+        )
+
+    def _with_options(self) -> Iterator[tuple[int, Entry, MuonOptions]]:
+        """Index in the plan, parameter, and what its group says, of every parameter of Muon."""
+        options: dict[int, MuonOptions] = {}
+        for index, entry in enumerate(self._census.muon):
+            if entry.group_index not in options:
+                options[entry.group_index] = MuonOptions.of(entry.group)
+            yield index, entry, options[entry.group_index]
 
     def _step_adamw(self, grads: dict[str, Tensor], keep: Tensor | None) -> None:
         by_group: dict[int, list[AdamWLocal]] = {}
-        for name, param, group in self._named("adamw"):
-            if name in grads:
-                state = self.state[param]
+        for entry in self._census.adamw:
+            if entry.name in grads:
+                state = self.state[entry.param]
                 leaf = AdamWLocal(
-                    local_part(param),
-                    local_part(grads[name]),
+                    local_part(entry.param),
+                    local_part(grads[entry.name]),
                     local_part(state["exp_avg"]),
                     local_part(state["exp_avg_sq"]),
                     state["step"],
                 )
-                by_group.setdefault(id(group), []).append(leaf)
+                by_group.setdefault(entry.group_index, []).append(leaf)
         found_inf = None if keep is None else (~keep).to(torch.float32)
-        for group in self.param_groups:
-            adamw_step(by_group.get(id(group), []), group, found_inf)
+        for index, group in enumerate(self.param_groups):
+            adamw_step(by_group.get(index, []), group, found_inf)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict: `momentum_buffer`, or AdamW's state, per parameter."""
@@ -377,6 +342,8 @@ class Muon(Optimizer):
         for index, group in enumerate(self.param_groups):
             complete_loaded(group, known[index] if index < len(known) else "muon")
         self.__dict__.setdefault("_sweeps_twice", {})
+        self.__dict__.setdefault("_plain", PlainTensors(None))
+        self.__dict__.setdefault("_trace", None)
         self._replan()
 
 
@@ -388,13 +355,3 @@ _PICKLED = (
     "_missing_grad",
     "_nonfinite",
 )
-
-
-def _same_names(names: list[str]) -> list[Problem]:
-    """A problem for every name that more than one parameter has."""
-    counts = Counter(names)
-    return [
-        Problem(name, f"{count} parameters", "They have one name.", "Pass names that differ.")
-        for name, count in counts.items()
-        if count > 1
-    ]

@@ -150,8 +150,8 @@ def from_sizes() -> list[Any]:
     assert config.mesh is not None
     found: list[Any] = [config.mesh.mesh_dim_names, tuple(config.mesh.shape)]
     stages = create_devicemesh_config(pp=2, dp_shard=4)
-    assert stages.plain_mesh is not None
-    found.append(stages.plain_mesh.mesh_dim_names)
+    assert stages.plain_rule is not None
+    found.append(stages.plain_rule.mesh.mesh_dim_names)
     for wrong in (
         {},
         {"mesh": config.mesh, "tp": 2},

@@ -18,6 +18,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from muon_dtensor.layout import Layout, MeshSpec, Region
 from muon_dtensor.runtime.describe import Describer, _cut_order, describe_mesh, this_rank
+from muon_dtensor.runtime.plain import PlainTensors
 from tests.support.cases import mesh_of, spread
 from tests.support.threads import run_threads
 
@@ -67,7 +68,7 @@ def real_shards(shape: tuple[int, int], num_rows: int, num_cols: int) -> list[st
         parallelize_module(model, mesh["tp"], {"0": style})
         fully_shard(model, mesh=mesh["dp"])
         weight = linear.weight
-        layout = Describer().layout(weight)
+        layout = Describer().layout(weight, PlainTensors(None))
         region = layout.region(layout.mesh.position_of(this_rank()))
         box = tuple(slice(a, b) for a, b in zip(region.start, region.stop, strict=True))
         if not torch.equal(weight.to_local(), numbers[box]):
@@ -89,7 +90,7 @@ def plain_shards(mesh_shape: tuple[int, ...]) -> list[str]:
         for shape in ((13, 7), (3, 2), (1, 1), (0, 5), (16, 8)):
             numbers = torch.arange(shape[0] * shape[1]).view(shape)
             tensor = spread(numbers, mesh, placements)
-            layout = Describer().layout(tensor)
+            layout = Describer().layout(tensor, PlainTensors(None))
             region = layout.region(layout.mesh.position_of(this_rank()))
             box = tuple(slice(a, b) for a, b in zip(region.start, region.stop, strict=True))
             if not torch.equal(tensor.to_local(), numbers[box]):
@@ -109,7 +110,9 @@ def described() -> tuple[bool, bool, str]:
     first = DTensor.from_local(torch.ones(2, 4), mesh, (Shard(0), Replicate()))
     second = DTensor.from_local(torch.ones(2, 4), mesh, (Shard(0), Replicate()))
     same_mesh = describer.mesh(mesh) is describer.mesh(init_device_mesh("cpu", (2, 2)))
-    return same_mesh, describer.layout(first) is describer.layout(second), str(describe_mesh(mesh))
+    plain = PlainTensors(None)
+    same_layout = describer.layout(first, plain) is describer.layout(second, plain)
+    return same_mesh, same_layout, str(describe_mesh(mesh))
 
 
 def test_equal_meshes_and_layouts_are_one_object():

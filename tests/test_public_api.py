@@ -16,6 +16,7 @@ from tests.support.cases import mesh_of, tensors_like
 from tests.support.threads import run_threads
 
 PUBLIC = {
+    "AssignmentError",
     "GroupOptionError",
     "MissingGradientError",
     "Muon",
@@ -24,8 +25,10 @@ PUBLIC = {
     "PlanError",
     "PlanMismatchError",
     "DistributedConfig",
+    "create_auto_config",
     "create_devicemesh_config",
     "create_dtensor_config",
+    "create_processgroup_config",
     "group_parameters",
 }
 

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from muon_dtensor.layout import Region
 from muon_dtensor.orthogonalize import newton_schulz
-from muon_dtensor.runtime.describe import Describer, local_part, this_rank
+from muon_dtensor.runtime.describe import describe_layout, describe_mesh, local_part, this_rank
 from muon_dtensor.runtime.packing import box_of, view_box
 from muon_dtensor.update import direction_of, update_momentum
 
@@ -49,6 +49,6 @@ def everyone_gathers(
 
 def _own_part(whole: Tensor, like: DTensor) -> Tensor:
     """This rank's shard of a tensor that all ranks hold."""
-    layout = Describer().layout(like)
+    layout = describe_layout(like, describe_mesh(like.device_mesh))
     region = layout.region(layout.mesh.position_of(this_rank()))
     return view_box(whole, box_of(region, Region.whole(layout.shape)))

@@ -3,11 +3,16 @@
 Knows how torch spells it. Knows neither plans nor parameters.
 """
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from muon_dtensor.planning.routes import RankCollective
+
+T = TypeVar("T")
 
 
 def issue(rank_collective: RankCollective, send: Tensor, recv: Tensor, group: ProcessGroup) -> Work:
@@ -35,7 +40,19 @@ def all_reduce_max(values: Tensor, group: ProcessGroup) -> None:
 
 
 def all_gather_values(value: object, group: ProcessGroup) -> list[object]:
-    """One picklable value of every rank of a group, in rank order. For error messages only."""
+    """One picklable value of every rank of a group, in rank order."""
     gathered: list[object] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered
+
+
+def gather_from_mesh(value: T, groups: Sequence[ProcessGroup], rank: int) -> dict[int, T]:
+    """A picklable value of every rank of a mesh, by global rank; `groups`: one per mesh dim."""
+    gathered: dict[int, T] = {rank: value}
+    for group in groups:
+        merged: dict[int, T] = {}
+        for part in all_gather_values(gathered, group):
+            assert isinstance(part, dict)
+            merged.update(part)
+        gathered = merged
+    return dict(sorted(gathered.items()))

@@ -3,18 +3,25 @@
 The sole reader of torch's private classes, so one file follows torch's releases. Plans nothing.
 """
 
+import gc
+from collections.abc import Iterable
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FlatParameter
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from muon_dtensor.errors import Problem, RefusalError
 from muon_dtensor.layout import Layout, MeshSpec, ParamSpec
-from muon_dtensor.matrices import matrices_of
+from muon_dtensor.matrices import flat_matrices_of, matrices_of
+
+if TYPE_CHECKING:
+    from muon_dtensor.runtime.plain import PlainTensors
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -86,16 +93,69 @@ def _cut_order(
     return tuple(order)
 
 
+class FlatSlices:
+    """Which tensors are slices of FSDP1's flat parameters, and of which whole tensors.
+
+    FSDP1 (`FullyShardedDataParallel`) marks the parameters it has flattened, and keeps their
+    shapes in the flat parameter alone, which no parameter leads to. So all objects are searched
+    for flat parameters, once, if any parameter is marked: 0.1 s.
+    """
+
+    def __init__(self, shapes: dict[int, tuple[int, ...]], refused: dict[int, RefusalError]):
+        self._shapes, self._refused = shapes, refused
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> "FlatSlices":
+        """Of those among the tensors that FSDP1 has flattened."""
+        shapes: dict[int, tuple[int, ...]] = {}
+        refused: dict[int, RefusalError] = {}
+        wanted: set[int] = set()
+        for tensor in tensors:
+            if type(tensor) is FlatParameter:
+                refused[id(tensor)] = RefusalError(
+                    "It is a flat parameter of FSDP1, which mixes many parameters in one.",
+                    "Construct FullyShardedDataParallel with use_orig_params=True.",
+                )
+            elif hasattr(tensor, "_fsdp_flattened"):
+                wanted.add(id(tensor))
+        flats = (x for x in gc.get_objects() if type(x) is FlatParameter) if wanted else ()
+        for flat in flats:
+            for param, shape, extension in zip(
+                flat._params or (), flat._shapes, flat._param_extensions, strict=False
+            ):
+                if id(param) in wanted and extension is not None:
+                    refused[id(param)] = RefusalError(
+                        "It is a DTensor that FSDP1 has flattened.",
+                        "Use fully_shard (FSDP2) together with tensor parallelism.",
+                    )
+                elif id(param) in wanted:
+                    shapes[id(param)] = tuple(shape)
+        return cls(shapes, refused)
+
+    def shape_of(self, tensor: Tensor) -> tuple[int, ...] | None:
+        """The shape of the whole tensor; None for a tensor that is no slice."""
+        return self._shapes.get(id(tensor))
+
+    def refusal_of(self, tensor: Tensor) -> RefusalError | None:
+        """Why this tensor cannot be described; None if it can."""
+        return self._refused.get(id(tensor))
+
+
 class Describer:
     """Describes parameters, equal meshes and layouts as one and the same object."""
 
     def __init__(self, plain_mesh: DeviceMesh | None = None) -> None:
-        """`plain_mesh`: where tensors that are no DTensors are replicated; None: nowhere."""
+        """`plain_mesh`: where tensors that are no DTensors lie; None: on each rank alone."""
         self.device_meshes: dict[MeshSpec, DeviceMesh] = {}
         self._meshes: dict[int, MeshSpec] = {}
         alone = MeshSpec((), (), (this_rank(),))
-        self._plain = alone if plain_mesh is None else self.mesh(plain_mesh)
-        self._layouts: dict[tuple[int, object, object], Layout] = {}
+        self.plain_mesh = alone if plain_mesh is None else self.mesh(plain_mesh)
+        self._layouts: dict[tuple[object, ...], Layout] = {}
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks there are at all."""
+        return dist.get_world_size() if dist.is_initialized() else 1
 
     def mesh(self, mesh: DeviceMesh) -> MeshSpec:
         """`describe_mesh`, remembered, so that `device_meshes` leads back."""
@@ -110,19 +170,25 @@ class Describer:
 
     def home(self, tensor: Tensor) -> MeshSpec:
         """The mesh a parameter lives on; without dims where that is this rank alone."""
-        return self.mesh(tensor.device_mesh) if isinstance(tensor, DTensor) else self._plain
+        return self.mesh(tensor.device_mesh) if isinstance(tensor, DTensor) else self.plain_mesh
 
-    def layout(self, tensor: Tensor) -> Layout:
-        """The layout of a DTensor; a plain tensor lies whole on every rank of its mesh."""
+    def layout(self, tensor: Tensor, plain: "PlainTensors") -> Layout:
+        """The layout of a DTensor, or of a plain tensor that `plain` has learned of."""
         if isinstance(tensor, DTensor):
             layout = describe_layout(tensor, self.mesh(tensor.device_mesh))
         else:
-            layout = Layout(self._plain, tuple(tensor.shape), ((),) * tensor.ndim)
-        key = (id(layout.mesh), layout.shape, layout.cuts)
+            layout = plain.layout(tensor)
+        key = (id(layout.mesh), layout.shape, layout.cuts, layout.bounds)
         return self._layouts.setdefault(key, layout)
 
     def param(
-        self, fqn: str, tensor: Tensor, *, num_iterations: int, wire_dtype: torch.dtype
+        self,
+        fqn: str,
+        tensor: Tensor,
+        plain: "PlainTensors",
+        *,
+        num_iterations: int,
+        wire_dtype: torch.dtype,
     ) -> ParamSpec | Problem:
         """One parameter of Muon, or why it cannot be one."""
         seen = placed(tensor)
@@ -134,8 +200,9 @@ class Describer:
                 "Leave it out of the optimizer, or store it in a floating dtype.",
             )
         try:
-            layout = self.layout(tensor)
-            matrices = matrices_of(layout.shape)
+            layout = self.layout(tensor, plain)
+            flat = plain.flat_shape(tensor)
+            matrices = matrices_of(layout.shape) if flat is None else flat_matrices_of(flat)
         except RefusalError as refusal:
             return Problem(fqn, seen, refusal.reason, refusal.remedy)
         return ParamSpec(

@@ -5,9 +5,9 @@ groups, and never reads a value from a device.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from muon_dtensor.orthogonalize import newton_schulz
 from muon_dtensor.planning.ir import Action, Assignment, Phase, Plan
 from muon_dtensor.planning.routes import RankCollective, Slot, rank_bucket
 from muon_dtensor.runtime.collectives import barrier, issue
+from muon_dtensor.runtime.describe import local_part
 from muon_dtensor.runtime.groups import Groups
 from muon_dtensor.runtime.packing import (
     Box,
@@ -27,6 +28,7 @@ from muon_dtensor.runtime.packing import (
     view_box,
     view_slot,
 )
+from muon_dtensor.runtime.trace import Trace
 from muon_dtensor.update import (
     Place,
     adjusted_lr,
@@ -52,15 +54,38 @@ class MuonOptions:
     ns_steps: int
     adjust_lr_fn: str | None
 
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> "MuonOptions":
+        """What this param group says."""
+        return cls(
+            lr=group["lr"],
+            decay=float(1 - group["lr"] * group["weight_decay"]),
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
+            ns_coefficients=tuple(group["ns_coefficients"]),
+            eps=group["eps"],
+            ns_steps=group["ns_steps"],
+            adjust_lr_fn=group["adjust_lr_fn"],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class LocalParam:
-    """This rank's shards of one parameter that has a gradient: plain tensors of one shape."""
+    """This rank's shards of one parameter that has a gradient: tensors of one shape."""
 
     param: Tensor
     grad: Tensor
     momentum_buffer: Tensor
     options: MuonOptions
+
+    def on_this_rank(self) -> "LocalParam":
+        """The same as plain tensors."""
+        return LocalParam(
+            local_part(self.param),
+            local_part(self.grad),
+            local_part(self.momentum_buffer),
+            self.options,
+        )
 
 
 @dataclass(slots=True)
@@ -124,10 +149,16 @@ class Executor:
     """
 
     def __init__(
-        self, plan: Plan, rank: int, groups: Groups, devices: Sequence[torch.device]
+        self,
+        plan: Plan,
+        rank: int,
+        groups: Groups,
+        devices: Sequence[torch.device],
+        trace: Trace | None = None,
     ) -> None:
         """`devices`: where the local shard of each of `plan.params` lives."""
         self.plan = plan
+        self._trace = trace
         self._groups = groups
         self._buckets = {
             index: _RankBucketRun(plan, index, rank, devices)
@@ -149,9 +180,28 @@ class Executor:
         """
         for action in self.plan.schedule:
             if action.bucket in self._buckets:
-                self._act(action, self._buckets[action.bucket], params, keep)
+                run = self._buckets[action.bucket]
+                if action.phase is Phase.ORTHOGONALIZE and self.plan.options.sequential:
+                    self._orthogonalize_in_turn(action, run, params)
+                else:
+                    self._act(action, run, params, keep)
+        if self._trace is not None:
+            self._trace.step += 1
 
     def _act(
+        self,
+        action: Action,
+        run: _RankBucketRun,
+        params: dict[int, LocalParam],
+        keep: Tensor | None,
+    ) -> None:
+        if self._trace is None:
+            self._do(action, run, params, keep)
+        else:
+            with self._trace.span(action.bucket, action.phase):
+                self._do(action, run, params, keep)
+
+    def _do(
         self,
         action: Action,
         run: _RankBucketRun,
@@ -164,10 +214,7 @@ class Executor:
             case Phase.WAIT:
                 self._flights[action.bucket].wait()
             case Phase.ORTHOGONALIZE:
-                if self.plan.options.sequential:
-                    self._orthogonalize_in_turn(run, self._flights[action.bucket], params)
-                else:
-                    self._orthogonalize(run, self._flights[action.bucket], params)
+                self._orthogonalize(run, self._flights[action.bucket], params)
             case Phase.RESHARD:
                 self._hop_back(run, self._flights[action.bucket], hop=0)
             case Phase.APPLY:
@@ -221,12 +268,12 @@ class Executor:
                 self._orthogonalize_batch(run, flight.buffer, options, assignments)
 
     def _orthogonalize_in_turn(
-        self, run: _RankBucketRun, flight: _Flight, params: dict[int, LocalParam]
+        self, action: Action, run: _RankBucketRun, params: dict[int, LocalParam]
     ) -> None:
         mesh = run.bucket.mesh
         for position in sorted(range(mesh.num_ranks), key=mesh.ranks.__getitem__):
             if position == run.position:
-                self._orthogonalize(run, flight, params)
+                self._act(action, run, params, None)
             if mesh.dim_names:
                 barrier(self._groups.over(mesh, mesh.dim_names))
 

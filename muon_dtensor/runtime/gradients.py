@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from muon_dtensor.errors import NonFiniteGradientError
-from muon_dtensor.runtime.agreement import (
+from muon_dtensor.runtime.agreement import Agreement
+from muon_dtensor.runtime.ballots import (
     MISSING,
+    NOTHING_HERE,
     PRESENT,
-    Agreement,
-    Entry,
     Votes,
-    all_agree,
     non_finite_flag,
     read,
 )
@@ -67,9 +66,11 @@ class GradientGate:
             RuntimeError: a gradient that cannot be used, on this rank or on another.
         """
         grads = {name: p.grad for name, p in self._params.items() if p.grad is not None}
+        empty = {name: param for name, param in self._params.items() if _is_empty(param)}
         faults = {name: _fault_of(name, self._params[name], grad) for name, grad in grads.items()}
         faulty = [name for name, fault in faults.items() if fault]
-        votes = self._votes(options, grads, faults[faulty[0]] if faulty else "")
+        votes = self._votes(options, grads, empty, faults[faulty[0]] if faulty else "")
+        grads |= {name: torch.zeros_like(p) for name, p in empty.items() if name not in grads}
         moved = [name for name in grads if _has_moved(self._params[name], grads[name])]
         flag = self._flag([grad for name, grad in grads.items() if not faults[name]])
         if self._reads_now():
@@ -83,8 +84,8 @@ class GradientGate:
         fault, self._past_fault = self._past_fault, ""
         if fault:
             raise RuntimeError(fault)
-        for ballots in past:
-            read(ballots, with_non_finite=self._nonfinite == "raise")
+        for outcomes in past:
+            read(outcomes, with_non_finite=self._nonfinite == "raise")
 
     def _reads_now(self) -> bool:
         """Whether to wait for the ballots: on the host, at first, and where the user asks."""
@@ -95,10 +96,18 @@ class GradientGate:
             or not self._agreement.manifests
         )
 
-    def _votes(self, options: tuple[str, ...], grads: Mapping[str, Tensor], fault: str) -> Votes:
-        """What this rank says before the step."""
+    def _votes(
+        self,
+        options: tuple[str, ...],
+        grads: Mapping[str, Tensor],
+        empty: Collection[str],
+        fault: str,
+    ) -> Votes:
+        """What this rank says before the step. `empty`: what it holds no element of."""
 
         def state(name: str) -> str:
+            if name in empty:
+                return NOTHING_HERE
             grad = grads.get(name)
             if isinstance(grad, DTensor) and _has_moved(self._params[name], grad):
                 return str(grad.placements)
@@ -145,15 +154,15 @@ class GradientGate:
     def _mask(
         self, votes: Votes, grads: dict[str, Tensor], moved: Collection[str], flag: Tensor
     ) -> Tensor:
-        ballots = self._agreement.cast(votes, flag)
-        keep = all_agree(ballots)
+        outcomes = self._agreement.cast(votes, flag)
+        keep = outcomes[:, 0].amax() == 0
         if moved and keep.item():  # with equal ballots, all ranks of the mesh have moved the same
             self._redistribute(moved, grads)
         else:
             grads.update({name: torch.zeros_like(self._params[name]) for name in moved})
-        self._past.append(ballots)
+        self._past.append(outcomes)
         self._past_fault = votes.fault
-        return keep & (ballots[:, Entry.NON_FINITE].amax() == 0)
+        return keep & (outcomes[:, 1].amax() == 0)
 
     def _flag(self, grads: Iterable[Tensor]) -> Tensor:
         if self._nonfinite == "propagate":
@@ -177,6 +186,11 @@ class GradientGate:
             assert isinstance(param, DTensor), name
             assert isinstance(grad, DTensor), name
             grads[name] = grad.redistribute(placements=param.placements)
+
+
+def _is_empty(param: Tensor) -> bool:
+    """Whether this rank holds no element of a plain tensor, and cannot say if it has a gradient."""
+    return not isinstance(param, DTensor) and param.numel() == 0
 
 
 def _has_moved(param: Tensor, grad: Tensor) -> bool:

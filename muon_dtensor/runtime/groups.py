@@ -5,6 +5,7 @@ Finds what exists, makes what is missing. Issues nothing.
 
 from collections.abc import Mapping
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -30,6 +31,10 @@ class Groups:
         """The groups of the mesh's own dims, which exist already."""
         device_mesh = self._device_meshes[mesh]
         return [device_mesh.get_group(index) for index in range(device_mesh.ndim)]
+
+    def device(self, mesh: MeshSpec) -> torch.device:
+        """Where tensors of a mesh live."""
+        return torch.device(self._device_meshes[mesh].device_type)
 
     def over(self, mesh: MeshSpec, mesh_dims: tuple[str, ...]) -> ProcessGroup:
         """The group of all ranks that differ from this one along `mesh_dims` only."""

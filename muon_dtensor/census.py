@@ -1,0 +1,200 @@
+"""All parameters of an optimizer, as the planner and the agreement want to know them.
+
+Collects every problem before it raises one error. Plans nothing.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from muon_dtensor.assignment import validate_assignments
+from muon_dtensor.config import DistributedConfig
+from muon_dtensor.errors import PlanError, Problem, RefusalError
+from muon_dtensor.layout import MeshSpec, ParamSpec
+from muon_dtensor.matrices import matrices_of
+from muon_dtensor.planning.ir import Plan
+from muon_dtensor.planning.planner import restrict
+from muon_dtensor.runtime.ballots import Manifest
+from muon_dtensor.runtime.describe import Describer, dtype_name, local_part, this_rank
+from muon_dtensor.runtime.plain import PlainTensors
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One parameter with its name and its param group (number `group_index`)."""
+
+    name: str
+    param: Tensor
+    group: dict[str, Any]
+    group_index: int
+
+
+class Census:
+    """The parameters of all param groups, in order; unnamed ones are numbered."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]], plain: PlainTensors) -> None:
+        self.entries = tuple(_entries(groups))
+        self.muon = tuple(e for e in self.entries if e.group["algorithm"] == "muon")
+        self.adamw = tuple(e for e in self.entries if e.group["algorithm"] == "adamw")
+        self._plain = plain
+        self.describer = Describer(None if plain.rule is None else plain.rule.mesh)
+
+    def specs(self, wire_dtype: torch.dtype, *, whole: DeviceMesh | None) -> list[ParamSpec]:
+        """All parameters of Muon as the planner knows them.
+
+        Args:
+            wire_dtype: of the iteration and of all that is sent.
+            whole: the mesh that must hold all parameters.
+
+        Raises:
+            ValueError: a parameter lives outside the mesh.
+            PlanError: parameters that Muon cannot step, all of them told at once.
+        """
+        if whole is not None:
+            self._must_lie_on(self.describer.mesh(whole))
+        beside = any(isinstance(entry.param, DTensor) for entry in self.muon)
+        named = [(entry.name, entry.param) for entry in self.entries]
+        self._plain.learn(named, self.describer, beside_dtensors=beside)
+        problems = _same_names([entry.name for entry in self.entries])
+        specs: list[ParamSpec] = []
+        homes: dict[MeshSpec, torch.device] = {}
+        for entry in self.muon:
+            described = self.describer.param(
+                entry.name,
+                entry.param,
+                self._plain,
+                num_iterations=entry.group["ns_steps"],
+                wire_dtype=wire_dtype,
+            )
+            if isinstance(described, Problem):
+                problems.append(described)
+                continue
+            specs.append(described)
+            device = local_part(entry.param).device
+            home = homes.setdefault(described.layout.mesh, device)
+            if home != device:
+                problems.append(
+                    Problem(
+                        entry.name,
+                        f"on {device}",
+                        f"Other parameters of mesh {described.layout.mesh} are on {home}.",
+                        "Move them to one device, or give each device an optimizer of its own.",
+                    )
+                )
+        if problems:
+            raise PlanError(problems, num_params=len(self.entries))
+        return specs
+
+    def must_be_matrices(self) -> None:
+        """Raise PlanError for parameters of Muon that are no real matrices in any shard."""
+        problems = _same_names([entry.name for entry in self.entries])
+        for entry in self.muon:
+            try:
+                matrices_of(tuple(entry.param.shape))
+            except RefusalError as refusal:
+                problems.append(
+                    Problem(
+                        entry.name, str(list(entry.param.shape)), refusal.reason, refusal.remedy
+                    )
+                )
+        if problems:
+            raise PlanError(problems, num_params=len(self.entries))
+
+    def _must_lie_on(self, whole: MeshSpec) -> None:
+        for entry in self.entries:
+            home = self.describer.home(entry.param)
+            if not home.rank_set <= whole.rank_set:
+                raise ValueError(
+                    f"{entry.name} lives on mesh {home} with ranks {min(home.ranks)} to "
+                    f"{max(home.ranks)}, which the config's mesh {whole} does not hold. Make the "
+                    "config from a mesh that holds all parameters."
+                )
+
+    def owners(self, config: DistributedConfig, specs: Sequence[ParamSpec]) -> dict[str, int]:
+        """The owners that the user's own `assign_fn` names, by parameter; none without one.
+
+        Raises AssignmentError for an assignment that is none.
+        """
+        if not config.names_owners:
+            return {}
+        shown = [
+            entry.param
+            if isinstance(entry.param, DTensor) or tuple(entry.param.shape) == spec.shape
+            else torch.empty(
+                self._plain.flat_shape(entry.param) or spec.shape,
+                dtype=entry.param.dtype,
+                device="meta",
+            )
+            for entry, spec in zip(self.muon, specs, strict=True)
+        ]
+        return self.assigned(config, shown)
+
+    def assigned(self, config: DistributedConfig, shown: Sequence[Tensor]) -> dict[str, int]:
+        """What `assign_fn` makes of these tensors, one for each parameter of Muon, by name."""
+        world_size = config.state.get("world_size") or self.describer.world_size
+        assignments = validate_assignments(config.assign_fn(shown, config.state), shown, world_size)
+        return {self.muon[index].name: rank for index, rank in assignments.items()}
+
+    def manifests(self, plan: Plan) -> Iterator[Manifest]:
+        """What each set of ranks must have in common: its part of the plan, its parameters."""
+        members: dict[frozenset[int], list[tuple[Entry, MeshSpec]]] = {}
+        for entry in self.entries:
+            mesh = self.describer.home(entry.param)
+            if mesh.dim_names and mesh.holds(this_rank()):
+                members.setdefault(mesh.rank_set, []).append((entry, mesh))
+        for rank_set, found in members.items():
+            lines = tuple(self._line(entry, mesh) for entry, mesh in found)
+            # Several meshes may hold these ranks; all ranks must pick the same one to vote on.
+            voting = min((mesh for _, mesh in found), key=lambda m: (m.dim_names, m.shape))
+            yield Manifest(
+                mesh=voting,
+                digest=restrict(plan, rank_set).digest,
+                params=lines,
+                fqns=tuple(entry.name for entry, _ in found),
+                sometimes_empty=frozenset(
+                    entry.name for entry, _ in found if self._plain.is_sometimes_empty(entry.param)
+                ),
+                groups=tuple(sorted({entry.group_index for entry, _ in found})),
+            )
+
+    def _line(self, entry: Entry, mesh: MeshSpec) -> str:
+        param = entry.param
+        shape: object = list(param.shape)
+        placed = getattr(param, "placements", "replicated")
+        if not isinstance(param, DTensor) and self._plain.is_cut(param):
+            shape, placed = list(self._plain.flat_shape(param) or ()) or "shards", "cut"
+        return (
+            f"{entry.name} {shape} {dtype_name(param.dtype)} {placed} on {mesh}, "
+            f"{entry.group['algorithm']}"
+        )
+
+    @property
+    def shared_device(self) -> torch.device:
+        """Where the parameters that a mesh holds live; the host if there are none."""
+        shared = (e.param for e in self.entries if self.describer.home(e.param).dim_names)
+        return next((local_part(param).device for param in shared), torch.device("cpu"))
+
+
+def _entries(groups: Sequence[dict[str, Any]]) -> Iterator[Entry]:
+    number = 0
+    for group_index, group in enumerate(groups):
+        names = group.get("param_names")
+        for index, param in enumerate(group["params"]):
+            yield Entry(names[index] if names else f"param.{number}", param, group, group_index)
+            number += 1
+
+
+def _same_names(names: list[str]) -> list[Problem]:
+    """A problem for every name that more than one parameter has."""
+    counts = Counter(names)
+    return [
+        Problem(name, f"{count} parameters", "They have one name.", "Pass names that differ.")
+        for name, count in counts.items()
+        if count > 1
+    ]

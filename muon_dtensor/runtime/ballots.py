@@ -1,0 +1,211 @@
+"""What one rank votes, as integers, and what reduced votes say.
+
+Knows numbers and their meaning. Reduces nothing, and asks nobody.
+
+Note [Ballot]
+    Nine int64, reduced by MAX over every set of ranks that a mesh holds, smaller sets first.
+    A value and its negative reveal any difference: their maxima sum to zero only if all values
+    agree. What a smaller set found travels on in the last three entries, so ranks of a larger set
+    that see nothing wrong themselves stop with the others. Where a rank's last set does not hold
+    its others (one mesh of rows, one of columns), a second sweep over all sets of such a rank
+    carries what was found late back again; who sweeps twice is settled when plans are proven equal.
+    A parameter of which some rank holds no element, so that it perhaps never gets a gradient there
+    (slices of FSDP1's flat parameters), has a pair of its own after the nine, and that rank
+    abstains: it votes what is less than any other vote.
+    On a device the ballots stay there; the step is masked by them, and they are read when that
+    no longer costs a wait.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from muon_dtensor.errors import MissingGradientError, NonFiniteGradientError, PlanMismatchError
+from muon_dtensor.layout import MeshSpec
+
+
+class Entry(IntEnum):
+    """Places of a ballot; each of the first three is followed by its negative."""
+
+    PLAN = 0
+    HYPERPARAMETERS = 2
+    PRESENCE = 4
+    NON_FINITE = 6
+    MOVED = 7
+    FAULT = 8
+    PAIRS = 9
+
+
+MISSING, PRESENT, NOTHING_HERE = "", "yes", "nothing here"
+"""What `Votes.presence` says of a gradient; NOTHING_HERE abstains."""
+
+PAIR_OF = {PRESENT: (1, -1), MISSING: (0, 0), NOTHING_HERE: (-2, -2)}
+
+
+class Fault(IntEnum):
+    """Why a rank cannot take this step; the greatest wins."""
+
+    NONE = 0
+    GRADIENTS = 1
+    HYPERPARAMETERS = 2
+    PLAN = 3
+    OTHER_RANK = 4
+
+
+def fingerprint(text: str) -> int:
+    """62 bits of SHA-256: a nonnegative int64 whose negative is one too."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What one set of ranks must have in common, as lines that an error can show.
+
+    `sometimes_empty`: those of `fqns` of which some rank holds no element without a DTensor to
+    say so. `groups`: indices of the param groups that hold any of its parameters.
+    """
+
+    mesh: MeshSpec
+    digest: str
+    params: tuple[str, ...]
+    fqns: tuple[str, ...]
+    sometimes_empty: frozenset[str]
+    groups: tuple[int, ...]
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """What ranks compare: 62 bits of the digest and the lines."""
+        return fingerprint("\n".join((self.digest, *self.params)))
+
+
+@dataclass(frozen=True, slots=True)
+class Votes:
+    """What this rank has to say, per manifest: its hyperparameters, its gradients' state.
+
+    `presence` holds one text per parameter of the manifest: MISSING, PRESENT, NOTHING_HERE, or
+    what else is particular about its gradient. `fault` says why this rank cannot step; empty if
+    it can.
+    """
+
+    hyperparameters: tuple[tuple[str, ...], ...]
+    presence: tuple[tuple[str, ...], ...]
+    fault: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What all ranks now know.
+
+    `incomplete`: parameters with a gradient on some ranks only. `moved`: some rank has gradients
+    to redistribute, after which all ranks vote again.
+    """
+
+    incomplete: frozenset[str]
+    non_finite: bool
+    moved: bool
+
+
+def ballot_of(
+    manifest: Manifest,
+    vote: tuple[Votes, int] | None,
+    carried: tuple[int, bool, Fault],
+    device: torch.device,
+) -> Tensor:
+    """See Note [Ballot]. `vote`: votes and the index of the manifest; None in second sweeps.
+
+    `carried`: the last three of the nine entries.
+    """
+    values, pairs = [0] * Entry.NON_FINITE, [0] * (2 * len(manifest.sometimes_empty))
+    if vote is not None:
+        votes, index = vote
+        plan = manifest.fingerprint
+        options = fingerprint("\n".join(votes.hyperparameters[index]))
+        states = list(zip(manifest.fqns, votes.presence[index], strict=True))
+        always = [state for fqn, state in states if fqn not in manifest.sometimes_empty]
+        present = fingerprint("\n".join(always))
+        values = [plan, -plan, options, -options, present, -present]
+        pairs = [
+            value
+            for fqn, state in states
+            if fqn in manifest.sometimes_empty
+            for value in PAIR_OF.get(state, PAIR_OF[PRESENT])
+        ]
+    return torch.tensor([*values, *carried, *pairs], dtype=torch.int64, device=device)
+
+
+def differs(values: Sequence[int], entry: Entry) -> bool:
+    """Whether ranks voted differently in this entry of a reduced ballot."""
+    if values[entry] + values[entry + 1] != 0:
+        return True
+    pairs = values[Entry.PAIRS :]
+    return entry is Entry.PRESENCE and any(
+        a + b > 0 for a, b in zip(pairs[::2], pairs[1::2], strict=True)
+    )
+
+
+def fault_in(ballot: Tensor) -> Tensor:
+    """int64 scalar: the worst Fault that a reduced ballot shows."""
+    sums = ballot[: Entry.NON_FINITE : 2] + ballot[1 : Entry.NON_FINITE : 2]
+    codes = [Fault.PLAN, Fault.HYPERPARAMETERS, Fault.GRADIENTS]
+    found = (sums != 0) * torch.tensor(codes, dtype=torch.int64, device=ballot.device)
+    worst = torch.maximum(found.amax(), ballot[Entry.FAULT])
+    pairs = ballot[Entry.PAIRS :]
+    if len(pairs):
+        differ = (pairs[::2] + pairs[1::2] > 0).any().to(torch.int64) * Fault.GRADIENTS
+        worst = torch.maximum(worst, differ)
+    return worst
+
+
+def read(outcomes: Tensor, *, with_non_finite: bool) -> None:
+    """Raise what ballots of an earlier step say. Waits for the device; no communication.
+
+    `outcomes`: of `Agreement.cast`.
+    """
+    if fault := Fault(int(outcomes[:, 0].max())):
+        raise error_of(fault)
+    if with_non_finite and outcomes[:, 1].any():
+        raise NonFiniteGradientError(
+            "A gradient of an earlier step holds NaN or Inf on some rank. That step changed "
+            'nothing. Lower the learning rate or clip gradients; nonfinite="skip" leaves such '
+            "steps out silently."
+        )
+
+
+def error_of(fault: Fault) -> Exception:
+    """What to raise for a fault that another set of ranks found."""
+    match fault:
+        case Fault.PLAN:
+            return PlanMismatchError("Ranks hold different plans; the step changed nothing.")
+        case Fault.HYPERPARAMETERS:
+            return PlanMismatchError(
+                "Ranks hold different hyperparameters; the step changed nothing. Set the same "
+                "values on all of them."
+            )
+        case Fault.GRADIENTS:
+            return MissingGradientError(
+                "A parameter has a gradient on some ranks only; the step changed nothing. Run "
+                "the same forward and backward on all ranks."
+            )
+        case _:
+            return RuntimeError("Another rank could not take this step; its error says why.")
+
+
+def non_finite_flag(grads: Sequence[Tensor], device: torch.device) -> Tensor:
+    """int64 scalar on `device`: 1 if any of the tensors holds NaN or Inf."""
+    nonempty = [grad for grad in grads if grad.numel()]
+    if not nonempty:
+        return torch.zeros((), dtype=torch.int64, device=device)
+    # NaN and Inf survive in these extremes: one kernel per tensor on the host, one for all on a GPU
+    extremes: list[Tensor] = []
+    if device.type == "cpu":
+        for grad in nonempty:
+            extremes += torch.aminmax(grad)
+    else:
+        extremes += torch._foreach_norm(nonempty, float("inf"))
+    gathered = torch.stack([extreme.to(device=device, dtype=torch.float64) for extreme in extremes])
+    return (~gathered.isfinite()).any().to(torch.int64)

@@ -1,0 +1,122 @@
+"""A step whose matrices move by functions of the user, for frameworks that torch does not know.
+
+The same arithmetic as the executor's; what moves, and how, is not known here.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from muon_dtensor.orthogonalize import newton_schulz
+from muon_dtensor.runtime.describe import local_part
+from muon_dtensor.runtime.executor import LocalParam, MuonOptions
+from muon_dtensor.update import Place, adjusted_lr, apply_update, direction_of, update_momentum
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionParam:
+    """One parameter of the step: this rank's shards as the user keeps them, and its owner."""
+
+    name: str
+    local: LocalParam
+    owner: int
+
+
+@dataclass(frozen=True)
+class ByFunctions:
+    """Gathers, orthogonalizes at the owner, and hands back, parameter by parameter.
+
+    Contract: all ranks call `run` with the same parameters in the same order. Nothing changes
+    before every function has returned what it should.
+    """
+
+    gather_fn: Callable[[Tensor, int, dict[str, Any]], Tensor | None]
+    redistribute_fn: Callable[[Tensor | None, int, dict[str, Any]], Tensor]
+    state: dict[str, Any]
+    rank: int
+    dtype: torch.dtype
+
+    def run(
+        self, params: Sequence[FunctionParam], keep: Tensor | None, *, detect_misuse: bool
+    ) -> None:
+        """One step.
+
+        Args:
+            params: those that have a gradient.
+            keep: a bool scalar on the device; where it is False nothing changes.
+            detect_misuse: whether NaN in a shard means that `redistribute_fn` did not take it
+                from the owner; False where gradients may hold NaN themselves.
+
+        Raises:
+            RuntimeError: a function returned what it should not. Nothing has changed.
+        """
+        done: list[tuple[FunctionParam, Tensor, Tensor]] = []
+        for param in params:
+            momentum = param.local.momentum_buffer.clone()
+            grad, options = param.local.grad, param.local.options
+            update_momentum([local_part(momentum)], [local_part(grad)], options.momentum, keep)
+            direction = direction_of(momentum, grad, options.momentum, options.nesterov)
+            done.append((param, momentum, self._move(param, direction, detect_misuse)))
+        for param, momentum, shard in done:
+            local_part(param.local.momentum_buffer).copy_(local_part(momentum))
+            target = local_part(param.local.param)
+            rows, cols = (*target.shape[-2:], 1)[:2]
+            apply_update(
+                target,
+                shard.to(target.dtype),
+                Place(rows, cols, 0, is_transposed=True),
+                decay=param.local.options.decay,
+                matrix_lr=float(param.local.options.lr),
+                keep=keep,
+            )
+
+    def _move(self, param: FunctionParam, direction: Tensor, detect_misuse: bool) -> Tensor:
+        """This rank's shard of the update of one parameter, scaled for `lr`."""
+        whole = self.gather_fn(direction, param.owner, self.state)
+        was_gathered = whole is not None
+        if self.rank == param.owner:
+            if whole is None or whole.ndim < 2:
+                seen = "None" if whole is None else f"a tensor of shape {list(whole.shape)}"
+                raise RuntimeError(
+                    f"gather_fn returned {seen} for {param.name} on its owner, rank "
+                    f"{param.owner}. It must return the whole matrix there, [rows, cols] or "
+                    "[batch, rows, cols]."
+                )
+            whole = self._scaled_polar_factor(whole, param.local).to(direction.dtype)
+        elif whole is not None:
+            whole = torch.full_like(whole, torch.nan)
+        shard = local_part(self.redistribute_fn(whole, param.owner, self.state))
+        expected = local_part(param.local.param).shape
+        if shard.shape != expected:
+            raise RuntimeError(
+                f"redistribute_fn returned {list(shard.shape)} for {param.name} on rank "
+                f"{self.rank}, whose shard is {list(expected)}."
+            )
+        if detect_misuse and was_gathered and not shard.isfinite().all():
+            raise RuntimeError(
+                f"redistribute_fn returned NaN or Inf for {param.name} on rank {self.rank}. It "
+                f"must hand out what rank {param.owner}, the owner, passes to it; other ranks "
+                "pass NaN."
+            )
+        return shard
+
+    def _scaled_polar_factor(self, whole: Tensor, local: LocalParam) -> Tensor:
+        """Of every matrix, times the factor of its learning rate: only the owner knows its size."""
+        options: MuonOptions = local.options
+        matrices = whole.reshape(-1, *whole.shape[-2:])
+        factors = [
+            newton_schulz(
+                matrix.contiguous(),
+                coefficients=options.ns_coefficients,
+                num_iterations=options.ns_steps,
+                eps=options.eps,
+                dtype=self.dtype,
+            )
+            for matrix in matrices
+        ]
+        scale = adjusted_lr(1.0, options.adjust_lr_fn, whole.size(-2), whole.size(-1))
+        result = torch.stack(factors).view(whole.shape) if factors else whole.clone()
+        return result.to(local_part(local.param).dtype) * scale
