@@ -118,13 +118,14 @@ def create_devicemesh_config(
     """One line for any mesh: DTensors keep their placements, plain parameters share the work.
 
     Plain parameters are taken to be replicated over the named mesh dims (DDP, context parallel):
-    each matrix is then orthogonalized by one rank instead of by all. The functions of the config,
+    each matrix is then orthogonalized by one rank instead of by all. So are DTensors on a sub-mesh
+    of those dims over the other ones (tensor parallelism under DDP). The functions of the config,
     called by hand, bring a plain tensor or a DTensor to one rank, and a plain one to all.
 
     Args:
         mesh: a DeviceMesh; or leave it out and give sizes, and `config.mesh` is made from them.
-        mesh_dim_names: dims over which plain parameters are replicated; default: all but `pp`,
-            whose stages hold different parameters.
+        mesh_dim_names: dims over which plain parameters, and DTensors that do not have them, are
+            replicated; default: all but `pp`, whose stages hold different parameters.
         async_gpu_parallelism: see DistributedConfig.
         prefetch_count: see DistributedConfig.
         device_type: of a mesh made from sizes.

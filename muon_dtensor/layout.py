@@ -5,7 +5,7 @@ Integers and names only. Does not know torch, and does not know what a matrix is
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, permutations
 from math import prod
 
 
@@ -178,6 +178,23 @@ class MeshSpec:
             for index in range(self.num_ranks_along(mesh_dims))
         )
         return tuple(sorted(peers, key=self.ranks.__getitem__))
+
+    def names_on(self, whole: "MeshSpec", rank: int) -> tuple[str, ...] | None:
+        """The names that the dims of this mesh have on a larger one, if it is a sub-mesh there.
+
+        That is, if it is what one gets of `whole` from `rank` by walking along those dims alone.
+        """
+        if not (whole.dim_names and whole.holds(rank) and self.rank_set < whole.rank_set):
+            return None
+        start = whole.position_of(rank)
+        for names in permutations(whole.dim_names, len(self.dim_names)):
+            if tuple(whole.sizes[name] for name in names) != self.shape:
+                continue
+            base = start - whole.offset_of(whole.index_along(start, names), names)
+            line = (base + whole.offset_of(index, names) for index in range(self.num_ranks))
+            if tuple(whole.ranks[position] for position in line) == self.ranks:
+                return names
+        return None
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name}={size}" for name, size in self.sizes.items())

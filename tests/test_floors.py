@@ -40,7 +40,7 @@ MAY_REACH = {
 }
 
 RUNTIME_MAY_PLAN_WITH = ("planning.ir", "planning.routes")
-ONLY_IN_DESCRIBE = ("_StridedShard", "FlatParameter", "_fsdp_flattened")
+ONLY_IN_DESCRIBE = ("_StridedShard", "_is_flat_param", "_fsdp_flattened")
 HOMES = ("runtime", "config", "cli")
 ONLY_TYPES = ("torch.distributed", "torch.distributed.device_mesh", "torch.distributed.tensor")
 STDLIB_ONLY = ("errors", "layout", "matrices", "shards", "planning")

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FlatParameter
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -93,6 +92,11 @@ def _cut_order(
     return tuple(order)
 
 
+def _is_flat(value: object) -> bool:
+    """Whether this is a flat parameter of FSDP1, which marks them and gives them no class."""
+    return type(value) is nn.Parameter and "_is_flat_param" in value.__dict__
+
+
 class FlatSlices:
     """Which tensors are slices of FSDP1's flat parameters, and of which whole tensors.
 
@@ -111,14 +115,14 @@ class FlatSlices:
         refused: dict[int, RefusalError] = {}
         wanted: set[int] = set()
         for tensor in tensors:
-            if type(tensor) is FlatParameter:
+            if _is_flat(tensor):
                 refused[id(tensor)] = RefusalError(
                     "It is a flat parameter of FSDP1, which mixes many parameters in one.",
                     "Construct FullyShardedDataParallel with use_orig_params=True.",
                 )
             elif hasattr(tensor, "_fsdp_flattened"):
                 wanted.add(id(tensor))
-        flats = (x for x in gc.get_objects() if type(x) is FlatParameter) if wanted else ()
+        flats = filter(_is_flat, gc.get_objects()) if wanted else ()
         for flat in flats:
             for param, shape, extension in zip(
                 flat._params or (), flat._shapes, flat._param_extensions, strict=False
@@ -151,6 +155,7 @@ class Describer:
         alone = MeshSpec((), (), (this_rank(),))
         self.plain_mesh = alone if plain_mesh is None else self.mesh(plain_mesh)
         self._layouts: dict[tuple[object, ...], Layout] = {}
+        self._sub_meshes: dict[MeshSpec, tuple[str, ...] | None] = {}
 
     @property
     def world_size(self) -> int:
@@ -169,13 +174,30 @@ class Describer:
         return spec
 
     def home(self, tensor: Tensor) -> MeshSpec:
-        """The mesh a parameter lives on; without dims where that is this rank alone."""
-        return self.mesh(tensor.device_mesh) if isinstance(tensor, DTensor) else self.plain_mesh
+        """The mesh a parameter lives on; without dims where that is this rank alone.
+
+        A DTensor on a sub-mesh of the mesh of plain tensors lives on all of that, replicated over
+        its other dims: tensor parallelism under DDP or context parallelism.
+        """
+        if not isinstance(tensor, DTensor):
+            return self.plain_mesh
+        mesh = self.mesh(tensor.device_mesh)
+        return mesh if self._names_on_plain(mesh) is None else self.plain_mesh
+
+    def _names_on_plain(self, mesh: MeshSpec) -> tuple[str, ...] | None:
+        if mesh not in self._sub_meshes:
+            self._sub_meshes[mesh] = mesh.names_on(self.plain_mesh, this_rank())
+        return self._sub_meshes[mesh]
 
     def layout(self, tensor: Tensor, plain: "PlainTensors") -> Layout:
         """The layout of a DTensor, or of a plain tensor that `plain` has learned of."""
         if isinstance(tensor, DTensor):
-            layout = describe_layout(tensor, self.mesh(tensor.device_mesh))
+            mesh = self.mesh(tensor.device_mesh)
+            layout = describe_layout(tensor, mesh)
+            if names := self._names_on_plain(mesh):
+                called = dict(zip(mesh.dim_names, names, strict=True))
+                cuts = tuple(tuple(called[name] for name in dims) for dims in layout.cuts)
+                layout = Layout(self.plain_mesh, layout.shape, cuts)
         else:
             layout = plain.layout(tensor)
         key = (id(layout.mesh), layout.shape, layout.cuts, layout.bounds)

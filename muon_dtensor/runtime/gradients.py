@@ -67,10 +67,10 @@ class GradientGate:
         """
         grads = {name: p.grad for name, p in self._params.items() if p.grad is not None}
         empty = {name: param for name, param in self._params.items() if _is_empty(param)}
+        grads |= {name: torch.zeros_like(p) for name, p in empty.items() if name not in grads}
         faults = {name: _fault_of(name, self._params[name], grad) for name, grad in grads.items()}
         faulty = [name for name, fault in faults.items() if fault]
         votes = self._votes(options, grads, empty, faults[faulty[0]] if faulty else "")
-        grads |= {name: torch.zeros_like(p) for name, p in empty.items() if name not in grads}
         moved = [name for name in grads if _has_moved(self._params[name], grads[name])]
         flag = self._flag([grad for name, grad in grads.items() if not faults[name]])
         if self._reads_now():
