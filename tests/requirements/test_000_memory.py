@@ -1,0 +1,85 @@
+"""000, "Memory Overhead", and its "Regression Tests": what a step costs, what must go on working."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from muon_dtensor import Muon, create_auto_config
+from tests.requirements.models import TinyTransformer, batch, differences, whole_params
+from tests.support.pool import run_processes
+from tests.test_memory import LiveStorages, workspace_nbytes
+
+
+def wrapped(dim: int, layers: int) -> tuple[nn.Module, Muon]:
+    model = FullyShardedDataParallel(
+        TinyTransformer(dim, layers), use_orig_params=True, device_id=torch.device("cpu")
+    )
+    config = create_auto_config(fsdp_process_group=dist.group.WORLD)
+    return model, Muon(
+        model.named_parameters(), lr=1e-3, distributed_config=config, bucket_mb=0.05
+    )
+
+
+def step_memory() -> tuple[int, int, int, int]:
+    """Bytes a step makes beside what was there, of the plan, of one matrix, of all parameters."""
+    model, optimizer = wrapped(64, 6)
+    model(batch(0, 2, 8, 64)).sum().backward()
+    optimizer.step()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
+    with LiveStorages() as meter:
+        meter.ignore(*model.parameters(), *grads, *momenta)
+        optimizer.step()
+    cost = optimizer.plan.cost
+    whole = sum(2 * spec.matrices[0].numel for spec in optimizer.plan.params)
+    return (
+        meter.peak_nbytes,
+        cost.buffer_nbytes[dist.get_rank()],
+        workspace_nbytes(192, 64),
+        whole,
+    )
+
+
+class TestMemory:
+    @pytest.mark.P0
+    def test_memory_bounded(self):
+        """The peak is that of the plan's buffers and one matrix at work, whatever the layers."""
+        for peak, buffers, workspace, whole in run_processes(4, step_memory):
+            assert 0 < peak <= buffers + workspace + 4096
+            assert peak < whole
+
+
+class TestBackwardCompatibility:
+    @pytest.mark.P0
+    def test_no_distributed_config_works(self):
+        model, theirs = TinyTransformer(), TinyTransformer()
+        optimizer: Any = Muon(model.parameters(), lr=1e-3)
+        reference = torch.optim.Muon(theirs.parameters(), lr=1e-3)
+        for net, opt in ((model, optimizer), (theirs, reference)):
+            opt.zero_grad()
+            net(batch(0, 8, 12, 16)).sum().backward()
+            opt.step()
+        assert differences(whole_params(model), whole_params(theirs), 0) == []
+
+
+def hundred_steps() -> tuple[bool, Tensor]:
+    model, optimizer = wrapped(16, 2)
+    data = batch(0, 8, 12, 16)
+    for _ in range(100):
+        optimizer.zero_grad()
+        model(data).sum().backward()
+        optimizer.step()
+    finite = all(bool(p.isfinite().all()) for p in model.parameters())
+    return finite, torch.cat([p.detach().flatten() for p in model.parameters()]).abs().amax()
+
+
+class TestNumericalPrecision:
+    @pytest.mark.P0
+    def test_orthogonalization_preserves_precision(self):
+        for finite, largest in run_processes(4, hundred_steps):
+            assert finite
+            assert 0 < largest < 10
