@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from muon_dtensor.errors import GroupOptionError
+from muon_dtensor.runtime.describe import FlatSlices
 
 EMBEDDING_NAME = re.compile(
     r"(^|[._])(embed|embeds|embedding|embeddings|wte|wpe|vocab)($|[._])", re.IGNORECASE
@@ -21,6 +22,10 @@ HEAD_NAME = re.compile(
 )
 """Names of a model's last projection. Only outside numbered layers: a layer's own `output` or
 `head` is a hidden matrix."""
+
+
+WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+"""What FSDP1, activation checkpointing and torch.compile put into the names of what they wrap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,8 @@ def group_parameters(
     two dims go to AdamW, the rest to Muon. Parameters without requires_grad are left out.
 
     Args:
-        model: plain, or after parallelize_module and fully_shard.
+        model: plain, or after parallelize_module and fully_shard, or wrapped by FSDP1, DDP or
+            torch.compile; what wrappers put into names is left out.
         lr: learning rate of the Muon groups; default: the optimizer's.
         adamw: options of the AdamW groups (`lr`, `betas`, `eps`, `weight_decay`).
         rules: (regex, options) pairs; the first whose regex is found in a parameter's name
@@ -109,19 +115,22 @@ def _classify(model: nn.Module) -> Iterator[_Entry]:
     for fqn, param in model.named_parameters(remove_duplicate=False):
         if param.requires_grad:
             names.setdefault(param, []).append(fqn)
-    for param, fqns in names.items():
+    slices = FlatSlices.of(names)
+    for param, found in names.items():
         # A tied parameter goes where the most particular of its uses sends it.
-        reasons = [_reason_for_adamw(modules, fqn, param.ndim) for fqn in fqns]
+        ndim = len(slices.shape_of(param) or param.shape)
+        reasons = [_reason_for_adamw(modules[fqn.rpartition(".")[0]], fqn, ndim) for fqn in found]
+        fqns = [WRAPPERS.sub("", fqn) for fqn in found]
         why = next((reason for reason in reasons if reason), "")
         if why and len(fqns) > 1:
             why += f", tied as {', '.join(fqns[1:])}"
         yield _Entry(fqns[0], param, "adamw" if why else "muon", why or "matrix")
 
 
-def _reason_for_adamw(modules: Mapping[str, nn.Module], fqn: str, ndim: int) -> str:
-    """Why a parameter is not for Muon; empty if it is."""
-    path, _, name = fqn.rpartition(".")
-    classes = [cls.__name__ for cls in type(modules[path]).__mro__]
+def _reason_for_adamw(module: nn.Module, fqn: str, ndim: int) -> str:
+    """Why a parameter of this module is not for Muon; empty if it is."""
+    path, _, name = WRAPPERS.sub("", fqn).rpartition(".")
+    classes = [cls.__name__ for cls in type(module).__mro__]
     in_layers = any(part.isdecimal() for part in path.split("."))
     if any("Embedding" in cls for cls in classes) or EMBEDDING_NAME.search(fqn):
         return "embedding"

@@ -24,7 +24,7 @@ MAY_REACH = {
         "runtime",
     ),
     "options": ("errors", "orthogonalize", "update"),
-    "grouping": ("errors", "options"),
+    "grouping": ("errors", "options", "runtime"),
     "assignment": ("errors",),
     "by_hand": ("assignment", "layout", "shards", "runtime"),
     "config": ("assignment", "by_hand", "runtime"),

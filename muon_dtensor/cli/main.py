@@ -18,9 +18,10 @@ def main() -> None:
     import tyro
 
     from muon_dtensor.cli.demo import demo
+    from muon_dtensor.cli.validate import validate
 
     status = tyro.extras.subcommand_cli_from_dict(
-        {"demo": demo, "version": version},
+        {"demo": demo, "validate": validate, "version": version},
         prog="muon-dtensor",
         description="Sharding-aware Muon for PyTorch.",
     )
@@ -35,3 +36,7 @@ def version() -> int:
 
     print(f"muon_dtensor {__version__}, torch {torch.__version__}")
     return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""000, "Correctness Tests": distributed against one process, accumulation, debug mode, bad groups."""
+"""000, "Correctness Tests": against one process, accumulation, debug mode, bad groups."""
 
 import json
 from itertools import pairwise
@@ -193,9 +193,7 @@ def refused(call: Any, *args: Any) -> str:
 def overlapping_fsdp_tp() -> str:
     fsdp_pg = dist.new_group([0, 1, 2, 3])
     tp_pg = dist.new_group([0, 1, 2, 3])
-    return refused(
-        lambda: create_auto_config(fsdp_process_group=fsdp_pg, tp_process_group=tp_pg)
-    )
+    return refused(lambda: create_auto_config(fsdp_process_group=fsdp_pg, tp_process_group=tp_pg))
 
 
 def invalid_stages() -> list[str]:

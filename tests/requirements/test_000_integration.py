@@ -32,9 +32,7 @@ def memorized(wrap: str) -> tuple[float, float]:
     """Mean loss over the toy set in the first and in the last epoch."""
     model: nn.Module = TinyTransformer(DIM, layers=2)
     if wrap == "fsdp1":
-        model = FullyShardedDataParallel(
-            model, use_orig_params=True, device_id=torch.device("cpu")
-        )
+        model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
     else:
         model = fully_shard(model)
     config = create_auto_config(fsdp_process_group=dist.group.WORLD)
@@ -128,9 +126,7 @@ def scaled(break_step: int | None) -> tuple[list[float], dict[str, Tensor], list
         TinyTransformer(), use_orig_params=True, device_id=torch.device("cpu")
     )
     config = create_auto_config(fsdp_process_group=dist.group.WORLD)
-    optimizer = Muon(
-        model.named_parameters(), lr=1e-3, distributed_config=config, nonfinite="skip"
-    )
+    optimizer = Muon(model.named_parameters(), lr=1e-3, distributed_config=config, nonfinite="skip")
     scaler = ShardedGradScaler(device="cpu", init_scale=2.0**10, growth_interval=100)
     losses, scales = [], []
     for step in range(5):

@@ -1,4 +1,4 @@
-"""000, "Memory Overhead", and its "Regression Tests": what a step costs, what must go on working."""
+"""000, "Memory Overhead", and its "Regression Tests": what must go on working."""
 
 from typing import Any
 
@@ -19,9 +19,7 @@ def wrapped(dim: int, layers: int) -> tuple[nn.Module, Muon]:
         TinyTransformer(dim, layers), use_orig_params=True, device_id=torch.device("cpu")
     )
     config = create_auto_config(fsdp_process_group=dist.group.WORLD)
-    return model, Muon(
-        model.named_parameters(), lr=1e-3, distributed_config=config, bucket_mb=0.05
-    )
+    return model, Muon(model.named_parameters(), lr=1e-3, distributed_config=config, bucket_mb=0.05)
 
 
 def step_memory() -> tuple[int, int, int, int]:

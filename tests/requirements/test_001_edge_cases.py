@@ -28,7 +28,7 @@ def keep(tensor: Tensor, *_: Any) -> Tensor:
 class TestEdgeCases:
     def test_invalid_rank_assignment(self):
         with pytest.raises(ValueError, match="ranks are 0 to 3"):
-            _validate_assignments({i: 999 for i in range(4)}, PARAMS, 4)
+            _validate_assignments(dict.fromkeys(range(4), 999), PARAMS, 4)
 
     def test_missing_parameter_assignment(self):
         with pytest.raises(AssertionError, match=r"parameters \[2, 3\] are assigned to no rank"):
@@ -72,8 +72,8 @@ class TestEdgeCases:
     def test_non_2d_parameter_rejected(self):
         with pytest.raises(ValueError, match="bias"):
             Muon(nn.Linear(10, 10, bias=True).named_parameters(), lr=0.02)
+        config = DistributedConfig(lambda *_: {0: 0}, keep, keep, {})
         with pytest.raises(PlanError):
-            config = DistributedConfig(lambda *_: {0: 0}, keep, keep, {})
             Muon([nn.Parameter(torch.ones(3))], distributed_config=config)
 
     def test_zero_parameters(self):
