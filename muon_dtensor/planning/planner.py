@@ -63,11 +63,12 @@ def plan_update(
     Args:
         params: what to plan.
         options: of the plan as a whole.
-        owners: global ranks that own the matrices of some parameters, by name. A matrix that
-            lies whole on one rank stays there. Others are balanced by flops.
+        owners: global ranks that own the matrices of some parameters, by name. All others are
+            balanced by flops, and so is, in a parameter of several matrices (experts), each that
+            cannot travel to the named rank. A matrix that lies whole on one rank stays there.
 
     Raises:
-        AssignmentError: a matrix cannot travel to the owner that was named for it.
+        AssignmentError: no matrix of a parameter can travel to the owner that was named for it.
         PlanError: parameters of the same name, with an unknown wire dtype, or with matrices that
             do not hold each of their elements once.
     """
@@ -169,6 +170,7 @@ def _owners(params: tuple[ParamSpec, ...], named: Mapping[str, int]) -> list[_It
     candidates: dict[int, tuple[int, ...]] = {}
     for param, spec in enumerate(params):
         mesh = spec.layout.mesh
+        owned = _owned_by(spec, named[spec.fqn]) if spec.fqn in named else set()
         for index, matrix in enumerate(spec.matrices):
             if matrix.numel == 0:
                 continue
@@ -178,8 +180,8 @@ def _owners(params: tuple[ParamSpec, ...], named: Mapping[str, int]) -> list[_It
                 ranks = candidates[id(table)] = tuple(
                     mesh.ranks[position] for position in candidates_for(spec.layout, matrix.region)
                 )
-            if spec.fqn in named and len(ranks) > 1:
-                ranks = (_named_owner(spec, index, named[spec.fqn]),)
+            if index in owned:
+                ranks = (named[spec.fqn],)
             flops = max(matrix_flops(matrix, spec.num_iterations), matrix.numel)
             work.setdefault(mesh.rank_set, []).append(
                 (param, index, matrix, Work(flops, (spec.fqn, index), ranks))
@@ -193,17 +195,26 @@ def _owners(params: tuple[ParamSpec, ...], named: Mapping[str, int]) -> list[_It
     return items
 
 
-def _named_owner(spec: ParamSpec, index: int, rank: int) -> int:
-    """The rank itself. Raises AssignmentError if it cannot own this matrix."""
+def _owned_by(spec: ParamSpec, rank: int) -> set[int]:
+    """Which matrices of a parameter travel to a rank that was named.
+
+    Not those that lie whole on one rank: they stay there. Raises AssignmentError if the others
+    cannot come.
+    """
     layout = spec.layout
-    region = spec.matrices[index].region
-    if layout.mesh.holds(rank) and can_own(layout, region, layout.mesh.position_of(rank)):
-        return rank
-    ranks = [layout.mesh.ranks[p] for p in candidates_for(layout, region)]
-    raise AssignmentError(
-        f"{spec.fqn} is assigned to rank {rank}, where its matrix {index} cannot be brought: it "
-        f"lies on ranks {sorted(ranks)} of mesh {layout.mesh}. Assign it to one of them."
-    )
+    held = {i: candidates_for(layout, m.region) for i, m in enumerate(spec.matrices) if m.numel}
+    movable = {index for index, positions in held.items() if len(positions) > 1}
+    owned: set[int] = set()
+    if layout.mesh.holds(rank):
+        position = layout.mesh.position_of(rank)
+        owned = {i for i in movable if can_own(layout, spec.matrices[i].region, position)}
+    if movable and not owned:
+        near = sorted({layout.mesh.ranks[p] for i in movable for p in held[i]})
+        raise AssignmentError(
+            f"{spec.fqn} is assigned to rank {rank}, where none of its matrices can be brought: "
+            f"it lies on ranks {near} of mesh {layout.mesh}. Assign it to one of them."
+        )
+    return owned
 
 
 def _by_transport(
