@@ -30,7 +30,8 @@ class ByFunctions:
     """Gathers, orthogonalizes at the owner, and hands back, parameter by parameter.
 
     Contract: all ranks call `run` with the same parameters in the same order. Nothing changes
-    before every function has returned what it should.
+    before every function has returned what it should; what they returned is looked at after the
+    last call, so that ranks which are told, and ranks which are not, have made the same calls.
     """
 
     gather_fn: Callable[[Tensor, int, dict[str, Any]], Tensor | None]
@@ -54,12 +55,17 @@ class ByFunctions:
             RuntimeError: a function returned what it should not. Nothing has changed.
         """
         done: list[tuple[FunctionParam, Tensor, Tensor]] = []
+        told: list[str] = []
         for param in params:
             momentum = param.local.momentum_buffer.clone()
             grad, options = param.local.grad, param.local.options
             update_momentum([local_part(momentum)], [local_part(grad)], options.momentum, keep)
             direction = direction_of(momentum, grad, options.momentum, options.nesterov)
-            done.append((param, momentum, self._move(param, direction, detect_misuse)))
+            shard, was_gathered = self._move(param, direction)
+            told.append(self._misuse(param, shard, was_gathered and detect_misuse))
+            done.append((param, momentum, shard))
+        if misuse := next(filter(None, told), ""):
+            raise RuntimeError(misuse)
         for param, momentum, shard in done:
             local_part(param.local.momentum_buffer).copy_(local_part(momentum))
             target = local_part(param.local.param)
@@ -73,8 +79,11 @@ class ByFunctions:
                 keep=keep,
             )
 
-    def _move(self, param: FunctionParam, direction: Tensor, detect_misuse: bool) -> Tensor:
-        """This rank's shard of the update of one parameter, scaled for `lr`."""
+    def _move(self, param: FunctionParam, direction: Tensor) -> tuple[Tensor, bool]:
+        """This rank's shard of the update of one parameter, scaled for `lr`.
+
+        And whether `gather_fn` returned a tensor here.
+        """
         whole = self.gather_fn(direction, param.owner, self.state)
         was_gathered = whole is not None
         if self.rank == param.owner:
@@ -88,20 +97,23 @@ class ByFunctions:
             whole = self._scaled_polar_factor(whole, param.local).to(direction.dtype)
         elif whole is not None:
             whole = torch.full_like(whole, torch.nan)
-        shard = local_part(self.redistribute_fn(whole, param.owner, self.state))
+        return local_part(self.redistribute_fn(whole, param.owner, self.state)), was_gathered
+
+    def _misuse(self, param: FunctionParam, shard: Tensor, look_for_nan: bool) -> str:
+        """What is wrong with the shard that `redistribute_fn` returned; empty if nothing is."""
         expected = local_part(param.local.param).shape
         if shard.shape != expected:
-            raise RuntimeError(
+            return (
                 f"redistribute_fn returned {list(shard.shape)} for {param.name} on rank "
                 f"{self.rank}, whose shard is {list(expected)}."
             )
-        if detect_misuse and was_gathered and not shard.isfinite().all():
-            raise RuntimeError(
+        if look_for_nan and not shard.isfinite().all():
+            return (
                 f"redistribute_fn returned NaN or Inf for {param.name} on rank {self.rank}. It "
                 f"must hand out what rank {param.owner}, the owner, passes to it; other ranks "
                 "pass NaN."
             )
-        return shard
+        return ""
 
     def _scaled_polar_factor(self, whole: Tensor, local: LocalParam) -> Tensor:
         """Of every matrix, times the factor of its learning rate: only the owner knows its size."""

@@ -10,7 +10,7 @@ from unittest import mock
 import torch.distributed as dist
 from torch import Tensor
 
-from muon_dtensor.runtime import executor
+from muon_dtensor.runtime import by_functions, executor
 
 _local = threading.local()
 _all_to_all_single = dist.all_to_all_single
@@ -64,5 +64,6 @@ def installed() -> Iterator[None]:
     with (
         mock.patch.object(dist, "all_to_all_single", _counted_all_to_all),
         mock.patch.object(executor, "newton_schulz", _counted_newton_schulz),
+        mock.patch.object(by_functions, "newton_schulz", _counted_newton_schulz),
     ):
         yield
