@@ -28,6 +28,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 from muon_dtensor import Muon
 from muon_dtensor.cli.baselines import everyone_gathers
+from muon_dtensor.cli.leaving import leave
 from muon_dtensor.orthogonalize import newton_schulz
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
@@ -203,7 +204,7 @@ def main() -> None:
             }
             figures = {**where, "cells": [asdict(cell) for cell in cells]}
             config.json.write_text(json.dumps(figures, indent=1) + "\n")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -266,6 +266,7 @@ def main() -> None:
     result = train(config, mesh, on_start, on_step)
     if first:
         print(f"validation loss {result.val_loss:.4f}", flush=True)
+    time.sleep(0.1)  # gloo's threads let go of the last tensors a moment after they arrived
     dist.destroy_process_group()
 
 

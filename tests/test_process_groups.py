@@ -334,6 +334,8 @@ def refusals(kind: str) -> str:
             config = create_auto_config(tp_process_group=group, tp_shard_dim=2)
         case "too-few":
             config = create_auto_config(tp_process_group=group, tp_shard_dim=[])
+        case "not-named":
+            config = create_auto_config(tp_process_group=group, tp_shard_dim={"v": 0})
         case "other-sizes":
             tensors = [("w", nn.Parameter(torch.ones(4, 4 + mesh.get_local_rank("tp"))))]
             config = create_auto_config(tp_process_group=group, tp_shard_dim=0)
@@ -379,6 +381,7 @@ def refusals(kind: str) -> str:
         ("beside-dtensors", "PlanError.*It is no DTensor, and others are"),
         ("no-such-dim", "PlanError.*2 tensor dims, and 'tp' is said to cut dim 2"),
         ("too-few", "PlanError.*tensor dims were given for 0"),
+        ("not-named", "PlanError.*Tensor dims were given for v.*Name it too"),
         ("other-sizes", "PlanError.*though tensor dim 1 is not cut"),
         ("other-dims", "PlanError.*Ranks hold shards of 2 and 3 tensor dims"),
         ("other-names", "PlanMismatchError.*different plain parameters.*w0.*w1"),

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from muon_dtensor import Muon
 from muon_dtensor.cli.baselines import everyone_gathers
+from muon_dtensor.cli.leaving import leave
 from muon_dtensor.planning.render import quantity
 
 TIMED_ROUNDS = 7
@@ -186,7 +187,7 @@ def main() -> None:
         told_of_plot = plot_losses(summary["losses"], out / "losses.png")
         console.print(told_of_plot, soft_wrap=True, markup=False)
         console.print(f"figures written to {out / 'demo.json'}", soft_wrap=True)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from muon_dtensor import (
     create_devicemesh_config,
     group_parameters,
 )
+from muon_dtensor.cli.leaving import leave
 from muon_dtensor.cli.validate import params_file
 
 Wrapped = tuple[nn.Module, DistributedConfig | None]
@@ -143,7 +144,7 @@ def main(mode: str, arguments: list[str]) -> None:
         torch.save(whole, path)
         print(f"{mode}: parameters saved to {path}")
     if mode == "distributed":
-        dist.destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":

@@ -107,8 +107,11 @@ def summary(plan: Plan) -> str:
         f"{plan.options.prefetch_count} prefetched)",
     ]
     order = " ".join(map(str, plan.schedule))
+    turns = ", ranks orthogonalize one after the other" if plan.options.sequential else ""
     if len(order) <= 100:
-        lines.append(f"schedule {order}")
+        lines.append(f"schedule {order}{turns}")
+    elif turns:
+        lines.append(f"schedule of {len(plan.schedule)} actions{turns}")
     lines.append(f"digest {plan.digest[:16]}")
     return "\n".join(lines)
 

@@ -67,8 +67,13 @@ def _keyword(mesh_dim: str) -> str:
 
 def _choose(tensor_dims: TensorDim, name: str, index: int) -> int | None:
     match tensor_dims:
+        case Mapping() if name in tensor_dims:
+            return tensor_dims[name]
         case Mapping():
-            return tensor_dims.get(name)
+            raise RefusalError(
+                f"Tensor dims were given for {', '.join(tensor_dims) or 'no parameter'}.",
+                f"Name it too: {{'{name}': dim, or None if replicated}}.",
+            )
         case int() | None:
             return tensor_dims
     if index >= len(tensor_dims):

@@ -140,6 +140,8 @@ def traced(async_gpu_parallelism: bool, folder: str) -> tuple[list[Any], dict[st
     train(model, optimizer, 3)
     assert optimizer.trace is not None
     optimizer.trace.save(Path(folder) / f"rank{dist.get_rank()}.json")
+    sequential = "ranks orthogonalize one after the other" in str(optimizer.plan)
+    assert sequential != async_gpu_parallelism
     return optimizer.trace.spans, whole_of(model)
 
 

@@ -201,8 +201,11 @@ def overlapping_groups() -> str:
             tp_shard_dim=0,
         )
     except ValueError as error:
-        return str(error)
-    return ""
+        message = str(error)
+    else:
+        message = ""
+    dist.barrier()  # a rank that left while another still connects would leave it hanging
+    return message
 
 
 @P1

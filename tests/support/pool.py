@@ -44,10 +44,13 @@ def _serve(connection: Connection) -> None:
             answer = (True, body(*args))
         except BaseException:
             answer = (False, traceback.format_exc())
-        finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
         connection.send(answer)
+        # A rank that leaves while another still connects to it makes that one hang.
+        connection.recv()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class Pool:
@@ -99,6 +102,9 @@ class Pool:
                     answers[rank] = connection.recv()
                 except EOFError:
                     answers[rank] = (False, "the process died")
+        for connection in rank_of:
+            with contextlib.suppress(OSError):
+                connection.send("leave")
         if any(value == "the process died" for _, value in answers.values()):
             self.close()
         return [answers[rank] for rank in range(num_ranks)]

@@ -1,0 +1,29 @@
+"""FSDP2: parameters become DTensors, whose placements say all that Muon must know.
+
+    torchrun --nproc-per-node 2 examples/fsdp.py
+
+No config, no process group. FSDP1 is in fsdp1.py.
+"""
+
+import torch.distributed as dist
+from common import data, finish, make_model, say, say_losses, start, train
+from torch.distributed.fsdp import fully_shard
+
+from muon_dtensor import Muon, group_parameters
+
+
+def main() -> None:
+    device = start()
+    model = make_model(device)
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+
+    optimizer = Muon(group_parameters(model, lr=0.02, adamw={"lr": 3e-3}))
+    say(optimizer.plan)
+    say_losses(train(model, optimizer, data(device, dist.get_rank(), dist.get_world_size())))
+    finish()
+
+
+if __name__ == "__main__":
+    main()

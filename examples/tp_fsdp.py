@@ -1,0 +1,39 @@
+"""Tensor parallelism within a node, FSDP2 over nodes: matrices are cut over two mesh dims.
+
+    torchrun --nproc-per-node 4 examples/tp_fsdp.py
+
+First parallelize_module, then fully_shard, and no config.
+"""
+
+import torch.distributed as dist
+from common import TP_PLAN, data, finish, make_model, say, say_losses, start, train
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
+
+from muon_dtensor import Muon, group_parameters
+
+TP = 2
+
+
+def main() -> None:
+    device = start()
+    mesh = init_device_mesh(
+        device.type, (dist.get_world_size() // TP, TP), mesh_dim_names=("dp_shard", "tp")
+    )
+    model = make_model(device)
+    for layer in model.layers:
+        parallelize_module(layer, mesh["tp"], TP_PLAN)
+        fully_shard(layer, mesh=mesh["dp_shard"])
+    fully_shard(model, mesh=mesh["dp_shard"])
+
+    optimizer = Muon(group_parameters(model, lr=0.02, adamw={"lr": 3e-3}))
+    say(optimizer.plan)
+    # ranks of one tp group have the same data
+    part, num_parts = mesh.get_local_rank("dp_shard"), mesh["dp_shard"].size()
+    say_losses(train(model, optimizer, data(device, part, num_parts)))
+    finish()
+
+
+if __name__ == "__main__":
+    main()
