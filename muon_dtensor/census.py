@@ -18,6 +18,7 @@ from muon_dtensor.config import DistributedConfig
 from muon_dtensor.errors import PlanError, Problem, RefusalError
 from muon_dtensor.layout import MeshSpec, ParamSpec
 from muon_dtensor.matrices import matrices_of
+from muon_dtensor.options import declaration_of
 from muon_dtensor.planning.ir import Plan
 from muon_dtensor.planning.planner import restrict
 from muon_dtensor.runtime.ballots import Manifest
@@ -69,6 +70,7 @@ class Census:
                 entry.name,
                 entry.param,
                 self._plain,
+                declaration_of(entry.group),
                 num_iterations=entry.group["ns_steps"],
                 wire_dtype=wire_dtype,
             )

@@ -3,7 +3,7 @@
 Integers and names only. Does not know torch, and does not know what a matrix is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise, permutations
 from math import prod
@@ -60,15 +60,19 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A box of a parameter that is orthogonalized on its own, as `rows` x `cols`, row-major.
+    """A box of a parameter that is orthogonalized on its own, as `rows` x `cols`.
 
-    The box has as many elements as the matrix, and need not have its shape: a parameter stored
-    flat holds each matrix as an interval.
+    The box has as many elements as the matrix, and need not have its shape: a convolution's is
+    folded, a parameter stored flat holds each matrix as an interval. Without a `pattern` the
+    elements are in the same row-major order; else einops brings the box to [rows, cols] by it,
+    with these `axes`.
     """
 
     region: Region
     rows: int
     cols: int
+    pattern: str = ""
+    axes: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.rows * self.cols != self.region.numel:
@@ -77,6 +81,14 @@ class Matrix:
     @property
     def numel(self) -> int:
         return self.rows * self.cols
+
+    def moved_by(self, offset: tuple[int, ...]) -> "Matrix":
+        """The same matrix of a tensor in which this one's tensor begins at `offset`."""
+        start, stop = (
+            tuple(a + o for a, o in zip(ends, offset, strict=True))
+            for ends in (self.region.start, self.region.stop)
+        )
+        return replace(self, region=Region(start, stop))
 
 
 @dataclass(frozen=True)

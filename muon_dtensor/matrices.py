@@ -32,14 +32,23 @@ def matrices_of(shape: tuple[int, ...]) -> tuple[Matrix, ...]:
         case _:
             raise RefusalError(
                 f"Muon needs to know its matrices; this has {len(shape)} tensor dims.",
-                f"Store it as [rows, cols] or [batch, rows, cols]. Or: {TO_ADAMW}",
+                "Declare them, for a convolution matrix='o i kh kw -> o (i kh kw)' in its param "
+                f"group. Or: {TO_ADAMW}",
             )
 
 
-def flat_matrices_of(shape: tuple[int, ...]) -> tuple[Matrix, ...]:
-    """The same matrices where a parameter of this shape is stored flat: as intervals."""
-    numel = prod(shape[-2:])
-    return tuple(
-        Matrix(Region((index * numel,), ((index + 1) * numel,)), matrix.rows, matrix.cols)
-        for index, matrix in enumerate(matrices_of(shape))
-    )
+def flattened(matrix: Matrix, shape: tuple[int, ...]) -> Matrix:
+    """A matrix of a tensor of this shape where that is stored flat: an interval of its elements.
+
+    Raises RefusalError if the elements of the matrix do not lie one after the other.
+    """
+    sizes = matrix.region.shape
+    first = matrix.region.offset_in(shape)
+    last = first + sum((n - 1) * prod(shape[d + 1 :]) for d, n in enumerate(sizes))
+    if last - first + 1 != matrix.numel or matrix.pattern:
+        raise RefusalError(
+            "It is a slice of a flat parameter of FSDP1, and the declared matrices are no runs of "
+            "its elements.",
+            "Declare row blocks only (batch axes outermost), or use fully_shard (FSDP2).",
+        )
+    return Matrix(Region((first,), (first + matrix.numel,)), matrix.rows, matrix.cols)

@@ -23,10 +23,11 @@ from muon_dtensor.planning.planner import plan_update
 from muon_dtensor.runtime.agreement import Agreement
 from muon_dtensor.runtime.by_functions import ByFunctions, FunctionParam
 from muon_dtensor.runtime.describe import local_part, this_rank
-from muon_dtensor.runtime.executor import Executor, LocalParam, MuonOptions
+from muon_dtensor.runtime.executor import Executor, LocalParam
 from muon_dtensor.runtime.gradients import GradientGate
 from muon_dtensor.runtime.groups import Groups
 from muon_dtensor.runtime.plain import PlainTensors
+from muon_dtensor.runtime.polar import MuonOptions, Orthogonalizer
 from muon_dtensor.runtime.trace import Trace
 from muon_dtensor.state import check_loaded, make_state
 
@@ -80,6 +81,9 @@ class Muon(Optimizer):
         nonfinite: NaN or Inf in a gradient on some rank: "raise" NonFiniteGradientError on
             every rank, "skip" the step on every rank, or "propagate" it as torch does. On a GPU
             the step is masked on the device, and raises at the next `step` or `state_dict`.
+        orthogonalizer: "newton_schulz" by `ns_coefficients`; "polar_express" (Amsel et al. 2025,
+            arXiv:2505.16932), better converged and so of another update size; or a callable,
+            [*batch, rows, cols] to the same. A group names it, a callable as "custom".
         trace: record in `trace` when this rank began and ended each phase of each bucket.
 
     A param group may name any of the options up to `adjust_lr_fn`, and `algorithm="adamw"` with
@@ -117,6 +121,7 @@ class Muon(Optimizer):
         missing_grad: Literal["raise", "zero"] = "raise",
         nonfinite: Literal["raise", "skip", "propagate"] = "raise",
         trace: bool = False,
+        orthogonalizer: str | Orthogonalizer = "newton_schulz",
     ) -> None:
         if ns_dtype not in WIRE_DTYPES:
             raise GroupOptionError(
@@ -129,6 +134,7 @@ class Muon(Optimizer):
                 f"nonfinite must be 'raise', 'skip' or 'propagate', got {nonfinite!r}"
             )
         self._ns_dtype = ns_dtype
+        self._custom = None if isinstance(orthogonalizer, str) else orthogonalizer
         if not (isinstance(bucket_mb, (int, float)) and 0 < bucket_mb < math.inf):
             raise ValueError(f"bucket_mb must be a number above 0, got {bucket_mb!r}")
         self._bucket_nbytes = max(1, int(bucket_mb * 2**20))
@@ -151,6 +157,7 @@ class Muon(Optimizer):
             "eps": eps,
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
+            "orthogonalizer": "custom" if self._custom else orthogonalizer,
         }
         complete({}, defaults)
         groups: Any = params if isinstance(params, Tensor) else list(params) or [{"params": []}]
@@ -295,7 +302,7 @@ class Muon(Optimizer):
         options: dict[int, MuonOptions] = {}
         for index, entry in enumerate(self._census.muon):
             if entry.group_index not in options:
-                options[entry.group_index] = MuonOptions.of(entry.group)
+                options[entry.group_index] = MuonOptions.of(entry.group, self._custom)
             yield index, entry, options[entry.group_index]
 
     def _step_adamw(self, grads: dict[str, Tensor], keep: Tensor | None) -> None:
@@ -348,6 +355,7 @@ class Muon(Optimizer):
 
 
 _PICKLED = (
+    "_custom",
     "_config",
     "_ns_dtype",
     "_bucket_nbytes",

@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from muon_dtensor.errors import GroupOptionError
+from muon_dtensor.orthogonalize import ORTHOGONALIZERS
 from muon_dtensor.orthogonalize.newton_schulz import EPS, KELLER_JORDAN, NUM_ITERATIONS
+from muon_dtensor.patterns import Declaration
 from muon_dtensor.update import ADJUST_LR_FNS
 
 ALGORITHMS = ("muon", "adamw")
@@ -26,6 +28,11 @@ DEFAULTS: dict[str, Any] = {
     "adjust_lr_fn": None,
     "algorithm": "muon",
     "betas": (0.9, 0.999),
+    "matrix": None,
+    "matrix_axes": None,
+    "split_sizes": None,
+    "split_dim": 0,
+    "orthogonalizer": "newton_schulz",
 }
 """Option names of every group, and the constructor's defaults: those of torch.optim.Muon."""
 
@@ -97,9 +104,50 @@ def validate(group: Mapping[str, Any]) -> None:
         raise GroupOptionError(
             f"ns_coefficients must be three numbers, got {group['ns_coefficients']}"
         )
+    if group["orthogonalizer"] not in ORTHOGONALIZERS:
+        raise GroupOptionError(
+            f"orthogonalizer must be one of {', '.join(ORTHOGONALIZERS)}, got "
+            f"{group['orthogonalizer']!r}; a callable is given to the constructor"
+        )
+    declaration_of(group)
     betas = group["betas"]
     if not _are_numbers(betas, 2) or not all(0 <= beta < 1 for beta in betas):
         raise GroupOptionError(f"betas must be two numbers in [0, 1), got {betas}")
+
+
+def declaration_of(group: Mapping[str, Any]) -> Declaration:
+    """What a group says of its parameters' matrices. Raises GroupOptionError for wrong types."""
+    pattern, axes = group["matrix"], group["matrix_axes"]
+    sizes, split_dim = group["split_sizes"], group["split_dim"]
+    patterns = pattern if isinstance(pattern, (tuple, list)) else (pattern,)
+    if any(not isinstance(p, str) and p is not None for p in patterns):
+        raise GroupOptionError(
+            f"matrix must be an einops pattern, or with split_sizes a tuple of patterns and None, "
+            f"got {pattern!r}"
+        )
+    if axes is not None and not (
+        isinstance(axes, Mapping)
+        and all(isinstance(n, str) and type(size) is int and size > 0 for n, size in axes.items())
+    ):
+        raise GroupOptionError(
+            f"matrix_axes must map names of axes to lengths above 0, got {axes!r}"
+        )
+    if sizes is not None and not (
+        isinstance(sizes, (tuple, list)) and sizes and all(type(n) is int and n > 0 for n in sizes)
+    ):
+        raise GroupOptionError(f"split_sizes must be integers above 0, got {sizes!r}")
+    if type(split_dim) is not int:
+        raise GroupOptionError(f"split_dim must be an integer, got {split_dim!r}")
+    if isinstance(pattern, (tuple, list)):
+        if sizes is None:
+            raise GroupOptionError("several patterns in matrix need split_sizes, one block each")
+        pattern = tuple(pattern)
+    return Declaration(
+        pattern,
+        tuple(sorted((axes or {}).items())),
+        None if sizes is None else tuple(sizes),
+        split_dim,
+    )
 
 
 def _are_numbers(value: Any, count: int) -> bool:

@@ -56,7 +56,8 @@ def direction_of(momentum_buffer: Tensor, grad: Tensor, momentum: float, nestero
 class Place:
     """Where a piece lies: in a matrix of `rows` x `cols`, from its element `start` on, row-major.
 
-    A piece is a box of the matrix, or an interval of its elements. `is_transposed`: whether
+    A piece is a box of the matrix, or an interval of its elements; of any other, `positions`
+    tells where each of its elements lies in the matrix, row-major. `is_transposed`: whether
     torch.optim.Muon would hold the polar factor of it transposed.
     """
 
@@ -64,6 +65,7 @@ class Place:
     cols: int
     start: int
     is_transposed: bool
+    positions: Tensor | None = None
 
 
 def apply_update(
@@ -78,7 +80,7 @@ def apply_update(
     """W <- decay W - matrix_lr O in place, as torch.optim.Muon.
 
     Args:
-        param: a piece of a weight, a box [..., rows, cols] or an interval [numel].
+        param: a piece of a weight, a box [..., rows, cols], an interval [numel], or any shape.
         polar_factor: the same piece of the orthogonalized direction, any real dtype.
         place: where in its matrix the piece lies.
         decay: 1 - lr weight_decay with the group's lr: decoupled, as in AdamW (Loshchilov & Hutter
@@ -121,6 +123,10 @@ def _add_by_place(param: Tensor, update: Tensor, alpha: float, place: Place) -> 
         param.add_(update * alpha)
         return
     rounded_once = param.float().add_(update.float(), alpha=alpha).to(param.dtype)
+    if place.positions is not None:
+        rounded_twice = param + update * alpha
+        param.copy_(torch.where(place.positions < in_blocks, rounded_once, rounded_twice))
+        return
     if param.ndim == 1:
         param, rounded_once, update = param[None], rounded_once[None], update[None]
     width, ahead = param.size(-1), in_blocks - place.start

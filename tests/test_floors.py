@@ -15,21 +15,26 @@ MAY_REACH = {
     "layout": (),
     "shards": ("errors", "layout"),
     "matrices": ("errors", "layout"),
+    "patterns": ("errors", "layout", "matrices"),
     "planning": ("errors", "layout", "matrices", "planning"),
     "orthogonalize": ("orthogonalize",),
     "update": (),
     "adamw": (),
     "runtime": (
-        *("errors", "layout", "matrices", "shards", "planning", "orthogonalize", "update"),
+        *("errors", "layout", "matrices", "patterns", "shards", "planning", "orthogonalize"),
+        "update",
         "runtime",
     ),
-    "options": ("errors", "orthogonalize", "update"),
+    "options": ("errors", "orthogonalize", "patterns", "update"),
     "grouping": ("errors", "options", "runtime"),
     "assignment": ("errors",),
     "by_hand": ("assignment", "layout", "shards", "runtime"),
     "config": ("assignment", "by_hand", "runtime"),
     "group_configs": ("assignment", "by_hand", "config", "runtime"),
-    "census": ("errors", "layout", "matrices", "planning", "runtime", "assignment", "config"),
+    "census": (
+        *("errors", "layout", "matrices", "options", "planning", "runtime", "assignment"),
+        "config",
+    ),
     "state": ("adamw", "options", "runtime"),
     "optim": (
         *("errors", "layout", "planning", "runtime", "adamw", "options"),
@@ -43,7 +48,7 @@ RUNTIME_MAY_PLAN_WITH = ("planning.ir", "planning.routes")
 ONLY_IN_DESCRIBE = ("_StridedShard", "_is_flat_param", "_fsdp_flattened")
 HOMES = ("runtime", "config", "cli")
 ONLY_TYPES = ("torch.distributed", "torch.distributed.device_mesh", "torch.distributed.tensor")
-STDLIB_ONLY = ("errors", "layout", "matrices", "shards", "planning")
+STDLIB_ONLY = ("errors", "layout", "matrices", "patterns", "shards", "planning")
 
 
 def imports(path: Path) -> Iterator[str]:

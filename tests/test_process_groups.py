@@ -26,7 +26,7 @@ from muon_dtensor import (
 )
 from muon_dtensor.errors import RefusalError
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, ParamSpec, Region
-from muon_dtensor.matrices import flat_matrices_of, matrices_of
+from muon_dtensor.matrices import flattened, matrices_of
 from muon_dtensor.planning.check import check, check_routes
 from muon_dtensor.planning.planner import plan_update
 from muon_dtensor.shards import flat_layout_from_shards, layout_from_shards
@@ -117,7 +117,7 @@ def test_flat_plans_route_every_element_once(shape, cuts, owner):
     mesh = MeshSpec.of(fsdp=4)
     shapes = {index: (b - a,) for index, (a, b) in enumerate(pairwise(ends))}
     layout = flat_layout_from_shards(mesh, "fsdp", shape, shapes)
-    spec = ParamSpec("w", layout, "float32", flat_matrices_of(shape))
+    spec = ParamSpec("w", layout, "float32", tuple(flattened(m, shape) for m in matrices_of(shape)))
     plan = plan_update([spec], owners=None if owner is None else {"w": owner})
     check(plan)
     check_routes(plan)

@@ -34,7 +34,8 @@ PUBLIC = {
 
 GROUP_KEYS = {
     *("params", "lr", "weight_decay", "momentum", "nesterov", "ns_coefficients"),
-    *("eps", "ns_steps", "adjust_lr_fn", "algorithm", "betas"),
+    *("eps", "ns_steps", "adjust_lr_fn", "algorithm", "betas", "orthogonalizer"),
+    *("matrix", "matrix_axes", "split_sizes", "split_dim"),
 }
 
 
@@ -65,7 +66,7 @@ def weight(*shape: int, **kwargs) -> nn.Parameter:
     [
         (weight(4), ["norm", "one tensor dim", "Give it to AdamW"]),
         (nn.Parameter(torch.tensor(1.0)), ["norm", "no tensor dims", "Give it to AdamW"]),
-        (weight(2, 3, 4, 5), ["4 tensor dims", "[2, 3, 4, 5]", "Store it as", "AdamW"]),
+        (weight(2, 3, 4, 5), ["4 tensor dims", "[2, 3, 4, 5]", "Declare them", "AdamW"]),
         (weight(3, 3, dtype=torch.complex64), ["complex64", "real floating dtype"]),
         (weight(3, 3, dtype=torch.int64), ["int64", "real floating dtype"]),
     ],

@@ -1,5 +1,9 @@
 """Matrices in, polar factors out. Knows torch; knows no mesh and no parameter."""
 
 from muon_dtensor.orthogonalize.newton_schulz import newton_schulz
+from muon_dtensor.orthogonalize.polar_express import polar_express
 
-__all__ = ["newton_schulz"]
+ORTHOGONALIZERS = ("newton_schulz", "polar_express", "custom")
+"""What a param group may name; "custom" is the callable that the optimizer was given."""
+
+__all__ = ["ORTHOGONALIZERS", "newton_schulz", "polar_express"]

@@ -1,11 +1,15 @@
-"""The approximate polar factor by a quintic Newton-Schulz iteration.
+"""The approximate polar factor by quintic iterations: Newton-Schulz and Polar Express.
 
 Holds the operation order that makes the result bitwise that of torch.optim.Muon. Decides neither
 dtype nor coefficients.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+Coefficients = tuple[float, float, float]
 
 # Keller Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024,
 # https://kellerjordan.github.io/posts/muon/ : chosen to maximize the slope at zero, not to
@@ -21,8 +25,19 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 def newton_schulz(
     x: Tensor,  # [*batch, rows, cols]
     *,
-    coefficients: tuple[float, float, float] = KELLER_JORDAN,
+    coefficients: Coefficients = KELLER_JORDAN,
     num_iterations: int = NUM_ITERATIONS,
+    eps: float = EPS,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """The approximate polar factor U V^T of every matrix, by equal iterations; see `iterate`."""
+    return iterate(x, [coefficients] * num_iterations, eps=eps, dtype=dtype)
+
+
+def iterate(
+    x: Tensor,  # [*batch, rows, cols]
+    coefficients: Sequence[Coefficients],
+    *,
     eps: float = EPS,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
@@ -38,8 +53,7 @@ def newton_schulz(
 
     Args:
         x: `[*batch, rows, cols]`, any real floating dtype, contiguous for bitwise results.
-        coefficients: the (a, b, c) of every iteration.
-        num_iterations: how many.
+        coefficients: the (a, b, c) of each iteration.
         eps: least norm to divide by.
         dtype: of the iteration and of the result, one of DTYPES.
 
@@ -62,7 +76,7 @@ def newton_schulz(
     norm = x.norm() if x.ndim == 2 else x.norm(dim=(-2, -1), keepdim=True)
     # the norm of anything but zero is at least 1/2 by now; zero stays zero even with eps = 0
     x.div_(norm.clamp(min=max(eps, 1e-30)))
-    x = _iterate(x, coefficients, num_iterations)
+    x = _iterate(x, coefficients)
     return x.mT if tall else x
 
 
@@ -77,14 +91,13 @@ def _power_of_two(x: Tensor) -> Tensor:
     ).to(x.dtype)
 
 
-def _iterate(x: Tensor, coefficients: tuple[float, float, float], num_iterations: int) -> Tensor:
+def _iterate(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
     """The iterations; x is [*batch, short, long] with singular values of at most 1."""
-    a, b, c = coefficients
     batch = x.shape[:-2]
     if len(batch) > 1:
         x = x.flatten(0, -3)
     addmm = torch.addmm if x.ndim == 2 else torch.baddbmm
-    for _ in range(num_iterations):
+    for a, b, c in coefficients:
         gram = x @ x.mT
         polynomial = addmm(gram, gram, gram, beta=b, alpha=c)
         x = addmm(x, polynomial, x, beta=a)

@@ -74,7 +74,8 @@ def _param_to_json(spec: ParamSpec, mesh: int) -> dict[str, Any]:
         value["bounds"] = [list(ends) for ends in spec.layout.bounds]
     if len(spec.shape) not in (2, 3) or spec.matrices != matrices_of(spec.shape):
         value["matrices"] = [
-            [list(m.region.start), list(m.region.stop), m.rows, m.cols] for m in spec.matrices
+            [list(m.region.start), list(m.region.stop), m.rows, m.cols, m.pattern, list(m.axes)]
+            for m in spec.matrices
         ]
     return value
 
@@ -139,8 +140,8 @@ def _param_from_json(
         raise ValueError(f"{shape[0]} matrices in one parameter, {num_matrices} in the plan")
     matrices = (
         tuple(
-            Matrix(Region(tuple(start), tuple(stop)), rows, cols)
-            for start, stop, rows, cols in value["matrices"]
+            Matrix(Region(tuple(start), tuple(stop)), rows, cols, pattern, tuple(map(tuple, axes)))
+            for start, stop, rows, cols, pattern, axes in value["matrices"]
         )
         if "matrices" in value
         else matrices_of(shape)

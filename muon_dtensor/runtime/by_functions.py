@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muon_dtensor.orthogonalize import newton_schulz
 from muon_dtensor.runtime.describe import local_part
-from muon_dtensor.runtime.executor import LocalParam, MuonOptions
+from muon_dtensor.runtime.executor import LocalParam
+from muon_dtensor.runtime.polar import MuonOptions
 from muon_dtensor.update import Place, adjusted_lr, apply_update, direction_of, update_momentum
 
 
@@ -120,14 +120,7 @@ class ByFunctions:
         options: MuonOptions = local.options
         matrices = whole.reshape(-1, *whole.shape[-2:])
         factors = [
-            newton_schulz(
-                matrix.contiguous(),
-                coefficients=options.ns_coefficients,
-                num_iterations=options.ns_steps,
-                eps=options.eps,
-                dtype=self.dtype,
-            )
-            for matrix in matrices
+            options.polar_factor(m.contiguous().to(self.dtype), self.dtype) for m in matrices
         ]
         scale = adjusted_lr(1.0, options.adjust_lr_fn, whole.size(-2), whole.size(-1))
         result = torch.stack(factors).view(whole.shape) if factors else whole.clone()

@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from muon_dtensor.errors import Problem, RefusalError
-from muon_dtensor.layout import Layout, MeshSpec, ParamSpec
-from muon_dtensor.matrices import flat_matrices_of, matrices_of
+from muon_dtensor.layout import Layout, Matrix, MeshSpec, ParamSpec
+from muon_dtensor.matrices import flattened
+from muon_dtensor.patterns import Declaration
 
 if TYPE_CHECKING:
     from muon_dtensor.runtime.plain import PlainTensors
@@ -155,6 +156,7 @@ class Describer:
         alone = MeshSpec((), (), (this_rank(),))
         self.plain_mesh = alone if plain_mesh is None else self.mesh(plain_mesh)
         self._layouts: dict[tuple[object, ...], Layout] = {}
+        self._known_matrices: dict[object, tuple[Matrix, ...]] = {}
         self._sub_meshes: dict[MeshSpec, tuple[str, ...] | None] = {}
 
     @property
@@ -203,11 +205,24 @@ class Describer:
         key = (id(layout.mesh), layout.shape, layout.cuts, layout.bounds)
         return self._layouts.setdefault(key, layout)
 
+    def _matrices(
+        self, declaration: Declaration, shape: tuple[int, ...], flat: tuple[int, ...] | None
+    ) -> tuple[Matrix, ...]:
+        key = (declaration, shape, flat)
+        if key not in self._known_matrices:
+            whole = shape if flat is None else flat
+            matrices = declaration.matrices(whole)
+            if flat is not None:
+                matrices = tuple(flattened(matrix, flat) for matrix in matrices)
+            self._known_matrices[key] = matrices
+        return self._known_matrices[key]
+
     def param(
         self,
         fqn: str,
         tensor: Tensor,
         plain: "PlainTensors",
+        declaration: Declaration,
         *,
         num_iterations: int,
         wire_dtype: torch.dtype,
@@ -224,7 +239,7 @@ class Describer:
         try:
             layout = self.layout(tensor, plain)
             flat = plain.flat_shape(tensor)
-            matrices = matrices_of(layout.shape) if flat is None else flat_matrices_of(flat)
+            matrices = self._matrices(declaration, layout.shape, flat)
         except RefusalError as refusal:
             return Problem(fqn, seen, refusal.reason, refusal.remedy)
         return ParamSpec(

@@ -5,15 +5,15 @@ groups, and never reads a value from a device.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor
 from torch.distributed import Work
 
-from muon_dtensor.orthogonalize import newton_schulz
+from muon_dtensor.layout import Matrix
 from muon_dtensor.planning.ir import Action, Assignment, Phase, Plan
 from muon_dtensor.planning.routes import RankCollective, Slot, rank_bucket
 from muon_dtensor.runtime.collectives import barrier, issue
@@ -24,10 +24,13 @@ from muon_dtensor.runtime.packing import (
     assemble,
     box_of,
     disassemble,
+    from_matrix,
     repack,
+    to_matrix,
     view_box,
     view_slot,
 )
+from muon_dtensor.runtime.polar import MuonOptions
 from muon_dtensor.runtime.trace import Trace
 from muon_dtensor.update import (
     Place,
@@ -36,37 +39,6 @@ from muon_dtensor.update import (
     direction_of,
     update_momentum,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class MuonOptions:
-    """What a param group says about the step of its parameters, with the meaning torch gives.
-
-    `decay` is 1 - lr weight_decay.
-    """
-
-    lr: float | Tensor
-    decay: float
-    momentum: float
-    nesterov: bool
-    ns_coefficients: tuple[float, float, float]
-    eps: float
-    ns_steps: int
-    adjust_lr_fn: str | None
-
-    @classmethod
-    def of(cls, group: Mapping[str, Any]) -> "MuonOptions":
-        """What this param group says."""
-        return cls(
-            lr=group["lr"],
-            decay=float(1 - group["lr"] * group["weight_decay"]),
-            momentum=group["momentum"],
-            nesterov=group["nesterov"],
-            ns_coefficients=tuple(group["ns_coefficients"]),
-            eps=group["eps"],
-            ns_steps=group["ns_steps"],
-            adjust_lr_fn=group["adjust_lr_fn"],
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +100,11 @@ class _RankBucketRun:
         self.device = devices[bucket.assignments[0].param]
         self.dtype: torch.dtype = getattr(torch, bucket.wire_dtype)
         self.num_iterations = {a.param: plan.spec(a).num_iterations for a in bucket.assignments}
+        self.rounding = {
+            a.param
+            for a in bucket.assignments
+            if self.device.type == "cpu" and plan.spec(a).dtype in ("bfloat16", "float16")
+        }
         shards = self.local.shards
         self.runs = [(param, box_of(region, shards[param])) for param, region in self.local.runs]
         self.pieces = [self._piece(slot) for slot in self.local.pieces.slots]
@@ -138,7 +115,20 @@ class _RankBucketRun:
         start = slot.region.relative_to(matrix.region).offset_in(matrix.region.shape)
         box = box_of(slot.region, self.local.shards[param])
         is_transposed = matrix.rows > matrix.cols and self.num_iterations[param] > 0
-        return _Piece(param, slot, box, Place(matrix.rows, matrix.cols, start, is_transposed))
+        positions = None
+        if param in self.rounding and not _is_row_major(matrix):
+            everything = torch.arange(matrix.numel).view(matrix.rows, matrix.cols)
+            positions = view_box(
+                from_matrix(everything, matrix), box_of(slot.region, matrix.region)
+            ).contiguous()
+        place = Place(matrix.rows, matrix.cols, start, is_transposed, positions)
+        return _Piece(param, slot, box, place)
+
+
+def _is_row_major(matrix: Matrix) -> bool:
+    """Whether boxes and intervals of a matrix's region are boxes and intervals of the matrix."""
+    shape = matrix.region.shape
+    return not matrix.pattern and (len(shape) == 1 or shape[-2:] == (matrix.rows, matrix.cols))
 
 
 class Executor:
@@ -287,19 +277,13 @@ class Executor:
         """Matrices of one size, each to its polar factor in place."""
         places = [(run.local.slots_of[a], run.local.matrices[a]) for a in assignments]
         matrices = [
-            assemble(buffer, slots, matrix.region).view(matrix.rows, matrix.cols)
-            for slots, matrix in places
+            to_matrix(assemble(buffer, slots, matrix.region), matrix) for slots, matrix in places
         ]
-        result = newton_schulz(
-            matrices[0] if len(matrices) == 1 else torch.stack(matrices),
-            coefficients=options.ns_coefficients,
-            num_iterations=options.ns_steps,
-            eps=options.eps,
-            dtype=run.dtype,
-        )
+        together = matrices[0] if len(matrices) == 1 else torch.stack(matrices)
+        result = options.polar_factor(together, run.dtype)
         polar_factors = [result] if len(matrices) == 1 else result.unbind()
         for polar_factor, (slots, matrix) in zip(polar_factors, places, strict=True):
-            disassemble(polar_factor, buffer, slots, matrix.region)
+            disassemble(from_matrix(polar_factor, matrix), buffer, slots, matrix.region)
 
     def _hop_back(self, run: _RankBucketRun, flight: _Flight, hop: int) -> None:
         """Issue one collective of the way back."""

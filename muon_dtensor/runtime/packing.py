@@ -5,10 +5,11 @@ Copies between places that the routes name. Computes nothing and sends nothing.
 
 from collections.abc import Sequence
 
+import einops
 import torch
 from torch import Tensor
 
-from muon_dtensor.layout import Region
+from muon_dtensor.layout import Matrix, Region
 from muon_dtensor.planning.routes import Move, Slot
 
 Box = tuple[slice, ...]
@@ -32,6 +33,21 @@ def view_slot(buffer: Tensor, slot: Slot) -> Tensor:
     return buffer[slot.offset : slot.stop].view(slot.region.shape)
 
 
+def to_matrix(box: Tensor, matrix: Matrix) -> Tensor:
+    """[rows, cols], contiguous, from the box of a parameter that holds them."""
+    if not matrix.pattern:
+        return box.view(matrix.rows, matrix.cols)
+    return einops.rearrange(box, matrix.pattern, **dict(matrix.axes)).contiguous()
+
+
+def from_matrix(result: Tensor, matrix: Matrix) -> Tensor:
+    """Inverse of `to_matrix`, of any strides."""
+    if not matrix.pattern:
+        return result.reshape(matrix.region.shape)
+    left, right = matrix.pattern.split(" -> ")
+    return einops.rearrange(result, f"{right} -> {left}", **dict(matrix.axes))
+
+
 def assemble(buffer: Tensor, slots: Sequence[Slot], region: Region) -> Tensor:
     """A whole contiguous region from its pieces; a view where it already lies in one piece."""
     if len(slots) == 1:
@@ -42,9 +58,8 @@ def assemble(buffer: Tensor, slots: Sequence[Slot], region: Region) -> Tensor:
     return whole
 
 
-def disassemble(result: Tensor, buffer: Tensor, slots: Sequence[Slot], region: Region) -> None:
-    """Inverse of `assemble`: the pieces of `result`, of as many elements as the region."""
-    whole = result.reshape(region.shape)
+def disassemble(whole: Tensor, buffer: Tensor, slots: Sequence[Slot], region: Region) -> None:
+    """Inverse of `assemble`: the pieces of `whole`, of the shape of the region."""
     for slot in slots:
         view_slot(buffer, slot).copy_(view_box(whole, box_of(slot.region, region)))
 

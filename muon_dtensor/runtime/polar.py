@@ -1,0 +1,70 @@
+"""Which orthogonalizer a param group wants, called as it wants to be called."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from muon_dtensor.orthogonalize import newton_schulz, polar_express
+
+Orthogonalizer = Callable[[Tensor], Tensor]
+"""[*batch, rows, cols] to the same: what the user may bring."""
+
+
+@dataclass(frozen=True, slots=True)
+class MuonOptions:
+    """What a param group says about the step of its parameters, with the meaning torch gives.
+
+    `decay` is 1 - lr weight_decay; `custom` the orthogonalizer of the user, if the group wants it.
+    """
+
+    lr: float | Tensor
+    decay: float
+    momentum: float
+    nesterov: bool
+    ns_coefficients: tuple[float, float, float]
+    eps: float
+    ns_steps: int
+    adjust_lr_fn: str | None
+    orthogonalizer: str
+    custom: Orthogonalizer | None
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], custom: Orthogonalizer | None) -> "MuonOptions":
+        """What this param group says."""
+        return cls(
+            lr=group["lr"],
+            decay=float(1 - group["lr"] * group["weight_decay"]),
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
+            ns_coefficients=tuple(group["ns_coefficients"]),
+            eps=group["eps"],
+            ns_steps=group["ns_steps"],
+            adjust_lr_fn=group["adjust_lr_fn"],
+            orthogonalizer=group["orthogonalizer"],
+            custom=custom if group["orthogonalizer"] == "custom" else None,
+        )
+
+    def polar_factor(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The approximate polar factor of every matrix of `x` [*batch, rows, cols], in `dtype`.
+
+        Raises RuntimeError if the user's orthogonalizer returns another shape.
+        """
+        if self.custom is not None:
+            result = self.custom(x)
+            if result.shape != x.shape:
+                raise RuntimeError(
+                    f"the orthogonalizer returned {list(result.shape)} for {list(x.shape)}"
+                )
+            return result.to(dtype)
+        if self.orthogonalizer == "polar_express":
+            return polar_express(x, num_iterations=self.ns_steps, eps=self.eps, dtype=dtype)
+        return newton_schulz(
+            x,
+            coefficients=self.ns_coefficients,
+            num_iterations=self.ns_steps,
+            eps=self.eps,
+            dtype=dtype,
+        )

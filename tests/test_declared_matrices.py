@@ -1,0 +1,258 @@
+"""Logical matrices, declared on the whole tensor: bitwise torch's on each, on every mesh."""
+
+from typing import Any
+
+import einops
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate, Shard
+
+from muon_dtensor import GroupOptionError, Muon, Plan, PlanError
+from muon_dtensor.layout import Layout, MeshSpec, ParamSpec
+from muon_dtensor.patterns import Declaration
+from muon_dtensor.planning.check import check, check_routes
+from muon_dtensor.planning.planner import plan_update
+from tests.support.cases import mesh_of, spread, tensors_like
+from tests.support.meter import counting, installed
+from tests.support.pool import run_processes
+from tests.support.threads import run_threads
+
+R, S0, S1 = Replicate(), Shard(0), Shard(1)
+
+LAYOUTS: list[Any] = [
+    pytest.param((1,), (S0,), id="one-rank"),
+    pytest.param((4,), (R,), id="replicate"),
+    pytest.param((4,), (S0,), id="rows"),
+    pytest.param((4,), (S1,), id="cols"),
+    pytest.param((3,), (S0,), id="rows-over-3"),
+    pytest.param((2, 2), (R, S0), id="hsdp"),
+    pytest.param((2, 2), (S0, S1), id="rows-and-cols"),
+    pytest.param((3, 2), (S0, S0), id="rows-twice"),
+    pytest.param((2, 2, 2), (R, S0, S1), id="hsdp-tp"),
+]
+
+HEADS = "(qkv head dim) model -> qkv head dim model"
+DECLARATIONS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "fused-heads": ((24, 10), {"matrix": HEADS, "matrix_axes": {"qkv": 3, "head": 2}}),
+    "split": ((15, 8), {"split_sizes": (9, 3, 3)}),
+    "split-cols": ((6, 14), {"split_sizes": (4, 8, 2), "split_dim": 1}),
+    "split-then-heads": (
+        (16, 6),
+        {
+            "split_sizes": (8, 4, 4),
+            "matrix": ("(head dim) m -> head dim m", "(head dim) m -> head dim m", None),
+            "matrix_axes": {"dim": 2},
+        },
+    ),
+    "output-heads": ((7, 12), {"matrix": "m (h d) -> h m d", "matrix_axes": {"h": 4}}),
+    "convolution": ((9, 4, 3, 2), {"matrix": "o i kh kw -> o (i kh kw)"}),
+    "experts": ((5, 6, 4), {"matrix": "e m n -> e m n"}),
+    "experts-folded": ((12, 5), {"matrix": "(e m) n -> e m n", "matrix_axes": {"e": 3}}),
+    "transposed": ((6, 9), {"matrix": "i o -> o i"}),
+    "transposed-fused": ((6, 15), {"matrix": "i (k o) -> k o i", "matrix_axes": {"k": 3}}),
+    "depthwise": ((8, 1, 3), {"matrix": "c 1 k -> c k"}),
+    "folded-both": ((4, 6, 5), {"matrix": "a b c -> (c a) b"}),
+}
+
+
+def split_whole(whole: Tensor, options: dict[str, Any]) -> list[Tensor]:
+    """The logical matrices, by einops and torch.split: not by the code under test."""
+    sizes = options.get("split_sizes")
+    blocks = [whole] if sizes is None else whole.split(list(sizes), options.get("split_dim", 0))
+    patterns = options.get("matrix")
+    if not isinstance(patterns, tuple):
+        patterns = (patterns,) * len(blocks)
+    axes = options.get("matrix_axes") or {}
+    found: list[Tensor] = []
+    for block, pattern in zip(blocks, patterns, strict=True):
+        result = block
+        if pattern is not None:
+            known = {n: size for n, size in axes.items() if n in pattern}
+            result = einops.rearrange(block, pattern, **known)
+        found += result.reshape(-1, *result.shape[-2:]).unbind()
+    return [matrix.contiguous() for matrix in found]
+
+
+class Separate:
+    """torch.optim.Muon on every logical matrix stored on its own; the whole is put back."""
+
+    def __init__(self, whole: Tensor, options: dict[str, Any], **muon: Any) -> None:
+        self.shape, self.options = whole.shape, options
+        self.matrices = [nn.Parameter(m.clone()) for m in split_whole(whole, options)]
+        self.optimizer = torch.optim.Muon(self.matrices, **muon)
+        # where each element of the whole went: the same split of their numbers
+        numbers = torch.arange(whole.numel()).view(whole.shape)
+        self.places = [n.flatten() for n in split_whole(numbers, options)]
+
+    def step(self, grad: Tensor) -> None:
+        for matrix, part in zip(self.matrices, split_whole(grad, self.options), strict=True):
+            matrix.grad = part.clone()
+        self.optimizer.step()
+
+    def whole(self) -> Tensor:
+        flat = torch.empty(self.shape.numel(), dtype=self.matrices[0].dtype)
+        for place, matrix in zip(self.places, self.matrices, strict=True):
+            flat[place] = matrix.detach().flatten()
+        return flat.view(self.shape)
+
+
+def compare(
+    mesh_shape: tuple[int, ...],
+    placements: tuple[Placement, ...],
+    dtype: torch.dtype,
+    muon: dict[str, Any],
+) -> tuple[list[str], int, int]:
+    mesh = mesh_of(mesh_shape)
+    shapes = [shape for shape, _ in DECLARATIONS.values()]
+    weights = tensors_like(shapes, 0, dtype)
+    params = [nn.Parameter(spread(w, mesh, placements)) for w in weights]
+    groups = [
+        {"params": [(name, param)], **options}
+        for (name, (_, options)), param in zip(DECLARATIONS.items(), params, strict=True)
+    ]
+    ours = Muon(groups, bucket_mb=2e-3, **muon)
+    oracles = [
+        Separate(w, options, **muon)
+        for w, (_, options) in zip(weights, DECLARATIONS.values(), strict=True)
+    ]
+    with counting() as count:
+        for step in range(3):
+            for param, grad, oracle in zip(
+                params, tensors_like(shapes, 1 + step, dtype), oracles, strict=True
+            ):
+                param.grad = spread(grad, mesh, placements)
+                oracle.step(grad)
+            ours.step()
+    wrong = [
+        name
+        for name, param, oracle in zip(DECLARATIONS, params, oracles, strict=True)
+        if not torch.equal(param.to_local(), spread(oracle.whole(), mesh, placements).to_local())
+    ]
+    assert count.sent_nbytes == 3 * ours.plan.cost.sent_nbytes[dist.get_rank()]
+    check(ours.plan)
+    check_routes(ours.plan)
+    assert Plan.from_json(ours.plan.to_json()) == ours.plan
+    return wrong, count.num_matrices, ours.plan.cost.num_matrices
+
+
+@pytest.mark.parametrize(
+    ("dtype", "muon"),
+    [
+        pytest.param(torch.float32, {}, id="fp32"),
+        pytest.param(torch.bfloat16, {}, id="bf16"),
+        pytest.param(torch.float32, {"adjust_lr_fn": "match_rms_adamw"}, id="match-rms"),
+    ],
+)
+@pytest.mark.parametrize(("mesh_shape", "placements"), LAYOUTS)
+def test_bitwise_as_separately_stored(mesh_shape, placements, dtype, muon):
+    num_ranks = torch.Size(mesh_shape).numel()
+    with installed():
+        outcomes = run_threads(num_ranks, compare, mesh_shape, placements, dtype, muon)
+    assert [wrong for wrong, *_ in outcomes] == [[]] * num_ranks
+    assert sum(done for _, done, _ in outcomes) == 3 * outcomes[0][2]
+
+
+def over_gloo(placements: tuple[Placement, ...]) -> list[str]:
+    with installed():
+        return compare((2, 2), placements, torch.float32, {})[0]
+
+
+@pytest.mark.parametrize("placements", [(R, S0), (S0, S1), (S0, S0)])
+def test_bitwise_over_gloo(placements):
+    assert run_processes(4, over_gloo, placements) == [[]] * 4
+
+
+def plan_of(sizes: dict[str, int], shape: tuple[int, ...], cuts: Any, **options: Any) -> Plan:
+    axes = tuple(options.pop("matrix_axes", {}).items())
+    declaration = Declaration(options.pop("matrix", None), axes, **options)
+    layout = Layout(MeshSpec.of(**sizes), shape, cuts)
+    return plan_update([ParamSpec("w", layout, "float32", declaration.matrices(shape))])
+
+
+def test_whole_heads_on_a_rank_send_nothing():
+    plan = plan_of(
+        *({"fsdp": 4}, (32 * 8, 64), (("fsdp",), ())),
+        matrix="(h d) m -> h d m",
+        matrix_axes={"h": 32},
+    )
+    assert plan.cost.num_matrices == 32
+    assert plan.cost.total_nbytes == 0
+
+
+def test_only_cut_heads_are_sent():
+    """Six heads of 8 rows on ranks of 12 rows: each odd head is cut in half."""
+    plan = plan_of(
+        *({"fsdp": 4}, (48, 64), (("fsdp",), ())), matrix="(h d) m -> h d m", matrix_axes={"h": 6}
+    )
+    half_a_head = 4 * 64 * 2
+    assert plan.cost.total_nbytes == 2 * 2 * half_a_head, "two heads, half of each out and back"
+
+
+def test_a_fused_qkv_sends_at_most_its_boundary_matrices_twice():
+    plan = plan_of({"fsdp": 3}, (768, 256), (("fsdp",), ()), split_sizes=(512, 128, 128))
+    cut = [spec for spec in plan.params[0].matrices if len(holders_of(plan, spec)) > 1]
+    assert 0 < plan.cost.total_nbytes <= 2 * sum(2 * matrix.numel for matrix in cut)
+
+
+def holders_of(plan: Plan, matrix: Any) -> Any:
+    return plan.params[0].layout.holders(matrix.region)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "words"),
+    [
+        ((6, 4), {"matrix": "(e m) n -> e m n"}, ["lengths of e, m", "matrix_axes"]),
+        ((7, 4), {"matrix": "(e m) n -> e m n", "matrix_axes": {"e": 2}}, ["is 2 x m", "dim is 7"]),
+        ((6, 4), {"matrix": "(m e) n -> e m n", "matrix_axes": {"e": 2}}, ["no box", "outermost"]),
+        ((6, 4), {"matrix": "a b c -> a b c"}, ["names 3 stored axes", "has 2 dims"]),
+        ((6, 4), {"matrix": "a b -> (a b)"}, ["fewer than two axes"]),
+        ((6, 4), {"matrix": "a b -> a c"}, ["b, c stands on one side only"]),
+        ((6, 4), {"matrix": "a a -> a a"}, ["stands twice"]),
+        ((6, 4), {"matrix": "a b"}, ["no '->'"]),
+        ((6, 4), {"matrix": "... b -> ... b"}, ["'... b' is no list of axes"]),
+        ((6, 4), {"matrix": "(a (b c)) d -> a b d"}, ["is no list of axes"]),
+        ((6, 4), {"matrix": "2 b -> 2 b"}, ["'2' is no axis name"]),
+        ((6, 4), {"split_sizes": (4, 4)}, ["(4, 4) sum to 8", "has 6"]),
+        ((6, 4), {"split_sizes": (6,), "split_dim": 2}, ["split_dim is 2", "2 tensor dims"]),
+        ((6, 4), {"split_sizes": (3, 3), "matrix": ("a b -> a b",)}, ["1 patterns for 2 blocks"]),
+        ((6,), {"split_sizes": (3, 3)}, ["one tensor dim"]),
+    ],
+    ids=str,
+)
+def test_declarations_that_do_not_fit(shape, options, words):
+    param = nn.Parameter(torch.ones(shape))
+    with pytest.raises(PlanError) as caught:
+        Muon([{"params": [("layer.w", param)], **options}])
+    for word in ["layer.w", *words]:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"matrix": 3},
+        {"matrix": ("a b -> a b",)},
+        {"matrix_axes": {"a": 0}},
+        {"matrix_axes": [("a", 2)]},
+        {"split_sizes": 4},
+        {"split_sizes": ()},
+        {"split_sizes": (4, 0)},
+        {"split_dim": "rows"},
+        {"orthogonalizer": "svd"},
+        {"orthogonalizer": None},
+    ],
+    ids=str,
+)
+def test_options_of_other_kinds(options):
+    with pytest.raises(GroupOptionError):
+        Muon([{"params": [nn.Parameter(torch.ones(4, 4))], **options}])
+
+
+def test_the_plan_tells_the_matrices():
+    param = nn.Parameter(torch.ones(24, 10))
+    options = DECLARATIONS["fused-heads"][1]
+    plan = Muon([{"params": [("wqkv", param)], **options}]).plan
+    assert "6 matrices" in str(plan)
+    assert plan.explain("wqkv").count("matrix [") == 6
