@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from muon_dtensor.assignment import validate_assignments
 from muon_dtensor.config import DistributedConfig
-from muon_dtensor.errors import PlanError, Problem, RefusalError
+from muon_dtensor.errors import PlanError, Problem
 from muon_dtensor.layout import MeshSpec, ParamSpec
-from muon_dtensor.matrices import matrices_of
+from muon_dtensor.matrices import TO_ADAMW
 from muon_dtensor.options import declaration_of
 from muon_dtensor.planning.ir import Plan
 from muon_dtensor.planning.planner import restrict
@@ -94,16 +94,13 @@ class Census:
         return specs
 
     def must_be_matrices(self) -> None:
-        """Raise PlanError for parameters of Muon that are no real matrices in any shard."""
+        """Raise PlanError for parameters of Muon that are no matrices, whatever their shards."""
         problems = _same_names([entry.name for entry in self.entries])
         for entry in self.muon:
-            try:
-                matrices_of(tuple(entry.param.shape))
-            except RefusalError as refusal:
+            if entry.param.ndim < 2 and declaration_of(entry.group).pattern is None:
+                seen = str(list(entry.param.shape))
                 problems.append(
-                    Problem(
-                        entry.name, str(list(entry.param.shape)), refusal.reason, refusal.remedy
-                    )
+                    Problem(entry.name, seen, "Muon needs a matrix; this has none.", TO_ADAMW)
                 )
         if problems:
             raise PlanError(problems, num_params=len(self.entries))

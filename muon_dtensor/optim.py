@@ -17,7 +17,13 @@ from muon_dtensor.adamw import AdamWLocal, adamw_step
 from muon_dtensor.census import Census, Entry
 from muon_dtensor.config import DistributedConfig, create_dtensor_config
 from muon_dtensor.errors import GroupOptionError
-from muon_dtensor.options import DEFAULTS, as_text, complete, complete_loaded
+from muon_dtensor.options import (
+    DEFAULTS,
+    as_text,
+    complete,
+    complete_loaded,
+    declaration_of,
+)
 from muon_dtensor.planning.ir import Plan, PlanOptions
 from muon_dtensor.planning.planner import plan_update
 from muon_dtensor.runtime.agreement import Agreement
@@ -134,7 +140,7 @@ class Muon(Optimizer):
                 f"nonfinite must be 'raise', 'skip' or 'propagate', got {nonfinite!r}"
             )
         self._ns_dtype = ns_dtype
-        self._custom = None if isinstance(orthogonalizer, str) else orthogonalizer
+        self._custom = orthogonalizer if callable(orthogonalizer) else None
         if not (isinstance(bucket_mb, (int, float)) and 0 < bucket_mb < math.inf):
             raise ValueError(f"bucket_mb must be a number above 0, got {bucket_mb!r}")
         self._bucket_nbytes = max(1, int(bucket_mb * 2**20))
@@ -198,6 +204,12 @@ class Muon(Optimizer):
 
     def _replan(self) -> None:
         """Plan anew and make missing state; the next ballots compare the new plan."""
+        for group in self.param_groups:
+            if group["orthogonalizer"] == "custom" and self._custom is None:
+                raise GroupOptionError(
+                    "a param group has orthogonalizer='custom': give it to the constructor, "
+                    "Muon(..., orthogonalizer=function)"
+                )
         config = self._config
         if self._plain.rule is not config.plain_rule:
             self._plain = PlainTensors(config.plain_rule)
@@ -281,7 +293,6 @@ class Muon(Optimizer):
             local = {index: param.on_this_rank() for index, param in found.items()}
             self._executor.run(local, mask)
             return
-        names = [entry.name for entry in self._census.muon]
         ByFunctions(
             config.gather_fn,
             config.redistribute_fn,
@@ -290,8 +301,11 @@ class Muon(Optimizer):
             self._ns_dtype,
         ).run(
             [
-                FunctionParam(names[index], param, self._owners[names[index]])
-                for index, param in found.items()
+                FunctionParam(
+                    entry.name, found[index], self._owners[entry.name], declaration_of(entry.group)
+                )
+                for index, entry in enumerate(self._census.muon)
+                if index in found
             ],
             mask,
             detect_misuse=mask is None and self._nonfinite != "propagate",

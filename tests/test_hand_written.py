@@ -13,6 +13,7 @@ from tests.support.cases import Oracle, tensors_like
 from tests.support.meter import counting, installed
 from tests.support.pool import process_outcomes, run_processes
 from tests.support.threads import run_threads
+from tests.test_declared_matrices import Separate
 
 SHAPES = [(8, 12), (12, 12), (4, 16), (8, 3, 5)]
 WORLD = 4
@@ -147,6 +148,34 @@ def test_an_owner_without_its_matrix_is_told():
     text, unchanged = process_outcomes(WORLD, broken, "nothing gathered")[0][1]
     assert "gather_fn returned None for p0 on its owner, rank 0" in text
     assert unchanged
+
+
+def with_declarations() -> tuple[bool, bool]:
+    """Fused blocks of one tensor, and a convolution, moved by hand."""
+    wholes = tensors_like([(12, 20), (8, 3, 2, 2)], 0)
+    params = [nn.Parameter(w.chunk(WORLD)[dist.get_rank()].clone()) for w in wholes]
+    framework = Framework()
+    config = DistributedConfig(assign, gather_at_owner, scatter, {"framework": framework})
+    groups: list[dict[str, Any]] = [
+        {"params": [("qkv", params[0])], "split_sizes": (6, 3, 3)},
+        {"params": [("conv", params[1])], "matrix": "o i kh kw -> o (i kh kw)"},
+    ]
+    optimizer = Muon(groups, distributed_config=config)
+    oracles = [Separate(w, group) for w, group in zip(wholes, groups, strict=True)]
+    grads = tensors_like([(12, 20), (8, 3, 2, 2)], 1)
+    for param, grad, oracle in zip(params, grads, oracles, strict=True):
+        param.grad = grad.chunk(WORLD)[dist.get_rank()].clone()
+        oracle.step(grad)
+    optimizer.step()
+    same = [
+        torch.equal(p, oracle.whole().chunk(WORLD)[dist.get_rank()])
+        for p, oracle in zip(params, oracles, strict=True)
+    ]
+    return same[0], same[1]
+
+
+def test_declared_matrices_under_hand_written_functions():
+    assert run_processes(WORLD, with_declarations) == [(True, True)] * WORLD
 
 
 def alone() -> list[bool]:

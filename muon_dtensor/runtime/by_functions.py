@@ -10,19 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from muon_dtensor.errors import RefusalError
+from muon_dtensor.layout import Region
+from muon_dtensor.patterns import Declaration
 from muon_dtensor.runtime.describe import local_part
 from muon_dtensor.runtime.executor import LocalParam
-from muon_dtensor.runtime.polar import MuonOptions
+from muon_dtensor.runtime.packing import box_of, from_matrix, to_matrix, view_box
 from muon_dtensor.update import Place, adjusted_lr, apply_update, direction_of, update_momentum
 
 
 @dataclass(frozen=True, slots=True)
 class FunctionParam:
-    """One parameter of the step: this rank's shards as the user keeps them, and its owner."""
+    """One parameter of the step: this rank's shards as the user keeps them, and its owner.
+
+    `declaration`: which matrices the whole tensor holds.
+    """
 
     name: str
     local: LocalParam
     owner: int
+    declaration: Declaration
 
 
 @dataclass(frozen=True)
@@ -87,14 +94,12 @@ class ByFunctions:
         whole = self.gather_fn(direction, param.owner, self.state)
         was_gathered = whole is not None
         if self.rank == param.owner:
-            if whole is None or whole.ndim < 2:
-                seen = "None" if whole is None else f"a tensor of shape {list(whole.shape)}"
+            if whole is None:
                 raise RuntimeError(
-                    f"gather_fn returned {seen} for {param.name} on its owner, rank "
-                    f"{param.owner}. It must return the whole matrix there, [rows, cols] or "
-                    "[batch, rows, cols]."
+                    f"gather_fn returned None for {param.name} on its owner, rank {param.owner}. "
+                    "It must return the whole tensor there."
                 )
-            whole = self._scaled_polar_factor(whole, param.local).to(direction.dtype)
+            whole = self._scaled_polar_factor(whole, param)
         elif whole is not None:
             whole = torch.full_like(whole, torch.nan)
         return local_part(self.redistribute_fn(whole, param.owner, self.state)), was_gathered
@@ -115,13 +120,21 @@ class ByFunctions:
             )
         return ""
 
-    def _scaled_polar_factor(self, whole: Tensor, local: LocalParam) -> Tensor:
+    def _scaled_polar_factor(self, whole: Tensor, param: FunctionParam) -> Tensor:
         """Of every matrix, times the factor of its learning rate: only the owner knows its size."""
-        options: MuonOptions = local.options
-        matrices = whole.reshape(-1, *whole.shape[-2:])
-        factors = [
-            options.polar_factor(m.contiguous().to(self.dtype), self.dtype) for m in matrices
-        ]
-        scale = adjusted_lr(1.0, options.adjust_lr_fn, whole.size(-2), whole.size(-1))
-        result = torch.stack(factors).view(whole.shape) if factors else whole.clone()
-        return result.to(local_part(local.param).dtype) * scale
+        options = param.local.options
+        try:
+            matrices = param.declaration.matrices(tuple(whole.shape))
+        except RefusalError as refusal:
+            raise RuntimeError(
+                f"gather_fn returned a tensor of shape {list(whole.shape)} for {param.name} on its "
+                f"owner, rank {param.owner}. {refusal}"
+            ) from refusal
+        direction, result = whole.to(self.dtype), torch.empty_like(whole)
+        for matrix in matrices:
+            box = box_of(matrix.region, Region.whole(tuple(whole.shape)))
+            x = to_matrix(view_box(direction, box).contiguous(), matrix)
+            polar_factor = options.polar_factor(x, self.dtype).to(whole.dtype)
+            scale = adjusted_lr(1.0, options.adjust_lr_fn, matrix.rows, matrix.cols)
+            view_box(result, box).copy_(from_matrix(polar_factor * scale, matrix))
+        return result
