@@ -126,8 +126,14 @@ def _last_if_unsaid(rule: PlainRule | None) -> PlainRule | None:
 def _start(shard: Tensor, dst_rank: int | None, rule: PlainRule | None) -> Gathering:
     describer = Describer(None if rule is None else rule.mesh)
     if isinstance(shard, DTensor):
-        layout = describe_layout(shard, describer.mesh(shard.device_mesh))
-        shard = shard.to_local()
+        mesh = describer.mesh(shard.device_mesh)
+        layout, shard = describe_layout(shard, mesh), shard.to_local()
+        if (
+            dst_rank is not None
+            and not mesh.holds(dst_rank)
+            and describer.plain_mesh.holds(dst_rank)
+        ):
+            return Gathering(None, layout, (), shard, shard, None)  # of interest on another line
     elif rule is None:
         layout = Layout(describer.plain_mesh, tuple(shard.shape), ((),) * shard.ndim)
     else:
@@ -141,12 +147,12 @@ def _layout_of_shards(shard: Tensor, rule: PlainRule, describer: Describer) -> L
     groups = Groups(describer.device_meshes, rank).along_each_dim(mesh)
     told = gather_from_mesh(tuple(shard.shape), groups, rank)
     shapes = {mesh.position_of(other): shape for other, shape in told.items()}
-    return layout_from_shards(mesh, rule.cuts_of("", 0, shard.ndim), shapes)
+    return layout_from_shards(mesh, rule.cuts_by_hand(shard.ndim), shapes)
 
 
 def _chunked(whole: Tensor, rule: PlainRule, describer: Describer) -> Layout:
     shape = tuple(whole.shape)
-    return Layout(describer.plain_mesh, shape, rule.cuts_of("", 0, whole.ndim))
+    return Layout(describer.plain_mesh, shape, rule.cuts_by_hand(whole.ndim))
 
 
 MADE_FUNCTIONS = (

@@ -17,12 +17,17 @@ from muon_dtensor.assignment import validate_assignments
 from muon_dtensor.config import DistributedConfig
 from muon_dtensor.errors import PlanError, Problem
 from muon_dtensor.layout import MeshSpec, ParamSpec
-from muon_dtensor.matrices import TO_ADAMW
 from muon_dtensor.options import declaration_of
 from muon_dtensor.planning.ir import Plan
 from muon_dtensor.planning.planner import restrict
 from muon_dtensor.runtime.ballots import Manifest
-from muon_dtensor.runtime.describe import Describer, dtype_name, local_part, this_rank
+from muon_dtensor.runtime.describe import (
+    Describer,
+    dtype_name,
+    local_part,
+    this_rank,
+    wrong_dtype,
+)
 from muon_dtensor.runtime.plain import PlainTensors
 
 
@@ -46,22 +51,25 @@ class Census:
         self._plain = plain
         self.describer = Describer(None if plain.rule is None else plain.rule.mesh)
 
-    def specs(self, wire_dtype: torch.dtype, *, whole: DeviceMesh | None) -> list[ParamSpec]:
+    def specs(
+        self, wire_dtype: torch.dtype, *, whole: DeviceMesh | None, exchange: bool
+    ) -> list[ParamSpec]:
         """All parameters of Muon as the planner knows them.
 
         Args:
             wire_dtype: of the iteration and of all that is sent.
             whole: the mesh that must hold all parameters.
+            exchange: whether all ranks learn of new plain tensors now, also those without any.
 
         Raises:
             ValueError: a parameter lives outside the mesh.
+            PlanMismatchError: ranks hold other plain tensors.
             PlanError: parameters that Muon cannot step, all of them told at once.
         """
         if whole is not None:
             self._must_lie_on(self.describer.mesh(whole))
-        beside = any(isinstance(entry.param, DTensor) for entry in self.muon)
         named = [(entry.name, entry.param) for entry in self.entries]
-        self._plain.learn(named, self.describer, beside_dtensors=beside)
+        self._plain.learn(named, self.describer, exchange=exchange)
         problems = _same_names([entry.name for entry in self.entries])
         specs: list[ParamSpec] = []
         homes: dict[MeshSpec, torch.device] = {}
@@ -93,15 +101,14 @@ class Census:
             raise PlanError(problems, num_params=len(self.entries))
         return specs
 
-    def must_be_matrices(self) -> None:
-        """Raise PlanError for parameters of Muon that are no matrices, whatever their shards."""
+    def must_be_real(self) -> None:
+        """Raise PlanError for parameters that hold no matrices, whatever their functions do."""
         problems = _same_names([entry.name for entry in self.entries])
-        for entry in self.muon:
-            if entry.param.ndim < 2 and declaration_of(entry.group).pattern is None:
-                seen = str(list(entry.param.shape))
-                problems.append(
-                    Problem(entry.name, seen, "Muon needs a matrix; this has none.", TO_ADAMW)
-                )
+        problems += [
+            wrong_dtype(entry.name, entry.param)
+            for entry in self.muon
+            if not entry.param.is_floating_point()
+        ]
         if problems:
             raise PlanError(problems, num_params=len(self.entries))
 
@@ -122,9 +129,10 @@ class Census:
         """
         if not config.names_owners:
             return {}
+        rule = self._plain.rule
         shown = [
             entry.param
-            if isinstance(entry.param, DTensor) or tuple(entry.param.shape) == spec.shape
+            if isinstance(entry.param, DTensor) or rule is None or not rule.real_cuts
             else torch.empty(
                 self._plain.flat_shape(entry.param) or spec.shape,
                 dtype=entry.param.dtype,
@@ -157,7 +165,10 @@ class Census:
                 params=lines,
                 fqns=tuple(entry.name for entry, _ in found),
                 sometimes_empty=frozenset(
-                    entry.name for entry, _ in found if self._plain.is_sometimes_empty(entry.param)
+                    entry.name
+                    for entry, _ in found
+                    if not isinstance(entry.param, DTensor)
+                    and self._plain.is_sometimes_empty(entry.param)
                 ),
                 groups=tuple(sorted({entry.group_index for entry, _ in found})),
             )

@@ -54,7 +54,8 @@ class DistributedConfig:
     gather_fn: see GatherFn.
     redistribute_fn: see RedistributeFn.
     state: handed to all three. `rank` and `world_size` are looked up in it; without them they are
-        those of torch.distributed.
+        those of torch.distributed. If hand-written functions leave a DeviceMesh of their ranks in
+        `device_mesh`, these agree before every step as under a made config.
     async_gpu_parallelism: False for debugging: ranks orthogonalize one after the other, in rank
         order. The result is the same. Hand-written functions decide that themselves.
     prefetch_count: buckets whose exchange is in flight while another is orthogonalized.
@@ -70,12 +71,12 @@ class DistributedConfig:
     @property
     def is_by_hand(self) -> bool:
         """Whether the config's own functions move tensors, rather than a plan."""
-        return not {self.gather_fn, self.redistribute_fn} <= set(MADE_FUNCTIONS)
+        return not (_is_made(self.gather_fn) and _is_made(self.redistribute_fn))
 
     @property
     def names_owners(self) -> bool:
         """Whether `assign_fn` is the user's."""
-        return self.assign_fn not in MADE_FUNCTIONS
+        return not _is_made(self.assign_fn)
 
     @property
     def mesh(self) -> DeviceMesh | None:
@@ -87,7 +88,19 @@ class DistributedConfig:
     def plain_rule(self) -> PlainRule | None:
         """How plain tensors lie; None: they are each rank's own."""
         rule: PlainRule | None = self.state.get("plain_rule")
+        if self.is_by_hand:
+            mesh = self.mesh if rule is None else rule.mesh
+            return None if mesh is None else PlainRule(mesh)
         return rule
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles and copies: all but process groups, which live in one process."""
+        kept = {k: v for k, v in self.state.items() if not isinstance(v, dist.ProcessGroup)}
+        return {**self.__dict__, "state": kept}
+
+
+def _is_made(function: object) -> bool:
+    return any(function is made for made in MADE_FUNCTIONS)
 
 
 def base_state(rule: PlainRule | None) -> dict[str, Any]:
@@ -125,7 +138,7 @@ def create_devicemesh_config(
     Args:
         mesh: a DeviceMesh; or leave it out and give sizes, and `config.mesh` is made from them.
         mesh_dim_names: dims over which plain parameters, and DTensors that do not have them, are
-            replicated; default: all but `pp`, whose stages hold different parameters.
+            replicated; default: all but `pp` and `ep`, whose ranks hold different parameters.
         async_gpu_parallelism: see DistributedConfig.
         prefetch_count: see DistributedConfig.
         device_type: of a mesh made from sizes.
@@ -145,11 +158,11 @@ def create_devicemesh_config(
         mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     names = mesh.mesh_dim_names
     if mesh_dim_names is None:
-        wanted = None if names is None else tuple(name for name in names if name != "pp")
+        wanted = None if names is None else tuple(n for n in names if n not in ("pp", "ep"))
     else:
-        wanted = tuple(mesh_dim_names)
-        if unknown := [name for name in wanted if name not in (names or ())]:
+        if unknown := [name for name in mesh_dim_names if name not in (names or ())]:
             raise ValueError(f"mesh dims {unknown} are not on the mesh, which has {names}")
+        wanted = tuple(name for name in names or () if name in mesh_dim_names)
     plain_mesh: DeviceMesh | None = mesh
     if wanted is not None and wanted != names:
         plain_mesh = mesh[wanted] if wanted else None

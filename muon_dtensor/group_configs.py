@@ -159,6 +159,8 @@ def _config(
     `apart`: keywords and groups whose ranks hold different parameters. `shard_dims`: of the roles
     that cut, outermost cut first.
     """
+    for role, tensor_dims in shard_dims.items():
+        _check_tensor_dims("tp_shard_dim" if role == "tp" else "fsdp_shard_dim", tensor_dims)
     given = {word: group for word, group in (*roles.values(), *apart.items()) if group is not None}
     checked = check_groups(given)
     dims = {role: checked[word] for role, (word, _) in roles.items() if word in checked}
@@ -168,3 +170,18 @@ def _config(
         rule = PlainRule(mesh, tuple((r, shard_dims[r]) for r in shard_dims if r in dims))
     state = {**base_state(rule), **checked}
     return DistributedConfig(*functions, state, async_gpu_parallelism, prefetch_count)
+
+
+def _check_tensor_dims(keyword: str, tensor_dims: object) -> None:
+    """Raise ValueError for what tells no tensor dims."""
+    if isinstance(tensor_dims, Mapping):
+        values, is_right = list(tensor_dims.values()), all(isinstance(n, str) for n in tensor_dims)
+    elif isinstance(tensor_dims, (list, tuple)):
+        values, is_right = list(tensor_dims), True
+    else:
+        values, is_right = [tensor_dims], True
+    if not is_right or any(type(value) is not int and value is not None for value in values):
+        raise ValueError(
+            f"{keyword} must be a tensor dim, one per parameter, or {{name: dim or None}}, got "
+            f"{tensor_dims!r}"
+        )

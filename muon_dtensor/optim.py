@@ -154,6 +154,8 @@ class Muon(Optimizer):
         self._plain = PlainTensors(None)
         self._plan: Plan | None = None
         self._sweeps_twice: dict[frozenset[int], bool] = {}
+        self._owners: dict[str, int] = {}
+        self._asked_for: list[Tensor] = []
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -168,20 +170,22 @@ class Muon(Optimizer):
         complete({}, defaults)
         groups: Any = params if isinstance(params, Tensor) else list(params) or [{"params": []}]
         super().__init__(groups, defaults)
-        self._replan()
+        self._replan(exchange=True)
         if this_rank() == 0 and not self._config.is_by_hand:
             logger.info("%s", self.plan)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does; its parameters are planned, and compared at the next step.
 
+        Under process groups a collective: all their ranks add a group at the same time.
+
         Raises what the constructor raises, and then adds nothing.
         """
         super().add_param_group(complete(param_group, self.defaults))
         if self._plan is not None:
             try:
-                self._replan()
-            except ValueError:
+                self._replan(exchange=True)
+            except Exception:
                 self.param_groups.pop()
                 self._replan()
                 raise
@@ -202,8 +206,20 @@ class Muon(Optimizer):
         """What this rank did when, if the constructor was told to record it."""
         return self._trace
 
-    def _replan(self) -> None:
-        """Plan anew and make missing state; the next ballots compare the new plan."""
+    def _assigned_by_hand(self, census: Census) -> dict[str, int]:
+        """Owners by the user's `assign_fn`, which is asked once for the same parameters."""
+        params = [entry.param for entry in census.muon]
+        known = self._asked_for
+        if len(known) != len(params) or any(a is not b for a, b in zip(known, params, strict=True)):
+            self._owners = census.assigned(self._config, params)
+            self._asked_for = params
+        return self._owners
+
+    def _replan(self, *, exchange: bool = False) -> None:
+        """Plan anew and make missing state; the next ballots compare the new plan.
+
+        `exchange`: whether all ranks learn of new plain tensors now, also those without any.
+        """
         for group in self.param_groups:
             if group["orthogonalizer"] == "custom" and self._custom is None:
                 raise GroupOptionError(
@@ -216,10 +232,10 @@ class Muon(Optimizer):
         census = Census(self.param_groups, self._plain)
         by_hand = config.is_by_hand
         if by_hand:
-            census.must_be_matrices()
-            owners = census.assigned(config, [entry.param for entry in census.muon])
+            census.must_be_real()
+            owners = self._assigned_by_hand(census)
         else:
-            specs = census.specs(self._ns_dtype, whole=config.mesh)
+            specs = census.specs(self._ns_dtype, whole=config.mesh, exchange=exchange)
             owners = census.owners(config, specs)
         on_gpu = any(entry.param.device.type == "cuda" for entry in census.muon)
         options = PlanOptions(
@@ -305,7 +321,7 @@ class Muon(Optimizer):
                     entry.name, found[index], self._owners[entry.name], declaration_of(entry.group)
                 )
                 for index, entry in enumerate(self._census.muon)
-                if index in found
+                if index in found and entry.param.grad is not None
             ],
             mask,
             detect_misuse=mask is None and self._nonfinite != "propagate",
@@ -364,12 +380,14 @@ class Muon(Optimizer):
             complete_loaded(group, known[index] if index < len(known) else "muon")
         self.__dict__.setdefault("_sweeps_twice", {})
         self.__dict__.setdefault("_plain", PlainTensors(None))
-        self.__dict__.setdefault("_trace", None)
+        self.__dict__.setdefault("_owners", {})
+        self.__dict__.setdefault("_asked_for", [])
         self._replan()
 
 
 _PICKLED = (
     "_custom",
+    "_trace",
     "_config",
     "_ns_dtype",
     "_bucket_nbytes",

@@ -60,14 +60,29 @@ def flat_layout_from_shards(
     mesh: MeshSpec,
     mesh_dim: str,
     shape: tuple[int, ...],
-    shapes: Mapping[int, tuple[int, ...]],
+    slices: Mapping[int, tuple[int | None, int]],
 ) -> Layout:
-    """The layout of a tensor of `shape` stored flat, whose slices along `mesh_dim` are `shapes`.
+    """The layout of a tensor of `shape` stored flat, cut in slices along `mesh_dim`.
+
+    Args:
+        mesh: where the slices lie.
+        mesh_dim: the mesh dim that cuts; all others replicate.
+        shape: of the whole tensor.
+        slices: where the slice at each position begins (None for an empty one), and its numel.
 
     Raises:
         RefusalError: the slices are not one after the other all of the tensor.
     """
+    shapes = {position: (numel,) for position, (_, numel) in slices.items()}
     layout = layout_from_shards(mesh, [(mesh_dim,)], shapes)
+    for position, (start, numel) in slices.items():
+        (expected,) = layout.region(position).start
+        if numel and start != expected:
+            raise RefusalError(
+                f"Rank {mesh.ranks[position]} holds its elements from {start} on; sliced over "
+                f"{mesh_dim} they would begin at {expected}.",
+                "Give the process groups that the model was wrapped with, each in its own place.",
+            )
     if layout.shape != (prod(shape),):
         raise RefusalError(
             f"The slices over {mesh_dim} have {layout.shape[0]} elements, its shape {list(shape)} "

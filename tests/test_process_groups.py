@@ -102,7 +102,9 @@ def test_a_matrix_fills_its_region():
 
 def test_slices_that_are_not_the_tensor_are_refused():
     with pytest.raises(RefusalError, match="have 9 elements"):
-        flat_layout_from_shards(MeshSpec.of(fsdp=2), "fsdp", (2, 5), {0: (4,), 1: (5,)})
+        flat_layout_from_shards(MeshSpec.of(fsdp=2), "fsdp", (2, 5), {0: (0, 4), 1: (4, 5)})
+    with pytest.raises(RefusalError, match=r"from 0 on; .* would begin at 5"):
+        flat_layout_from_shards(MeshSpec.of(fsdp=2), "fsdp", (2, 5), {0: (0, 5), 1: (0, 5)})
 
 
 @settings(max_examples=40, deadline=None)
@@ -115,8 +117,8 @@ def test_flat_plans_route_every_element_once(shape, cuts, owner):
     numel = prod(shape)
     ends = [0, *sorted(min(cut, numel) for cut in cuts), numel]
     mesh = MeshSpec.of(fsdp=4)
-    shapes = {index: (b - a,) for index, (a, b) in enumerate(pairwise(ends))}
-    layout = flat_layout_from_shards(mesh, "fsdp", shape, shapes)
+    slices = {index: (a, b - a) for index, (a, b) in enumerate(pairwise(ends))}
+    layout = flat_layout_from_shards(mesh, "fsdp", shape, slices)
     spec = ParamSpec("w", layout, "float32", tuple(flattened(m, shape) for m in matrices_of(shape)))
     plan = plan_update([spec], owners=None if owner is None else {"w": owner})
     check(plan)
@@ -378,7 +380,7 @@ def refusals(kind: str) -> str:
     ("kind", "words"),
     [
         ("unsaid", "PlanError.*group 'tp' cuts was not said.*Give tp_shard_dim"),
-        ("beside-dtensors", "PlanError.*It is no DTensor, and others are"),
+        ("beside-dtensors", "PlanError.*It is a plain tensor beside DTensors or slices"),
         ("no-such-dim", "PlanError.*2 tensor dims, and 'tp' is said to cut dim 2"),
         ("too-few", "PlanError.*tensor dims were given for 0"),
         ("not-named", "PlanError.*Tensor dims were given for v.*Name it too"),

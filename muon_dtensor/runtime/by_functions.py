@@ -59,7 +59,8 @@ class ByFunctions:
                 from the owner; False where gradients may hold NaN themselves.
 
         Raises:
-            RuntimeError: a function returned what it should not. Nothing has changed.
+            RuntimeError: a function returned what it should not. Nothing has changed here; ranks
+                whose functions returned what they should have stepped.
         """
         done: list[tuple[FunctionParam, Tensor, Tensor]] = []
         told: list[str] = []
@@ -102,7 +103,13 @@ class ByFunctions:
             whole = self._scaled_polar_factor(whole, param)
         elif whole is not None:
             whole = torch.full_like(whole, torch.nan)
-        return local_part(self.redistribute_fn(whole, param.owner, self.state)), was_gathered
+        shard = self.redistribute_fn(whole, param.owner, self.state)
+        if not isinstance(shard, Tensor):
+            raise RuntimeError(
+                f"redistribute_fn returned {shard!r} for {param.name} on rank {self.rank}. It must "
+                "return this rank's shard."
+            )
+        return local_part(shard), was_gathered
 
     def _misuse(self, param: FunctionParam, shard: Tensor, look_for_nan: bool) -> str:
         """What is wrong with the shard that `redistribute_fn` returned; empty if nothing is."""

@@ -6,7 +6,7 @@ The sole reader of torch's private classes, so one file follows torch's releases
 import gc
 from collections.abc import Iterable
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 def this_rank() -> int:
     """The global rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def default_store() -> Any:
+    """The key-value store by which the ranks of the default process group found each other."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def describe_mesh(mesh: DeviceMesh) -> MeshSpec:
@@ -106,13 +111,19 @@ class FlatSlices:
     for flat parameters, once, if any parameter is marked: 0.1 s.
     """
 
-    def __init__(self, shapes: dict[int, tuple[int, ...]], refused: dict[int, RefusalError]):
-        self._shapes, self._refused = shapes, refused
+    def __init__(
+        self,
+        shapes: dict[int, tuple[int, ...]],
+        starts: dict[int, int | None],
+        refused: dict[int, RefusalError],
+    ) -> None:
+        self._shapes, self._starts, self._refused = shapes, starts, refused
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor]) -> "FlatSlices":
         """Of those among the tensors that FSDP1 has flattened."""
         shapes: dict[int, tuple[int, ...]] = {}
+        starts: dict[int, int | None] = {}
         refused: dict[int, RefusalError] = {}
         wanted: set[int] = set()
         for tensor in tensors:
@@ -125,9 +136,13 @@ class FlatSlices:
                 wanted.add(id(tensor))
         flats = filter(_is_flat, gc.get_objects()) if wanted else ()
         for flat in flats:
-            for param, shape, extension in zip(
-                flat._params or (), flat._shapes, flat._param_extensions, strict=False
-            ):
+            originals = zip(
+                *(flat._params or (), flat._shapes, flat._param_extensions),
+                flat._shard_param_infos,
+                strict=False,
+            )
+            for param, shape, extension, info in originals:
+                starts[id(param)] = info.intra_param_start_idx
                 if id(param) in wanted and extension is not None:
                     refused[id(param)] = RefusalError(
                         "It is a DTensor that FSDP1 has flattened.",
@@ -135,11 +150,20 @@ class FlatSlices:
                     )
                 elif id(param) in wanted:
                     shapes[id(param)] = tuple(shape)
-        return cls(shapes, refused)
+        for index in wanted - shapes.keys() - refused.keys():
+            refused[index] = RefusalError(
+                "FSDP1 has flattened it, and its flat parameter is not to be found.",
+                "Construct the optimizer before gc.freeze(), or use fully_shard (FSDP2).",
+            )
+        return cls(shapes, starts, refused)
 
     def shape_of(self, tensor: Tensor) -> tuple[int, ...] | None:
         """The shape of the whole tensor; None for a tensor that is no slice."""
         return self._shapes.get(id(tensor))
+
+    def start_of(self, tensor: Tensor) -> int | None:
+        """Where this rank's slice begins in the whole tensor; None if it has none of it."""
+        return self._starts.get(id(tensor))
 
     def refusal_of(self, tensor: Tensor) -> RefusalError | None:
         """Why this tensor cannot be described; None if it can."""
@@ -229,13 +253,8 @@ class Describer:
     ) -> ParamSpec | Problem:
         """One parameter of Muon, or why it cannot be one."""
         seen = placed(tensor)
-        if tensor.is_complex() or not tensor.is_floating_point():
-            return Problem(
-                fqn,
-                seen,
-                f"Muon needs a real floating dtype; this is {dtype_name(tensor.dtype)}.",
-                "Leave it out of the optimizer, or store it in a floating dtype.",
-            )
+        if not tensor.is_floating_point():
+            return wrong_dtype(fqn, tensor)
         try:
             layout = self.layout(tensor, plain)
             flat = plain.flat_shape(tensor)
@@ -250,6 +269,16 @@ class Describer:
             num_iterations,
             dtype_name(wire_dtype),
         )
+
+
+def wrong_dtype(fqn: str, tensor: Tensor) -> Problem:
+    """What to say of a parameter that holds no real floating-point numbers."""
+    return Problem(
+        fqn,
+        placed(tensor),
+        f"Muon needs a real floating dtype; this is {dtype_name(tensor.dtype)}.",
+        "Leave it out of the optimizer, or store it in a floating dtype.",
+    )
 
 
 def placed(tensor: Tensor) -> str:

@@ -209,6 +209,11 @@ def _fault_of(name: str, param: Tensor, grad: Tensor) -> str:
             f"{name} has a sparse gradient ({grad.layout}); Muon needs a dense one. Construct "
             "the embedding with sparse=False."
         )
+    if grad.shape != param.shape:
+        return (
+            f"{name} is {list(param.shape)} and its gradient {list(grad.shape)}. A backward under "
+            "no_sync() leaves FSDP1's gradients whole: end with one outside of it."
+        )
     if grad.dtype != param.dtype:
         return (
             f"{name} is {dtype_name(param.dtype)} and its gradient {dtype_name(grad.dtype)}. "

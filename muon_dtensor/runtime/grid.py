@@ -1,9 +1,18 @@
 """From process groups to the DeviceMesh they are the dims of.
 
 Every rank knows its own groups only; what they make together is asked of the others, once.
+
+Note [Asking through the store]
+    Whether ranks mean the same groups cannot be asked over those groups: a rank that left one out
+    would leave the others waiting. So every rank writes its groups, by keyword, to the store of the
+    default process group, reads those of its groups' members, and writes what it found; once more
+    for each group, so that a fault reaches all who are connected. Nobody waits for longer than
+    STORE_SECONDS.
 """
 
+import json
 from collections.abc import Mapping
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -11,44 +20,110 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from muon_dtensor.runtime.collectives import all_gather_values, all_reduce_max
-from muon_dtensor.runtime.describe import this_rank
+from muon_dtensor.runtime.describe import default_store, this_rank
+
+STORE_SECONDS = 120
+"""How long ranks may differ in the time at which they make a config."""
 
 
 def check_groups(groups: Mapping[str, object]) -> dict[str, ProcessGroup]:
-    """The process groups, as they can be dims of one mesh as far as this rank can see.
+    """The process groups, which all their members pass by the same keywords.
+
+    A collective among all ranks that groups connect; see Note [Asking through the store].
 
     Raises:
-        ValueError: one is no process group of this rank, or two share other ranks than this one.
+        ValueError: one is no process group of this rank, two share other ranks than this one, or
+            some rank passes other groups. On every rank that is connected with the one at fault.
     """
-    checked: dict[str, ProcessGroup] = {}
-    rank = this_rank()
+    if not groups:
+        return {}
+    fault, ranks = "", {}
     for name, group in groups.items():
         if not isinstance(group, ProcessGroup):
-            raise ValueError(
-                f"{name} does not contain rank {rank}: got {group!r}. Each rank passes the group "
-                "that it is a member of, e.g. device_mesh.get_group(name)."
+            fault = fault or (
+                f"{name} does not contain rank {this_rank()}: got {group!r}. Each rank passes the "
+                "group that it is a member of, e.g. device_mesh.get_group(name)."
             )
-        ranks = dist.get_process_group_ranks(group)
-        if rank not in ranks:
-            raise ValueError(f"{name} has ranks {ranks} and does not contain rank {rank}.")
-        for other, known in checked.items():
-            shared = sorted(set(ranks) & set(dist.get_process_group_ranks(known)))
-            if shared != [rank]:
-                raise ValueError(
+            continue
+        ranks[name] = dist.get_process_group_ranks(group)
+    fault = fault or _overlap(ranks)
+    if dist.is_initialized():
+        fault = _ask(ranks, fault)
+    if fault:
+        raise ValueError(fault)
+    return {name: group for name, group in groups.items() if isinstance(group, ProcessGroup)}
+
+
+def _overlap(ranks: Mapping[str, list[int]]) -> str:
+    """What is wrong with this rank's groups as far as it can see; empty if nothing is."""
+    here = this_rank()
+    names = list(ranks)
+    for index, name in enumerate(names):
+        if here not in ranks[name]:
+            return f"{name} has ranks {ranks[name]} and does not contain rank {here}."
+        for other in names[:index]:
+            shared = sorted(set(ranks[name]) & set(ranks[other]))
+            if shared != [here]:
+                return (
                     f"{other} and {name} both hold ranks {shared}. They must be orthogonal, like "
-                    "rows and columns of a grid: rank "
-                    f"{rank} alone in common. Make them from one DeviceMesh."
+                    f"rows and columns of a grid: rank {here} alone in common. Make them from one "
+                    "DeviceMesh."
                 )
-        checked[name] = group
-    return checked
+    return ""
+
+
+def _ask(ranks: Mapping[str, list[int]], fault: str) -> str:
+    """The fault of any rank that is connected with this one, by what all write to the store."""
+    store, here = default_store(), this_rank()
+    turn = store.add(f"muon_dtensor/configs/{here}", 1)
+    members = sorted({rank for group in ranks.values() for rank in group} - {here})
+    num_rounds = len(ranks) + 1
+
+    def key(number: int, rank: int) -> str:
+        return f"muon_dtensor/config/{turn}/{number}/{rank}"
+
+    for number in range(num_rounds):
+        if fault:  # those who ask later find it, too
+            for later in range(number, num_rounds):
+                store.set(key(later, here), json.dumps({"fault": f"Rank {here}: {fault}"}))
+            return fault
+        store.set(key(number, here), json.dumps({"groups": ranks}))
+        keys = [key(number, rank) for rank in members]
+        try:
+            store.wait(keys, timedelta(seconds=STORE_SECONDS))
+        except RuntimeError:
+            fault = (
+                f"Some of ranks {members} did not make this config within {STORE_SECONDS} s. All "
+                "ranks of the groups must make it, and those before it, in one order."
+            )
+            continue
+        for rank, answer in zip(members, store.multi_get(keys) if keys else [], strict=True):
+            fault = fault or _difference(ranks, rank, json.loads(answer))
+    return fault
+
+
+def _difference(ranks: Mapping[str, list[int]], rank: int, told: Mapping[str, object]) -> str:
+    """In what another rank's groups are not this one's; empty if in nothing."""
+    if "fault" in told:
+        text = str(told["fault"])
+        return text if text.startswith("Rank ") else f"Rank {rank}: {text}"
+    theirs = told["groups"]
+    assert isinstance(theirs, dict)
+    for name, group in ranks.items():
+        if rank in group and theirs.get(name) != group:
+            passed = theirs.get(name, "none")
+            return f"{name} has ranks {group}, and rank {rank} passes {passed} as {name}."
+    if theirs.keys() != ranks.keys():
+        return f"Rank {rank} passes {', '.join(theirs)}, and this rank {', '.join(ranks)}."
+    return ""
 
 
 def mesh_of_groups(groups: Mapping[str, ProcessGroup]) -> DeviceMesh:
-    """The mesh whose dims are these groups, outermost first; a collective among its ranks.
+    """The mesh whose dims are these checked groups, outermost first; a collective of its ranks.
 
     Raises:
         ValueError: the groups of all ranks together are no grid. On every rank that sees it, or
-            that one of its groups hears of it from.
+            hears of it from those with whom its groups connect it.
     """
     dims = list(groups.values())
     device_type = "cuda" if "nccl" in dist.get_backend(dims[0]) else "cpu"
@@ -59,16 +134,16 @@ def mesh_of_groups(groups: Mapping[str, ProcessGroup]) -> DeviceMesh:
     for group in reversed(dims[:-1]):
         grid = all_gather_values(grid, group)
     mesh = _grid_tensor(grid)
-    fault = torch.tensor([int(mesh is None or not _is_grid_of(mesh, dims))])
-    for group in dims:
-        values = fault.to(device_type)
-        all_reduce_max(values, group)
-        fault = values.cpu()
+    fault = torch.tensor([int(mesh is None or not _is_grid_of(mesh, dims))], device=device_type)
+    for _ in range(len(dims) + 1):  # each sweep carries it on to those one more dim away
+        for group in dims:
+            all_reduce_max(fault, group)
     if fault.item() or mesh is None:
         seen = {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
         raise ValueError(
-            f"The process groups of all ranks make no grid; those of rank {this_rank()} are "
-            f"{seen}. Make them from one DeviceMesh: init_device_mesh(...).get_group(name)."
+            f"The process groups of all ranks make no grid of ascending ranks; those of rank "
+            f"{this_rank()} are {seen}. Make them from one DeviceMesh whose ranks ascend: "
+            "init_device_mesh(...).get_group(name)."
         )
     return DeviceMesh.from_group(dims, device_type, mesh=mesh, mesh_dim_names=names)
 

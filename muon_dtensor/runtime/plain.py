@@ -5,6 +5,7 @@ Learns the sizes of their shards from all ranks, once. Knows no plan.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -29,44 +30,66 @@ None in place of a number: the parameter is replicated. None for all: nobody sai
 class PlainRule:
     """Where plain tensors lie. `cuts`: mesh dims and the tensor dims they cut, outermost first.
 
-    All other mesh dims replicate them. Slices of FSDP1's flat parameters are cut by the only
-    mesh dim in `cuts`, whatever its tensor dim.
+    All other mesh dims replicate them; a mesh dim of one rank cuts nothing. Slices of FSDP1's flat
+    parameters are cut by the only mesh dim in `cuts`, whatever its tensor dim.
     """
 
     mesh: DeviceMesh
     cuts: tuple[tuple[str, TensorDim], ...] = ()
 
+    @property
+    def real_cuts(self) -> tuple[tuple[str, TensorDim], ...]:
+        """Those over more than one rank."""
+        sizes = dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=False))
+        return tuple((name, dims) for name, dims in self.cuts if sizes[name] > 1)
+
     def cuts_of(self, name: str, index: int, ndim: int) -> tuple[tuple[str, ...], ...]:
         """Per tensor dim of one parameter the mesh dims that cut it. Raises RefusalError."""
-        cuts: list[list[str]] = [[] for _ in range(ndim)]
-        for mesh_dim, tensor_dims in self.cuts:
-            if tensor_dims is None:
-                raise RefusalError(
-                    f"Which of its tensor dims the process group '{mesh_dim}' cuts was not said.",
-                    f"Give {_keyword(mesh_dim)}, a tensor dim or {{name: dim}}.",
-                )
-            tensor_dim = _choose(tensor_dims, name, index)
-            if tensor_dim is None:
-                continue
-            if not -ndim <= tensor_dim < ndim:
-                raise RefusalError(
-                    f"It has {ndim} tensor dims, and '{mesh_dim}' is said to cut dim {tensor_dim}.",
-                    f"Give {_keyword(mesh_dim)} by name: {{name: dim, or None if replicated}}.",
-                )
-            cuts[tensor_dim].append(mesh_dim)
-        return tuple(map(tuple, cuts))
+        return _cuts({n: _choose(dims, n, name, index) for n, dims in self.real_cuts}, ndim)
 
-    def depends_on_the_parameter(self) -> bool:
-        """Whether the user said for each parameter what cuts it."""
-        return all(isinstance(dims, (Mapping, Sequence)) for _, dims in self.cuts)
+    def cuts_by_hand(self, ndim: int) -> tuple[tuple[str, ...], ...]:
+        """The same of a tensor that has no name. Raises RefusalError for a rule by parameter."""
+        for mesh_dim, dims in self.real_cuts:
+            if isinstance(dims, (Mapping, Sequence)):
+                raise RefusalError(
+                    f"{_keyword(mesh_dim)} was given for each parameter, and a tensor that is "
+                    "handed to gather_fn or redistribute_fn has no name.",
+                    "Make a config with the one tensor dim of this tensor.",
+                )
+        return self.cuts_of("", 0, ndim)
+
+    def is_for_all(self) -> bool:
+        """Whether it says of all plain tensors alike that some group cuts them."""
+        return any(not isinstance(dims, (Mapping, Sequence)) for _, dims in self.real_cuts)
+
+
+def _cuts(chosen: Mapping[str, int | None], ndim: int) -> tuple[tuple[str, ...], ...]:
+    cuts: list[list[str]] = [[] for _ in range(ndim)]
+    for mesh_dim, tensor_dim in chosen.items():
+        if tensor_dim is None:
+            continue
+        if not -ndim <= tensor_dim < ndim:
+            raise RefusalError(
+                f"It has {ndim} tensor dims, and '{mesh_dim}' is said to cut dim {tensor_dim}.",
+                f"Give {_keyword(mesh_dim)} by name: {{name: dim, or None if replicated}}.",
+            )
+        cuts[tensor_dim].append(mesh_dim)
+    return tuple(map(tuple, cuts))
 
 
 def _keyword(mesh_dim: str) -> str:
     return "tp_shard_dim" if mesh_dim.startswith("tp") else "fsdp_shard_dim"
 
 
-def _choose(tensor_dims: TensorDim, name: str, index: int) -> int | None:
+def _choose(tensor_dims: TensorDim, mesh_dim: str, name: str, index: int) -> int | None:
     match tensor_dims:
+        case None:
+            raise RefusalError(
+                f"Which of its tensor dims the process group '{mesh_dim}' cuts was not said.",
+                f"Give {_keyword(mesh_dim)}, a tensor dim or {{name: dim}}.",
+            )
+        case int():
+            return tensor_dims
         case Mapping() if name in tensor_dims:
             return tensor_dims[name]
         case Mapping():
@@ -74,8 +97,6 @@ def _choose(tensor_dims: TensorDim, name: str, index: int) -> int | None:
                 f"Tensor dims were given for {', '.join(tensor_dims) or 'no parameter'}.",
                 f"Name it too: {{'{name}': dim, or None if replicated}}.",
             )
-        case int() | None:
-            return tensor_dims
     if index >= len(tensor_dims):
         raise RefusalError(
             f"It is parameter {index}, and tensor dims were given for {len(tensor_dims)}.",
@@ -86,11 +107,29 @@ def _choose(tensor_dims: TensorDim, name: str, index: int) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """One parameter as one rank tells it to the others. `whole`: shape, if it is a flat slice."""
+    """One parameter as one rank tells it to the others.
+
+    Of a slice of a flat parameter also the `whole` shape, and where in it the slice begins.
+    """
 
     name: str
     shape: tuple[int, ...]
     whole: tuple[int, ...] | None
+    start: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What was worked out of one tensor; the tensor itself keeps its id from being used again.
+
+    `flat`: its whole shape, if it is stored flat. `by_the_rule`: whether a rule for all plain
+    tensors alike said what cuts it.
+    """
+
+    tensor: Tensor
+    layout: Layout | RefusalError
+    flat: tuple[int, ...] | None = None
+    by_the_rule: bool = False
 
 
 class PlainTensors:
@@ -98,128 +137,131 @@ class PlainTensors:
 
     def __init__(self, rule: PlainRule | None) -> None:
         self.rule = rule
-        self._found: dict[int, tuple[Tensor, Layout | RefusalError, tuple[int, ...] | None]] = {}
+        self._found: dict[int, _Found] = {}
         self._sometimes_empty: set[int] = set()
+        self._is_mixed = False
 
     def learn(
-        self, named: Sequence[tuple[str, Tensor]], describer: Describer, *, beside_dtensors: bool
+        self, named: Sequence[tuple[str, Tensor]], describer: Describer, *, exchange: bool
     ) -> None:
         """Work out the layouts of those parameters that are new; a collective if any can be cut.
 
         Args:
             named: all parameters, DTensors too: a rule may count them.
             describer: where meshes are described.
-            beside_dtensors: whether the optimizer steps DTensors too. A rule for all plain tensors
-                alike is then ambiguous, since a plain tensor may be replicated beside them.
+            exchange: take part in the collective even if nothing is new here.
 
         Raises:
             PlanMismatchError: ranks hold other parameters. On every rank.
+            ValueError: the rule has more tensor dims than there are parameters.
         """
         slices = FlatSlices.of([tensor for _, tensor in named])
+        self._is_mixed = any(
+            isinstance(t, DTensor) or slices.shape_of(t) is not None for _, t in named
+        )
         new = [
             (index, name, tensor)
             for index, (name, tensor) in enumerate(named)
             if not isinstance(tensor, DTensor) and id(tensor) not in self._found
         ]
-        if self.rule is None or not self.rule.cuts or not new:
+        if self.rule is None or not self.rule.real_cuts:
             for _, _, tensor in new:
-                self._remember(tensor, _whole_everywhere(tensor, slices, describer), None)
+                layout = _whole_everywhere(tensor, slices, describer)
+                self._found[id(tensor)] = _Found(tensor, layout)
+            return
+        for mesh_dim, dims in self.rule.real_cuts:
+            if isinstance(dims, Sequence) and len(dims) > len(named):
+                raise ValueError(
+                    f"{_keyword(mesh_dim)} has {len(dims)} tensor dims for {len(named)} parameters."
+                )
+        if not (new or exchange):
             return
         mesh, rank = describer.mesh(self.rule.mesh), this_rank()
-        mine = [_Shard(name, tuple(t.shape), slices.shape_of(t)) for _, name, t in new]
+        mine = [
+            _Shard(name, tuple(t.shape), slices.shape_of(t), slices.start_of(t))
+            for _, name, t in new
+        ]
         groups = Groups(describer.device_meshes, rank).along_each_dim(mesh)
         table = gather_from_mesh(mine, groups, rank)
         _must_match(mesh, table)
         for turn, (index, name, tensor) in enumerate(new):
             shards = {mesh.position_of(other): told[turn] for other, told in table.items()}
-            if isinstance(refusal := slices.refusal_of(tensor), RefusalError):
-                self._remember(tensor, refusal, None)
-                continue
-            shape = slices.shape_of(tensor)
-            is_flat = shape is not None and any(s.shape != shape for s in shards.values())
-            try:
-                if is_flat:
-                    layout = self._flat_layout(mesh, shape, shards)
-                else:
-                    layout = self._layout(
-                        mesh, shards, (name, index), beside_dtensors=beside_dtensors
-                    )
-            except RefusalError as error:
-                self._remember(tensor, error, None)
-            else:
-                self._remember(tensor, layout, shape if is_flat else None)
             if any(0 in shard.shape for shard in shards.values()):
                 self._sometimes_empty.add(id(tensor))
+            try:
+                if refusal := slices.refusal_of(tensor):
+                    raise refusal
+                self._found[id(tensor)] = self._find(mesh, tensor, shards, (name, index))
+            except RefusalError as error:
+                self._found[id(tensor)] = _Found(tensor, error)
 
-    def _remember(
-        self, tensor: Tensor, layout: Layout | RefusalError, shape: tuple[int, ...] | None
-    ) -> None:
-        self._found[id(tensor)] = (tensor, layout, shape)
-
-    def _flat_layout(
-        self, mesh: MeshSpec, shape: tuple[int, ...] | None, shards: Mapping[int, _Shard]
-    ) -> Layout:
-        assert self.rule is not None
-        assert shape is not None
-        if len(self.rule.cuts) != 1:
-            dims = " and ".join(mesh_dim for mesh_dim, _ in self.rule.cuts)
-            raise RefusalError(
-                f"A slice of a flat parameter of FSDP1 can be cut over one mesh dim, not {dims}.",
-                "Use fully_shard (FSDP2) together with tensor parallelism.",
-            )
-        if any(shard.whole != shape for shard in shards.values()):
-            raise RefusalError(
-                "Only some ranks hold it as a slice of a flat parameter of FSDP1.",
-                "Wrap the model alike on every rank.",
-            )
-        (mesh_dim, _) = self.rule.cuts[0]
-        return flat_layout_from_shards(
-            mesh, mesh_dim, shape, {position: shard.shape for position, shard in shards.items()}
-        )
-
-    def _layout(
+    def _find(
         self,
         mesh: MeshSpec,
+        tensor: Tensor,
         shards: Mapping[int, _Shard],
         named: tuple[str, int],
-        *,
-        beside_dtensors: bool,
-    ) -> Layout:
+    ) -> _Found:
+        """From what all ranks told of a tensor; `named` is its name and index.
+
+        Raises RefusalError.
+        """
         assert self.rule is not None
-        if any(shard.whole is not None for shard in shards.values()):  # NO_SHARD: whole on all
-            cuts: tuple[tuple[str, ...], ...] = ((),) * len(shards[0].shape)
-        elif beside_dtensors and not self.rule.depends_on_the_parameter():
-            raise RefusalError(
-                "It is no DTensor, and others are: parallelize_module leaves such parameters whole "
-                "on every rank, while the process groups of the config say that they are cut.",
-                "Say it by name, tp_shard_dim={name: dim, or None if replicated}, or use "
-                "create_devicemesh_config.",
-            )
-        else:
-            cuts = self.rule.cuts_of(*named, len(shards[0].shape))
+        wholes = {shard.whole for shard in shards.values()}
         shapes = {position: shard.shape for position, shard in shards.items()}
-        return layout_from_shards(mesh, cuts, shapes)
+        if len(wholes) > 1:
+            raise RefusalError(
+                "Ranks hold it as slices of different flat parameters of FSDP1, or some as none.",
+                "Wrap the model alike on every rank.",
+            )
+        (whole,) = wholes
+        if whole is None:
+            cuts = self.rule.cuts_of(*named, tensor.ndim)
+            layout = layout_from_shards(mesh, cuts, shapes)
+            return _Found(tensor, layout, by_the_rule=self.rule.is_for_all())
+        if all(shape == whole for shape in shapes.values()):  # NO_SHARD
+            return _Found(tensor, layout_from_shards(mesh, ((),) * len(whole), shapes))
+        cutting = [mesh_dim for mesh_dim, _ in self.rule.real_cuts]
+        if len(cutting) != 1:
+            raise RefusalError(
+                "A slice of a flat parameter of FSDP1 can be cut over one mesh dim, not "
+                f"{' and '.join(cutting)}.",
+                "Use fully_shard (FSDP2) together with tensor parallelism.",
+            )
+        slices = {position: (shard.start, prod(shard.shape)) for position, shard in shards.items()}
+        layout = flat_layout_from_shards(mesh, cutting[0], whole, slices)
+        return _Found(tensor, layout, flat=whole)
 
     def layout(self, tensor: Tensor) -> Layout:
         """The layout of a tensor that was learned. Raises RefusalError if it has none."""
-        _, layout, _ = self._found[id(tensor)]
-        if isinstance(layout, RefusalError):
-            raise layout
-        return layout
+        found = self._found[id(tensor)]
+        if isinstance(found.layout, RefusalError):
+            raise found.layout
+        if found.by_the_rule and self._is_mixed:
+            raise RefusalError(
+                "It is a plain tensor beside DTensors or slices of FSDP1, and those who make them "
+                "leave others whole on every rank; the process groups of the config say that all "
+                "plain tensors are cut.",
+                "Say it by name, tp_shard_dim={name: dim, or None if replicated} (fsdp_shard_dim "
+                "likewise), or use create_devicemesh_config.",
+            )
+        return found.layout
 
     def flat_shape(self, tensor: Tensor) -> tuple[int, ...] | None:
         """The shape of a tensor that is stored flat; None for any other."""
         found = self._found.get(id(tensor))
-        return None if found is None else found[2]
+        return None if found is None else found.flat
 
     def is_cut(self, tensor: Tensor) -> bool:
-        """Whether ranks hold different parts of it."""
+        """Whether ranks hold, or may hold, different parts of it."""
         found = self._found.get(id(tensor))
-        return found is not None and (isinstance(found[1], RefusalError) or bool(found[1].cut_dims))
+        return (
+            found is None or isinstance(found.layout, RefusalError) or bool(found.layout.cut_dims)
+        )
 
     def is_sometimes_empty(self, tensor: Tensor) -> bool:
-        """Whether some rank holds no element of it, and so perhaps never a gradient."""
-        return id(tensor) in self._sometimes_empty
+        """Whether some rank may hold no element of it, and so perhaps never a gradient."""
+        return id(tensor) not in self._found or id(tensor) in self._sometimes_empty
 
 
 def _whole_everywhere(
@@ -244,13 +286,14 @@ def _must_match(mesh: MeshSpec, table: Mapping[int, Sequence[_Shard]]) -> None:
     names = {rank: tuple(shard.name for shard in told) for rank, told in table.items()}
     first = min(names)
     for rank, told in sorted(names.items()):
-        if told != names[first]:
-            ours, theirs = (
-                ", ".join(n for n in names[a] if n not in names[b][:]) or "the same in other order"
-                for a, b in ((first, rank), (rank, first))
-            )
-            raise PlanMismatchError(
-                f"Ranks of mesh {mesh} hand over different plain parameters: rank {first} has "
-                f"{len(names[first])} ({ours}), rank {rank} has {len(told)} ({theirs}). Hand the "
-                "same parameters to the optimizer in one order on all of them."
-            )
+        if told == names[first]:
+            continue
+        alone = [
+            ", ".join(n for n in names[a] if n not in names[b]) or "no other"
+            for a, b in ((first, rank), (rank, first))
+        ]
+        raise PlanMismatchError(
+            f"Ranks of mesh {mesh} hand over different plain parameters: rank {first} has "
+            f"{len(names[first])} ({alone[0]}), rank {rank} has {len(told)} ({alone[1]}). Hand the "
+            "same parameters to the optimizer in one order on all of them."
+        )
