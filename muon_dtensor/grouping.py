@@ -3,8 +3,9 @@
 Module classes and names decide, never shapes alone. Builds param groups; plans nothing.
 """
 
+import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import nn
 
 from muon_dtensor.errors import GroupOptionError
 from muon_dtensor.runtime.describe import FlatSlices
+
+logger = logging.getLogger("muon_dtensor")
 
 EMBEDDING_NAME = re.compile(
     r"(^|[._])(embed|embeds|embedding|embeddings|wte|wpe|vocab)($|[._])", re.IGNORECASE
@@ -23,6 +26,11 @@ HEAD_NAME = re.compile(
 """Names of a model's last projection. Only outside numbered layers: a layer's own `output` or
 `head` is a hidden matrix."""
 
+
+FUSED_NAME = re.compile(
+    r"(^|[._])(wqkv|qkv|qkv_proj|c_attn|in_proj_weight|query_key_value)($|[._])"
+)
+"""Weights that commonly hold the query, key and value matrices of attention in one."""
 
 WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 """What FSDP1, activation checkpointing and torch.compile put into the names of what they wrap."""
@@ -49,7 +57,9 @@ def group_parameters(
     """Param groups of a whole model, for `Muon`.
 
     Embeddings, output heads (also tied to an embedding), norms, biases and all with fewer than
-    two dims go to AdamW, the rest to Muon. Parameters without requires_grad are left out.
+    two dims go to AdamW, the rest to Muon. Parameters without requires_grad are left out. Weights
+    whose names say that they are fused (wqkv, c_attn, ...) are told in a warning unless a rule
+    declares their matrices.
 
     Args:
         model: plain, or after parallelize_module and fully_shard, or wrapped by FSDP1, DDP or
@@ -57,7 +67,9 @@ def group_parameters(
         lr: learning rate of the Muon groups; default: the optimizer's.
         adamw: options of the AdamW groups (`lr`, `betas`, `eps`, `weight_decay`).
         rules: (regex, options) pairs; the first whose regex is found in a parameter's name
-            overrides its options, and with `algorithm` its algorithm.
+            overrides its options, and with `algorithm` its algorithm. So fused weights declare
+            their matrices, `(r"wqkv", {"split_sizes": (q, k, v)})`, and weights stored transposed
+            (GPT-2's Conv1D) their rows, `(r"c_fc", {"matrix": "i o -> o i"})`.
         show: print a table of all parameters, where they go and why.
 
     Returns:
@@ -87,9 +99,25 @@ def group_parameters(
         group["params"].append((entry.fqn, entry.param))
         rows.append((entry.fqn, str(list(entry.param.shape)), algorithm, why))
     _check_rules(rules, used, [entry.fqn for entry in entries])
+    _tell_of_undeclared(groups.values())
     if show:
         print(table(rows))
     return list(groups.values())
+
+
+def _tell_of_undeclared(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Log a warning for weights of Muon that look fused, and that no rule has split."""
+    for group in groups:
+        if group["algorithm"] != "muon" or group.get("split_sizes") or group.get("matrix"):
+            continue
+        for fqn, _ in group["params"]:
+            if FUSED_NAME.search(fqn):
+                logger.warning(
+                    "%s looks like several matrices in one and is orthogonalized as one. If it is "
+                    "fused, say so: rules=[(r'%s', {'split_sizes': (q, k, v)})]; if it is not, "
+                    "rules=[(r'%s', {'matrix': 'rows cols -> rows cols'})].",
+                    *(fqn, fqn.split(".")[-2] if "." in fqn else fqn, fqn),
+                )
 
 
 def _check_rules(

@@ -1,5 +1,7 @@
 """Logical matrices, declared on the whole tensor: bitwise torch's on each, on every mesh."""
 
+import copy
+import logging
 from typing import Any
 
 import einops
@@ -7,9 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
-from muon_dtensor import GroupOptionError, Muon, Plan, PlanError
+from muon_dtensor import GroupOptionError, Muon, Plan, PlanError, group_parameters
 from muon_dtensor.layout import Layout, MeshSpec, ParamSpec
 from muon_dtensor.patterns import Declaration
 from muon_dtensor.planning.check import check, check_routes
@@ -256,3 +264,90 @@ def test_the_plan_tells_the_matrices():
     plan = Muon([{"params": [("wqkv", param)], **options}]).plan
     assert "6 matrices" in str(plan)
     assert plan.explain("wqkv").count("matrix [") == 6
+
+
+class Fused(nn.Module):
+    """A fused projection, a convolution and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wqkv = nn.Linear(8, 16, bias=False)
+        self.conv = nn.Conv2d(2, 4, 3, bias=False)
+        self.norm = nn.LayerNorm(8)
+
+
+def fused_optimizer(model: nn.Module) -> Muon:
+    rules = [
+        (
+            "wqkv",
+            {
+                "split_sizes": (8, 4, 4),
+                "matrix": ("(head dim) m -> head dim m", None, None),
+                "matrix_axes": {"head": 2},
+            },
+        ),
+        ("conv", {"matrix": "o i kh kw -> o (i kh kw)", "orthogonalizer": "polar_express"}),
+    ]
+    return Muon(group_parameters(model, rules=rules))
+
+
+def declared(optimizer: Muon) -> list[Any]:
+    names = ("matrix", "matrix_axes", "split_sizes", "split_dim", "orthogonalizer")
+    return [[group[name] for name in names] for group in optimizer.param_groups]
+
+
+def give_gradients(model: nn.Module, seed: int) -> None:
+    params = list(model.parameters())
+    grads = tensors_like([tuple(p.shape) for p in params], seed)
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = distribute_tensor(grad, param.device_mesh, param.placements)  # type: ignore[attr-defined]
+
+
+def through_checkpoints(flatten: bool) -> tuple[bool, bool]:
+    """Options come back as they were, and the step after them is the step without."""
+    mesh = mesh_of((2,))
+    models, optimizers = [], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = fully_shard(Fused(), mesh=mesh)
+        models.append(model)
+        optimizers.append(fused_optimizer(model))
+    give_gradients(models[0], 1)
+    optimizers[0].step()
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    saved = copy.deepcopy(get_optimizer_state_dict(models[0], optimizers[0], options=options))
+    with torch.no_grad():
+        for ours, theirs in zip(models[1].parameters(), models[0].parameters(), strict=True):
+            ours.to_local().copy_(theirs.to_local())  # type: ignore[attr-defined]
+    set_optimizer_state_dict(models[1], optimizers[1], saved, options=options)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        give_gradients(model, 2)
+        optimizer.step()
+    same = [
+        torch.equal(a.to_local(), b.to_local())  # type: ignore[attr-defined]
+        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True)
+    ]
+    return all(same), declared(optimizers[0]) == declared(optimizers[1])
+
+
+@pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flattened"])
+def test_declarations_pass_through_dcp_s_state(flatten):
+    assert run_processes(2, through_checkpoints, flatten) == [(True, True)] * 2
+
+
+def test_declarations_pass_through_the_state_dict():
+    optimizer, other = fused_optimizer(Fused()), fused_optimizer(Fused())
+    for group in other.param_groups:
+        group["matrix_axes"] = None
+    other.load_state_dict(optimizer.state_dict())
+    assert declared(other) == declared(optimizer)
+    assert other.plan.digest == optimizer.plan.digest
+
+
+def test_fused_names_without_a_rule_are_told(caplog):
+    with caplog.at_level(logging.WARNING, logger="muon_dtensor"):
+        group_parameters(Fused(), rules=[("wqkv", {"split_sizes": (8, 4, 4)})])
+        assert caplog.text == ""
+        group_parameters(Fused())
+    assert "wqkv.weight looks like several matrices in one" in caplog.text
+    assert "split_sizes" in caplog.text

@@ -9,6 +9,7 @@ import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from time import process_time
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from muon_dtensor.errors import PlanError
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, ParamSpec, Region
 from muon_dtensor.matrices import matrices_of
+from muon_dtensor.patterns import Declaration
 from muon_dtensor.planning.check import check, check_routes
 from muon_dtensor.planning.cost import newton_schulz_flops
 from muon_dtensor.planning.ir import Action, Local, Owned, Phase, Plan, PlanOptions
@@ -159,6 +161,29 @@ def test_a_plan_for_8192_ranks_is_made_in_seconds():
     assert cost.total_nbytes == cost.bound_nbytes
     assert cost.num_matrices == 560
     assert len({rank for ranks in plan.owners.values() for rank in ranks}) == 560
+
+
+def test_heads_of_8192_ranks_are_planned_in_seconds():
+    """80 layers of 64 query heads, 2 x 8 key and value heads, and four matrices."""
+    heads = {"wq": 64, "wk": 8, "wv": 8}
+    specs = []
+    by_shape: dict[Any, Any] = {}
+    for spec in llama3_70b(MeshSpec.of(**LLAMA_MESH)):
+        name = spec.fqn.split(".")[-2]
+        matrices = spec.matrices
+        if name in heads:
+            key = (spec.shape, heads[name])
+            if key not in by_shape:
+                declaration = Declaration("(h d) m -> h d m", (("h", heads[name]),))
+                by_shape[key] = declaration.matrices(spec.shape)
+            matrices = by_shape[key]
+        specs.append(replace(spec, matrices=matrices))
+    start = process_time()
+    plan = plan_update(specs)
+    text = str(plan)
+    assert process_time() - start < 20
+    assert plan.cost.num_matrices == 80 * (64 + 2 * 8 + 4)
+    assert len(text.splitlines()) <= 50
 
 
 def test_every_rank_makes_the_same_plan():
