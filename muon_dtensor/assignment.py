@@ -17,7 +17,7 @@ AssignFn = Callable[[Sequence[Tensor], dict[str, Any]], Assignments]
 """(parameters, state) -> Assignments; the same on every rank."""
 
 
-def _ranks(state: Mapping[str, Any]) -> Sequence[int]:
+def ranks_of(state: Mapping[str, Any]) -> Sequence[int]:
     """The ranks to assign to: those of the mesh, or all of the world."""
     ranks: Sequence[int] = state.get("ranks") or range(state["world_size"])
     return ranks
@@ -25,13 +25,13 @@ def _ranks(state: Mapping[str, Any]) -> Sequence[int]:
 
 def default_assign_fn(params: Sequence[Tensor], state: Mapping[str, Any]) -> dict[int, int]:
     """Round robin, as `{index: rank}`: counts differ by at most one."""
-    ranks = _ranks(state)
+    ranks = ranks_of(state)
     return {index: ranks[index % len(ranks)] for index in range(len(params))}
 
 
 def load_balanced_assign_fn(params: Sequence[Tensor], state: Mapping[str, Any]) -> dict[int, int]:
     """Largest first, each to the rank with the fewest elements so far, as `{index: rank}`."""
-    loads = dict.fromkeys(_ranks(state), 0)
+    loads = dict.fromkeys(ranks_of(state), 0)
     assignments = {}
     for index in sorted(range(len(params)), key=lambda i: (-params[i].numel(), i)):
         rank = min(loads, key=lambda r: (loads[r], r))

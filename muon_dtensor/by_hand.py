@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from muon_dtensor.assignment import by_rank, default_assign_fn
+from muon_dtensor.assignment import by_rank, default_assign_fn, ranks_of
 from muon_dtensor.layout import Layout
 from muon_dtensor.runtime.collectives import gather_from_mesh
 from muon_dtensor.runtime.describe import Describer, describe_layout, this_rank
@@ -22,6 +23,9 @@ from muon_dtensor.shards import layout_from_shards
 
 State = dict[str, Any]
 
+_meshes: dict[tuple[tuple[str, int], ...], tuple[State, DeviceMesh]] = {}
+"""Of bare states, by their groups, which are kept so that no other group gets their ids."""
+
 
 def assign_by_index(params: Sequence[Tensor], state: Mapping[str, Any]) -> dict[int, int]:
     """Round robin, as `{index: rank}`."""
@@ -30,8 +34,7 @@ def assign_by_index(params: Sequence[Tensor], state: Mapping[str, Any]) -> dict[
 
 def assign_by_rank(params: Sequence[Tensor], state: Mapping[str, Any]) -> dict[int, list[int]]:
     """Round robin, as `{rank: [index, ...]}` with every rank."""
-    ranks = state.get("ranks") or range(state["world_size"])
-    return by_rank(default_assign_fn(params, state), ranks)
+    return by_rank(default_assign_fn(params, state), ranks_of(state))
 
 
 def gather_to_one(shard: Tensor, dst_rank: int, state: State) -> Tensor | None:
@@ -110,10 +113,14 @@ def _rule(state: State) -> PlainRule | None:
         return rule
     cuts = {"tp_pg": state.get("tp_shard_dim"), "fsdp_pg": state.get("fsdp_shard_dim", 0)}
     names = ("dp_pg", "fsdp_pg", "cp_pg", "tp_pg")
-    groups = check_groups({name: state[name] for name in names if state.get(name) is not None})
-    if not groups:
+    given = {name: state[name] for name in names if state.get(name) is not None}
+    if not given:
         return None
-    return PlainRule(mesh_of_groups(groups), tuple((n, d) for n, d in cuts.items() if n in groups))
+    known = tuple((name, id(group)) for name, group in given.items())
+    if known not in _meshes:  # made once: later calls need not meet with other ranks for it
+        _meshes[known] = (given, mesh_of_groups(check_groups(given)))
+    _, mesh = _meshes[known]
+    return PlainRule(mesh, tuple((n, d) for n, d in cuts.items() if n in given))
 
 
 def _last_if_unsaid(rule: PlainRule | None) -> PlainRule | None:

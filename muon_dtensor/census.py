@@ -1,10 +1,10 @@
-"""All parameters of an optimizer, as the planner and the agreement want to know them.
+"""All parameters of an optimizer, as planner, agreement and algorithms want to know them.
 
 Collects every problem before it raises one error. Plans nothing.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from muon_dtensor.adamw import AdamWLocal
 from muon_dtensor.assignment import validate_assignments
 from muon_dtensor.config import DistributedConfig
 from muon_dtensor.errors import PlanError, Problem
 from muon_dtensor.layout import MeshSpec, ParamSpec
 from muon_dtensor.options import declaration_of
+from muon_dtensor.patterns import Declaration
 from muon_dtensor.planning.ir import Plan
 from muon_dtensor.planning.planner import restrict
 from muon_dtensor.runtime.ballots import Manifest
@@ -28,6 +30,8 @@ from muon_dtensor.runtime.describe import (
     this_rank,
     wrong_dtype,
 )
+from muon_dtensor.runtime.executor import LocalParam
+from muon_dtensor.runtime.muon_options import MuonOptions, Orthogonalizer
 from muon_dtensor.runtime.plain import PlainTensors
 
 
@@ -102,7 +106,7 @@ class Census:
         return specs
 
     def must_be_real(self) -> None:
-        """Raise PlanError for parameters that hold no matrices, whatever their functions do."""
+        """Raise PlanError for parameters of one name, or of no real floating dtype."""
         problems = _same_names([entry.name for entry in self.entries])
         problems += [
             wrong_dtype(entry.name, entry.param)
@@ -179,10 +183,51 @@ class Census:
         placed = getattr(param, "placements", "replicated")
         if not isinstance(param, DTensor) and self._plain.is_cut(param):
             shape, placed = list(self._plain.flat_shape(param) or ()) or "shards", "cut"
+        declared = declaration_of(entry.group)
         return (
             f"{entry.name} {shape} {dtype_name(param.dtype)} {placed} on {mesh}, "
-            f"{entry.group['algorithm']}"
+            f"{entry.group['algorithm']}{'' if declared == Declaration() else f', {declared}'}"
         )
+
+    def muon_params(
+        self,
+        grads: Mapping[str, Tensor],
+        state: Mapping[Tensor, Mapping[str, Any]],
+        custom: Orthogonalizer | None,
+    ) -> dict[int, LocalParam]:
+        """The parameters of Muon that have a gradient, by index among them.
+
+        `custom`: the orthogonalizer of groups that name "custom".
+        """
+        options: dict[int, MuonOptions] = {}
+        found: dict[int, LocalParam] = {}
+        for index, entry in enumerate(self.muon):
+            if entry.group_index not in options:
+                options[entry.group_index] = MuonOptions.of(entry.group, custom)
+            if entry.name in grads:
+                momentum_buffer = state[entry.param]["momentum_buffer"]
+                found[index] = LocalParam(
+                    entry.param, grads[entry.name], momentum_buffer, options[entry.group_index]
+                )
+        return found
+
+    def adamw_leaves(
+        self, grads: Mapping[str, Tensor], state: Mapping[Tensor, Mapping[str, Any]]
+    ) -> dict[int, list[AdamWLocal]]:
+        """This rank's part of the parameters of AdamW that have a gradient, by param group."""
+        leaves: dict[int, list[AdamWLocal]] = {}
+        for entry in self.adamw:
+            if entry.name in grads:
+                kept = state[entry.param]
+                leaf = AdamWLocal(
+                    local_part(entry.param),
+                    local_part(grads[entry.name]),
+                    local_part(kept["exp_avg"]),
+                    local_part(kept["exp_avg_sq"]),
+                    kept["step"],
+                )
+                leaves.setdefault(entry.group_index, []).append(leaf)
+        return leaves
 
     @property
     def shared_device(self) -> torch.device:

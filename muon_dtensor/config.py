@@ -19,7 +19,7 @@ from muon_dtensor.by_hand import (
     gather_to_one,
     scatter_from_one,
 )
-from muon_dtensor.runtime.describe import this_rank
+from muon_dtensor.runtime.describe import device_type_of, this_rank
 from muon_dtensor.runtime.plain import PlainRule
 
 TITAN_DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -121,7 +121,7 @@ def create_devicemesh_config(
     *,
     async_gpu_parallelism: bool = True,
     prefetch_count: int = 1,
-    device_type: str = "cpu",
+    device_type: str | None = None,
     pp: int | None = None,
     dp_replicate: int | None = None,
     dp_shard: int | None = None,
@@ -141,7 +141,7 @@ def create_devicemesh_config(
             replicated; default: all but `pp` and `ep`, whose ranks hold different parameters.
         async_gpu_parallelism: see DistributedConfig.
         prefetch_count: see DistributedConfig.
-        device_type: of a mesh made from sizes.
+        device_type: of a mesh made from sizes; default: that of the default process group.
         pp, dp_replicate, dp_shard, cp, tp: sizes by torchtitan's names, outermost first; one may
             be -1, for what the world size leaves. Only those given become mesh dims.
 
@@ -155,6 +155,8 @@ def create_devicemesh_config(
         raise ValueError("give a DeviceMesh or sizes like dp_shard=4, and not both")
     if mesh is None:
         sizes = _fill_in(sizes, dist.get_world_size())
+        assert dist.group.WORLD is not None, "it has a world size"
+        device_type = device_type or device_type_of(dist.group.WORLD)
         mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     names = mesh.mesh_dim_names
     if mesh_dim_names is None:

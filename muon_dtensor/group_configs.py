@@ -37,7 +37,8 @@ def create_processgroup_config(
     """For plain tensors that are shards, or replicas, over process groups.
 
     DTensors keep their own placements, and slices of FSDP1's flat parameters are known by what
-    FSDP1 keeps of them. All ranks of the groups call this together. By hand, `gather_fn(t,
+    FSDP1 keeps of them. All ranks of the groups call this together, and make all such configs in
+    one order. By hand, `gather_fn(t,
     dst_rank, state)` gives the whole tensor on `dst_rank` and None elsewhere;
     `redistribute_fn(whole_or_None, src_rank, state)` gives each rank its shard.
 
@@ -91,7 +92,8 @@ def create_auto_config(
     """For models wrapped with process groups: FSDP1, HYBRID_SHARD, DDP, and plain shards.
 
     DTensors keep their own placements, and slices of FSDP1's flat parameters are known by what
-    FSDP1 keeps of them. All ranks of the groups call this together. By hand, `assign_fn` gives
+    FSDP1 keeps of them. All ranks of the groups call this together, and make all such configs in
+    one order. By hand, `assign_fn` gives
     `{rank: [index, ...]}`, `gather_fn` the whole tensor on every rank, and `redistribute_fn` cuts
     this rank's shard out of it.
 

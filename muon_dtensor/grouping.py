@@ -111,12 +111,12 @@ def _tell_of_undeclared(groups: Iterable[Mapping[str, Any]]) -> None:
         if group["algorithm"] != "muon" or group.get("split_sizes") or group.get("matrix"):
             continue
         for fqn, _ in group["params"]:
-            if FUSED_NAME.search(fqn):
+            if name := FUSED_NAME.search(fqn):
                 logger.warning(
                     "%s looks like several matrices in one and is orthogonalized as one. If it is "
                     "fused, say so: rules=[(r'%s', {'split_sizes': (q, k, v)})]; if it is not, "
                     "rules=[(r'%s', {'matrix': 'rows cols -> rows cols'})].",
-                    *(fqn, fqn.split(".")[-2] if "." in fqn else fqn, fqn),
+                    *(fqn, name.group(2), name.group(2)),
                 )
 
 

@@ -5,7 +5,7 @@ Keeps torch's contract; leaves planning, moving and mathematics to those who kno
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from muon_dtensor.adamw import AdamWLocal, adamw_step
-from muon_dtensor.census import Census, Entry
+from muon_dtensor.adamw import adamw_step
+from muon_dtensor.census import Census
 from muon_dtensor.config import DistributedConfig, create_dtensor_config
 from muon_dtensor.errors import GroupOptionError
 from muon_dtensor.options import (
@@ -29,11 +29,11 @@ from muon_dtensor.planning.planner import plan_update
 from muon_dtensor.runtime.agreement import Agreement
 from muon_dtensor.runtime.by_functions import ByFunctions, FunctionParam
 from muon_dtensor.runtime.describe import local_part, this_rank
-from muon_dtensor.runtime.executor import Executor, LocalParam
+from muon_dtensor.runtime.executor import Executor
 from muon_dtensor.runtime.gradients import GradientGate
 from muon_dtensor.runtime.groups import Groups
+from muon_dtensor.runtime.muon_options import Orthogonalizer, check_orthogonalizer
 from muon_dtensor.runtime.plain import PlainTensors
-from muon_dtensor.runtime.polar import MuonOptions, Orthogonalizer
 from muon_dtensor.runtime.trace import Trace
 from muon_dtensor.state import check_loaded, make_state
 
@@ -53,10 +53,11 @@ class Muon(Optimizer):
 
         B <- momentum B + (1 - momentum) G
         D  = (1 - momentum) G + momentum B   (nesterov), else B
-        O  = approximate polar factor of the whole matrix D, by Newton-Schulz
+        O  = approximate polar factor of the whole matrix D, by `orthogonalizer`
         W <- (1 - lr weight_decay) W - lr s O,   s from adjust_lr_fn
 
-    A 2-D parameter is one matrix, a 3-D parameter `[e, m, n]` is e matrices. Each is brought
+    A 2-D parameter is one matrix, a 3-D parameter `[e, m, n]` is e matrices, unless its group
+    declares others. Each is brought
     together on one rank, orthogonalized once over the whole mesh, and handed back; `plan` says
     where. All ranks of a parameter's mesh must construct the optimizer and call `step` alike.
 
@@ -92,9 +93,11 @@ class Muon(Optimizer):
             [*batch, rows, cols] to the same. A group names it, a callable as "custom".
         trace: record in `trace` when this rank began and ended each phase of each bucket.
 
-    A param group may name any of the options up to `adjust_lr_fn`, and `algorithm="adamw"` with
-    `betas`, `eps`, `weight_decay`, `lr`: torch's own AdamW steps such a group, of any shape. Where
-    it names no `lr` or `weight_decay`, it takes the ones above, as any group of an optimizer does.
+    A param group may name any of the options up to `adjust_lr_fn`, `orthogonalizer`, and which
+    matrices its parameters hold: `matrix`, `matrix_axes`, `split_sizes`, `split_dim`, see
+    `patterns.Declaration`. With `algorithm="adamw"` and `betas`, `eps`, `weight_decay`, `lr`
+    torch's own AdamW steps a group, of any shape. Where a group names no `lr` or `weight_decay`,
+    it takes the ones above, as any group of an optimizer does.
 
     Raises:
         GroupOptionError: an option that is unknown or out of range.
@@ -165,9 +168,11 @@ class Muon(Optimizer):
             "eps": eps,
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
-            "orthogonalizer": "custom" if self._custom else orthogonalizer,
+            "orthogonalizer": orthogonalizer if self._custom is None else "custom",
         }
         complete({}, defaults)
+        if self._custom is not None:
+            check_orthogonalizer(self._custom, ns_dtype)
         groups: Any = params if isinstance(params, Tensor) else list(params) or [{"params": []}]
         super().__init__(groups, defaults)
         self._replan(exchange=True)
@@ -275,8 +280,9 @@ class Muon(Optimizer):
         Raises:
             PlanMismatchError, MissingGradientError, NonFiniteGradientError: on every rank of
                 the meshes concerned, before anything has changed.
-            RuntimeError: a gradient that cannot be used (sparse, of another dtype or mesh), on
-                this rank or on another.
+            RuntimeError: a gradient that cannot be used (sparse, of another shape, dtype or
+                mesh), on this rank or on another; a function of the user that returns what it
+                should not, on this rank.
         """
         self._gate.read_past()
         loss = None
@@ -297,60 +303,31 @@ class Muon(Optimizer):
         return loss
 
     def _step_muon(self, grads: dict[str, Tensor], mask: Tensor | None) -> None:
-        found = {
-            index: LocalParam(
-                entry.param, grads[entry.name], self.state[entry.param]["momentum_buffer"], options
-            )
-            for index, entry, options in self._with_options()
-            if entry.name in grads
-        }
-        config = self._config
+        config, census = self._config, self._census
+        found = census.muon_params(grads, self.state, self._custom)
         if not config.is_by_hand:
             local = {index: param.on_this_rank() for index, param in found.items()}
             self._executor.run(local, mask)
             return
-        ByFunctions(
-            config.gather_fn,
-            config.redistribute_fn,
-            config.state,
-            config.state.get("rank", this_rank()),
-            self._ns_dtype,
-        ).run(
-            [
-                FunctionParam(
-                    entry.name, found[index], self._owners[entry.name], declaration_of(entry.group)
-                )
-                for index, entry in enumerate(self._census.muon)
-                if index in found and entry.param.grad is not None
-            ],
-            mask,
-            detect_misuse=mask is None and self._nonfinite != "propagate",
+        moved = [
+            FunctionParam(
+                entry.name, found[index], self._owners[entry.name], declaration_of(entry.group)
+            )
+            for index, entry in enumerate(census.muon)
+            if index in found and entry.param.grad is not None
+        ]
+        rank = config.state.get("rank", this_rank())
+        by_functions = ByFunctions(
+            config.gather_fn, config.redistribute_fn, config.state, rank, self._ns_dtype
         )
-
-    def _with_options(self) -> Iterator[tuple[int, Entry, MuonOptions]]:
-        """Index in the plan, parameter, and what its group says, of every parameter of Muon."""
-        options: dict[int, MuonOptions] = {}
-        for index, entry in enumerate(self._census.muon):
-            if entry.group_index not in options:
-                options[entry.group_index] = MuonOptions.of(entry.group, self._custom)
-            yield index, entry, options[entry.group_index]
+        detect_misuse = mask is None and self._nonfinite != "propagate"
+        by_functions.run(moved, mask, detect_misuse=detect_misuse)
 
     def _step_adamw(self, grads: dict[str, Tensor], keep: Tensor | None) -> None:
-        by_group: dict[int, list[AdamWLocal]] = {}
-        for entry in self._census.adamw:
-            if entry.name in grads:
-                state = self.state[entry.param]
-                leaf = AdamWLocal(
-                    local_part(entry.param),
-                    local_part(grads[entry.name]),
-                    local_part(state["exp_avg"]),
-                    local_part(state["exp_avg_sq"]),
-                    state["step"],
-                )
-                by_group.setdefault(entry.group_index, []).append(leaf)
+        leaves = self._census.adamw_leaves(grads, self.state)
         found_inf = None if keep is None else (~keep).to(torch.float32)
         for index, group in enumerate(self.param_groups):
-            adamw_step(by_group.get(index, []), group, found_inf)
+            adamw_step(leaves.get(index, []), group, found_inf)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict: `momentum_buffer`, or AdamW's state, per parameter."""
@@ -360,13 +337,22 @@ class Muon(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's, for state of this optimizer, torch.optim.Muon or torch.optim.AdamW.
 
+        Declarations of matrices that a checkpoint does not have stay as they are.
+
         Raises:
             GroupOptionError: an option out of its range.
-            ValueError: state whose shape or placements are not those of its parameter. Then
-                nothing has changed.
+            PlanError: a declaration of matrices that does not fit.
+            ValueError: state whose shape or placements are not those of its parameter. After
+                each of these nothing has changed.
         """
         check_loaded(state_dict, self.param_groups)
-        super().load_state_dict(state_dict)
+        groups, state = self.param_groups, self.state
+        try:
+            super().load_state_dict(state_dict)
+        except Exception:
+            self.param_groups, self.state = groups, state
+            self._replan()
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         mine = {name: self.__dict__[name] for name in _PICKLED}
@@ -374,10 +360,10 @@ class Muon(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by pickle and by `load_state_dict`: plan what the groups now say."""
-        known = [group["algorithm"] for group in self.__dict__.get("param_groups", [])]
+        known = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         for index, group in enumerate(self.param_groups):
-            complete_loaded(group, known[index] if index < len(known) else "muon")
+            complete_loaded(group, known[index] if index < len(known) else {})
         self.__dict__.setdefault("_sweeps_twice", {})
         self.__dict__.setdefault("_plain", PlainTensors(None))
         self.__dict__.setdefault("_owners", {})

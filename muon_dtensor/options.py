@@ -4,6 +4,7 @@ Plain values only, so that groups pass through checkpoints. Sees no tensor but a
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,9 +67,18 @@ def complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, An
     return completed
 
 
-def complete_loaded(group: dict[str, Any], algorithm: str) -> None:
-    """Fill in, in place, what a checkpoint of torch's Muon or AdamW does not name."""
-    for name, value in _defaults_of(algorithm, DEFAULTS).items():
+DECLARED = ("matrix", "matrix_axes", "split_sizes", "split_dim")
+
+
+def complete_loaded(group: dict[str, Any], known: Mapping[str, Any]) -> None:
+    """Fill in, in place, what a checkpoint does not name.
+
+    `known`: the group that is loaded into. It keeps what checkpoints of torch's Muon and AdamW
+    cannot say: its algorithm, its orthogonalizer, and which matrices it declares.
+    """
+    algorithm = known.get("algorithm", "muon")
+    kept = {name: known[name] for name in (*DECLARED, "orthogonalizer") if name in known}
+    for name, value in {**_defaults_of(algorithm, DEFAULTS), **kept}.items():
         group.setdefault(name, value)
 
 
@@ -138,6 +148,11 @@ def declaration_of(group: Mapping[str, Any]) -> Declaration:
         raise GroupOptionError(f"split_sizes must be integers above 0, got {sizes!r}")
     if type(split_dim) is not int:
         raise GroupOptionError(f"split_dim must be an integer, got {split_dim!r}")
+    if split_dim != 0 and sizes is None:
+        raise GroupOptionError(f"split_dim={split_dim} without split_sizes splits nothing")
+    said = [p for p in patterns if p is not None]
+    if unused := [n for n in axes or {} if not any(re.search(rf"\b{n}\b", p) for p in said)]:
+        raise GroupOptionError(f"matrix_axes names {unused}, which no pattern in matrix has")
     if isinstance(pattern, (tuple, list)):
         if sizes is None:
             raise GroupOptionError("several patterns in matrix need split_sizes, one block each")
@@ -161,7 +176,7 @@ def _are_numbers(value: Any, count: int) -> bool:
 def as_text(group: Mapping[str, Any]) -> str:
     """All options of a group as one line, for ranks to compare."""
     parts = []
-    for name in sorted(group.keys() - {"params", "param_names"}):
+    for name in sorted(group.keys() - {"params", "param_names", *DECLARED}):
         value = group[name]
         parts.append(f"{name}={float(value) if isinstance(value, Tensor) else value!r}")
-    return ", ".join(parts)
+    return ", ".join([*parts, str(declaration_of(group))])

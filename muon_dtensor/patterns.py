@@ -154,8 +154,10 @@ def _own_pattern(
     before, after = ([name for composite in side for name in composite] for side in long)
     if before == after:
         return "", ()
-    sides = (" ".join(f"({' '.join(composite)})" for composite in side) for side in long)
-    return " -> ".join(sides), tuple((name, lengths[name]) for name in before)
+    # names of our own: equal matrices are equal values, and einops forbids some that users may take
+    short = {name: f"a{number}" for number, name in enumerate(before)}
+    sides = (" ".join(f"({' '.join(short[n] for n in c)})" for c in side) for side in long)
+    return " -> ".join(sides), tuple((short[name], lengths[name]) for name in before)
 
 
 def _parse(pattern: str) -> tuple[list[Axes], list[Axes]]:
@@ -177,7 +179,7 @@ def _parse(pattern: str) -> tuple[list[Axes], list[Axes]]:
             for name in [single] if single else group.split():
                 if name == UNIT:
                     num_units += 1
-                elif not name.isidentifier():
+                elif not name.isidentifier() or name.startswith("_") or name.endswith("_"):
                     raise RefusalError(f"'{name}' is no axis name.", "Use names and '1'.")
                 names.append(f"{UNIT}_{num_units}" if name == UNIT else name)
             composites.append(tuple(names))
@@ -197,7 +199,7 @@ def _solve(left: Sequence[Axes], shape: tuple[int, ...], axes: Mapping[str, int]
         )
     lengths = {name: 1 for composite in left for name in composite if name.startswith(UNIT)}
     for composite, size in zip(left, shape, strict=True):
-        known = {name: axes.get(name, lengths.get(name)) for name in composite}
+        known = {name: lengths.get(name, axes.get(name)) for name in composite}
         open_axes = [name for name, length in known.items() if length is None]
         product_of_known = prod(length for length in known.values() if length is not None)
         if len(open_axes) > 1:

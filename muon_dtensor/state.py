@@ -38,7 +38,7 @@ def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, An
     """
     for group, saved in zip(groups, state_dict["param_groups"], strict=False):
         loaded = dict(saved)
-        complete_loaded(loaded, group["algorithm"])
+        complete_loaded(loaded, group)
         validate(loaded)
         for param, number in zip(group["params"], saved["params"], strict=False):
             for key, value in state_dict["state"].get(number, {}).items():

@@ -58,7 +58,8 @@ class Place:
 
     A piece is a box of the matrix, or an interval of its elements; of any other, `positions`
     tells where each of its elements lies in the matrix, row-major. `is_transposed`: whether
-    torch.optim.Muon would hold the polar factor of it transposed.
+    torch.optim.Muon would hold the polar factor of it transposed (an orthogonalizer of the user's
+    is taken to do the same).
     """
 
     rows: int

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from muon_dtensor import Muon, create_devicemesh_config, create_dtensor_config
-from muon_dtensor.runtime import polar
+from muon_dtensor.runtime import muon_options
 from tests.support.cases import Oracle, mesh_of, spread, tensors_like
 from tests.support.meter import counting, installed
 from tests.support.pool import run_processes
@@ -110,7 +110,7 @@ def test_real_ddp():
 def intervals(sequential: bool) -> tuple[list[torch.Tensor], list[tuple[float, float]]]:
     """Parameters after three steps, and when this rank orthogonalized."""
     seen: list[tuple[float, float]] = []
-    original = polar.newton_schulz
+    original = muon_options.newton_schulz
 
     def timed(x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         start = time.monotonic()
@@ -125,7 +125,7 @@ def intervals(sequential: bool) -> tuple[list[torch.Tensor], list[tuple[float, f
         mesh, async_gpu_parallelism=not sequential, prefetch_count=0 if sequential else 1
     )
     optimizer = Muon(params, distributed_config=config, bucket_mb=5e-4)
-    with mock.patch.object(polar, "newton_schulz", timed):
+    with mock.patch.object(muon_options, "newton_schulz", timed):
         for step in range(3):
             for param, grad in zip(params, tensors_like([(8, 6)] * 8, 1 + step), strict=True):
                 param.grad = spread(grad, mesh, (R, S0))

@@ -291,6 +291,7 @@ def holders_of(plan: Plan, matrix: Any) -> Any:
         ((6, 4), {"matrix": "... b -> ... b"}, ["'... b' is no list of axes"]),
         ((6, 4), {"matrix": "(a (b c)) d -> a b d"}, ["is no list of axes"]),
         ((6, 4), {"matrix": "2 b -> 2 b"}, ["'2' is no axis name"]),
+        ((6, 4), {"matrix": "_a b -> b _a"}, ["'_a' is no axis name"]),
         ((6, 4), {"split_sizes": (4, 4)}, ["(4, 4) sum to 8", "has 6"]),
         ((6, 4), {"split_sizes": (6,), "split_dim": 2}, ["split_dim is 2", "2 tensor dims"]),
         ((6, 4), {"split_sizes": (3, 3), "matrix": ("a b -> a b",)}, ["1 patterns for 2 blocks"]),
@@ -317,6 +318,9 @@ def test_declarations_that_do_not_fit(shape, options, words):
         {"split_sizes": ()},
         {"split_sizes": (4, 0)},
         {"split_dim": "rows"},
+        {"split_dim": 1},
+        {"matrix_axes": {"a": 2}},
+        {"matrix": "a b -> a b", "matrix_axes": {"c": 2}},
         {"orthogonalizer": "svd"},
         {"orthogonalizer": None},
     ],
@@ -413,10 +417,61 @@ def test_declarations_pass_through_the_state_dict():
     assert other.plan.digest == optimizer.plan.digest
 
 
+def test_a_checkpoint_without_declarations_keeps_them():
+    ours, theirs = Fused(), Fused()
+    optimizer = fused_optimizer(ours)
+    del optimizer.param_groups[1:]  # the projection alone, as torch's Muon holds it
+    known = declared(optimizer)
+    other = torch.optim.Muon([theirs.wqkv.weight])
+    optimizer.load_state_dict(other.state_dict())
+    assert declared(optimizer) == known
+    assert optimizer.plan.cost.num_matrices == 4
+
+
+def test_a_declaration_that_does_not_fit_is_not_loaded():
+    optimizer = fused_optimizer(Fused())
+    before, digest = declared(optimizer), optimizer.plan.digest
+    saved = optimizer.state_dict()
+    for wrong in ({"split_sizes": (9, 9, 9)}, {"orthogonalizer": "custom"}):
+        broken = copy.deepcopy(saved)
+        broken["param_groups"][0].update(wrong)
+        with pytest.raises(ValueError, match=r"sum to 27|custom"):
+            optimizer.load_state_dict(broken)
+        assert declared(optimizer) == before
+        assert optimizer.plan.digest == digest
+
+
+@pytest.mark.parametrize("pattern", ["tensor axis -> axis tensor", "in pattern -> pattern in"])
+def test_any_name_may_be_an_axis(pattern):
+    param = nn.Parameter(torch.ones(4, 6))
+    optimizer = Muon([{"params": [param], "matrix": pattern}])
+    param.grad = torch.randn(4, 6)
+    optimizer.step()
+    assert optimizer.plan.params[0].matrices[0].rows == 6
+
+
+def other_declarations() -> str:
+    mesh = mesh_of((2,))
+    sizes = (2, 4) if dist.get_rank() else (3, 3)
+    param = nn.Parameter(spread(torch.ones(6, 4), mesh, (R,)))
+    optimizer = Muon([{"params": [("w", param)], "split_sizes": sizes}])
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_other_declarations_on_another_rank_are_told():
+    for text in run_threads(2, other_declarations):
+        assert "split_sizes=(2, 4)" in text
+        assert "split_sizes=(3, 3)" in text
+
+
 def test_fused_names_without_a_rule_are_told(caplog):
     with caplog.at_level(logging.WARNING, logger="muon_dtensor"):
         group_parameters(Fused(), rules=[("wqkv", {"split_sizes": (8, 4, 4)})])
         assert caplog.text == ""
         group_parameters(Fused())
     assert "wqkv.weight looks like several matrices in one" in caplog.text
-    assert "split_sizes" in caplog.text
+    assert "rules=[(r'wqkv', {'split_sizes': (q, k, v)})]" in caplog.text

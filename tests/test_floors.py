@@ -32,8 +32,8 @@ MAY_REACH = {
     "config": ("assignment", "by_hand", "runtime"),
     "group_configs": ("assignment", "by_hand", "config", "runtime"),
     "census": (
-        *("errors", "layout", "matrices", "options", "planning", "runtime", "assignment"),
-        "config",
+        *("errors", "layout", "matrices", "options", "patterns", "planning", "runtime"),
+        *("adamw", "assignment", "config"),
     ),
     "state": ("adamw", "options", "runtime"),
     "optim": (

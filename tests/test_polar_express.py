@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -205,7 +206,29 @@ def test_custom_without_a_function_and_a_function_of_another_shape_are_told():
     param = nn.Parameter(torch.ones(4, 4))
     with pytest.raises(GroupOptionError, match="give it to the constructor"):
         Muon([{"params": [param], "orthogonalizer": "custom"}])
-    optimizer = Muon([param], orthogonalizer=lambda x: x[:2])
-    param.grad = torch.ones(4, 4)
-    with pytest.raises(RuntimeError, match=r"returned \[2, 4\] for \[4, 4\]"):
-        optimizer.step()
+    for function, words in (
+        (lambda x: x.mT, r"returned \[3, 2\] for \[2, 3\]"),
+        (lambda x: None, "returned None"),
+        (torch.linalg.svd, "fails on"),
+    ):
+        with pytest.raises(GroupOptionError, match=words):
+            Muon([param], orthogonalizer=function)
+
+
+@dataclass
+class Falsy:
+    """A function that cannot be hashed and counts as false."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return exact_polar_factor(x)
+
+
+def test_any_callable_will_do():
+    param = nn.Parameter(torch.ones(4, 4))
+    optimizer = Muon([param], orthogonalizer=Falsy())
+    param.grad = torch.randn(4, 4)
+    optimizer.step()
+    assert not torch.equal(param, torch.ones(4, 4))

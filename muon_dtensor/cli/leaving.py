@@ -1,4 +1,7 @@
-"""How a rank leaves its process group before it ends."""
+"""How a rank leaves its process group before it ends.
+
+A workaround, in one place. Knows nothing of what the ranks did.
+"""
 
 import time
 

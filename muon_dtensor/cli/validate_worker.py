@@ -1,4 +1,7 @@
-"""One process of `muon-dtensor validate`: trains the model and, on rank 0, saves its parameters."""
+"""One process of `muon-dtensor validate`: trains the model and, on rank 0, saves its parameters.
+
+Compares nothing; `validate` does.
+"""
 
 import contextlib
 import importlib

@@ -1,4 +1,7 @@
-"""Polar Express: the coefficients that converge fastest in the worst case, one row an iteration."""
+"""Polar Express: the coefficients that converge fastest in the worst case, one row an iteration.
+
+Holds the table and what was changed of it. Decides neither dtype nor number of iterations.
+"""
 
 import torch
 from torch import Tensor

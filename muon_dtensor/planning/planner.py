@@ -154,7 +154,12 @@ def _check_params(params: tuple[ParamSpec, ...]) -> None:
             )
         if wrong := wrong_matrices(spec):
             problems.append(
-                Problem(spec.fqn, str(list(spec.shape)), wrong, "See matrices.matrices_of.")
+                Problem(
+                    spec.fqn,
+                    str(list(spec.shape)),
+                    wrong,
+                    "See matrices.matrices_of and patterns.Declaration.",
+                )
             )
     if problems:
         raise PlanError(problems, num_params=len(params))

@@ -74,11 +74,14 @@ def cuts_text(layout: Layout) -> str:
 
 def shape_text(spec: ParamSpec) -> str:
     """The global shape; of a parameter stored flat, that of its matrices."""
-    if len(spec.shape) == 1 and spec.matrices:
-        matrix, count = spec.matrices[0], len(spec.matrices)
-        batch = f"{count}, " if count > 1 else ""
-        return f"[{batch}{matrix.rows}, {matrix.cols}] stored flat"
-    return str(list(spec.shape))
+    sizes = [(matrix.rows, matrix.cols) for matrix in spec.matrices]
+    if len(spec.shape) != 1 or not sizes:
+        return str(list(spec.shape))
+    if len(set(sizes)) > 1:
+        return f"{len(sizes)} matrices, {spec.shape[0]} elements stored flat"
+    rows, cols = sizes[0]
+    batch = f"{len(sizes)}, " if len(sizes) > 1 else ""
+    return f"[{batch}{rows}, {cols}] stored flat"
 
 
 def summary(plan: Plan) -> str:

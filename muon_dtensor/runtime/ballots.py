@@ -135,7 +135,10 @@ def ballot_of(
             if fqn in manifest.sometimes_empty
             for value in PAIR_OF.get(state, PAIR_OF[PRESENT])
         ]
-    return torch.tensor([*values, *carried, *pairs], dtype=torch.int64, device=device)
+    ballot = torch.tensor([*values, *carried, *pairs], dtype=torch.int64)
+    if device.type == "cuda":  # a copy that the host does not wait for
+        ballot = ballot.pin_memory()
+    return ballot.to(device, non_blocking=True)
 
 
 def differs(values: Sequence[int], entry: Entry) -> bool:
@@ -150,13 +153,17 @@ def differs(values: Sequence[int], entry: Entry) -> bool:
 
 def fault_in(ballot: Tensor) -> Tensor:
     """int64 scalar: the worst Fault that a reduced ballot shows."""
-    sums = ballot[: Entry.NON_FINITE : 2] + ballot[1 : Entry.NON_FINITE : 2]
-    codes = [Fault.PLAN, Fault.HYPERPARAMETERS, Fault.GRADIENTS]
-    found = (sums != 0) * torch.tensor(codes, dtype=torch.int64, device=ballot.device)
-    worst = torch.maximum(found.amax(), ballot[Entry.FAULT])
+    worst = ballot[Entry.FAULT]
+    for entry, fault in (
+        (Entry.PLAN, Fault.PLAN),
+        (Entry.HYPERPARAMETERS, Fault.HYPERPARAMETERS),
+        (Entry.PRESENCE, Fault.GRADIENTS),
+    ):
+        differ = (ballot[entry] + ballot[entry + 1] != 0).to(torch.int64) * int(fault)
+        worst = torch.maximum(worst, differ)
     pairs = ballot[Entry.PAIRS :]
     if len(pairs):
-        differ = (pairs[::2] + pairs[1::2] > 0).any().to(torch.int64) * Fault.GRADIENTS
+        differ = (pairs[::2] + pairs[1::2] > 0).any().to(torch.int64) * int(Fault.GRADIENTS)
         worst = torch.maximum(worst, differ)
     return worst
 

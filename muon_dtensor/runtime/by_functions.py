@@ -37,8 +37,9 @@ class ByFunctions:
     """Gathers, orthogonalizes at the owner, and hands back, parameter by parameter.
 
     Contract: all ranks call `run` with the same parameters in the same order. Nothing changes
-    before every function has returned what it should; what they returned is looked at after the
-    last call, so that ranks which are told, and ranks which are not, have made the same calls.
+    before every function has returned what it should. What they returned is looked at after the
+    last call, so that ranks which are told, and ranks which are not, have made the same calls; but
+    an owner without its tensor, and what is no tensor at all, are told at once.
     """
 
     gather_fn: Callable[[Tensor, int, dict[str, Any]], Tensor | None]
@@ -69,8 +70,8 @@ class ByFunctions:
             grad, options = param.local.grad, param.local.options
             update_momentum([local_part(momentum)], [local_part(grad)], options.momentum, keep)
             direction = direction_of(momentum, grad, options.momentum, options.nesterov)
-            shard, was_gathered = self._move(param, direction)
-            told.append(self._misuse(param, shard, was_gathered and detect_misuse))
+            shard, was_gathered, fault = self._move(param, direction)
+            told.append(fault or self._misuse(param, shard, was_gathered and detect_misuse))
             done.append((param, momentum, shard))
         if misuse := next(filter(None, told), ""):
             raise RuntimeError(misuse)
@@ -87,11 +88,12 @@ class ByFunctions:
                 keep=keep,
             )
 
-    def _move(self, param: FunctionParam, direction: Tensor) -> tuple[Tensor, bool]:
+    def _move(self, param: FunctionParam, direction: Tensor) -> tuple[Tensor, bool, str]:
         """This rank's shard of the update of one parameter, scaled for `lr`.
 
-        And whether `gather_fn` returned a tensor here.
+        And whether `gather_fn` returned a tensor here, and what was wrong with that.
         """
+        fault = ""
         whole = self.gather_fn(direction, param.owner, self.state)
         was_gathered = whole is not None
         if self.rank == param.owner:
@@ -100,7 +102,14 @@ class ByFunctions:
                     f"gather_fn returned None for {param.name} on its owner, rank {param.owner}. "
                     "It must return the whole tensor there."
                 )
-            whole = self._scaled_polar_factor(whole, param)
+            try:
+                whole = self._scaled_polar_factor(whole, param)
+            except RefusalError as refusal:
+                fault = (
+                    f"gather_fn returned a tensor of shape {list(whole.shape)} for {param.name} on "
+                    f"its owner, rank {param.owner}. {refusal}"
+                )
+                whole = torch.full_like(whole, torch.nan)
         elif whole is not None:
             whole = torch.full_like(whole, torch.nan)
         shard = self.redistribute_fn(whole, param.owner, self.state)
@@ -109,7 +118,7 @@ class ByFunctions:
                 f"redistribute_fn returned {shard!r} for {param.name} on rank {self.rank}. It must "
                 "return this rank's shard."
             )
-        return local_part(shard), was_gathered
+        return local_part(shard), was_gathered, fault
 
     def _misuse(self, param: FunctionParam, shard: Tensor, look_for_nan: bool) -> str:
         """What is wrong with the shard that `redistribute_fn` returned; empty if nothing is."""
@@ -130,13 +139,7 @@ class ByFunctions:
     def _scaled_polar_factor(self, whole: Tensor, param: FunctionParam) -> Tensor:
         """Of every matrix, times the factor of its learning rate: only the owner knows its size."""
         options = param.local.options
-        try:
-            matrices = param.declaration.matrices(tuple(whole.shape))
-        except RefusalError as refusal:
-            raise RuntimeError(
-                f"gather_fn returned a tensor of shape {list(whole.shape)} for {param.name} on its "
-                f"owner, rank {param.owner}. {refusal}"
-            ) from refusal
+        matrices = param.declaration.matrices(tuple(whole.shape))
         direction, result = whole.to(self.dtype), torch.empty_like(whole)
         for matrix in matrices:
             box = box_of(matrix.region, Region.whole(tuple(whole.shape)))

@@ -39,6 +39,12 @@ def default_store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
+def device_type_of(group: dist.ProcessGroup) -> str:
+    """Where the tensors of a process group live: "cuda" if NCCL moves them, else "cpu"."""
+    has_nccl = "nccl" in str(dist.get_backend_config(group))
+    return "cuda" if has_nccl and torch.cuda.is_available() else "cpu"
+
+
 def describe_mesh(mesh: DeviceMesh) -> MeshSpec:
     """A DeviceMesh as values; unnamed dims are called dim0, dim1, ..."""
     names = mesh.mesh_dim_names or tuple(f"dim{index}" for index in range(mesh.ndim))

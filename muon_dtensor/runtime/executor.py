@@ -1,7 +1,7 @@
 """Walks a Plan on one rank; decides nothing.
 
 Takes local tensors and numbers, moves and updates them in the plan's order. Does not know param
-groups, and never reads a value from a device.
+groups, and reads no value from a device but a tensor lr.
 """
 
 from collections import defaultdict
@@ -19,6 +19,7 @@ from muon_dtensor.planning.routes import RankCollective, Slot, rank_bucket
 from muon_dtensor.runtime.collectives import barrier, issue
 from muon_dtensor.runtime.describe import local_part
 from muon_dtensor.runtime.groups import Groups
+from muon_dtensor.runtime.muon_options import MuonOptions
 from muon_dtensor.runtime.packing import (
     Box,
     assemble,
@@ -30,7 +31,6 @@ from muon_dtensor.runtime.packing import (
     view_box,
     view_slot,
 )
-from muon_dtensor.runtime.polar import MuonOptions
 from muon_dtensor.runtime.trace import Trace
 from muon_dtensor.update import (
     Place,

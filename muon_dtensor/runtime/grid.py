@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from muon_dtensor.runtime.collectives import all_gather_values, all_reduce_max
-from muon_dtensor.runtime.describe import default_store, this_rank
+from muon_dtensor.runtime.describe import default_store, device_type_of, this_rank
 
 STORE_SECONDS = 120
 """How long ranks may differ in the time at which they make a config."""
@@ -126,7 +126,7 @@ def mesh_of_groups(groups: Mapping[str, ProcessGroup]) -> DeviceMesh:
             hears of it from those with whom its groups connect it.
     """
     dims = list(groups.values())
-    device_type = "cuda" if "nccl" in dist.get_backend(dims[0]) else "cpu"
+    device_type = device_type_of(dims[0])
     names = tuple(groups)
     if len(dims) == 1:
         return DeviceMesh.from_group(dims[0], device_type, mesh_dim_names=names)

@@ -10,11 +10,11 @@ from unittest import mock
 import torch.distributed as dist
 from torch import Tensor
 
-from muon_dtensor.runtime import polar
+from muon_dtensor.runtime import muon_options
 
 _local = threading.local()
 _all_to_all_single = dist.all_to_all_single
-_newton_schulz = polar.newton_schulz
+_newton_schulz = muon_options.newton_schulz
 
 
 @dataclass
@@ -63,6 +63,6 @@ def installed() -> Iterator[None]:
     """Wrap torch's exchange and our iteration for all threads of this process."""
     with (
         mock.patch.object(dist, "all_to_all_single", _counted_all_to_all),
-        mock.patch.object(polar, "newton_schulz", _counted_newton_schulz),
+        mock.patch.object(muon_options, "newton_schulz", _counted_newton_schulz),
     ):
         yield

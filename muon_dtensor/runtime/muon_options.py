@@ -1,16 +1,39 @@
-"""Which orthogonalizer a param group wants, called as it wants to be called."""
+"""What a param group says about a step, as one value, and the orthogonalizer it wants.
+
+Knows no mesh, and which parameters are meant.
+"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from muon_dtensor.errors import GroupOptionError
 from muon_dtensor.orthogonalize import newton_schulz, polar_express
 
 Orthogonalizer = Callable[[Tensor], Tensor]
 """[*batch, rows, cols] to the same: what the user may bring."""
+
+
+def check_orthogonalizer(function: Orthogonalizer, dtype: torch.dtype) -> None:
+    """Raise GroupOptionError unless a user's function keeps the shape of matrices of this dtype.
+
+    Asked on every rank when the optimizer is made: in a step the owner alone would be told.
+    """
+    for shape in ((2, 3), (3, 2), (1, 2, 3)):
+        try:
+            result = function(torch.eye(*shape[-2:], dtype=dtype).expand(shape).contiguous())
+        except Exception as error:
+            raise GroupOptionError(
+                f"the orthogonalizer fails on {list(shape)} of {dtype}: {error!r}"
+            ) from error
+        if not isinstance(result, Tensor) or result.shape != shape:
+            seen = list(result.shape) if isinstance(result, Tensor) else repr(result)
+            raise GroupOptionError(
+                f"the orthogonalizer must keep the shape: it returned {seen} for {list(shape)}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +52,7 @@ class MuonOptions:
     ns_steps: int
     adjust_lr_fn: str | None
     orthogonalizer: str
-    custom: Orthogonalizer | None
+    custom: Orthogonalizer | None = field(compare=False)
 
     @classmethod
     def of(cls, group: Mapping[str, Any], custom: Orthogonalizer | None) -> "MuonOptions":
