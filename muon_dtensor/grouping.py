@@ -32,6 +32,9 @@ FUSED_NAME = re.compile(
 )
 """Weights that commonly hold the query, key and value matrices of attention in one."""
 
+FOLDED_NAME = re.compile(r"(^|\.)\w*experts\w*$")
+"""Parameters (not modules) that commonly hold all experts of a layer."""
+
 WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 """What FSDP1, activation checkpointing and torch.compile put into the names of what they wrap."""
 
@@ -110,8 +113,15 @@ def _tell_of_undeclared(groups: Iterable[Mapping[str, Any]]) -> None:
     for group in groups:
         if group["algorithm"] != "muon" or group.get("split_sizes") or group.get("matrix"):
             continue
-        for fqn, _ in group["params"]:
-            if name := FUSED_NAME.search(fqn):
+        for fqn, param in group["params"]:
+            if param.ndim == 2 and FOLDED_NAME.search(fqn):
+                logger.warning(
+                    "%s looks like experts folded into two tensor dims and is orthogonalized as "
+                    "one matrix. If it is, say so: rules=[(r'%s', {'matrix': '(e m) n -> e m n', "
+                    "'matrix_axes': {'e': number of experts}})].",
+                    *(fqn, fqn.rpartition(".")[2]),
+                )
+            elif name := FUSED_NAME.search(fqn):
                 logger.warning(
                     "%s looks like several matrices in one and is orthogonalized as one. If it is "
                     "fused, say so: rules=[(r'%s', {'split_sizes': (q, k, v)})]; if it is not, "

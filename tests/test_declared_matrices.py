@@ -468,6 +468,25 @@ def test_other_declarations_on_another_rank_are_told():
         assert "split_sizes=(3, 3)" in text
 
 
+def test_folded_experts_without_a_rule_are_told(caplog):
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.Parameter(torch.ones(12, 4))
+            self.stacked_experts = nn.Parameter(torch.ones(3, 4, 4))
+
+    rule = {"matrix": "(e m) n -> e m n", "matrix_axes": {"e": 3}}
+    with caplog.at_level(logging.WARNING, logger="muon_dtensor"):
+        optimizer = Muon(group_parameters(Experts(), rules=[(r"^experts", rule)]))
+        assert caplog.text == ""
+        group_parameters(nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4)])}))
+        assert caplog.text == ""
+        group_parameters(Experts())
+    assert optimizer.plan.cost.num_matrices == 6
+    assert caplog.text.count("looks like experts folded") == 1
+    assert "rules=[(r'experts', {'matrix': '(e m) n -> e m n'" in caplog.text
+
+
 def test_fused_names_without_a_rule_are_told(caplog):
     with caplog.at_level(logging.WARNING, logger="muon_dtensor"):
         group_parameters(Fused(), rules=[("wqkv", {"split_sizes": (8, 4, 4)})])
