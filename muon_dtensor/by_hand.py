@@ -28,7 +28,10 @@ _meshes: dict[tuple[tuple[str, int], ...], tuple[State, DeviceMesh]] = {}
 
 
 def assign_by_index(params: Sequence[Tensor], state: Mapping[str, Any]) -> dict[int, int]:
-    """Round robin, as `{index: rank}`."""
+    """Round robin, as `{index: rank}`.
+
+    Apart from `default_assign_fn`, which in a config is the user's choice of owners.
+    """
     return default_assign_fn(params, state)
 
 
@@ -140,7 +143,7 @@ def _start(shard: Tensor, dst_rank: int | None, rule: PlainRule | None) -> Gathe
             and not mesh.holds(dst_rank)
             and describer.plain_mesh.holds(dst_rank)
         ):
-            return Gathering(None, layout, (), shard, shard, None)  # of interest on another line
+            return Gathering(None, layout, (), shard, shard, None)  # it is gathered elsewhere
     elif rule is None:
         layout = Layout(describer.plain_mesh, tuple(shard.shape), ((),) * shard.ndim)
     else:

@@ -28,7 +28,7 @@ TITAN_DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 GatherFn = Callable[[Tensor, int, dict[str, Any]], Tensor | None]
 """(this rank's shard, global rank of the owner, state) -> the whole tensor, on the owner at least.
 
-On other ranks it may return None. Called for every matrix, in order, on every rank."""
+On other ranks it may return None. Called for every parameter, in order, on every rank."""
 
 RedistributeFn = Callable[[Tensor | None, int, dict[str, Any]], Tensor]
 """(the whole tensor on the owner, global rank of the owner, state) -> this rank's shard."""
@@ -41,9 +41,9 @@ class DistributedConfig:
     Made by a `create_*` function, it says how plain tensors lie, and the planner moves them.
     Written by hand, for a framework of your own, its functions move them: `Muon` then calls
     `assign_fn` once, and per parameter `gather_fn` and `redistribute_fn` on every rank; the owner
-    orthogonalizes in between. Parameters of more than two tensor dims are batches of matrices.
-    Other ranks hand `redistribute_fn` None, or NaN of the whole shape where their `gather_fn`
-    returned a tensor: only what the owner hands over counts.
+    orthogonalizes in between, matrix by matrix as the parameter's group declares them. Other
+    ranks hand `redistribute_fn` None, or NaN of the whole shape where their `gather_fn` returned a
+    tensor: only what the owner hands over counts.
 
     A made config whose `assign_fn` is replaced keeps the planner, with those owners. One whose
     `gather_fn` or `redistribute_fn` is replaced is a hand-written one.

@@ -38,9 +38,8 @@ def create_processgroup_config(
 
     DTensors keep their own placements, and slices of FSDP1's flat parameters are known by what
     FSDP1 keeps of them. All ranks of the groups call this together, and make all such configs in
-    one order. By hand, `gather_fn(t,
-    dst_rank, state)` gives the whole tensor on `dst_rank` and None elsewhere;
-    `redistribute_fn(whole_or_None, src_rank, state)` gives each rank its shard.
+    one order. By hand, `gather_fn(t, dst_rank, state)` gives the whole tensor on `dst_rank` and
+    None elsewhere; `redistribute_fn(whole_or_None, src_rank, state)` gives each rank its shard.
 
     Args:
         fsdp_pg: over which parameters are cut along `fsdp_shard_dim`, in pieces of any sizes.
@@ -48,7 +47,8 @@ def create_processgroup_config(
         dp_pg, cp_pg: over which they are replicated: their ranks share the work.
         ep_pg, pp_pg: whose ranks hold different parameters (experts, stages): each is on its own.
         fsdp_shard_dim: the tensor dim; or one per parameter, as a list in the order of the
-            optimizer's parameters, or by name. None: not cut by this group.
+            optimizer's parameters, or by name. In those, None is a parameter that is replicated
+            over the group; None for all says nothing, and plain tensors are refused.
         tp_shard_dim: the same for `tp_pg`.
         async_gpu_parallelism: see DistributedConfig.
         prefetch_count: see DistributedConfig.
@@ -93,9 +93,8 @@ def create_auto_config(
 
     DTensors keep their own placements, and slices of FSDP1's flat parameters are known by what
     FSDP1 keeps of them. All ranks of the groups call this together, and make all such configs in
-    one order. By hand, `assign_fn` gives
-    `{rank: [index, ...]}`, `gather_fn` the whole tensor on every rank, and `redistribute_fn` cuts
-    this rank's shard out of it.
+    one order. By hand, `assign_fn` gives `{rank: [index, ...]}`, `gather_fn` the whole tensor on
+    every rank, and `redistribute_fn` cuts this rank's shard out of it.
 
     Args:
         fsdp_process_group, shard_process_group: over which parameters are cut; give one.
@@ -166,10 +165,10 @@ def _config(
     given = {word: group for word, group in (*roles.values(), *apart.items()) if group is not None}
     checked = check_groups(given)
     dims = {role: checked[word] for role, (word, _) in roles.items() if word in checked}
-    rule, mesh = None, None
+    rule = None
     if dims:
-        mesh = mesh_of_groups(dims)
-        rule = PlainRule(mesh, tuple((r, shard_dims[r]) for r in shard_dims if r in dims))
+        cuts = tuple((role, shard_dims[role]) for role in shard_dims if role in dims)
+        rule = PlainRule(mesh_of_groups(dims), cuts)
     state = {**base_state(rule), **checked}
     return DistributedConfig(*functions, state, async_gpu_parallelism, prefetch_count)
 

@@ -91,7 +91,8 @@ class Muon(Optimizer):
         orthogonalizer: "newton_schulz" by `ns_coefficients`; "polar_express" (Amsel et al. 2025,
             arXiv:2505.16932), better converged and so of another update size; or a callable,
             [*batch, rows, cols] to the same. A group names it, a callable as "custom".
-        trace: record in `trace` when this rank began and ended each phase of each bucket.
+        trace: record in `trace` when this rank began and ended each phase of each bucket of the
+            plan; hand-written functions leave no trace.
 
     A param group may name any of the options up to `adjust_lr_fn`, `orthogonalizer`, and which
     matrices its parameters hold: `matrix`, `matrix_axes`, `split_sizes`, `split_dim`, see
@@ -232,7 +233,7 @@ class Muon(Optimizer):
                     "Muon(..., orthogonalizer=function)"
                 )
         config = self._config
-        if self._plain.rule is not config.plain_rule:
+        if self._plain.rule != config.plain_rule:
             self._plain = PlainTensors(config.plain_rule)
         census = Census(self.param_groups, self._plain)
         by_hand = config.is_by_hand

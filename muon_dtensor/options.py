@@ -151,7 +151,9 @@ def declaration_of(group: Mapping[str, Any]) -> Declaration:
     if split_dim != 0 and sizes is None:
         raise GroupOptionError(f"split_dim={split_dim} without split_sizes splits nothing")
     said = [p for p in patterns if p is not None]
-    if unused := [n for n in axes or {} if not any(re.search(rf"\b{n}\b", p) for p in said)]:
+    if unused := [
+        n for n in axes or {} if not any(re.search(rf"\b{re.escape(n)}\b", p) for p in said)
+    ]:
         raise GroupOptionError(f"matrix_axes names {unused}, which no pattern in matrix has")
     if isinstance(pattern, (tuple, list)):
         if sizes is None:

@@ -92,6 +92,8 @@ def low_rank(rows: int, cols: int) -> Tensor:
 GAUSSIAN = gaussian(64, 96)
 HARMONIC = with_spectrum(1 / torch.arange(1, 65), 96)
 LOW_RANK = low_rank(64, 96)
+WIDE = gaussian(96, 256)
+WIDE_HARMONIC = with_spectrum(1 / torch.arange(1, 97), 256)
 
 
 def measured(polar_factor: Tensor) -> tuple[float, float, float]:
@@ -125,6 +127,18 @@ def test_polar_express_five(x, dtype):
     smin, smax, _ = measured(express(5)(x, dtype=dtype))
     assert smax <= 1.15
     assert smin >= (0.30 if x is LOW_RANK else 0.85)
+
+
+@DTYPES
+@pytest.mark.parametrize("x", [WIDE, WIDE_HARMONIC], ids=["gaussian", "1/i"])
+def test_wide_matrices(x, dtype):
+    """All but E of Keller Jordan's five, see above."""
+    smin, smax, _ = measured(newton_schulz(x, dtype=dtype))
+    assert (smin >= 0.65, smax <= 1.22) == (True, True)
+    smin, smax, _ = measured(express(5)(x, dtype=dtype))
+    assert (smin >= 0.85, smax <= 1.15) == (True, True)
+    *_, error = measured(express(6)(x, dtype=dtype))
+    assert error <= (0.004 if dtype == torch.float32 else 0.006)
 
 
 @DTYPES

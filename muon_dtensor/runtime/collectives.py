@@ -17,13 +17,22 @@ T = TypeVar("T")
 
 def issue(rank_collective: RankCollective, send: Tensor, recv: Tensor, group: ProcessGroup) -> Work:
     """Start a collective between flat buffers; both must live on until its `wait()`."""
+    return all_to_all(send, recv, rank_collective.send.numels, rank_collective.recv.numels, group)
+
+
+def all_to_all(
+    send: Tensor,
+    recv: Tensor,
+    send_numels: Sequence[int],
+    recv_numels: Sequence[int],
+    group: ProcessGroup,
+) -> Work:
+    """Start an uneven exchange of flat buffers: so many elements to and from each rank of a group.
+
+    Both buffers must live on until its `wait()`.
+    """
     work: Work | None = dist.all_to_all_single(
-        recv,
-        send,
-        list(rank_collective.recv.numels),
-        list(rank_collective.send.numels),
-        group=group,
-        async_op=True,
+        recv, send, list(recv_numels), list(send_numels), group=group, async_op=True
     )
     assert work is not None, "async_op=True returns a Work"
     return work

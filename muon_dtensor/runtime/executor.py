@@ -6,6 +6,7 @@ groups, and reads no value from a device but a tensor lr.
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -185,32 +186,21 @@ class Executor:
         params: dict[int, LocalParam],
         keep: Tensor | None,
     ) -> None:
-        if self._trace is None:
-            self._do(action, run, params, keep)
-        else:
-            with self._trace.span(action.bucket, action.phase):
-                self._do(action, run, params, keep)
-
-    def _do(
-        self,
-        action: Action,
-        run: _RankBucketRun,
-        params: dict[int, LocalParam],
-        keep: Tensor | None,
-    ) -> None:
-        match action.phase:
-            case Phase.UNSHARD:
-                self._flights[action.bucket] = self._unshard(run, params, keep)
-            case Phase.WAIT:
-                self._flights[action.bucket].wait()
-            case Phase.ORTHOGONALIZE:
-                self._orthogonalize(run, self._flights[action.bucket], params)
-            case Phase.RESHARD:
-                self._hop_back(run, self._flights[action.bucket], hop=0)
-            case Phase.APPLY:
-                self._apply(run, self._flights.pop(action.bucket), params, keep)
-            case _:
-                assert_never(action.phase)
+        trace = self._trace
+        with nullcontext() if trace is None else trace.span(action.bucket, action.phase):
+            match action.phase:
+                case Phase.UNSHARD:
+                    self._flights[action.bucket] = self._unshard(run, params, keep)
+                case Phase.WAIT:
+                    self._flights[action.bucket].wait()
+                case Phase.ORTHOGONALIZE:
+                    self._orthogonalize(run, self._flights[action.bucket], params)
+                case Phase.RESHARD:
+                    self._hop_back(run, self._flights[action.bucket], hop=0)
+                case Phase.APPLY:
+                    self._apply(run, self._flights.pop(action.bucket), params, keep)
+                case _:
+                    assert_never(action.phase)
 
     def _unshard(
         self, run: _RankBucketRun, params: dict[int, LocalParam], keep: Tensor | None

@@ -4,7 +4,7 @@ Learns the sizes of their shards from all ranks, once. Knows no plan.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from torch import Tensor
@@ -123,13 +123,15 @@ class _Found:
     """What was worked out of one tensor; the tensor itself keeps its id from being used again.
 
     `flat`: its whole shape, if it is stored flat. `by_the_rule`: whether a rule for all plain
-    tensors alike said what cuts it.
+    tensors alike said what cuts it. `sometimes_empty`: whether some rank holds no element of
+    it.
     """
 
     tensor: Tensor
     layout: Layout | RefusalError
     flat: tuple[int, ...] | None = None
     by_the_rule: bool = False
+    sometimes_empty: bool = False
 
 
 class PlainTensors:
@@ -138,7 +140,6 @@ class PlainTensors:
     def __init__(self, rule: PlainRule | None) -> None:
         self.rule = rule
         self._found: dict[int, _Found] = {}
-        self._sometimes_empty: set[int] = set()
         self._is_mixed = False
 
     def learn(
@@ -186,14 +187,14 @@ class PlainTensors:
         _must_match(mesh, table)
         for turn, (index, name, tensor) in enumerate(new):
             shards = {mesh.position_of(other): told[turn] for other, told in table.items()}
-            if any(0 in shard.shape for shard in shards.values()):
-                self._sometimes_empty.add(id(tensor))
             try:
                 if refusal := slices.refusal_of(tensor):
                     raise refusal
-                self._found[id(tensor)] = self._find(mesh, tensor, shards, (name, index))
+                found = self._find(mesh, tensor, shards, (name, index))
             except RefusalError as error:
-                self._found[id(tensor)] = _Found(tensor, error)
+                found = _Found(tensor, error)
+            empty = any(0 in shard.shape for shard in shards.values())
+            self._found[id(tensor)] = replace(found, sometimes_empty=empty)
 
     def _find(
         self,
@@ -261,7 +262,8 @@ class PlainTensors:
 
     def is_sometimes_empty(self, tensor: Tensor) -> bool:
         """Whether some rank may hold no element of it, and so perhaps never a gradient."""
-        return id(tensor) not in self._found or id(tensor) in self._sometimes_empty
+        found = self._found.get(id(tensor))
+        return found is None or found.sometimes_empty
 
 
 def _whole_everywhere(

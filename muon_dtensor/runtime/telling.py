@@ -3,7 +3,7 @@
 Takes what was gathered from all ranks. Sends nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from muon_dtensor.layout import MeshSpec
 from muon_dtensor.runtime.ballots import MISSING, NOTHING_HERE, PRESENT
@@ -11,18 +11,12 @@ from muon_dtensor.runtime.ballots import MISSING, NOTHING_HERE, PRESENT
 
 def first_difference(mesh: MeshSpec, params: Mapping[int, tuple[str, ...]]) -> str:
     """Where the lists of parameters, by rank, first differ; or that the plans do."""
-    for index in range(max(map(len, params.values()))):
-        seen: dict[str, list[int]] = {}
-        for rank, lines in params.items():
-            line = lines[index] if index < len(lines) else "no further parameter"
-            seen.setdefault(line, []).append(rank)
-        if len(seen) > 1:
-            told = "".join(f"\n  {_ranks(ranks)}: {line}" for line, ranks in seen.items())
-            return (
-                f"Ranks of mesh {mesh} hold different plans, from parameter {index} on:{told}\n"
-                "Build the same model with the same parallelism on all of them, and hand its "
-                "parameters to the optimizer in one order."
-            )
+    for index, told in _differing_lines(params, filler="no further parameter"):
+        return (
+            f"Ranks of mesh {mesh} hold different plans, from parameter {index} on:{told}\n"
+            "Build the same model with the same parallelism on all of them, and hand its "
+            "parameters to the optimizer in one order."
+        )
     return (
         f"Ranks of mesh {mesh} hold the same parameters and different plans: they run different "
         "versions of muon_dtensor, or were given different plan options (bucket_mb, "
@@ -32,18 +26,23 @@ def first_difference(mesh: MeshSpec, params: Mapping[int, tuple[str, ...]]) -> s
 
 def other_options(mesh: MeshSpec, options: Mapping[int, tuple[str, ...]]) -> str:
     """Which hyperparameters, as text by rank, differ."""
-    told = []
-    for index in range(max(map(len, options.values()))):
-        seen: dict[str, list[int]] = {}
-        for rank, lines in options.items():
-            line = lines[index] if index < len(lines) else "nothing further"
-            seen.setdefault(line, []).append(rank)
-        if len(seen) > 1:
-            told += [f"\n  {_ranks(r)}: {line}" for line, r in seen.items()]
+    told = "".join(told for _, told in _differing_lines(options, filler="nothing further"))
     return (
-        f"Ranks of mesh {mesh} hold different hyperparameters:{''.join(told)}\n"
+        f"Ranks of mesh {mesh} hold different hyperparameters:{told}\n"
         "Set the same values on all of them; a scheduler must step on all of them too."
     )
+
+
+def _differing_lines(
+    lists: Mapping[int, tuple[str, ...]], *, filler: str
+) -> Iterator[tuple[int, str]]:
+    """Index and text of the lines that differ between ranks; `filler` where a list has ended."""
+    for index in range(max(map(len, lists.values()))):
+        seen: dict[str, list[int]] = {}
+        for rank, lines in lists.items():
+            seen.setdefault(lines[index] if index < len(lines) else filler, []).append(rank)
+        if len(seen) > 1:
+            yield index, "".join(f"\n  {_ranks(ranks)}: {line}" for line, ranks in seen.items())
 
 
 def who_misses(

@@ -7,12 +7,11 @@ what its plan says.
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Work
 
 from muon_dtensor.layout import Layout, MeshSpec, Region
-from muon_dtensor.runtime.collectives import gather_from_mesh
+from muon_dtensor.runtime.collectives import all_to_all, gather_from_mesh
 from muon_dtensor.runtime.describe import this_rank
 from muon_dtensor.runtime.groups import Groups
 from muon_dtensor.runtime.packing import box_of, view_box
@@ -69,14 +68,8 @@ def start_gather(shard: Tensor, layout: Layout, groups: Groups, dst_rank: int | 
     send = torch.cat([flat] * sum(targets)) if any(targets) else flat[:0]
     sizes = [layout.region(peer).numel if whole is not None else 0 for peer in peers]
     received = torch.empty(sum(sizes), dtype=shard.dtype, device=shard.device)
-    work = dist.all_to_all_single(
-        received,
-        send,
-        sizes,
-        [flat.numel() if target else 0 for target in targets],
-        group=groups.over(mesh, layout.cut_dims),
-        async_op=True,
-    )
+    sent = [flat.numel() if target else 0 for target in targets]
+    work = all_to_all(send, received, sent, sizes, groups.over(mesh, layout.cut_dims))
     return Gathering(whole, layout, peers, received, send, work)
 
 
@@ -102,13 +95,9 @@ def scatter(whole: Tensor, layout: Layout, groups: Groups, src_rank: int) -> Ten
         pieces = [
             view_box(whole.detach(), box_of(layout.region(p), origin)).reshape(-1) for p in peers
         ]
-    dist.all_to_all_single(
-        shard,
-        torch.cat(pieces),
-        [shard.numel() if mesh.ranks[peer] == src_rank else 0 for peer in peers],
-        [piece.numel() for piece in pieces],
-        group=groups.over(mesh, mesh.dim_names),
-    )
+    send, sent = torch.cat(pieces), [piece.numel() for piece in pieces]
+    sizes = [shard.numel() if mesh.ranks[peer] == src_rank else 0 for peer in peers]
+    all_to_all(send, shard, sent, sizes, groups.over(mesh, mesh.dim_names)).wait()
     return shard.view(region.shape)
 
 
