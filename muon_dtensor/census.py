@@ -85,6 +85,7 @@ class Census:
                 declaration_of(entry.group),
                 num_iterations=entry.group["ns_steps"],
                 wire_dtype=wire_dtype,
+                is_polynomial=entry.group["orthogonalizer"] != "custom",
             )
             if isinstance(described, Problem):
                 problems.append(described)

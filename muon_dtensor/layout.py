@@ -175,6 +175,11 @@ class MeshSpec:
             offset += coordinate * self.strides[name]
         return offset
 
+    def moved(self, position: int, mesh_dims: tuple[str, ...], to: int) -> int:
+        """The position that is where `to` is along some mesh dims, else where `position` is."""
+        here, there = (self.index_along(p, mesh_dims) for p in (position, to))
+        return position + self.offset_of(there, mesh_dims) - self.offset_of(here, mesh_dims)
+
     def num_ranks_along(self, mesh_dims: tuple[str, ...]) -> int:
         """How many ranks lie along these mesh dims."""
         return prod(self.sizes[name] for name in mesh_dims)
@@ -351,7 +356,8 @@ class ParamSpec:
     """All a planner may know of one parameter.
 
     `matrices` hold each of its elements once. `num_iterations` of Newton-Schulz, in `wire_dtype`,
-    which is also what travels. `dtype` is that of the stored parameter.
+    which is also what travels. `dtype` is that of the stored parameter. `is_polynomial`: the
+    orthogonalization is a product of odd polynomials, not a function of the user's.
     """
 
     fqn: str
@@ -360,8 +366,11 @@ class ParamSpec:
     matrices: tuple[Matrix, ...]
     num_iterations: int = 5
     wire_dtype: str = "bfloat16"
+    is_polynomial: bool = True
 
     def __post_init__(self) -> None:
+        if type(self.is_polynomial) is not bool:
+            raise ValueError("is_polynomial is True or False")
         if not all(type(text) is str for text in (self.fqn, self.dtype, self.wire_dtype)):
             raise ValueError("names and dtypes are strings")
         if type(self.num_iterations) is not int or self.num_iterations < 0:

@@ -5,7 +5,7 @@ Plain values only, so that groups pass through checkpoints. Sees no tensor but a
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -123,6 +123,12 @@ def validate(group: Mapping[str, Any]) -> None:
     betas = group["betas"]
     if not _are_numbers(betas, 2) or not all(0 <= beta < 1 for beta in betas):
         raise GroupOptionError(f"betas must be two numbers in [0, 1), got {betas}")
+
+
+def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise GroupOptionError, which says what is allowed, for anything else."""
+    if value not in allowed:
+        raise GroupOptionError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value}")
 
 
 def declaration_of(group: Mapping[str, Any]) -> Declaration:

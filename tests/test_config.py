@@ -31,7 +31,8 @@ def shared(mesh_shape: tuple[int, ...], names: tuple[str, ...] | None, **options
     params = [nn.Parameter(w) for w in weights[:-1]]
     params.append(nn.Parameter(spread(weights[-1], mesh, (S0,) * mesh.ndim)))
     config = create_devicemesh_config(mesh, names, **options)
-    optimizer = Muon([(f"p{i}", p) for i, p in enumerate(params)], distributed_config=config)
+    named = [(f"p{i}", p) for i, p in enumerate(params)]
+    optimizer = Muon(named, distributed_config=config, strategy="owned")
     oracle = Oracle(weights)
     with counting() as count:
         for step in range(3):

@@ -115,7 +115,7 @@ def compare(
         {"params": [(name, param)], **options}
         for (name, (_, options)), param in zip(DECLARATIONS.items(), params, strict=True)
     ]
-    ours = Muon(groups, bucket_mb=2e-3, **muon)
+    ours = Muon(groups, bucket_mb=2e-3, strategy="owned", **muon)
     oracles = [
         Separate(w, options, **muon)
         for w, (_, options) in zip(weights, DECLARATIONS.values(), strict=True)

@@ -32,6 +32,7 @@ def hold_to_plan(outcomes: list[Outcome]) -> None:
     assert [o.differences for o in outcomes] == [[]] * len(outcomes)
     assert sum(o.num_matrices for o in outcomes) == outcomes[0].model_matrices
     assert [o.sent_nbytes for o in outcomes] == [o.planned_sent_nbytes for o in outcomes]
+    assert [o.flops for o in outcomes] == [o.planned_flops for o in outcomes]
     assert len({o.digest for o in outcomes}) == 1
 
 

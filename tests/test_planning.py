@@ -20,11 +20,12 @@ from muon_dtensor.layout import Layout, Matrix, MeshSpec, ParamSpec, Region
 from muon_dtensor.matrices import matrices_of
 from muon_dtensor.patterns import Declaration
 from muon_dtensor.planning.check import check, check_routes
-from muon_dtensor.planning.cost import newton_schulz_flops
-from muon_dtensor.planning.ir import Action, Local, Owned, Phase, Plan, PlanOptions
+from muon_dtensor.planning.ir import STRATEGIES, Action, Local, Owned, Phase, Plan, PlanOptions
 from muon_dtensor.planning.planner import plan_update, restrict
+from muon_dtensor.planning.presets import PRESETS
 from muon_dtensor.planning.render import families, quantity
 from muon_dtensor.planning.routes import rank_bucket
+from muon_dtensor.planning.volumes import newton_schulz_flops
 from tests.support.models import anchors, layered, llama3_70b, param_spec
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -183,7 +184,7 @@ def test_heads_of_8192_ranks_are_planned_in_seconds():
     text = str(plan)
     assert process_time() - start < 20
     assert plan.cost.num_matrices == 80 * (64 + 2 * 8 + 4)
-    assert len(text.splitlines()) <= 50
+    assert len(text.splitlines()) <= 80
 
 
 def test_every_rank_makes_the_same_plan():
@@ -365,7 +366,7 @@ def test_the_schedule_keeps_as_much_in_flight_as_it_says(prefetch_count):
 def test_loads_are_carried_across_meshes_of_the_same_ranks():
     rows, cols = MeshSpec.of(dp=4), MeshSpec(("ep",), (4,), (0, 1, 2, 3))
     specs = [
-        param_spec(mesh, f"{mesh.dim_names[0]}.{i}", (64, 64), ((mesh.dim_names[0],), ()))
+        param_spec(mesh, f"{mesh.dim_names[0]}.{i}", (512, 512), ((mesh.dim_names[0],), ()))
         for mesh in (rows, cols)
         for i in range(2)
     ]
@@ -408,7 +409,12 @@ def random_params(draw) -> tuple[list[ParamSpec], PlanOptions]:
         layout = Layout(mesh, shape, tuple(map(tuple, cuts)))
         specs.append(ParamSpec(f"p{index}", layout, "float32", matrices_of(shape)))
     cap = draw(st.sampled_from([1, 50, 400, 10**9]))
-    return specs, PlanOptions(bucket_nbytes=cap, prefetch_count=draw(st.integers(0, 3)))
+    strategy = draw(st.sampled_from(STRATEGIES))
+    exact = strategy != "gram" and draw(st.booleans())
+    prefetch_count = draw(st.integers(0, 3))
+    topology = PRESETS[draw(st.sampled_from(sorted(PRESETS)))]
+    options = PlanOptions(cap, prefetch_count, strategy=strategy, exact=exact, topology=topology)
+    return specs, options
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -421,20 +427,23 @@ def test_any_plan_routes_every_element_once(case):
     assert Plan.from_json(plan.to_json()) == plan
     cost = plan.cost
     assert sum(cost.sent_nbytes) == sum(cost.received_nbytes)
-    assert cost.redundancy == 1.0
+    if options.strategy.startswith("owned"):
+        assert cost.redundancy == 1.0
+    assert max(cost.peak_nbytes) >= cost.peak_buffer_nbytes
     for index, bucket in enumerate(plan.buckets):
         for position in range(bucket.mesh.num_ranks):
             local = rank_bucket(plan, bucket, position)
             priced = cost.buckets[index]
             assert local.pieces.numel == priced.pieces[position]
             assert local.wholes.numel == priced.wholes[position]
-            for transfer in (*local.unshard, *local.reshard):
+            transfers = (*local.unshard, *local.reshard)
+            for transfer, hop in zip(transfers, (*priced.unshard, *priced.reshard), strict=True):
+                assert transfer.send.numel == hop.send[position]
                 peers = bucket.mesh.peers(position, transfer.collective.mesh_dims)
                 own = transfer.send.numels[peers.index(position)]
-                sent = 2 * (transfer.send.numel - own)
-                assert sent == priced.sent_nbytes(transfer.collective)[position]
+                assert 2 * (transfer.send.numel - own) == priced.sent_nbytes(hop)[position]
                 got = 2 * (transfer.recv.numel - transfer.recv.numels[peers.index(position)])
-                assert got == priced.received_nbytes(transfer.collective)[position]
+                assert got == priced.received_nbytes(hop)[position]
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -456,9 +465,12 @@ def test_planning_thousands_of_ranks_takes_little_memory():
 
 def test_two_hops_where_direct_loads_the_owner():
     few = MeshSpec.of(r=4, n=8)
-    one_matrix = plan_update([param_spec(few, "w", (64, 64), (("n",), ()))])
-    assert one_matrix.buckets[0].strategy == Owned(("n",), ("r",), hops=2)
-    many = plan_update([param_spec(few, f"w{i}", (64, 64), (("n",), ())) for i in range(64)])
+    sizes = [8192, 4096, 4096, 4096]
+    one_large = plan_update(
+        [param_spec(few, f"w{i}", (n, 4096), (("n",), ())) for i, n in enumerate(sizes)]
+    )
+    assert one_large.buckets[0].strategy == Owned(("n",), ("r",), hops=2)
+    many = plan_update([param_spec(few, f"w{i}", (512, 512), (("n",), ())) for i in range(64)])
     assert many.buckets[0].strategy == Owned(("n",), ("r",), hops=1)
-    check_routes(one_matrix)
+    check_routes(one_large)
     check_routes(many)

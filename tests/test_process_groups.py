@@ -168,7 +168,10 @@ def step_plain_shards(
     said = {f"{name}_shard_dim": where for name, where in dims.items()}
     config = create_processgroup_config(**groups, **said)
     optimizer = Muon(
-        [(f"p{i}", p) for i, p in enumerate(params)], distributed_config=config, bucket_mb=2e-3
+        [(f"p{i}", p) for i, p in enumerate(params)],
+        distributed_config=config,
+        bucket_mb=2e-3,
+        strategy="owned",
     )
     oracle = Oracle(weights)
     with counting() as count:
@@ -417,7 +420,8 @@ def with_owners(
     config = create_devicemesh_config(mesh)
     config.assign_fn = assign
     params = [nn.Parameter(place(w)) for w in weights]
-    optimizer = Muon([(f"p{i}", p) for i, p in enumerate(params)], distributed_config=config)
+    named = [(f"p{i}", p) for i, p in enumerate(params)]
+    optimizer = Muon(named, distributed_config=config, strategy="owned")
     oracle = Oracle(weights)
     for step in range(3):
         grads = tensors_like([tuple(w.shape) for w in weights], 1 + step)
@@ -488,6 +492,7 @@ def tp_under_ddp(permuted: bool) -> tuple[list[str], int, int, str]:
     optimizer = Muon(
         [(f"p{i}", p) for i, p in enumerate(params)],
         distributed_config=create_devicemesh_config(mesh),
+        strategy="owned",
     )
     oracle = Oracle(weights)
     with counting() as count:

@@ -18,10 +18,11 @@ def main() -> None:
     import tyro
 
     from muon_dtensor.cli.demo import demo
+    from muon_dtensor.cli.plan import plan
     from muon_dtensor.cli.validate import validate
 
     status = tyro.extras.subcommand_cli_from_dict(
-        {"demo": demo, "validate": validate, "version": version},
+        {"demo": demo, "plan": plan, "validate": validate, "version": version},
         prog="muon-dtensor",
         description="Sharding-aware Muon for PyTorch.",
     )

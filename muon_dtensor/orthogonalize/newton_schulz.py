@@ -70,29 +70,13 @@ def iterate(
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
-    x = x * _power_of_two(x)
+    # on the host ten times as fast as the norm of order infinity
+    x = x * power_of_two(x.abs().amax(dim=(-2, -1), keepdim=x.ndim > 2)).to(dtype)
     # torch's norm of one whole matrix and of a batch of matrices round differently; a single
     # matrix takes the road of torch.optim.Muon.
     norm = x.norm() if x.ndim == 2 else x.norm(dim=(-2, -1), keepdim=True)
     # the norm of anything but zero is at least 1/2 by now; zero stays zero even with eps = 0
     x.div_(norm.clamp(min=max(eps, 1e-30)))
-    x = _iterate(x, coefficients)
-    return x.mT if tall else x
-
-
-def _power_of_two(x: Tensor) -> Tensor:
-    """Per matrix 2^-e with e the exponent of its largest magnitude; 1 for a zero matrix."""
-    # on the host ten times as fast as the norm of order infinity
-    largest = x.abs().amax(dim=(-2, -1), keepdim=x.ndim > 2)
-    _, exponent = torch.frexp(largest.float())
-    # 2^127 and 2^-126 are the ends of the normal float32 and bfloat16 range.
-    return torch.ldexp(
-        torch.ones_like(largest, dtype=torch.float32), -exponent.clamp(-126, 126)
-    ).to(x.dtype)
-
-
-def _iterate(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
-    """The iterations; x is [*batch, short, long] with singular values of at most 1."""
     batch = x.shape[:-2]
     if len(batch) > 1:
         x = x.flatten(0, -3)
@@ -101,4 +85,13 @@ def _iterate(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
         gram = x @ x.mT
         polynomial = addmm(gram, gram, gram, beta=b, alpha=c)
         x = addmm(x, polynomial, x, beta=a)
-    return x.view(*batch, *x.shape[-2:]) if len(batch) > 1 else x
+    if len(batch) > 1:
+        x = x.view(*batch, *x.shape[-2:])
+    return x.mT if tall else x
+
+
+def power_of_two(largest: Tensor) -> Tensor:
+    """2^-e with e the exponent of each largest magnitude, 1 for a zero, in float32."""
+    _, exponent = torch.frexp(largest.float())
+    # 2^127 and 2^-126 are the ends of the normal float32 and bfloat16 range.
+    return torch.ldexp(torch.ones_like(largest, dtype=torch.float32), -exponent.clamp(-126, 126))

@@ -41,10 +41,14 @@ def polar_express(
     eps: float = EPS,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """The approximate polar factor U V^T of every matrix; see `iterate`.
+    """The approximate polar factor U V^T of every matrix; see `iterate`."""
+    return iterate(x, polar_express_rows(num_iterations), eps=eps, dtype=dtype)
 
-    With more than eight iterations the last row, a Newton-Schulz step of fifth order, is repeated.
+
+def polar_express_rows(num_iterations: int) -> tuple[Coefficients, ...]:
+    """The (a, b, c) of each iteration.
+
+    With more than eight the last row, a Newton-Schulz step of fifth order, is repeated.
     """
     rows = POLAR_EXPRESS[:num_iterations]
-    rows += POLAR_EXPRESS[-1:] * (num_iterations - len(rows))
-    return iterate(x, rows, eps=eps, dtype=dtype)
+    return rows + POLAR_EXPRESS[-1:] * (num_iterations - len(rows))

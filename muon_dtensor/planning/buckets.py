@@ -18,37 +18,39 @@ SMALLEST_NBYTES = 16 * 2**20
 over 64 ranks starts in about 0.1 ms), so no bucket is split for overlap alone."""
 
 
+OVER_CAP = 1.25
+"""Where one matrix alone needs more than the cap, what its bucket may hold is this times as much:
+matrices of other owners add little, and alone each would leave the links of all others idle."""
+
+
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """One owned matrix as luggage. `nbytes` and `piece_nbytes` (the largest piece) on the wire.
+    """One matrix as luggage: who owns it, its work, and its `loads`, (buffer, place, bytes) each.
 
-    `replica` and `home` tell where its owner sits. A matrix that lies apart has pieces at many
-    homes, and they count as one place: `home` is 0.
+    Loads at one place add up, and those of another buffer are counted by themselves.
     """
 
     index: int
     owner: int
-    replica: int
-    home: int
-    nbytes: int
-    piece_nbytes: int
     flops: int
     name: tuple[str, int]
+    loads: tuple[tuple[str, int, int], ...]
+
+
+Moment = tuple[tuple[int, str], ...]
+"""What is held at one moment: so many copies of the fullest place of each buffer."""
 
 
 @dataclass(slots=True)
 class Footprint:
     """A running upper bound on the buffers of one bucket on any rank; see `BucketCost.buffers`."""
 
-    num_replicas: int
-    num_hops: int
-    gathers: bool
-    pieces: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    wholes: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    spread: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    moments: tuple[Moment, ...]
+    places: dict[tuple[str, int], int] = field(default_factory=lambda: defaultdict(int))
+    fullest: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def empty(self) -> "Footprint":
-        return Footprint(self.num_replicas, self.num_hops, self.gathers)
+        return Footprint(self.moments)
 
     def of(self, parcels: Iterable[Parcel]) -> "Footprint":
         """The footprint of a bucket of these parcels."""
@@ -58,23 +60,16 @@ class Footprint:
         return footprint
 
     def add(self, parcel: Parcel) -> None:
-        self.pieces[parcel.replica] += parcel.piece_nbytes
-        self.wholes[parcel.owner] += parcel.nbytes
-        self.spread[parcel.home] += parcel.piece_nbytes
+        for buffer, place, nbytes in parcel.loads:
+            self.places[buffer, place] += nbytes
+            self.fullest[buffer] = max(self.fullest[buffer], self.places[buffer, place])
 
     @property
     def nbytes(self) -> int:
-        pieces, wholes, spread = (
-            max(places.values(), default=0) for places in (self.pieces, self.wholes, self.spread)
+        return max(
+            sum(copies * self.fullest[buffer] for copies, buffer in moment)
+            for moment in self.moments
         )
-        exchange = pieces + wholes if self.gathers else wholes
-        match self.num_hops, self.num_replicas:
-            case (1, copies) if copies > 1:
-                return max(exchange, copies * wholes + max(wholes, spread))
-            case (2, copies):
-                return max(exchange, copies * pieces + max(pieces, spread))
-            case _:
-                return exchange
 
 
 def deal(
@@ -126,8 +121,9 @@ def _rounds(parcels: Iterable[Parcel]) -> list[list[Parcel]]:
 def _split(
     level: Sequence[Parcel], empty: Footprint, cap_nbytes: int
 ) -> tuple[tuple[Parcel, ...], ...]:
-    """Consecutive runs under the cap, or under what the largest parcel needs by itself."""
-    limit = max(cap_nbytes, *(empty.of([parcel]).nbytes for parcel in level))
+    """Consecutive runs under the cap, or near what the largest parcel needs by itself."""
+    alone = max(empty.of([parcel]).nbytes for parcel in level)
+    limit = cap_nbytes if alone <= cap_nbytes else OVER_CAP * alone
     runs: list[list[Parcel]] = []
     footprint = empty.empty()
     for parcel in level:

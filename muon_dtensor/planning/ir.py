@@ -10,9 +10,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from muon_dtensor.layout import Matrix, MeshSpec, ParamSpec, Region
+from muon_dtensor.planning.presets import PRESETS
+from muon_dtensor.planning.topology import Topology
 
 if TYPE_CHECKING:
     from muon_dtensor.planning.cost import PlanCost
+    from muon_dtensor.planning.predict import Prediction
+    from muon_dtensor.planning.volumes import BucketCost
 
 
 class Route(StrEnum):
@@ -24,6 +28,15 @@ class Route(StrEnum):
     """The owner sends every holder among its peers that holder's piece of the result."""
     TO_REPLICAS = "to_replicas"
     """A holder in the owner's replica sends its piece on to its counterparts in the others."""
+
+    TO_ALL = "to_all"
+    """Every holder sends its piece to all other holders of its replica."""
+
+    TO_TEAM = "to_team"
+    """Every holder sends each member of the team in its replica its part of that one's slab."""
+
+    FROM_TEAM = "from_team"
+    """Every member of the team sends every holder among its peers its part of the slab's result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +62,60 @@ class Owned:
     `unshard_dims`: mesh dims along which its pieces lie apart (none: every replica holds it
     whole). `replica_dims`: mesh dims along which the pieces are repeated. `hops`: the way back,
     1 = the owner sends every holder its piece directly, 2 = to its own replica, which passes the
-    pieces on.
+    pieces on. `is_staged`: pieces travel along one mesh dim after the other, the innermost first,
+    in smaller groups, and back the same way; else along all of them at once.
     """
 
     unshard_dims: tuple[str, ...]
     replica_dims: tuple[str, ...]
     hops: int
+    is_staged: bool = False
 
 
-Strategy = Local | Owned
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Every holder gets the whole matrix and orthogonalizes it for itself; nothing goes back.
+
+    `unshard_dims` and `replica_dims` as for Owned; replicas send each other nothing.
+    """
+
+    unshard_dims: tuple[str, ...]
+    replica_dims: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Gram:
+    """A team of ranks orthogonalizes the matrix together, each a slab of its long side.
+
+    The members differ along `team_dims`; `unshard_dims` and `replica_dims` as for Owned. Each adds
+    its part to the Gram matrix of the short side, computes its rows of a polynomial of that, and
+    multiplies its slab; see `orthogonalize.gram`. `is_in_place`: the slabs are the shards.
+    Rounds otherwise than the iteration on the whole matrix.
+    """
+
+    unshard_dims: tuple[str, ...]
+    replica_dims: tuple[str, ...]
+    team_dims: tuple[str, ...]
+    is_in_place: bool
+
+
+Strategy = Local | Owned | Gathered | Gram
+
+
+def gram_segments(num_iterations: int) -> tuple[int, ...]:
+    """How many iterations a team makes before it computes the Gram matrix anew: 2, then 3 each.
+
+    With five in all that is one restart after the second, which keeps float32 within 5e-4 of the
+    plain iteration; later ones keep more iterations as close.
+    """
+    rest = num_iterations - 2
+    if rest <= 0:
+        return (num_iterations,) if num_iterations else ()
+    return (2, *([3] * (rest // 3)), *([rest % 3] if rest % 3 else []))
+
+
+STRATEGIES = ("auto", "owned", "owned_staged", "gathered", "gram")
+"""What `PlanOptions.strategy` may say. A matrix whole on one rank alone is Local in any case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +123,8 @@ class Assignment:
     """One matrix and the position that orthogonalizes it.
 
     `param` indexes `Plan.params`, `matrix` that parameter's `matrices`; `owner` is a position on
-    the mesh of the bucket.
+    the mesh of the bucket: of a gathered matrix the first of those that orthogonalize it, of a
+    team its first member.
     """
 
     param: int
@@ -74,8 +133,25 @@ class Assignment:
 
 
 @dataclass(frozen=True, slots=True)
+class Alternative:
+    """Another strategy for the matrices that travel as those of a bucket do.
+
+    `seconds`: what a step of these matrices alone would take by it, None where nobody priced it;
+    `reason`: why it was not taken.
+    """
+
+    strategy: Strategy
+    seconds: float | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Bucket:
-    """Matrices moved by one set of collectives: of one mesh, one wire dtype, one strategy."""
+    """Matrices moved by one set of collectives: of one mesh, one wire dtype, one strategy.
+
+    `seconds`: what a step of all matrices that travel like these would take alone, as predicted,
+    and `alternatives`: what else was thought of.
+    """
 
     mesh: MeshSpec
     strategy: Strategy
@@ -83,6 +159,8 @@ class Bucket:
     assignments: tuple[Assignment, ...]
     unshard: tuple[Collective, ...]
     reshard: tuple[Collective, ...]
+    seconds: float = 0.0
+    alternatives: tuple[Alternative, ...] = ()
 
 
 class Phase(StrEnum):
@@ -124,15 +202,30 @@ class PlanOptions:
     more by itself travels alone. `prefetch_count`: buckets whose exchange is in flight while
     another is orthogonalized. `batched`: whether an owner stacks its equal-shaped matrices of a
     bucket into one batch (faster on GPUs, rounds differently). `sequential`: ranks orthogonalize
-    one after the other, in the order of global ranks; for debugging.
+    one after the other, in the order of global ranks; for debugging. `strategy`: one of STRATEGIES;
+    "auto" takes the one that is predicted to be fastest on `topology`, and with `exact` False maybe
+    Gram.
     """
 
     bucket_nbytes: int = 256 * 2**20
     prefetch_count: int = 1
     batched: bool = False
     sequential: bool = False
+    strategy: str = "auto"
+    exact: bool = True
+    topology: Topology = PRESETS["h100-ib-400"]
 
     def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(
+                f"strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}"
+            )
+        if type(self.exact) is not bool or not isinstance(self.topology, Topology):
+            raise ValueError("exact is True or False, topology a Topology")
+        if self.strategy == "gram" and self.exact:
+            raise ValueError("strategy='gram' rounds differently: say exact=False as well")
+        if self.strategy == "gram" and self.sequential:
+            raise ValueError("strategy='gram' lets ranks work together: not one after the other")
         if type(self.bucket_nbytes) is not int or self.bucket_nbytes < 1:
             raise ValueError(f"bucket_mb must be above 0, got {self.bucket_nbytes} bytes")
         if type(self.prefetch_count) is not int or self.prefetch_count < 0:
@@ -180,11 +273,25 @@ class Plan:
         return {fqn: tuple(rank for _, rank in sorted(found)) for fqn, found in owners.items()}
 
     @cached_property
+    def bucket_costs(self) -> "tuple[BucketCost, ...]":
+        """What each bucket moves, computes and holds."""
+        from muon_dtensor.planning.volumes import bucket_cost
+
+        return tuple(bucket_cost(self, bucket) for bucket in self.buckets)
+
+    @cached_property
     def cost(self) -> "PlanCost":
         """Bytes, flops and buffers of every rank, and the lower bounds."""
         from muon_dtensor.planning.cost import plan_cost
 
         return plan_cost(self)
+
+    @cached_property
+    def prediction(self) -> "Prediction":
+        """How long a step takes on the topology of the options."""
+        from muon_dtensor.planning.predict import predict
+
+        return predict(self)
 
     def summary(self) -> str:
         """The plan as one screen of text; the same as `str(plan)`."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
 
 from muon_dtensor.layout import Layout, Region
+from muon_dtensor.planning.ir import Gram, Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +51,10 @@ def assign_owners(work: Sequence[Work]) -> tuple[int, ...]:
     return tuple(owners)
 
 
-def candidates_for(layout: Layout, matrix: Region) -> tuple[int, ...]:
-    """Positions that hold a part of the matrix, the ones to prefer first.
+def candidates_for(
+    layout: Layout, matrix: Region, strategy: Strategy | None = None
+) -> tuple[int, ...]:
+    """Positions that hold a part of the matrix, the ones to prefer first; first members of teams.
 
     Larger pieces first, since an owner keeps its own. Then neighbours in this order differ in
     replica first and in the outermost mesh dim next, so that equal matrices spread over replicas
@@ -67,4 +70,7 @@ def candidates_for(layout: Layout, matrix: Region) -> tuple[int, ...]:
         key=lambda item: (-item[1].numel, spread(item[0], layout.cut_dims)),
     )
     replicas = sorted(layout.replica_offsets, key=lambda o: spread(o, layout.replica_dims))
-    return tuple(home + offset for home, _ in homes for offset in replicas)
+    found = (home + offset for home, _ in homes for offset in replicas)
+    if isinstance(strategy, Gram):
+        found = (mesh.peers(position, strategy.team_dims)[0] for position in found)
+    return tuple(dict.fromkeys(found))

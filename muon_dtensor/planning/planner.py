@@ -4,51 +4,38 @@ Chooses transports and calls those who choose owners and buckets. Never sees a t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from muon_dtensor.errors import AssignmentError, PlanError, Problem
-from muon_dtensor.layout import Matrix, MeshSpec, ParamSpec
-from muon_dtensor.planning.buckets import Footprint, Parcel, deal, schedule
+from muon_dtensor.layout import ParamSpec
+from muon_dtensor.planning.buckets import Parcel, deal, schedule
 from muon_dtensor.planning.check import wrong_matrices
-from muon_dtensor.planning.cost import ITEMSIZES, matrix_flops
+from muon_dtensor.planning.choose import Choice, Item, Transport, Verdict, choose
 from muon_dtensor.planning.ir import (
     Action,
+    Alternative,
     Assignment,
     Bucket,
+    Gathered,
+    Gram,
     Local,
-    Owned,
     Plan,
     PlanOptions,
     Strategy,
 )
+from muon_dtensor.planning.luggage import footprint_of, parcel
 from muon_dtensor.planning.owners import Work, assign_owners, candidates_for
 from muon_dtensor.planning.strategies import (
-    DIRECT_SLACK,
-    MOST_DIRECT_RANKS,
     can_own,
     reshard_collectives,
     strategies_for,
     unshard_collectives,
 )
+from muon_dtensor.planning.teams import can_share
+from muon_dtensor.planning.volumes import ITEMSIZES, WIRE_DTYPES, matrix_flops
 
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """One matrix on its way through the planner."""
-
-    param: int
-    index: int
-    matrix: Matrix
-    owner: int
-
-
-@dataclass(frozen=True)
-class _Transport:
-    """What all matrices of a bucket share."""
-
-    mesh: MeshSpec
-    wire_dtype: str
-    strategies: tuple[Strategy, ...]
+GRAM_GAIN = 1.3
+"""How much faster than the best exact plan a step with teams must be, unless it is asked for."""
 
 
 def plan_update(
@@ -75,13 +62,20 @@ def plan_update(
     options = options or PlanOptions()
     params = tuple(params)
     _check_params(params)
-    by_ranks: dict[frozenset[int], dict[_Transport, list[_Item]]] = {}
-    for transport, items in _by_transport(params, _owners(params, owners or {})).items():
-        by_ranks.setdefault(transport.mesh.rank_set, {})[transport] = items
+    owners = owners or {}
+    alone = _by_ranks(params, owners, with_teams=False)
+    shared = _by_ranks(params, owners, with_teams=not (options.exact or options.sequential))
     buckets: list[Bucket] = []
     actions: list[Action] = []
-    for rank_set in sorted(by_ranks, key=_rank_set_order):
-        waves = _deal_transports(params, by_ranks[rank_set], options, buckets)
+    for rank_set in sorted(alone, key=_rank_set_order):
+        builder = _Builder(params, shared[rank_set], options, owners)
+        if options.strategy == "gram":
+            verdicts = builder.verdicts()
+        else:
+            builder, verdicts = _worth_teams(
+                _Builder(params, alone[rank_set], options, owners), builder
+            )
+        waves = builder.waves({t: v.strategy for t, v in verdicts.items()}, buckets, verdicts)
         actions += schedule(buckets, waves, options.prefetch_count)
     return Plan(params, tuple(buckets), tuple(actions), options)
 
@@ -94,39 +88,172 @@ def _rank_set_order(rank_set: frozenset[int]) -> tuple[int, list[int]]:
     return (-len(rank_set), sorted(rank_set))
 
 
-def _deal_transports(
-    params: tuple[ParamSpec, ...],
-    transports: dict[_Transport, list[_Item]],
-    options: PlanOptions,
-    buckets: list[Bucket],
-) -> list[list[int]]:
-    """Append the buckets of one set of ranks; returns them as waves of indices."""
-    waves: list[list[int]] = []
-    # Exchanges first, the longest compute first; what needs no exchange hides the last one.
-    for transport, items in sorted(
-        transports.items(), key=lambda pair: _order(params, pair[0], pair[1])
-    ):
-        strategy, empty, parcels = _choose(params, transport, items)
-        for wave in deal(parcels, empty, options.bucket_nbytes):
-            waves.append([])
-            for parcels_of_bucket in wave:
-                chosen = sorted((items[p.index] for p in parcels_of_bucket), key=_model_order)
-                waves[-1].append(len(buckets))
-                buckets.append(
-                    Bucket(
-                        mesh=transport.mesh,
-                        strategy=strategy,
-                        wire_dtype=transport.wire_dtype,
-                        assignments=tuple(Assignment(i.param, i.index, i.owner) for i in chosen),
-                        unshard=unshard_collectives(strategy),
-                        reshard=reshard_collectives(strategy, transport.mesh.dim_names),
+def _worth_teams(
+    alone: "_Builder", shared: "_Builder"
+) -> tuple["_Builder", dict[Transport, Verdict]]:
+    """The plan with teams if it is GRAM_GAIN times as fast as the best without, else that.
+
+    Teams divide matrices into more transports, so both are planned from the beginning.
+    """
+    exact = alone.verdicts()
+    if alone.options.strategy != "auto" or shared.transports == alone.transports:
+        return alone, {t: alone.with_teams_told(t, v, None, 0.0) for t, v in exact.items()}
+    teams = shared.verdicts()
+    with_teams, without = (
+        builder.plan({t: v.strategy for t, v in verdicts.items()}).prediction.seconds
+        for builder, verdicts in ((shared, teams), (alone, exact))
+    )
+    if with_teams * GRAM_GAIN <= without:
+        return shared, teams
+    ratio = with_teams / without
+    return alone, {t: alone.with_teams_told(t, v, with_teams, ratio) for t, v in exact.items()}
+
+
+class _Builder:
+    """Plans for one set of ranks, strategy by strategy."""
+
+    def __init__(
+        self,
+        params: tuple[ParamSpec, ...],
+        transports: Mapping[Transport, list[Item]],
+        options: PlanOptions,
+        named: Mapping[str, int],
+    ) -> None:
+        self.params = params
+        self.transports = transports
+        self.options = options
+        self.named = named
+        self._owners: dict[tuple[object, ...], dict[Transport, list[int]]] = {}
+
+    def verdicts(self) -> dict[Transport, Verdict]:
+        """A strategy for every transport."""
+        return choose(self.params, self.transports, self.options, self.plan)
+
+    def with_teams_told(
+        self, transport: Transport, verdict: Verdict, seconds: float | None, ratio: float
+    ) -> Verdict:
+        """The same verdict, which also says why teams were not taken.
+
+        `seconds`: of a step of all matrices in which teams share what they may.
+        """
+        first = self.transports[transport][0]
+        legal = strategies_for(self.params[first.param], first.matrix)
+        teams = [s for s in legal if isinstance(s, Gram)]
+        if not teams or self.options.strategy != "auto":
+            return verdict
+        reason = "rounds differently: allowed by exact=False"
+        if seconds is not None:
+            reason = f"{ratio:.2f} times as long for all, to be taken at {1 / GRAM_GAIN:.2f}"
+        other = Alternative(teams[0], seconds, reason)
+        return replace(verdict, alternatives=(*verdict.alternatives, other))
+
+    def plan(self, choice: Choice) -> Plan:
+        """The plan of these transports alone."""
+        buckets: list[Bucket] = []
+        waves = self.waves(choice, buckets)
+        actions = schedule(buckets, waves, self.options.prefetch_count)
+        return Plan(self.params, tuple(buckets), actions, self.options)
+
+    def waves(
+        self,
+        choice: Choice,
+        buckets: list[Bucket],
+        verdicts: Mapping[Transport, Verdict] | None = None,
+    ) -> list[list[int]]:
+        """Append the buckets; returns them as waves of indices."""
+        waves: list[list[int]] = []
+        owners = self.owners(choice)
+        # Exchanges first, the longest compute first; what needs no exchange hides the last one.
+        for transport in sorted(choice, key=self._order):
+            strategy, items = choice[transport], self.transports[transport]
+            copies = transport.mesh.num_ranks_along(getattr(strategy, "replica_dims", ()))
+            empty = footprint_of(strategy, copies)
+            parcels = self._parcels(transport, strategy, owners[transport])
+            verdict = Verdict(strategy, 0.0, ()) if verdicts is None else verdicts[transport]
+            for wave in deal(parcels, empty, self.options.bucket_nbytes):
+                waves.append([])
+                for parcels_of_bucket in wave:
+                    chosen = sorted(
+                        (items[p.index].param, items[p.index].index, p.owner)
+                        for p in parcels_of_bucket
                     )
-                )
-    return waves
+                    waves[-1].append(len(buckets))
+                    buckets.append(
+                        Bucket(
+                            mesh=transport.mesh,
+                            strategy=strategy,
+                            wire_dtype=transport.wire_dtype,
+                            assignments=tuple(Assignment(*place) for place in chosen),
+                            unshard=unshard_collectives(strategy),
+                            reshard=reshard_collectives(strategy, transport.mesh.dim_names),
+                            seconds=verdict.seconds,
+                            alternatives=verdict.alternatives,
+                        )
+                    )
+        return waves
 
+    def _order(self, transport: Transport) -> tuple[bool, int, tuple[int, int]]:
+        items = self.transports[transport]
+        flops = sum(matrix_flops(i.matrix, self.params[i.param].num_iterations) for i in items)
+        first = min((item.param, item.index) for item in items)
+        return (isinstance(transport.strategies[0], Local), -flops, first)
 
-def _model_order(item: _Item) -> tuple[int, int]:
-    return (item.param, item.index)
+    def _parcels(
+        self, transport: Transport, strategy: Strategy, owners: Sequence[int]
+    ) -> list[Parcel]:
+        itemsize = ITEMSIZES[transport.wire_dtype]
+        return [
+            parcel(
+                index,
+                strategy,
+                self.params[item.param].layout,
+                item.matrix,
+                owner=owner,
+                itemsize=itemsize,
+                flops=matrix_flops(item.matrix, self.params[item.param].num_iterations),
+                name=(self.params[item.param].fqn, item.index),
+            )
+            for index, (item, owner) in enumerate(
+                zip(self.transports[transport], owners, strict=True)
+            )
+        ]
+
+    def owners(self, choice: Choice) -> dict[Transport, list[int]]:
+        """Owners of all matrices, as positions: named by the user or balanced together.
+
+        A gathered matrix has a first holder, a team a first member.
+        """
+        who = tuple(
+            (t, s.team_dims if isinstance(s, Gram) else isinstance(s, Gathered))
+            for t, s in choice.items()
+        )
+        if who not in self._owners:
+            self._owners[who] = self._balance(choice)
+        return self._owners[who]
+
+    def _balance(self, choice: Choice) -> dict[Transport, list[int]]:
+        """Meshes of exactly the same ranks share loads. Others do not: their ranks cannot see
+        each other's plans."""
+        work: list[Work] = []
+        known: dict[tuple[int, tuple[str, ...]], tuple[int, ...]] = {}
+        for transport, strategy in choice.items():
+            mesh = transport.mesh
+            team_dims = strategy.team_dims if isinstance(strategy, Gram) else ()
+            for item in self.transports[transport]:
+                spec = self.params[item.param]
+                table = (id(spec.layout.holders(item.matrix.region)), team_dims)
+                if table not in known:
+                    positions = candidates_for(spec.layout, item.matrix.region, strategy)
+                    known[table] = tuple(mesh.ranks[p] for p in positions)
+                ranks = known[table]
+                if transport.is_named:
+                    ranks = (self.named[spec.fqn],)
+                flops = max(matrix_flops(item.matrix, spec.num_iterations), item.matrix.numel)
+                if isinstance(strategy, Gathered):
+                    ranks, flops = ranks[:1], 0
+                work.append(Work(flops, (spec.fqn, item.index), ranks))
+        ranks_of = iter(assign_owners(work))
+        return {t: [t.mesh.position_of(next(ranks_of)) for _ in self.transports[t]] for t in choice}
 
 
 def _check_params(params: tuple[ParamSpec, ...]) -> None:
@@ -143,13 +270,13 @@ def _check_params(params: tuple[ParamSpec, ...]) -> None:
                 )
             )
         seen.add(spec.fqn)
-        if spec.wire_dtype not in ITEMSIZES:
+        if spec.wire_dtype not in WIRE_DTYPES:
             problems.append(
                 Problem(
                     spec.fqn,
                     f"{list(spec.shape)} to be iterated in {spec.wire_dtype}",
                     "This dtype is not known to the planner.",
-                    f"Use one of {', '.join(ITEMSIZES)}.",
+                    f"Use one of {', '.join(WIRE_DTYPES)}.",
                 )
             )
         if wrong := wrong_matrices(spec):
@@ -163,41 +290,6 @@ def _check_params(params: tuple[ParamSpec, ...]) -> None:
             )
     if problems:
         raise PlanError(problems, num_params=len(params))
-
-
-def _owners(params: tuple[ParamSpec, ...], named: Mapping[str, int]) -> list[_Item]:
-    """Owners of all matrices; `named` by the user or chosen.
-
-    Meshes of exactly the same ranks share loads. Others do not: their ranks cannot see each
-    other's plans.
-    """
-    work: dict[frozenset[int], list[tuple[int, int, Matrix, Work]]] = {}
-    candidates: dict[int, tuple[int, ...]] = {}
-    for param, spec in enumerate(params):
-        mesh = spec.layout.mesh
-        owned = _owned_by(spec, named[spec.fqn]) if spec.fqn in named else set()
-        for index, matrix in enumerate(spec.matrices):
-            if matrix.numel == 0:
-                continue
-            table = spec.layout.holders(matrix.region)
-            ranks = candidates.get(id(table))
-            if ranks is None:
-                ranks = candidates[id(table)] = tuple(
-                    mesh.ranks[position] for position in candidates_for(spec.layout, matrix.region)
-                )
-            if index in owned:
-                ranks = (named[spec.fqn],)
-            flops = max(matrix_flops(matrix, spec.num_iterations), matrix.numel)
-            work.setdefault(mesh.rank_set, []).append(
-                (param, index, matrix, Work(flops, (spec.fqn, index), ranks))
-            )
-    items = []
-    for entries in work.values():
-        owners = assign_owners([w for *_, w in entries])
-        for (param, index, matrix, _), rank in zip(entries, owners, strict=True):
-            owner = params[param].layout.mesh.position_of(rank)
-            items.append(_Item(param, index, matrix, owner))
-    return items
 
 
 def _owned_by(spec: ParamSpec, rank: int) -> set[int]:
@@ -222,72 +314,34 @@ def _owned_by(spec: ParamSpec, rank: int) -> set[int]:
     return owned
 
 
-def _by_transport(
-    params: tuple[ParamSpec, ...], items: Sequence[_Item]
-) -> dict[_Transport, list[_Item]]:
-    transports: dict[_Transport, list[_Item]] = {}
-    known: dict[int, tuple[Strategy, ...]] = {}
-    for item in items:
-        spec = params[item.param]
-        table = id(spec.layout.holders(item.matrix.region))
-        strategies = known.get(table)
-        if strategies is None:
-            strategies = known[table] = strategies_for(spec.layout, item.matrix.region)
-        transport = _Transport(spec.layout.mesh, spec.wire_dtype, strategies)
-        transports.setdefault(transport, []).append(item)
-    return transports
-
-
-def _order(
-    params: tuple[ParamSpec, ...], transport: _Transport, items: Sequence[_Item]
-) -> tuple[bool, int, tuple[int, int]]:
-    flops = sum(matrix_flops(i.matrix, params[i.param].num_iterations) for i in items)
-    first = min(_model_order(item) for item in items)
-    return (isinstance(transport.strategies[0], Local), -flops, first)
-
-
-def _choose(
-    params: tuple[ParamSpec, ...], transport: _Transport, items: Sequence[_Item]
-) -> tuple[Strategy, Footprint, list[Parcel]]:
-    """The strategy of one transport, and its matrices as parcels."""
-    itemsize = ITEMSIZES[transport.wire_dtype]
-    parcels = []
-    for index, item in enumerate(items):
-        layout = params[item.param].layout
-        holders = layout.holders(item.matrix.region)
-        parcels.append(
-            Parcel(
-                index=index,
-                owner=item.owner,
-                replica=layout.replica_offset(item.owner),
-                home=0 if len(holders) > 1 else layout.home(item.owner),
-                nbytes=itemsize * item.matrix.numel,
-                piece_nbytes=itemsize * max(piece.numel for piece in holders.values()),
-                flops=matrix_flops(item.matrix, params[item.param].num_iterations),
-                name=(params[item.param].fqn, item.index),
-            )
-        )
-    strategy = transport.strategies[0]
-    if len(transport.strategies) > 1 and not _direct_is_cheap(transport, parcels):
-        strategy = transport.strategies[1]
-    match strategy:
-        case Local():
-            return strategy, Footprint(1, 0, gathers=False), parcels
-        case Owned(unshard_dims=apart, replica_dims=same, hops=hops):
-            copies = transport.mesh.num_ranks_along(same)
-            return strategy, Footprint(copies, hops, gathers=bool(apart)), parcels
-
-
-def _direct_is_cheap(transport: _Transport, parcels: Sequence[Parcel]) -> bool:
-    """Whether one hop from owners to all holders beats two; see MOST_DIRECT_RANKS."""
-    direct = transport.strategies[0]
-    assert isinstance(direct, Owned)
-    copies = transport.mesh.num_ranks_along(direct.replica_dims)
-    if transport.mesh.num_ranks_along(direct.unshard_dims) * copies > MOST_DIRECT_RANKS:
-        return False
-    total = Footprint(copies, 1, gathers=True).of(parcels)
-    wholes, pieces = max(total.wholes.values()), max(total.pieces.values())
-    return copies * wholes <= DIRECT_SLACK * (wholes + (copies - 1) * pieces)
+def _by_ranks(
+    params: tuple[ParamSpec, ...], named: Mapping[str, int], *, with_teams: bool
+) -> dict[frozenset[int], dict[Transport, list[Item]]]:
+    """All matrices by the set of ranks that hold them, and by what they share."""
+    by_ranks: dict[frozenset[int], dict[Transport, list[Item]]] = {}
+    known: dict[tuple[object, ...], tuple[Strategy, ...]] = {}
+    merged: dict[tuple[object, ...], Transport] = {}
+    for param, spec in enumerate(params):
+        owned = _owned_by(spec, named[spec.fqn]) if spec.fqn in named else set()
+        for index, matrix in enumerate(spec.matrices):
+            if matrix.numel == 0:
+                continue
+            table = id(spec.layout.holders(matrix.region))
+            can = (table, matrix.rows, matrix.cols, matrix.pattern == "", can_share(spec, matrix))
+            strategies = known.get(can)
+            if strategies is None:
+                strategies = known[can] = tuple(
+                    s for s in strategies_for(spec, matrix) if with_teams or not isinstance(s, Gram)
+                )
+            key = (id(spec.layout.mesh), spec.wire_dtype, strategies, index in owned)
+            transport = merged.get(key)
+            if transport is None:
+                transport = merged[key] = Transport(
+                    spec.layout.mesh, spec.wire_dtype, strategies, index in owned
+                )
+            transports = by_ranks.setdefault(transport.mesh.rank_set, {})
+            transports.setdefault(transport, []).append(Item(param, index, matrix))
+    return by_ranks
 
 
 def restrict(plan: Plan, rank_set: frozenset[int]) -> Plan:

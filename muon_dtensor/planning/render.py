@@ -4,22 +4,28 @@ Formats what is there. Decides and computes nothing about the step itself.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import assert_never
 
 from muon_dtensor.layout import Layout, ParamSpec
-from muon_dtensor.planning.cost import ITEMSIZES, BucketCost, matrix_flops
 from muon_dtensor.planning.ir import (
     AllToAll,
+    Alternative,
+    Assignment,
     Bucket,
+    Gathered,
+    Gram,
     Local,
     Owned,
     Plan,
     Strategy,
 )
-from muon_dtensor.planning.strategies import MOST_DIRECT_RANKS
+from muon_dtensor.planning.strategies import kind_of
+from muon_dtensor.planning.volumes import BucketCost, bucket_cost, matrix_flops
 
-MOST_ROWS = 10
+MOST_ROWS = 8
 """Rows of a table in `summary` before the rest is counted instead of shown."""
 
 
@@ -30,6 +36,14 @@ def quantity(value: float, unit: str) -> str:
             digits = 0 if value == round(value) and abs(value) < 1000 and not prefix else 3
             return f"{value:.{digits}g} {prefix}{unit}" if digits else f"{value:.0f} {prefix}{unit}"
         value /= 1000
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits: `duration(0.0123)` is `12.3 ms`."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 1 or unit == "us":
+            return f"{seconds * factor:.3g} {unit}"
     raise AssertionError
 
 
@@ -84,6 +98,20 @@ def shape_text(spec: ParamSpec) -> str:
     return f"[{batch}{rows}, {cols}] stored flat"
 
 
+def headline(plan: Plan) -> str:
+    """The plan on one line."""
+    cost, kinds = plan.cost, Counter(kind_of(bucket.strategy) for bucket in plan.buckets)
+    where = ", ".join(str(mesh) for mesh in plan.meshes) or "no mesh"
+    buckets = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
+    return (
+        f"Muon plan: {_count(cost.num_matrices, 'matrix', 'matrices')} on {where}; "
+        f"buckets: {buckets}; {quantity(cost.total_nbytes, 'B')} sent a step, "
+        f"{quantity(max(cost.peak_nbytes, default=0), 'B')} held, "
+        f"{duration(plan.prediction.seconds)} predicted on {plan.options.topology.name}; "
+        f"digest {plan.digest[:16]}"
+    )
+
+
 def summary(plan: Plan) -> str:
     """The plan on one screen: buckets, then parameters, then totals against the bounds."""
     cost = plan.cost
@@ -94,7 +122,7 @@ def summary(plan: Plan) -> str:
     if not plan.params:
         return "no parameters, nothing to do"
     lines.append("")
-    lines += _shorten(_bucket_rows(cost.buckets))
+    lines += _shorten(_bucket_rows(plan))
     lines.append("")
     lines += _shorten([[line] for line in _param_lines(plan)])
     total, bound = cost.total_nbytes, cost.bound_nbytes
@@ -107,7 +135,9 @@ def summary(plan: Plan) -> str:
         f"slowest rank {cost.imbalance:.2f} x the mean, makespan {cost.makespan:.2f}",
         f"buffers at most {quantity(cost.peak_buffer_nbytes, 'B')} per rank "
         f"(cap {quantity(plan.options.bucket_nbytes, 'B')} a bucket, "
-        f"{plan.options.prefetch_count} prefetched)",
+        f"{plan.options.prefetch_count} prefetched), {quantity(max(cost.peak_nbytes), 'B')} with "
+        "work space",
+        f"predicted {duration(plan.prediction.seconds)} a step on {plan.options.topology.name}",
     ]
     order = " ".join(map(str, plan.schedule))
     turns = ", ranks orthogonalize one after the other" if plan.options.sequential else ""
@@ -131,85 +161,99 @@ def _shorten(rows: list[list[str]]) -> list[str]:
     return lines
 
 
-def _bucket_rows(costs: Sequence[BucketCost]) -> list[list[str]]:
+def _bucket_rows(plan: Plan) -> list[list[str]]:
     """Lines per bucket; buckets that read the same are told once."""
     same: dict[tuple[str, ...], list[int]] = {}
-    for index, cost in enumerate(costs):
-        same.setdefault(tuple(_bucket_lines(cost)), []).append(index)
+    for index in range(len(plan.buckets)):
+        same.setdefault(tuple(_bucket_lines(plan, index)), []).append(index)
     rows = []
+    told: set[tuple[Alternative, ...]] = set()
     for (head, *tail), numbers in same.items():
         title = f"bucket {numbers[0]}  " if len(numbers) == 1 else f"buckets {_ranges(numbers)}  "
-        rows.append([title + head, *tail])
+        bucket = plan.buckets[numbers[0]]
+        others = [] if bucket.alternatives in told else instead(bucket)
+        told.add(bucket.alternatives)
+        rows.append([title + head, *tail, *(f"    {line}" for line in others)])
     return rows
 
 
-def _bucket_lines(cost: BucketCost) -> list[str]:
-    bucket = cost.bucket
-    owners = _count(len({a.owner for a in bucket.assignments}), "owner", "owners")
+def _bucket_lines(plan: Plan, index: int) -> list[str]:
+    cost, bucket, prediction = plan.cost.buckets[index], plan.buckets[index], plan.prediction
+    noun = "team" if isinstance(bucket.strategy, Gram) else "owner"
+    owners = f", {_count(len({a.owner for a in bucket.assignments}), noun, noun + 's')}"
+    if isinstance(bucket.strategy, Gathered):
+        owners = ""
     matrices = _count(len(bucket.assignments), "matrix", "matrices")
     lines = [
-        f"{strategy_text(bucket.strategy)}: {matrices} in {bucket.wire_dtype}, {owners}",
+        f"{strategy_text(bucket.strategy)}: {matrices} in {bucket.wire_dtype}{owners}",
         f"  per rank at most {quantity(max(cost.flops), 'FLOP')} "
         f"and {quantity(cost.peak_nbytes, 'B')} of buffers",
     ]
-    for phase, collectives in (("unshard", bucket.unshard), ("reshard", bucket.reshard)):
-        for c in collectives:
-            sent = cost.sent_nbytes(c)
-            route = c.route.replace("_", " ")
+    for phase, hops in (("unshard", cost.unshard), ("reshard", cost.reshard)):
+        for hop in hops:
+            sent = cost.sent_nbytes(hop)
             lines.append(
-                f"  {phase}  all_to_all {route} over {collective_dims(bucket, c)}: "
+                f"  {phase}  {collective_text(bucket, hop.collective)}: "
                 f"{quantity(sum(sent), 'B')}, at most {quantity(max(sent), 'B')} a rank"
             )
-    reason = _reason(bucket, sum(cost.wholes), sum(cost.flops), _why_hops(cost))
-    lines.append(f"  because {reason}")
+    if isinstance(bucket.strategy, Gram):
+        dims = dims_text(bucket, bucket.strategy.team_dims)
+        lines.append(
+            f"  share    rings over {dims}: {quantity(sum(cost.team_nbytes), 'B')}, "
+            f"at most {quantity(max(cost.team_nbytes), 'B')} a rank"
+        )
+    exchange, compute = prediction.exchange_seconds[index], prediction.compute_seconds[index]
+    lines += [
+        f"  predicted  {duration(exchange)} of exchange, {duration(compute)} of compute",
+        f"  because {reason(plan, bucket)}",
+    ]
     return lines
 
 
 def strategy_text(strategy: Strategy) -> str:
-    """The strategy in a word or three."""
+    """The strategy in a word or five."""
     match strategy:
         case Local():
             return "local"
-        case Owned(replica_dims=()):
-            return "owned"
-        case Owned(hops=hops):
-            return f"owned, shared by replicas in {_count(hops, 'hop', 'hops')}"
-
-
-def collective_dims(bucket: Bucket, collective: AllToAll) -> str:
-    """The mesh dims of a collective with their sizes, `dp=4 x tp=2`."""
-    return " x ".join(f"{name}={bucket.mesh.sizes[name]}" for name in collective.mesh_dims)
-
-
-def _reason(bucket: Bucket, numel: int, flops: int, why_hops: str = "") -> str:
-    """Why this and not the alternative, with what that would cost for these matrices."""
-    match bucket.strategy:
-        case Local():
-            return "it lies whole on one rank: nothing to send"
-        case Owned(unshard_dims=apart, replica_dims=same):
-            mesh = bucket.mesh
-            num_ranks = mesh.num_ranks_along(apart) * mesh.num_ranks_along(same)
-            num_gathers = (mesh.num_ranks_along(apart) - 1) * mesh.num_ranks_along(same)
-            nbytes = ITEMSIZES[bucket.wire_dtype] * numel * num_gathers
-            work = quantity(flops * num_ranks, "FLOP")
-            text = f"each rank doing all would mean {quantity(nbytes, 'B')} and {work}"
-            return f"{text}{why_hops}"
-
-
-def _why_hops(cost: BucketCost) -> str:
-    """Why the results take one hop or two, where there is a choice."""
-    match cost.bucket.strategy:
-        case Owned(unshard_dims=(_, *_) as apart, replica_dims=(_, *_) as same, hops=hops):
-            mesh, copies = cost.bucket.mesh, cost.num_replicas
-            num_ranks = mesh.num_ranks_along(tuple(apart)) * mesh.num_ranks_along(tuple(same))
-            if hops == 1:
-                return "; a second hop would save no bytes"
-            if num_ranks > MOST_DIRECT_RANKS:
-                return f"; one hop would be among {num_ranks} ranks"
-            busiest = quantity(copies * max(cost.wholes) * cost.itemsize, "B")
-            return f"; in one hop the busiest owner would send {busiest}"
+        case Gathered():
+            return "gathered"
+        case Gram(is_in_place=in_place):
+            return f"gram, teams over {' x '.join(strategy.team_dims)}{' in place' * in_place}"
+        case Owned(replica_dims=same, hops=hops, is_staged=staged):
+            text = "owned, one mesh dim at a time" if staged else "owned"
+            return f"{text}, shared by replicas in {_count(hops, 'hop', 'hops')}" if same else text
         case _:
-            return ""
+            assert_never(strategy)
+
+
+def collective_text(bucket: Bucket, collective: AllToAll) -> str:
+    """A collective with its mesh dims: `all_to_all to owner over dp=4 x tp=2`."""
+    route = collective.route.replace("_", " ")
+    return f"all_to_all {route} over {dims_text(bucket, collective.mesh_dims)}"
+
+
+def dims_text(bucket: Bucket, mesh_dims: Sequence[str]) -> str:
+    """Mesh dims with their sizes, `dp=4 x tp=2`."""
+    return " x ".join(f"{name}={bucket.mesh.sizes[name]}" for name in mesh_dims)
+
+
+def reason(plan: Plan, bucket: Bucket) -> str:
+    """Why this strategy, with what it takes."""
+    if isinstance(bucket.strategy, Local):
+        return "it lies whole on one rank: nothing to send"
+    took = f"{duration(bucket.seconds)} if these were all"
+    if plan.options.strategy != "auto":
+        took = f"strategy={plan.options.strategy!r} was asked for; {took}"
+    return took
+
+
+def instead(bucket: Bucket) -> list[str]:
+    """What else was thought of, with what it would take and why it was not taken."""
+    lines = []
+    for other in bucket.alternatives:
+        took = "" if other.seconds is None else f"{duration(other.seconds)}, "
+        lines.append(f"instead of {strategy_text(other.strategy)}: {took}{other.reason}")
+    return lines
 
 
 def _param_lines(plan: Plan) -> list[str]:
@@ -270,30 +314,36 @@ def explain(plan: Plan, fqn: str) -> str:
                 continue
             matrix = plan.matrix(assignment)
             holders = plan.holders(assignment)
-            own = holders.get(spec.layout.home(assignment.owner))
-            kept = 0 if own is None else own.numel
-            away = (matrix.numel - kept) * cost.itemsize
-            back = away + matrix.numel * (len(spec.layout.replica_offsets) - 1) * cost.itemsize
             region = matrix.region
             box = ", ".join(f"{a}:{b}" for a, b in zip(region.start, region.stop, strict=True))
+            alone = bucket_cost(plan, replace(bucket, assignments=(assignment,)))
             lines += [
                 f"  matrix [{box}] in bucket {number}, {strategy_text(bucket.strategy)}",
                 f"    in {_count(len(holders), 'piece', 'pieces')} on each of "
                 f"{_count(len(spec.layout.replica_offsets), 'replica', 'replicas')}; "
-                f"rank {bucket.mesh.ranks[assignment.owner]} orthogonalizes it, "
-                f"{quantity(matrix_flops(matrix, spec.num_iterations), 'FLOP')}",
+                f"{_who(plan, bucket, assignment, alone)}, {quantity(sum(alone.flops), 'FLOP')}",
             ]
-            lines += [
-                f"    {phase}: {quantity(nbytes, 'B')} by "
-                + ", then ".join(f"all_to_all over {collective_dims(bucket, c)}" for c in todo)
-                for phase, nbytes, todo in (
-                    ("unshard", away, bucket.unshard),
-                    ("reshard", back, bucket.reshard),
-                )
-                if todo
-            ]
-            flops = matrix_flops(matrix, spec.num_iterations)
-            lines.append(f"    because {_reason(bucket, matrix.numel, flops)}")
+            for phase, hops in (("unshard", alone.unshard), ("reshard", alone.reshard)):
+                for hop in hops:
+                    nbytes = quantity(sum(alone.sent_nbytes(hop)), "B")
+                    text = collective_text(bucket, hop.collective)
+                    lines.append(f"    {phase}: {nbytes} by {text}")
+            lines.append(f"    because {reason(plan, bucket)}")
+            lines += [f"      {line}" for line in instead(bucket)]
     if len(lines) == 2:
         lines.append("  no elements, nothing to do")
     return "\n".join(lines)
+
+
+def _who(plan: Plan, bucket: Bucket, assignment: Assignment, alone: BucketCost) -> str:
+    """Who orthogonalizes one matrix, in words."""
+    rank = bucket.mesh.ranks[assignment.owner]
+    match bucket.strategy:
+        case Gathered():
+            count = sum(flops > 0 for flops in alone.flops)
+            return f"each of {_count(count, 'holder', 'holders')} orthogonalizes it"
+        case Gram(team_dims=dims):
+            ranks = _count(bucket.mesh.num_ranks_along(dims), "rank", "ranks")
+            return f"a team of {ranks} from {rank} on orthogonalizes it"
+        case _:
+            return f"rank {rank} orthogonalizes it"

@@ -4,12 +4,14 @@ Derived from a Plan for one position at a time, so that a plan for thousands of 
 small. Offsets and numels count elements of the wire dtype.
 
 Note [Three buffers]
-    `pieces`: this rank's pieces of the matrices owned in its replica, sorted by owner.
-    `wholes`: the pieces of the matrices this rank owns, sorted by sender. Where a matrix lies
-    whole at its owner no exchange is needed, and `wholes` is `pieces`.
+    `pieces`: this rank's pieces of the matrices owned in its replica, sorted by owner (or by
+    member of the team); of gathered ones, its pieces.
+    `wholes`: the pieces of what this rank orthogonalizes, sorted by sender. Where that lies
+    here already no exchange is needed, and `wholes` is `pieces`.
     `results`: the pieces of the update this rank applies, sorted by sender.
     A piece that a rank sends to itself has its place too, so buffers need no special case, and
-    results travel back through the mirror image of the exchange that brought the pieces.
+    results of an owner travel back through the mirror image of the exchanges that brought the
+    pieces.
 """
 
 from collections import defaultdict
@@ -19,7 +21,18 @@ from functools import cached_property
 from typing import assert_never
 
 from muon_dtensor.layout import Matrix, Region
-from muon_dtensor.planning.ir import Assignment, Bucket, Collective, Plan, Route
+from muon_dtensor.planning.ir import (
+    Assignment,
+    Bucket,
+    Collective,
+    Gathered,
+    Gram,
+    Local,
+    Owned,
+    Plan,
+    Route,
+)
+from muon_dtensor.planning.teams import members, slabs
 
 Piece = tuple[Assignment, Region]
 
@@ -80,20 +93,23 @@ class RankBucket:
     """One bucket as one rank sees it; see Note [Three buffers].
 
     `touched`: this rank's pieces of all matrices of the bucket, owned in whichever replica.
-    `shards`: per parameter the box this rank stores. `moves`: per collective of the way back, how
-    its send buffer is filled from the one before; None where it is the one before.
+    `shards`: per parameter the box this rank stores. `boxes`: what it orthogonalizes of each
+    matrix it owns: all of it, or its slab. `moves_there`, `moves_back`: per collective, how its
+    send buffer is filled from the one before; None where it is the one before.
     """
 
     bucket: Bucket
     touched: tuple[Piece, ...]
     shards: dict[int, Region]
     owned: tuple[Assignment, ...]
+    boxes: dict[Assignment, Region]
     matrices: dict[Assignment, Matrix]
     pieces: Packing
     wholes: Packing
     unshard: tuple[RankCollective, ...]
     reshard: tuple[RankCollective, ...]
-    moves: tuple[tuple[Move, ...] | None, ...]
+    moves_there: tuple[tuple[Move, ...] | None, ...]
+    moves_back: tuple[tuple[Move, ...] | None, ...]
     results: Packing
 
     @cached_property
@@ -136,55 +152,151 @@ def rank_bucket(plan: Plan, bucket: Bucket, position: int) -> RankBucket:
         region = plan.holders(assignment).get(layout.home(position))
         if region is not None:
             touched.append((assignment, region))
-    owned = tuple(a for a in bucket.assignments if a.owner == position)
-    unshard, reshard = (
-        tuple(_rank_collective(plan, bucket, c, position, touched, owned) for c in collectives)
-        for collectives in (bucket.unshard, bucket.reshard)
-    )
-    if unshard:
-        pieces, wholes = unshard[0].send, unshard[0].recv
+    here = _Here(plan, bucket, position, tuple(touched), _boxes(plan, bucket, position, touched))
+    unshard: list[RankCollective] = []
+    for index, collective in enumerate(bucket.unshard):
+        unshard.append(_rank_collective(here, collective, bucket.unshard[:index]))
+    reshard = []
+    for collective in bucket.reshard:
+        mirrored = [c for c in unshard if c.collective.mesh_dims == collective.mesh_dims]
+        if collective.route is Route.TO_HOLDERS and mirrored:
+            reshard.append(RankCollective(collective, mirrored[0].recv, mirrored[0].send))
+        else:
+            reshard.append(_rank_collective(here, collective, ()))
+    owned = tuple(here.boxes)
+    if not unshard:
+        pieces = _pack([[(a, box) for a, box in here.boxes.items() if box.numel]])
+    elif isinstance(bucket.strategy, Gathered):
+        pieces = _pack([touched])
     else:
-        pieces = wholes = _pack([[(a, plan.matrix(a).region) for a in owned]])
-    moves, before = [], wholes
-    for rank_collective in reshard:
-        mirror = rank_collective.send.by_peer == before.by_peer
-        moves.append(None if mirror else _moves(before, rank_collective.send))
-        before = rank_collective.recv
+        pieces = unshard[0].send
+    moves_there = _moves_along(pieces, unshard)
+    wholes = unshard[-1].recv if unshard else pieces
+    moves_back = _moves_along(wholes, reshard)
+    results = reshard[-1].recv if reshard else wholes
+    if isinstance(bucket.strategy, Gathered):
+        own = dict(touched)
+        results = Packing((tuple(s for s in wholes.slots if own[s.assignment] == s.region),))
     return RankBucket(
         bucket=bucket,
         touched=tuple(touched),
         shards={a.param: plan.spec(a).layout.region(position) for a, _ in touched},
         owned=owned,
+        boxes=here.boxes,
         matrices={a: plan.matrix(a) for a in (*(a for a, _ in touched), *owned)},
         pieces=pieces,
         wholes=wholes,
-        unshard=unshard,
-        reshard=reshard,
-        moves=tuple(moves),
-        results=before,
+        unshard=tuple(unshard),
+        reshard=tuple(reshard),
+        moves_there=moves_there,
+        moves_back=moves_back,
+        results=results,
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Here:
+    """One position, what it stores of a bucket's matrices, and what it orthogonalizes of them."""
+
+    plan: Plan
+    bucket: Bucket
+    position: int
+    touched: tuple[Piece, ...]
+    boxes: dict[Assignment, Region]
+
+    def touched_by(self, assignment: Assignment, position: int) -> Region | None:
+        """What another position stores of a matrix."""
+        layout = self.plan.spec(assignment).layout
+        return self.plan.holders(assignment).get(layout.home(position))
+
+
+def _boxes(
+    plan: Plan, bucket: Bucket, position: int, touched: Sequence[Piece]
+) -> dict[Assignment, Region]:
+    """What a rank orthogonalizes: whole matrices, or its slab of a team's."""
+    match bucket.strategy:
+        case Local() | Owned():
+            return {a: plan.matrix(a).region for a in bucket.assignments if a.owner == position}
+        case Gathered():
+            return {a: plan.matrix(a).region for a, _ in touched}
+        case Gram() as strategy:
+            boxes = {}
+            for assignment in bucket.assignments:
+                team = members(bucket.mesh, strategy, assignment.owner)
+                if position in team:
+                    parts = slabs(plan.matrix(assignment), len(team))
+                    boxes[assignment] = parts[team.index(position)]
+            return boxes
+        case _:
+            assert_never(bucket.strategy)
+
+
 def _rank_collective(
-    plan: Plan,
-    bucket: Bucket,
-    collective: Collective,
-    position: int,
-    touched: Sequence[Piece],
-    owned: Sequence[Assignment],
+    here: _Here, collective: Collective, before: Sequence[Collective]
 ) -> RankCollective:
-    peers = bucket.mesh.peers(position, collective.mesh_dims)
+    """`before`: the collectives that have moved the pieces already."""
+    plan, position = here.plan, here.position
+    peers = here.bucket.mesh.peers(position, collective.mesh_dims)
     match collective.route:
         case Route.TO_OWNER:
-            send, recv = _owned_by(touched, peers), _held_by(plan, owned, peers)
+            done = tuple(name for c in before for name in c.mesh_dims)
+            send, recv = _towards_owner(here, collective.mesh_dims, done, peers)
         case Route.TO_HOLDERS:
-            send, recv = _held_by(plan, owned, peers), _owned_by(touched, peers)
+            send, recv = _held_by(here, peers), _owned_by(here.touched, peers)
         case Route.TO_REPLICAS:
-            recv = [_owned_near(plan, touched, peer) for peer in peers]
-            send = [_owned_near(plan, touched, position)] * len(peers)
+            recv = [_owned_near(plan, here.touched, peer) for peer in peers]
+            send = [_owned_near(plan, here.touched, position)] * len(peers)
+        case Route.TO_ALL:
+            recv = [
+                [(a, box) for a, _ in here.touched if (box := here.touched_by(a, peer)) is not None]
+                for peer in peers
+            ]
+            send = [
+                [(a, r) for a, r in here.touched if here.touched_by(a, peer) is not None]
+                for peer in peers
+            ]
+        case Route.TO_TEAM:
+            send, recv = _for_members(here, peers), _from_holders(here, peers)
+        case Route.FROM_TEAM:
+            send, recv = _from_holders(here, peers), _for_members(here, peers)
         case _:
             assert_never(collective.route)
     return RankCollective(collective, _pack(send), _pack(recv))
+
+
+def _towards_owner(
+    here: _Here, dims: tuple[str, ...], done: tuple[str, ...], peers: Sequence[int]
+) -> tuple[list[list[Piece]], list[list[Piece]]]:
+    """What a rank sends and receives when pieces move along `dims`, having moved along `done`.
+
+    After a move along some dims a piece is where its owner is along these, and where its holder
+    is along all others.
+    """
+    mesh, position = here.bucket.mesh, here.position
+    send: dict[int, list[Piece]] = {peer: [] for peer in peers}
+    recv: dict[int, list[Piece]] = {peer: [] for peer in peers}
+    for assignment in here.bucket.assignments:
+        layout = here.plan.spec(assignment).layout
+        if layout.replica_offset(assignment.owner) != layout.replica_offset(position):
+            continue
+        target = mesh.moved(position, dims, to=assignment.owner)
+        send[target] += [(assignment, box) for _, box in _arrived(here, assignment, done)]
+        for home, box in _arrived(here, assignment, (*done, *dims)):
+            recv[mesh.moved(position, dims, to=home)].append((assignment, box))
+    return list(send.values()), list(recv.values())
+
+
+def _arrived(
+    here: _Here, assignment: Assignment, done: tuple[str, ...]
+) -> list[tuple[int, Region]]:
+    """The pieces of a matrix that are at this rank after moves along `done`, by their homes."""
+    mesh, layout = here.bucket.mesh, here.plan.spec(assignment).layout
+    if mesh.index_along(here.position, done) != mesh.index_along(assignment.owner, done):
+        return []
+    holders, home = here.plan.holders(assignment), layout.home(here.position)
+    base = home - mesh.offset_of(mesh.index_along(home, done), done)
+    homes = sorted(base + mesh.offset_of(i, done) for i in range(mesh.num_ranks_along(done)))
+    return [(home, holders[home]) for home in homes if home in holders]
 
 
 def _owned_by(pieces: Iterable[Piece], peers: Sequence[int]) -> list[list[Piece]]:
@@ -196,18 +308,37 @@ def _owned_by(pieces: Iterable[Piece], peers: Sequence[int]) -> list[list[Piece]
     return list(owned.values())
 
 
-def _held_by(
-    plan: Plan, assignments: Iterable[Assignment], peers: Sequence[int]
-) -> list[list[Piece]]:
-    """Per peer, the pieces it holds of these matrices."""
-    held: dict[int, list[Piece]] = {peer: [] for peer in peers}
-    for assignment in assignments:
-        layout, pieces = plan.spec(assignment).layout, plan.holders(assignment)
-        for peer, found in held.items():
-            region = pieces.get(layout.home(peer))
-            if region is not None:
-                found.append((assignment, region))
-    return list(held.values())
+def _held_by(here: _Here, peers: Sequence[int]) -> list[list[Piece]]:
+    """Per peer, the pieces it holds of the matrices this rank owns."""
+    return [
+        [(a, box) for a in here.boxes if (box := here.touched_by(a, peer)) is not None]
+        for peer in peers
+    ]
+
+
+def _for_members(here: _Here, peers: Sequence[int]) -> list[list[Piece]]:
+    """Per peer, this rank's parts of the slabs which that one has in its teams."""
+    found: dict[int, list[Piece]] = {peer: [] for peer in peers}
+    assert isinstance(here.bucket.strategy, Gram)
+    for assignment, region in here.touched:
+        team = members(here.bucket.mesh, here.bucket.strategy, assignment.owner)
+        parts = slabs(here.plan.matrix(assignment), len(team))
+        for member, slab in zip(team, parts, strict=True):
+            if member in found and (part := region.intersect(slab)).numel:
+                found[member].append((assignment, part))
+    return list(found.values())
+
+
+def _from_holders(here: _Here, peers: Sequence[int]) -> list[list[Piece]]:
+    """Per peer, its parts of the slabs which this rank has in its teams."""
+    found: list[list[Piece]] = []
+    for peer in peers:
+        found.append([])
+        for assignment, slab in here.boxes.items():
+            box = here.touched_by(assignment, peer)
+            if box is not None and (part := box.intersect(slab)).numel:
+                found[-1].append((assignment, part))
+    return found
 
 
 def _owned_near(plan: Plan, pieces: Iterable[Piece], position: int) -> list[Piece]:
@@ -218,6 +349,19 @@ def _owned_near(plan: Plan, pieces: Iterable[Piece], position: int) -> list[Piec
         if layout.replica_offset(assignment.owner) == layout.replica_offset(position):
             near.append((assignment, region))
     return near
+
+
+def _moves_along(
+    start: Packing, collectives: Sequence[RankCollective]
+) -> tuple[tuple[Move, ...] | None, ...]:
+    """How the send buffer of each collective is filled from what the one before has brought."""
+    moves: list[tuple[Move, ...] | None] = []
+    before = start
+    for collective in collectives:
+        mirror = collective.send.by_peer == before.by_peer
+        moves.append(None if mirror else _moves(before, collective.send))
+        before = collective.recv
+    return tuple(moves)
 
 
 def _pack(by_peer: Sequence[Sequence[Piece]]) -> Packing:

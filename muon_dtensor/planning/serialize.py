@@ -5,6 +5,7 @@ Equal plans, equal text. What it reads back, it checks.
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, ParamSpec, Region
@@ -13,8 +14,11 @@ from muon_dtensor.planning.check import check
 from muon_dtensor.planning.ir import (
     Action,
     AllToAll,
+    Alternative,
     Assignment,
     Bucket,
+    Gathered,
+    Gram,
     Local,
     Owned,
     Plan,
@@ -22,13 +26,14 @@ from muon_dtensor.planning.ir import (
     Route,
     Strategy,
 )
+from muon_dtensor.planning.topology import Topology
 
 NOT_A_PLAN = (
     *(KeyError, IndexError, TypeError, AttributeError, AssertionError),
     *(RecursionError, OverflowError),
 )
 
-FORMAT = 1
+FORMAT = 2
 """Version of the JSON text; part of the digest, so ranks with different formats disagree."""
 
 
@@ -46,7 +51,10 @@ def to_json(plan: Plan) -> str:
     return json.dumps(
         {
             "format": FORMAT,
-            "options": {name: getattr(plan.options, name) for name in PlanOptions.__slots__},
+            "options": {
+                **{name: getattr(plan.options, name) for name in PlanOptions.__slots__},
+                "topology": plan.options.topology.as_values(),
+            },
             "meshes": [
                 {"dims": list(m.dim_names), "shape": list(m.shape), "ranks": list(m.ranks)}
                 for m in meshes
@@ -70,6 +78,8 @@ def _param_to_json(spec: ParamSpec, mesh: int) -> dict[str, Any]:
         "num_iterations": spec.num_iterations,
         "wire_dtype": spec.wire_dtype,
     }
+    if not spec.is_polynomial:
+        value["is_polynomial"] = False
     if spec.layout.bounds is not None:
         value["bounds"] = [list(ends) for ends in spec.layout.bounds]
     if len(spec.shape) not in (2, 3) or spec.matrices != matrices_of(spec.shape):
@@ -81,19 +91,40 @@ def _param_to_json(spec: ParamSpec, mesh: int) -> dict[str, Any]:
 
 
 def _bucket_to_json(bucket: Bucket, mesh: int) -> dict[str, Any]:
-    match bucket.strategy:
-        case Local():
-            strategy: dict[str, Any] = {"kind": "local"}
-        case Owned(unshard_dims=apart, replica_dims=same, hops=hops):
-            strategy = {"kind": "owned", "unshard": apart, "replicas": same, "hops": hops}
     return {
         "mesh": mesh,
-        "strategy": strategy,
+        "strategy": _strategy_to_json(bucket.strategy),
+        "seconds": bucket.seconds,
+        "alternatives": [
+            [_strategy_to_json(a.strategy), a.seconds, a.reason] for a in bucket.alternatives
+        ],
         "wire_dtype": bucket.wire_dtype,
         "assignments": [[a.param, a.matrix, a.owner] for a in bucket.assignments],
         "unshard": [[list(c.mesh_dims), c.route.value] for c in bucket.unshard],
         "reshard": [[list(c.mesh_dims), c.route.value] for c in bucket.reshard],
     }
+
+
+def _strategy_to_json(strategy: Strategy) -> dict[str, Any]:
+    values = {name: getattr(strategy, name) for name in strategy.__slots__}
+    return {"kind": type(strategy).__name__.lower(), **values}
+
+
+def _strategy_from_json(value: dict[str, Any]) -> Strategy:
+    kinds: dict[str, Callable[..., Strategy]] = {
+        kind.__name__.lower(): kind for kind in (Local, Owned, Gathered, Gram)
+    }
+    if not isinstance(value["kind"], str) or value["kind"] not in kinds:
+        raise ValueError(f"unknown strategy {value['kind']!r} in the JSON text of a plan")
+    fields = {k: tuple(v) if k.endswith("_dims") else v for k, v in value.items() if k != "kind"}
+    for name, field in fields.items():
+        if name.startswith("is_") and type(field) is not bool:
+            raise ValueError(f"{name} of a strategy is true or false, got {field!r}")
+        if name.endswith("_dims") and not all(isinstance(dim, str) for dim in field):
+            raise ValueError(f"{name} of a strategy names mesh dims, got {field!r}")
+        if name == "hops" and type(field) is not int:
+            raise ValueError(f"hops of a strategy is 1 or 2, got {field!r}")
+    return kinds[value["kind"]](**fields)
 
 
 def from_json(text: str) -> Plan:
@@ -108,11 +139,18 @@ def from_json(text: str) -> Plan:
         ]
         layouts: dict[tuple[Any, ...], Layout] = {}
         count = sum(len(bucket["assignments"]) for bucket in value["buckets"])
+        options = {**value["options"]}
+        options["topology"] = Topology.from_values(options["topology"])
         plan = Plan(
             params=tuple(_param_from_json(p, meshes, layouts, count) for p in value["params"]),
             buckets=tuple(_bucket_from_json(b, meshes) for b in value["buckets"]),
             schedule=tuple(Action.parse(token) for token in value["schedule"].split()),
-            options=PlanOptions(**value["options"]),
+            options=PlanOptions(
+                **{
+                    **value["options"],
+                    "topology": Topology.from_values(value["options"]["topology"]),
+                }
+            ),
         )
         check(plan)
     except NOT_A_PLAN as error:
@@ -153,30 +191,38 @@ def _param_from_json(
         matrices,
         value["num_iterations"],
         value["wire_dtype"],
+        value.get("is_polynomial", True),
     )
 
 
 def _bucket_from_json(value: dict[str, Any], meshes: list[MeshSpec]) -> Bucket:
-    kind = value["strategy"]["kind"]
-    if kind == "local":
-        strategy: Strategy = Local()
-    elif kind == "owned":
-        s = value["strategy"]
-        strategy = Owned(tuple(s["unshard"]), tuple(s["replicas"]), s["hops"])
-    else:
-        raise ValueError(f"unknown strategy {kind!r} in the JSON text of a plan")
     unshard, reshard = (
         tuple(AllToAll(tuple(dims), Route(route)) for dims, route in value[phase])
         for phase in ("unshard", "reshard")
     )
     return Bucket(
         _mesh_at(meshes, value["mesh"]),
-        strategy,
+        _strategy_from_json(value["strategy"]),
         value["wire_dtype"],
         tuple(Assignment(*triple) for triple in value["assignments"]),
         unshard,
         reshard,
+        _seconds(value["seconds"]),
+        tuple(
+            Alternative(
+                _strategy_from_json(strategy),
+                None if seconds is None else _seconds(seconds),
+                str(reason),
+            )
+            for strategy, seconds, reason in value["alternatives"]
+        ),
     )
+
+
+def _seconds(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value < float("inf"):
+        raise ValueError(f"seconds are a number from 0 on, got {value!r}")
+    return float(value)
 
 
 def digest(plan: Plan) -> str:

@@ -48,6 +48,16 @@ def all_reduce_max(values: Tensor, group: ProcessGroup) -> None:
     dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
 
 
+def all_reduce_sum(values: Tensor, group: ProcessGroup) -> None:
+    """The elementwise sum over a group, in place."""
+    dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group)
+
+
+def all_gather_blocks(everything: Tensor, block: Tensor, group: ProcessGroup) -> None:
+    """The blocks of all ranks one below the other; all are of one shape and contiguous."""
+    dist.all_gather_into_tensor(everything, block, group=group)
+
+
 def all_gather_values(value: object, group: ProcessGroup) -> list[object]:
     """One picklable value of every rank of a group, in rank order."""
     gathered: list[object] = [None] * dist.get_world_size(group)

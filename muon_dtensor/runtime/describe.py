@@ -256,6 +256,7 @@ class Describer:
         *,
         num_iterations: int,
         wire_dtype: torch.dtype,
+        is_polynomial: bool = True,
     ) -> ParamSpec | Problem:
         """One parameter of Muon, or why it cannot be one."""
         seen = placed(tensor)
@@ -274,6 +275,7 @@ class Describer:
             matrices,
             num_iterations,
             dtype_name(wire_dtype),
+            is_polynomial,
         )
 
 

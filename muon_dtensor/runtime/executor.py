@@ -13,10 +13,12 @@ from typing import assert_never
 import torch
 from torch import Tensor
 from torch.distributed import Work
+from torch.profiler import record_function
 
 from muon_dtensor.layout import Matrix
-from muon_dtensor.planning.ir import Action, Assignment, Phase, Plan
-from muon_dtensor.planning.routes import RankCollective, Slot, rank_bucket
+from muon_dtensor.orthogonalize.gram import gram_polar_factor
+from muon_dtensor.planning.ir import Action, Assignment, Gram, Phase, Plan, gram_segments
+from muon_dtensor.planning.routes import Move, RankCollective, Slot, rank_bucket
 from muon_dtensor.runtime.collectives import barrier, issue
 from muon_dtensor.runtime.describe import local_part
 from muon_dtensor.runtime.groups import Groups
@@ -32,6 +34,7 @@ from muon_dtensor.runtime.packing import (
     view_box,
     view_slot,
 )
+from muon_dtensor.runtime.process_team import ProcessTeam
 from muon_dtensor.runtime.trace import Trace
 from muon_dtensor.update import (
     Place,
@@ -98,6 +101,10 @@ class _RankBucketRun:
         self.position = bucket.mesh.position_of(rank)
         self.local = rank_bucket(plan, bucket, self.position)
         self.batches = self.local.batches(plan.options.batched)
+        kind = type(bucket.strategy).__name__.lower()
+        self.names = {
+            phase: f"muon {Action(phase, index)} {phase.name.lower()} {kind}" for phase in Phase
+        }
         self.device = devices[bucket.assignments[0].param]
         self.dtype: torch.dtype = getattr(torch, bucket.wire_dtype)
         self.num_iterations = {a.param: plan.spec(a).num_iterations for a in bucket.assignments}
@@ -163,6 +170,8 @@ class Executor:
         for run in self._buckets.values():
             for collective in (*run.bucket.unshard, *run.bucket.reshard):
                 self._groups.over(run.bucket.mesh, collective.mesh_dims)
+            if isinstance(run.bucket.strategy, Gram):
+                self._groups.over(run.bucket.mesh, run.bucket.strategy.team_dims)
 
     def run(self, params: dict[int, LocalParam], keep: Tensor | None = None) -> None:
         """One step. `params` maps indices of `plan.params` to those that have a gradient.
@@ -187,12 +196,15 @@ class Executor:
         keep: Tensor | None,
     ) -> None:
         trace = self._trace
-        with nullcontext() if trace is None else trace.span(action.bucket, action.phase):
+        with (
+            record_function(run.names[action.phase]),
+            nullcontext() if trace is None else trace.span(action.bucket, action.phase),
+        ):
             match action.phase:
                 case Phase.UNSHARD:
                     self._flights[action.bucket] = self._unshard(run, params, keep)
                 case Phase.WAIT:
-                    self._flights[action.bucket].wait()
+                    self._arrive(run, self._flights[action.bucket])
                 case Phase.ORTHOGONALIZE:
                     self._orthogonalize(run, self._flights[action.bucket], params)
                 case Phase.RESHARD:
@@ -213,32 +225,35 @@ class Executor:
         for momentum, pairs in by_momentum.items():
             update_momentum([b for b, _ in pairs], [g for _, g in pairs], momentum, keep)
         buffer = torch.empty(run.local.pieces.numel, dtype=run.dtype, device=run.device)
+        flight = _Flight(buffer, None, [])
         for piece in run.pieces:
             if local := params.get(piece.param):
-                direction = direction_of(
-                    view_box(local.momentum_buffer, piece.box),
-                    view_box(local.grad, piece.box),
-                    local.options.momentum,
-                    local.options.nesterov,
+                view_slot(buffer, piece.slot).copy_(
+                    direction_of(
+                        view_box(local.momentum_buffer, piece.box),
+                        view_box(local.grad, piece.box),
+                        local.options.momentum,
+                        local.options.nesterov,
+                    )
                 )
-                view_slot(buffer, piece.slot).copy_(direction)
-        flight = _Flight(buffer, None, [])
-        for rank_collective in run.local.unshard:
-            self._send(run, flight, rank_collective, buffer)
+        del buffer
+        if run.local.unshard:
+            self._hop(run, flight, run.local.unshard[0], run.local.moves_there[0])
         return flight
 
-    def _send(
-        self, run: _RankBucketRun, flight: _Flight, rank_collective: RankCollective, send: Tensor
-    ) -> None:
-        """Issue a collective; what it brings becomes the flight's buffer."""
-        group = self._groups.over(run.bucket.mesh, rank_collective.collective.mesh_dims)
-        recv = torch.empty(rank_collective.recv.numel, dtype=run.dtype, device=run.device)
-        flight.works.append(issue(rank_collective, send, recv, group))
-        flight.buffer, flight.sending = recv, send
+    def _arrive(self, run: _RankBucketRun, flight: _Flight) -> None:
+        """Wait for what brings the pieces, hop after hop."""
+        flight.wait()
+        for hop in range(1, len(run.local.unshard)):
+            self._hop(run, flight, run.local.unshard[hop], run.local.moves_there[hop])
+            flight.wait()
 
     def _orthogonalize(
         self, run: _RankBucketRun, flight: _Flight, params: dict[int, LocalParam]
     ) -> None:
+        if isinstance(run.bucket.strategy, Gram):
+            self._orthogonalize_in_teams(run, flight.buffer, params, run.bucket.strategy)
+            return
         for batch in run.batches:
             by_options: dict[MuonOptions, list[Assignment]] = defaultdict(list)
             for assignment in batch:
@@ -246,6 +261,32 @@ class Executor:
                     by_options[local.options].append(assignment)
             for options, assignments in by_options.items():
                 self._orthogonalize_batch(run, flight.buffer, options, assignments)
+
+    def _orthogonalize_in_teams(
+        self,
+        run: _RankBucketRun,
+        buffer: Tensor,
+        params: dict[int, LocalParam],
+        strategy: Gram,
+    ) -> None:
+        """This rank's slab of each matrix of its teams, in place; all members go in one order."""
+        for assignment, box in run.local.boxes.items():
+            local = params.get(assignment.param)
+            if local is None:
+                continue
+            matrix, slots = run.local.matrices[assignment], run.local.slots_of.get(assignment, ())
+            slab = assemble(buffer, slots, box) if slots else buffer.new_empty(box.shape)
+            slab = slab.view(box.shape[-2:])
+            is_tall = matrix.rows >= matrix.cols
+            result = gram_polar_factor(
+                slab.mT if is_tall else slab,
+                local.options.coefficients,
+                gram_segments(local.options.ns_steps),
+                ProcessTeam(self._groups.over(run.bucket.mesh, strategy.team_dims)),
+                eps=local.options.eps,
+            )
+            result = (result.mT if is_tall else result).reshape(box.shape)
+            disassemble(result, buffer, slots, box)
 
     def _orthogonalize_in_turn(
         self, action: Action, run: _RankBucketRun, params: dict[int, LocalParam]
@@ -277,12 +318,24 @@ class Executor:
 
     def _hop_back(self, run: _RankBucketRun, flight: _Flight, hop: int) -> None:
         """Issue one collective of the way back."""
-        rank_collective, moves = run.local.reshard[hop], run.local.moves[hop]
-        send = flight.buffer
+        self._hop(run, flight, run.local.reshard[hop], run.local.moves_back[hop])
+
+    def _hop(
+        self,
+        run: _RankBucketRun,
+        flight: _Flight,
+        rank_collective: RankCollective,
+        moves: Sequence[Move] | None,
+    ) -> None:
+        """Issue a collective; what it brings becomes the flight's buffer."""
         if moves is not None:
             send = torch.empty(rank_collective.send.numel, dtype=run.dtype, device=run.device)
             repack(flight.buffer, send, moves)
-        self._send(run, flight, rank_collective, send)
+            flight.buffer = send
+        flight.sending = flight.buffer
+        flight.buffer = torch.empty(rank_collective.recv.numel, dtype=run.dtype, device=run.device)
+        group = self._groups.over(run.bucket.mesh, rank_collective.collective.mesh_dims)
+        flight.works.append(issue(rank_collective, flight.sending, flight.buffer, group))
 
     def _apply(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from muon_dtensor.errors import GroupOptionError
 from muon_dtensor.orthogonalize import newton_schulz, polar_express
+from muon_dtensor.orthogonalize.polar_express import polar_express_rows
 
 Orthogonalizer = Callable[[Tensor], Tensor]
 """[*batch, rows, cols] to the same: what the user may bring."""
@@ -69,6 +70,15 @@ class MuonOptions:
             orthogonalizer=group["orthogonalizer"],
             custom=custom if group["orthogonalizer"] == "custom" else None,
         )
+
+    @property
+    def coefficients(self) -> list[tuple[float, float, float]]:
+        """The (a, b, c) of each iteration. Raises RuntimeError for a function of the user's."""
+        if self.custom is not None:
+            raise RuntimeError("a team of ranks cannot share an orthogonalizer of the user's")
+        if self.orthogonalizer == "polar_express":
+            return list(polar_express_rows(self.ns_steps))
+        return [self.ns_coefficients] * self.ns_steps
 
     def polar_factor(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The approximate polar factor of every matrix of `x` [*batch, rows, cols], in `dtype`.

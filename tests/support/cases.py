@@ -15,12 +15,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
 from muon_dtensor import Muon
-from tests.support.meter import counting, installed
+from muon_dtensor.planning.strategies import kind_of
+from tests.support.meter import counting, counting_flops, installed
 
 
 @dataclass(frozen=True)
 class Case:
-    """`params`: (shape, placements) each; 3-D ones are batches of matrices."""
+    """`params`: (shape, placements) each; 3-D ones are batches of matrices.
+
+    `ours`: options torch has not; unless it says otherwise, matrices are orthogonalized once.
+    """
 
     mesh_shape: tuple[int, ...]
     params: tuple[tuple[tuple[int, ...], tuple[Placement, ...]], ...]
@@ -42,6 +46,9 @@ class Outcome:
     sent_nbytes: int
     num_matrices: int
     planned_sent_nbytes: int
+    flops: int
+    planned_flops: int
+    strategies: set[str]
     bound_nbytes: int
     model_matrices: int
     digest: str
@@ -106,14 +113,15 @@ def compare_with_oracle(case: Case) -> Outcome:
         for weight, (_, placements) in zip(weights, case.params, strict=True)
     ]
     named = [(f"layer.{i}.weight", param) for i, param in enumerate(params)]
-    ours = Muon(named, **case.muon, **case.ours)
+    ours = Muon(named, **case.muon, **{"strategy": "owned", **case.ours})
     oracle = Oracle(weights, **case.muon)
     with counting() as count:
         for step in range(case.num_steps):
             grads = tensors_like(shapes, 1 + step, case.dtype)
             for param, grad, (_, placements) in zip(params, grads, case.params, strict=True):
                 param.grad = spread(grad, mesh, placements)
-            ours.step()
+            with counting_flops():
+                ours.step()
             oracle.step(grads)
     differences = []
     for (name, param), expected, (_, placements) in zip(
@@ -128,6 +136,9 @@ def compare_with_oracle(case: Case) -> Outcome:
         count.sent_nbytes,
         count.num_matrices,
         cost.sent_nbytes[dist.get_rank()] * case.num_steps,
+        count.flops,
+        cost.flops[dist.get_rank()] * case.num_steps,
+        {kind_of(bucket.strategy) for bucket in ours.plan.buckets},
         cost.bound_nbytes * case.num_steps,
         cost.num_matrices * case.num_steps,
         ours.plan.digest,

@@ -1,7 +1,7 @@
 """Counts what a step really does: bytes handed to collectives, matrices orthogonalized."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +9,17 @@ from unittest import mock
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.utils.flop_counter import FlopCounterMode
 
-from muon_dtensor.runtime import muon_options
+from muon_dtensor.runtime import muon_options, process_team
 
 _local = threading.local()
 _all_to_all_single = dist.all_to_all_single
 _newton_schulz = muon_options.newton_schulz
+_all_reduce_sum = process_team.all_reduce_sum
+_all_reduce_max = process_team.all_reduce_max
+_all_gather_blocks = process_team.all_gather_blocks
 
 
 @dataclass
@@ -23,6 +28,7 @@ class Count:
 
     sent_nbytes: int = 0
     num_matrices: int = 0
+    flops: int = 0
 
 
 def _counted_all_to_all(
@@ -48,6 +54,35 @@ def _counted_newton_schulz(x: Tensor, **kwargs: Any) -> Tensor:
     return _newton_schulz(x, **kwargs)
 
 
+def _count(nbytes: int) -> None:
+    count: Count | None = getattr(_local, "count", None)
+    if count is not None:
+        count.sent_nbytes += nbytes
+
+
+def _counted_reduce(original: Callable[..., None]) -> Callable[..., None]:
+    def reduce(values: Tensor, group: ProcessGroup) -> None:
+        size = dist.get_world_size(group)
+        # each rank of a ring sends a share of the whole 2 (size - 1) times
+        _count(2 * (size - 1) * values.numel() * values.element_size() // size)
+        original(values, group)
+
+    return reduce
+
+
+def _counted_gather(everything: Tensor, block: Tensor, group: ProcessGroup) -> None:
+    _count((dist.get_world_size(group) - 1) * block.numel() * block.element_size())
+    _all_gather_blocks(everything, block, group)
+
+
+@contextmanager
+def counting_flops() -> Iterator[None]:
+    """Add the matrix products of this thread, as torch counts them, to the count."""
+    with FlopCounterMode(display=False) as counter:
+        yield
+    _local.count.flops += counter.get_total_flops()
+
+
 @contextmanager
 def counting() -> Iterator[Count]:
     """Count on this thread. The wrappers must be installed: see `installed`."""
@@ -64,5 +99,8 @@ def installed() -> Iterator[None]:
     with (
         mock.patch.object(dist, "all_to_all_single", _counted_all_to_all),
         mock.patch.object(muon_options, "newton_schulz", _counted_newton_schulz),
+        mock.patch.object(process_team, "all_reduce_sum", _counted_reduce(_all_reduce_sum)),
+        mock.patch.object(process_team, "all_reduce_max", _counted_reduce(_all_reduce_max)),
+        mock.patch.object(process_team, "all_gather_blocks", _counted_gather),
     ):
         yield

@@ -1,0 +1,351 @@
+"""How long a step takes: a plan walked on every rank's clock, with the prices of a topology.
+
+Each rank has a lane for the host and compute and a lane for exchanges. Ranks wait for each other
+where collectives make them. Measures nothing.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from muon_dtensor.layout import Matrix, MeshSpec
+from muon_dtensor.planning.ir import Action, Gathered, Gram, Phase, Plan, gram_segments
+from muon_dtensor.planning.teams import (
+    GRAM_ITEMSIZE,
+    gathered_nbytes,
+    member_flops,
+    num_gathers,
+    summed_nbytes,
+)
+from muon_dtensor.planning.topology import Topology
+from muon_dtensor.planning.volumes import ITEMSIZES, BucketCost, Hop, matrix_flops
+
+
+@dataclass(frozen=True, slots=True)
+class PredictedSpan:
+    """What one rank does from `start` to `stop`, seconds from the beginning of the step."""
+
+    rank: int
+    lane: str
+    action: Action
+    start: float
+    stop: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of a step; per bucket those of its slowest exchange lane and compute lane.
+
+    `spans`: of the ranks that were watched.
+    """
+
+    seconds: float
+    exchange_seconds: tuple[float, ...]
+    compute_seconds: tuple[float, ...]
+    spans: tuple[PredictedSpan, ...]
+
+
+def predict(plan: Plan, watch: Collection[int] = ()) -> Prediction:
+    """Walk the schedule; `watch`: global ranks whose spans are wanted.
+
+    Sets of ranks run one after the other, as the schedule has them, and each begins when the last
+    of its ranks is done with those before.
+    """
+    costs = plan.bucket_costs
+    exchange, compute = [0.0] * len(costs), [0.0] * len(costs)
+    spans: list[PredictedSpan] = []
+    clock: dict[int, float] = {}
+    end = plan.options.topology.step_overhead
+    for rank_set, actions in groupby(plan.schedule, lambda a: plan.buckets[a.bucket].mesh.rank_set):
+        start = max((clock.get(r, 0.0) for r in rank_set), default=0.0)
+        walk = _Walk(plan, costs, sorted(rank_set), watch)
+        start = max(start, plan.options.topology.step_overhead)
+        stop = start + walk.run(actions)
+        for rank in rank_set:
+            clock[rank] = stop
+        end = max(end, stop)
+        for bucket in walk.exchange:
+            exchange[bucket] += walk.exchange[bucket]
+        for bucket in walk.compute:
+            compute[bucket] += walk.compute[bucket]
+        spans += [
+            PredictedSpan(s.rank, s.lane, s.action, s.start + start, s.stop + start)
+            for s in walk.spans
+        ]
+    return Prediction(end, tuple(exchange), tuple(compute), tuple(spans))
+
+
+class _Walk:
+    """One set of ranks on its way through the schedule. Times by index among its sorted ranks."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        costs: Sequence[BucketCost],
+        ranks: Sequence[int],
+        watch: Collection[int],
+    ) -> None:
+        self.plan = plan
+        self.topology = plan.options.topology
+        self.costs = costs
+        self.ranks = ranks
+        self.watch = [index for index, rank in enumerate(ranks) if rank in watch]
+        self.host = [0.0] * len(ranks)
+        self.wire = [0.0] * len(ranks)
+        self.landed: dict[int, list[float]] = {}
+        self.exchange: dict[int, float] = defaultdict(float)
+        self.compute: dict[int, float] = defaultdict(float)
+        self.spans: list[PredictedSpan] = []
+        self._index_of = {rank: index for index, rank in enumerate(ranks)}
+        self._orders: dict[int, list[int]] = {}
+        self._groups: dict[tuple[int, tuple[str, ...]], list[list[int]]] = {}
+        self._turn = 0.0
+
+    def run(self, actions: Iterable[Action]) -> float:
+        """Seconds until the last rank is done."""
+        for action in actions:
+            cost = self.costs[action.bucket]
+            match action.phase:
+                case Phase.UNSHARD:
+                    self._work(action, self._packing(cost))
+                    for hop in cost.unshard[:1]:
+                        self._send(action, cost, hop)
+                case Phase.WAIT:
+                    self._wait(action.bucket)
+                    for hop in cost.unshard[1:]:
+                        self._send(action, cost, hop)
+                        self._wait(action.bucket)
+                case Phase.ORTHOGONALIZE:
+                    self._orthogonalize(action, cost)
+                case Phase.RESHARD:
+                    self._send(action, cost, cost.reshard[0])
+                case Phase.APPLY:
+                    self._wait(action.bucket)
+                    for hop in cost.reshard[1:]:
+                        self._send(action, cost, hop)
+                        self._wait(action.bucket)
+                    self._work(action, self._applying(cost))
+        return max(self.host, default=0.0)
+
+    def _order(self, mesh: MeshSpec) -> list[int]:
+        """Index of each position of a mesh."""
+        if id(mesh) not in self._orders:
+            self._orders[id(mesh)] = [self._index_of[rank] for rank in mesh.ranks]
+        return self._orders[id(mesh)]
+
+    def _groups_of(self, mesh: MeshSpec, mesh_dims: tuple[str, ...]) -> list[list[int]]:
+        """Positions of each group along some mesh dims."""
+        key = (id(mesh), mesh_dims)
+        if key not in self._groups:
+            others = tuple(name for name in mesh.dim_names if name not in mesh_dims)
+            groups: dict[int, list[int]] = defaultdict(list)
+            for position in range(mesh.num_ranks):
+                groups[mesh.index_along(position, others)].append(position)
+            self._groups[key] = list(groups.values())
+        return self._groups[key]
+
+    def _work(self, action: Action, seconds: Sequence[float]) -> None:
+        """Let each position compute for so long; those that share cores slow each other down."""
+        mesh = self.plan.buckets[action.bucket].mesh
+        order = self._order(mesh)
+        shared = self._shared(mesh, seconds)
+        self.compute[action.bucket] += max(shared, default=0.0)
+        for position, duration in enumerate(shared):
+            self.host[order[position]] += duration
+        self._watched(action, "compute", self.host, order, shared)
+
+    def _watched(
+        self,
+        action: Action,
+        lane: str,
+        stops: Sequence[float],
+        order: Sequence[int],
+        durations: Sequence[float],
+    ) -> None:
+        if not self.watch:
+            return
+        positions = {index: position for position, index in enumerate(order)}
+        for index in self.watch:
+            duration = durations[positions[index]]
+            if duration > 0:
+                stop = stops[index]
+                span = PredictedSpan(self.ranks[index], lane, action, stop - duration, stop)
+                self.spans.append(span)
+
+    def _shared(self, mesh: MeshSpec, seconds: Sequence[float]) -> Sequence[float]:
+        cores = self.topology.cores
+        if cores is None:
+            return seconds
+        totals: dict[int, float] = defaultdict(float)
+        active: dict[int, int] = defaultdict(int)
+        nodes = [rank // self.topology.node_size for rank in mesh.ranks]
+        for node, duration in zip(nodes, seconds, strict=True):
+            totals[node] += duration
+            active[node] += duration > 0
+        return [
+            max(own, min(own * active[node] / cores, totals[node] / cores))
+            for node, own in zip(nodes, seconds, strict=True)
+        ]
+
+    def _send(self, action: Action, cost: BucketCost, hop: Hop) -> None:
+        """One collective: begins when the last of its group is there, ends for all at once."""
+        topology, mesh = self.topology, cost.bucket.mesh
+        launch = [topology.collective_overhead] * mesh.num_ranks
+        if not hop.is_mirror:
+            # the send buffer is filled from another one
+            launch = [
+                topology.collective_overhead + topology.memory_seconds(2 * cost.itemsize * numel)
+                for numel in hop.send
+            ]
+        self._work(action, launch)
+        mesh_dims = hop.collective.mesh_dims
+        order = self._order(mesh)
+        sent, received = cost.sent_nbytes(hop), cost.received_nbytes(hop)
+        landed = self.landed.setdefault(action.bucket, [0.0] * len(self.ranks))
+        durations = [0.0] * len(order)
+        for group in self._groups_of(mesh, mesh_dims):
+            most = float(max(max(sent[p], received[p]) for p in group))
+            if topology.cores is not None:
+                # a rank that exchanges alone has the cores to itself
+                mean = sum(sent[p] for p in group) / len(group)
+                most = max(mean, most * min(1.0, topology.cores / len(group)))
+            seconds = topology.all_to_all_seconds(mesh, mesh_dims, most)
+            start = max(max(self.host[order[p]], self.wire[order[p]]) for p in group)
+            for position in group:
+                index = order[position]
+                self.wire[index] = landed[index] = start + seconds
+                durations[position] = seconds
+                if topology.cores is not None:
+                    self.host[index] = start + seconds
+        self.exchange[action.bucket] += max(durations, default=0.0)
+        self._watched(action, "exchange", self.wire, order, durations)
+
+    def _wait(self, bucket: int) -> None:
+        landed = self.landed.pop(bucket, None)
+        if landed is not None:
+            self.host = [max(a, b) for a, b in zip(self.host, landed, strict=True)]
+
+    def _packing(self, cost: BucketCost) -> list[float]:
+        """Momentum of all that is touched, then direction and cast of what is packed.
+
+        Bytes: the moving average reads two and writes one; the direction too, and the cast reads
+        it and writes the wire dtype.
+        """
+        each, size = self.topology.tensor_overhead, self._param_itemsize(cost)
+        packed = 4 * size + cost.itemsize
+        return [
+            each * num + self.topology.memory_seconds(3 * size * touched + packed * pieces)
+            for num, touched, pieces in zip(
+                cost.num_touched, cost.touched, cost.pieces, strict=True
+            )
+        ]
+
+    def _applying(self, cost: BucketCost) -> list[float]:
+        """Decay, which reads and writes a shard, and the update, which also reads the result."""
+        each, size = self.topology.tensor_overhead, self._param_itemsize(cost)
+        return [
+            each * num + self.topology.memory_seconds((4 * size + cost.itemsize) * touched)
+            for num, touched in zip(cost.num_touched, cost.touched, strict=True)
+        ]
+
+    def _param_itemsize(self, cost: BucketCost) -> int:
+        return ITEMSIZES.get(self.plan.spec(cost.bucket.assignments[0]).dtype, 4)
+
+    def _orthogonalize(self, action: Action, cost: BucketCost) -> None:
+        bucket, plan, topology = cost.bucket, self.plan, self.topology
+        seconds = [0.0] * bucket.mesh.num_ranks
+        known: dict[tuple[int, int, int], float] = {}
+        if isinstance(bucket.strategy, Gram):
+            self._share(action, cost, bucket.strategy)
+            return
+        for a in bucket.assignments:
+            matrix, spec = plan.matrix(a), plan.spec(a)
+            key = (matrix.rows, matrix.cols, spec.num_iterations)
+            if key not in known:
+                known[key] = orthogonalize_seconds(
+                    topology, matrix, spec.num_iterations, bucket.wire_dtype
+                )
+            if isinstance(bucket.strategy, Gathered):
+                for home in plan.holders(a):
+                    for offset in spec.layout.replica_offsets:
+                        seconds[home + offset] += known[key]
+            else:
+                seconds[a.owner] += known[key]
+        # put together from pieces and taken apart again
+        copied = 4 * cost.itemsize if cost.unshard else 0
+        total = [
+            s + topology.memory_seconds(copied * n)
+            for s, n in zip(seconds, cost.wholes, strict=True)
+        ]
+        if plan.options.sequential:
+            self._in_turn(action, total)
+        else:
+            self._work(action, total)
+
+    def _in_turn(self, action: Action, seconds: Sequence[float]) -> None:
+        start = max(self.host, default=0.0)
+        self.host = [start + sum(seconds)] * len(self.host)
+        self.compute[action.bucket] += sum(seconds)
+
+    def _share(self, action: Action, cost: BucketCost, strategy: Gram) -> None:
+        """Each team on its matrices: all members compute, and wait for each other in rings."""
+        mesh, plan, topology = cost.bucket.mesh, self.plan, self.topology
+        order = self._order(mesh)
+        compute: dict[int, float] = defaultdict(float)
+        rings: dict[int, float] = defaultdict(float)
+        known: dict[tuple[int, int, int], tuple[float, float]] = {}
+        for a in cost.bucket.assignments:
+            matrix, spec = plan.matrix(a), plan.spec(a)
+            key = (matrix.rows, matrix.cols, spec.num_iterations)
+            if key not in known:
+                known[key] = team_seconds(
+                    topology, mesh, strategy.team_dims, matrix, spec.num_iterations
+                )
+            own, ring = known[key]
+            compute[a.owner] += own
+            rings[a.owner] += ring
+        durations = [0.0] * len(order)
+        for group in self._groups_of(mesh, strategy.team_dims):
+            owner = mesh.peers(group[0], strategy.team_dims)[0]
+            if owner not in compute:
+                continue
+            for position in group:
+                durations[position] = compute[owner]
+        shared = list(self._shared(mesh, durations))
+        waits = [0.0] * len(order)
+        for group in self._groups_of(mesh, strategy.team_dims):
+            owner = mesh.peers(group[0], strategy.team_dims)[0]
+            start = max(self.host[order[p]] for p in group)
+            for position in group:
+                waits[position] = rings.get(owner, 0.0)
+                self.host[order[position]] = start + shared[position] + waits[position]
+        self.compute[action.bucket] += max(shared, default=0.0)
+        self.exchange[action.bucket] += max(waits, default=0.0)
+        both = [a + b for a, b in zip(shared, waits, strict=True)]
+        self._watched(action, "compute", self.host, order, both)
+
+
+def orthogonalize_seconds(
+    topology: Topology, matrix: Matrix, num_iterations: int, wire_dtype: str
+) -> float:
+    """One matrix on one rank by itself."""
+    flops = matrix_flops(matrix, num_iterations)
+    return topology.matmul_seconds(flops, min(matrix.rows, matrix.cols), wire_dtype)
+
+
+def team_seconds(
+    topology: Topology, mesh: MeshSpec, dims: tuple[str, ...], matrix: Matrix, num_iterations: int
+) -> tuple[float, float]:
+    """(compute of the busiest member, waiting in rings) for one matrix of a team along `dims`."""
+    size = mesh.num_ranks_along(dims)
+    flops = member_flops(matrix, num_iterations, size, 0)
+    short = min(matrix.rows, matrix.cols)
+    gathers = num_gathers(num_iterations) * topology.all_gather_seconds(
+        mesh, dims, gathered_nbytes(matrix, size)
+    )
+    sums = len(gram_segments(num_iterations)) * topology.all_reduce_seconds(
+        mesh, dims, summed_nbytes(matrix)
+    )
+    largest = topology.all_reduce_seconds(mesh, dims, GRAM_ITEMSIZE)
+    return topology.matmul_seconds(flops, short, "float32"), gathers + sums + largest

@@ -1,0 +1,130 @@
+"""Machines by name, and topologies from files.
+
+Numbers with their sources. Prices nothing.
+"""
+
+from pathlib import Path
+
+from muon_dtensor.planning.topology import Link, Rates, Topology
+
+
+def _gpu(
+    name: str,
+    *,
+    bfloat16: float,
+    float32: float,
+    memory: float,
+    nvlink: float,
+    network: float,
+    node_size: int = 8,
+) -> Topology:
+    """A GPU cluster from its data sheet.
+
+    Rates are `_REACHED` shares of the dense peak by size, links three quarters of the nominal
+    one-way bandwidth. Latencies: the constants of NCCL's own tuner for the Simple protocol on a
+    ring, 3.4 us over NVLink and 14 us over a network (NCCL, src/graph/tuning.cc, hwLat), shared by
+    the messages in flight. How many, like those shares, is an assumption of the right order.
+    """
+    in_flight = 8
+
+    def rates(peak: float) -> Rates:
+        return tuple((side, share * peak) for side, share in _REACHED)
+
+    return Topology(
+        name=name,
+        node_size=node_size,
+        within_node=Link(3.4e-6 / in_flight, 0.75 * nvlink),
+        between_nodes=Link(14e-6 / in_flight, 0.75 * network),
+        matmul=(("bfloat16", rates(bfloat16)), ("float32", rates(float32))),
+        memory_bandwidth=0.8 * memory,
+        tensor_overhead=20e-6,
+        collective_overhead=40e-6,
+        step_overhead=1e-3,
+    )
+
+
+_REACHED: Rates = ((64, 0.0005), (256, 0.01), (1024, 0.25), (4096, 0.65), (8192, 0.7))
+"""Share of a GPU's dense peak that matrix products reach by size. An assumption of the right
+order, for planning without the machine; `muon-dtensor calibrate` replaces it by measurement."""
+
+_CPU_BF16: Rates = ((16, 0.1e9), (64, 5e9), (192, 80e9), (384, 230e9), (1024, 600e9))
+_CPU_FP32: Rates = ((16, 0.1e9), (64, 5e9), (192, 60e9), (384, 100e9), (1024, 140e9))
+
+PRESETS: dict[str, Topology] = {
+    topology.name: topology
+    for topology in (
+        # what `calibrate` finds on two cores of a Xeon with AMX, rounded
+        Topology(
+            name="gloo-local",
+            node_size=1 << 20,
+            within_node=Link(60e-6, 0.6e9),
+            between_nodes=Link(60e-6, 0.6e9),
+            matmul=(("bfloat16", _CPU_BF16), ("float32", _CPU_FP32)),
+            memory_bandwidth=4e9,
+            tensor_overhead=15e-6,
+            collective_overhead=60e-6,
+            step_overhead=0.4e-3,
+            cores=2.0,
+        ),
+        # NVIDIA H100 SXM data sheet: 989 TFLOP/s bf16 and 67 float32 dense, 3.35 TB/s HBM3,
+        # 900 GB/s NVLink both ways; one 400 Gb/s NDR adapter for each GPU (DGX H100)
+        _gpu(
+            "h100-ib-400",
+            bfloat16=989e12,
+            float32=67e12,
+            memory=3.35e12,
+            nvlink=450e9,
+            network=50e9,
+        ),
+        # one NVLink domain of any number of ranks: for single nodes
+        _gpu(
+            "h100-nvlink",
+            bfloat16=989e12,
+            float32=67e12,
+            memory=3.35e12,
+            nvlink=450e9,
+            network=450e9,
+            node_size=1 << 20,
+        ),
+        # NVIDIA H200 SXM data sheet: compute and NVLink of the H100, 4.8 TB/s HBM3e
+        _gpu(
+            "h200",
+            bfloat16=989e12,
+            float32=67e12,
+            memory=4.8e12,
+            nvlink=450e9,
+            network=50e9,
+        ),
+        # NVIDIA A100 80GB SXM data sheet: 312 TFLOP/s bf16, 19.5 float32, 2.04 TB/s, 600 GB/s
+        # NVLink both ways; one 200 Gb/s HDR adapter for each GPU (DGX A100)
+        _gpu(
+            "a100-ib-200",
+            bfloat16=312e12,
+            float32=19.5e12,
+            memory=2.04e12,
+            nvlink=300e9,
+            network=25e9,
+        ),
+    )
+}
+"""Machines by name."""
+
+
+def topology_of(named: "str | Path | Topology") -> Topology:
+    """A topology, the preset of this name, or what a JSON file says.
+
+    Raises ValueError that names the file and what is wrong with it, or the presets.
+    """
+    if isinstance(named, Topology):
+        return named
+    if isinstance(named, str) and named in PRESETS:
+        return PRESETS[named]
+    path = Path(named)
+    if not path.is_file():
+        raise ValueError(
+            f"no topology {str(named)!r}: neither a file nor one of {', '.join(PRESETS)}"
+        )
+    try:
+        return Topology.from_json(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no topology: {error}") from error

@@ -1,0 +1,123 @@
+"""What a rank holds beside exchange buffers while it packs, and while it orthogonalizes.
+
+Counts the tensors that `update`, `orthogonalize` and the executor make. Knows no schedule.
+"""
+
+from collections import Counter, defaultdict
+from typing import assert_never
+
+from muon_dtensor.layout import Matrix
+from muon_dtensor.planning.ir import Assignment, Gathered, Gram, Local, Owned, Phase, Plan
+from muon_dtensor.planning.teams import GRAM_ITEMSIZE, gathered_nbytes, members, own_rows, slabs
+from muon_dtensor.planning.volumes import ITEMSIZES, BucketCost
+
+
+def workspaces(plan: Plan, cost: BucketCost, phase: Phase) -> dict[int, int]:
+    """Per position the buffers and work space at the fullest moment of a phase, in bytes.
+
+    Positions and phases without work space are left out.
+    """
+    match phase:
+        case Phase.UNSHARD:
+            return _packing(plan, cost)
+        case Phase.ORTHOGONALIZE:
+            found = _orthogonalizing(plan, cost)
+            return {p: n + cost.itemsize * cost.wholes[p] for p, n in found.items()}
+        case _:
+            return {}
+
+
+def _packing(plan: Plan, cost: BucketCost) -> dict[int, int]:
+    """The packed pieces, and the direction of the largest one before it is cast."""
+    largest: dict[int, int] = defaultdict(int)
+    seen: set[tuple[int, int, str]] = set()
+    for a in cost.bucket.assignments:
+        spec, holders = plan.spec(a), plan.holders(a)
+        size = ITEMSIZES.get(spec.dtype, 4)
+        if not cost.unshard:
+            for position, numel in _boxes(plan, cost, a):
+                largest[position] = max(largest[position], size * numel)
+            continue
+        offsets: tuple[int, ...] = (spec.layout.replica_offset(a.owner),)
+        if not isinstance(cost.bucket.strategy, Owned):
+            offsets = spec.layout.replica_offsets
+        same = (id(holders), offsets[-1], spec.dtype)
+        if same in seen:
+            continue
+        seen.add(same)
+        for offset in offsets:
+            for home, piece in holders.items():
+                largest[home + offset] = max(largest[home + offset], size * piece.numel)
+    return {p: cost.itemsize * cost.pieces[p] + n for p, n in largest.items()}
+
+
+def _boxes(plan: Plan, cost: BucketCost, assignment: Assignment) -> list[tuple[int, int]]:
+    """(position, elements) of what each of those who orthogonalize a matrix has of it."""
+    matrix = plan.matrix(assignment)
+    match cost.bucket.strategy:
+        case Local() | Owned():
+            return [(assignment.owner, matrix.numel)]
+        case Gathered():
+            layout = plan.spec(assignment).layout
+            homes = plan.holders(assignment)
+            return [(h + o, matrix.numel) for h in homes for o in layout.replica_offsets]
+        case Gram() as strategy:
+            team = members(cost.bucket.mesh, strategy, assignment.owner)
+            parts = slabs(matrix, len(team))
+            return [(m, slab.numel) for m, slab in zip(team, parts, strict=True)]
+        case _:
+            assert_never(cost.bucket.strategy)
+
+
+def _orthogonalizing(plan: Plan, cost: BucketCost) -> dict[int, int]:
+    match cost.bucket.strategy:
+        case Gram() as strategy:
+            return _sharing(plan, cost, strategy)
+        case Local() | Owned() | Gathered():
+            return _alone(plan, cost)
+
+
+def _alone(plan: Plan, cost: BucketCost) -> dict[int, int]:
+    """What Newton-Schulz holds beside its input: two matrices, two of their Gram's size.
+
+    The input itself is put together first where it came in pieces, and stacked where batched.
+    """
+    at: dict[int, Counter[tuple[int, int, bool]]] = defaultdict(Counter)
+    for a in cost.bucket.assignments:
+        matrix, holders = plan.matrix(a), plan.holders(a)
+        in_pieces = len(holders) > 1 or bool(matrix.pattern)
+        for position, _ in _boxes(plan, cost, a):
+            at[position][matrix.rows, matrix.cols, in_pieces] += 1
+    found: dict[int, int] = {}
+    for position, sizes in at.items():
+        most = 0
+        for (rows, cols, in_pieces), count in sizes.items():
+            count = count if plan.options.batched else 1
+            numel, short = rows * cols, min(rows, cols)
+            copies = 2 + in_pieces + (count > 1)
+            most = max(most, count * (copies * numel + 2 * short * short))
+        found[position] = cost.itemsize * most
+    return found
+
+
+def _sharing(plan: Plan, cost: BucketCost, strategy: Gram) -> dict[int, int]:
+    found: dict[int, int] = defaultdict(int)
+    for a in cost.bucket.assignments:
+        matrix = plan.matrix(a)
+        size = cost.bucket.mesh.num_ranks_along(strategy.team_dims)
+        for index, (member, numel) in enumerate(_boxes(plan, cost, a)):
+            assembled = cost.itemsize * numel if cost.unshard else 0
+            work = assembled + _member_nbytes(matrix, numel, size, index)
+            found[member] = max(found[member], work)
+    return dict(found)
+
+
+def _member_nbytes(matrix: Matrix, slab_numel: int, size: int, index: int) -> int:
+    """What `gram_polar_factor` holds at most: the slab, the Gram matrix and a polynomial of it.
+
+    Beside these three blocks of rows, or the next slab.
+    """
+    short = min(matrix.rows, matrix.cols)
+    whole = size * gathered_nbytes(matrix, size)
+    rows = GRAM_ITEMSIZE * own_rows(short, size, index) * short
+    return GRAM_ITEMSIZE * slab_numel + 2 * whole + max(3 * rows, GRAM_ITEMSIZE * slab_numel)
