@@ -184,7 +184,7 @@ def test_heads_of_8192_ranks_are_planned_in_seconds():
     text = str(plan)
     assert process_time() - start < 20
     assert plan.cost.num_matrices == 80 * (64 + 2 * 8 + 4)
-    assert len(text.splitlines()) <= 80
+    assert len(text.splitlines()) <= 50
 
 
 def test_every_rank_makes_the_same_plan():

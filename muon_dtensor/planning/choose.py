@@ -3,7 +3,7 @@
 Prices by building plans and predicting them. Knows no owners and no buckets.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from muon_dtensor.errors import PlanError, Problem
@@ -12,10 +12,6 @@ from muon_dtensor.planning.buckets import OVER_CAP
 from muon_dtensor.planning.ir import Alternative, Gathered, Gram, Local, Plan, PlanOptions, Strategy
 from muon_dtensor.planning.predict import orthogonalize_seconds, team_seconds
 from muon_dtensor.planning.strategies import kind_of
-
-
-def _shares(strategy: Strategy) -> bool:
-    return isinstance(strategy, Gram)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +111,9 @@ class _Pricing:
             plan = self.build({transport: strategy})
             prices[strategy] = plan.prediction.seconds
             held[strategy] = max(cost.peak_nbytes for cost in plan.bucket_costs)
-        leanest = min(nbytes for s, nbytes in held.items() if len(held) == 1 or not _shares(s))
+        leanest = min(
+            nbytes for s, nbytes in held.items() if len(held) == 1 or not isinstance(s, Gram)
+        )
         limit = max(self.options.bucket_nbytes, OVER_CAP * leanest)
         for strategy, nbytes in held.items():
             if nbytes > limit:
@@ -163,40 +161,43 @@ class _Pricing:
         """Seconds that compute alone takes on the mean rank, if everyone works for himself."""
         if not isinstance(strategy, Gathered):
             return 0.0
+        topology, dtype = self.options.topology, transport.wire_dtype
+
+        def price(matrix: Matrix, num_iterations: int) -> float:
+            return orthogonalize_seconds(topology, matrix, num_iterations, dtype)
+
         total = 0.0
-        known: dict[tuple[int, int, int], float] = {}
-        for item in self.items[transport]:
-            spec = self.params[item.param]
-            key = (item.matrix.rows, item.matrix.cols, spec.num_iterations)
-            if key not in known:
-                known[key] = orthogonalize_seconds(
-                    self.options.topology, item.matrix, spec.num_iterations, spec.wire_dtype
-                )
-            layout = spec.layout
+        for item, seconds in self.per_item(transport, price):
+            layout = self.params[item.param].layout
             num_homes = len(layout.holders(item.matrix.region))
-            total += known[key] * num_homes * len(layout.replica_offsets)
+            total += seconds * num_homes * len(layout.replica_offsets)
         return total / transport.mesh.num_ranks
 
     def team_estimate(self, transport: Transport, strategy: Gram) -> float:
         """Seconds of compute and rings if teams of this size shared all matrices evenly."""
         mesh, topology = transport.mesh, self.options.topology
-        total = 0.0
-        known: dict[tuple[int, int, int], float] = {}
-        for item in self.items[transport]:
-            spec = self.params[item.param]
-            key = (item.matrix.rows, item.matrix.cols, spec.num_iterations)
-            if key not in known:
-                known[key] = sum(
-                    team_seconds(
-                        topology, mesh, strategy.team_dims, item.matrix, spec.num_iterations
-                    )
-                )
-            total += known[key]
+
+        def price(matrix: Matrix, num_iterations: int) -> float:
+            return sum(team_seconds(topology, mesh, strategy.team_dims, matrix, num_iterations))
+
+        total = sum(seconds for _, seconds in self.per_item(transport, price))
         num_teams = mesh.num_ranks_along(
             (*strategy.unshard_dims, *strategy.replica_dims)
         ) // mesh.num_ranks_along(strategy.team_dims)
         count = len(self.items[transport])
         return -(-count // num_teams) / count * total
+
+    def per_item(
+        self, transport: Transport, price: Callable[[Matrix, int], float]
+    ) -> Iterator[tuple[Item, float]]:
+        """Every matrix with what `price(matrix, num_iterations)` says of its size."""
+        known: dict[tuple[int, int, int], float] = {}
+        for item in self.items[transport]:
+            matrix, num_iterations = item.matrix, self.params[item.param].num_iterations
+            key = (matrix.rows, matrix.cols, num_iterations)
+            if key not in known:
+                known[key] = price(matrix, num_iterations)
+            yield item, known[key]
 
     def others(
         self, transport: Transport, chosen: Strategy, prices: Mapping[Strategy, float]

@@ -4,9 +4,11 @@ Formats what is there. Decides and computes nothing about the step itself.
 """
 
 import re
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import assert_never
 
 from muon_dtensor.layout import Layout, ParamSpec
@@ -25,8 +27,8 @@ from muon_dtensor.planning.ir import (
 from muon_dtensor.planning.strategies import kind_of
 from muon_dtensor.planning.volumes import BucketCost, bucket_cost, matrix_flops
 
-MOST_ROWS = 8
-"""Rows of a table in `summary` before the rest is counted instead of shown."""
+MOST_ROWS, MOST_LINES = 8, 28
+"""Rows of a table in `summary`, and lines of them, before the rest is counted and not shown."""
 
 
 def quantity(value: float, unit: str) -> str:
@@ -154,7 +156,10 @@ def _count(number: int, one: str, many: str) -> str:
 
 
 def _shorten(rows: list[list[str]]) -> list[str]:
-    shown = rows if len(rows) <= MOST_ROWS else rows[: MOST_ROWS // 2]
+    stops = list(accumulate(map(len, rows)))
+    shown = rows
+    if len(rows) > MOST_ROWS or stops[-1] > MOST_LINES:
+        shown = rows[: max(1, min(MOST_ROWS // 2, bisect_right(stops, MOST_LINES)))]
     lines = [line for row in shown for line in row]
     if len(shown) < len(rows):
         lines.append(f"... and {len(rows) - len(shown)} more like these")
