@@ -64,8 +64,6 @@ def gram_polar_factor(
     largest = largest.to(wide).reshape(1)
     team.take_largest(largest)
     x = slab.to(wide) * power_of_two(largest).to(wide)
-    short = x.size(0)
-    low, high = own_rows(short, team.size, team.index)
     done = 0
     for length in segments:
         gram = x @ x.mT
@@ -74,25 +72,34 @@ def gram_polar_factor(
             norm = gram.trace().sqrt().clamp(min=max(eps, 1e-30))
             x.div_(norm)
             gram.div_(norm.square())
-        rows = _product_rows(gram, coefficients[done : done + length], low, high, team)
-        x = team.gather_rows(rows, short) @ x
+        given = [gram]
+        del gram
+        rows = _product_rows(given, coefficients[done : done + length], team)
+        x = team.gather_rows(rows, x.size(0)) @ x
+        del rows
         done += length
     return x
 
 
-def _product_rows(
-    gram: Tensor, coefficients: Sequence[Coefficients], low: int, high: int, team: Team
-) -> Tensor:
-    """Rows `low` to `high` of the product of all polynomials of a segment."""
+def _product_rows(given: list[Tensor], coefficients: Sequence[Coefficients], team: Team) -> Tensor:
+    """This member's rows of the product of all polynomials of a segment.
+
+    Takes the Gram matrix out of `given`, to let go of it as early as it can. `planning.workspace`
+    counts what lives here.
+    """
+    gram = given.pop()
+    short = gram.size(0)
+    low, high = own_rows(short, team.size, team.index)
     own = gram[low:high]
     product: Tensor | None = None
     for a, b, c in coefficients[:-1]:
         rows = torch.addmm(own, own, gram, beta=b, alpha=c)
         rows.diagonal(low).add_(a)
-        polynomial = team.gather_rows(rows, gram.size(0))
+        polynomial = team.gather_rows(rows, short)
         own = own @ polynomial @ polynomial
         product = rows if product is None else product @ polynomial
-        gram = team.gather_rows(own, gram.size(0))
+        del gram, polynomial, rows
+        gram = team.gather_rows(own, short)
     a, b, c = coefficients[-1]
     # the last polynomial is applied to the product without ever being whole
     once = own if product is None else product @ gram

@@ -7,8 +7,24 @@ from collections import Counter, defaultdict
 from typing import assert_never
 
 from muon_dtensor.layout import Matrix
-from muon_dtensor.planning.ir import Assignment, Gathered, Gram, Local, Owned, Phase, Plan
-from muon_dtensor.planning.teams import GRAM_ITEMSIZE, gathered_nbytes, members, own_rows, slabs
+from muon_dtensor.planning.ir import (
+    Assignment,
+    Gathered,
+    Gram,
+    Local,
+    Owned,
+    Phase,
+    Plan,
+    gram_segments,
+)
+from muon_dtensor.planning.teams import (
+    GRAM_ITEMSIZE,
+    gathered_nbytes,
+    members,
+    own_rows,
+    slabs,
+    summed_nbytes,
+)
 from muon_dtensor.planning.volumes import ITEMSIZES, BucketCost
 
 
@@ -23,8 +39,37 @@ def workspaces(plan: Plan, cost: BucketCost, phase: Phase) -> dict[int, int]:
         case Phase.ORTHOGONALIZE:
             found = _orthogonalizing(plan, cost)
             return {p: n + cost.itemsize * cost.wholes[p] for p, n in found.items()}
+        case Phase.APPLY:
+            return _applying(plan, cost)
         case _:
             return {}
+
+
+def _applying(plan: Plan, cost: BucketCost) -> dict[int, int]:
+    """The results, and the wide copies that imitate how the host rounds narrow dtypes.
+
+    `update` makes two in float32 of a piece whose parameter has the dtype of the wire.
+    """
+    results, strategy = cost.reshard[-1].recv if cost.reshard else cost.wholes, cost.bucket.strategy
+    largest: dict[int, int] = defaultdict(int)
+    seen: set[tuple[int, bool]] = set()
+    for a in cost.bucket.assignments:
+        spec, matrix, holders = plan.spec(a), plan.matrix(a), plan.holders(a)
+        if spec.dtype != cost.bucket.wire_dtype or spec.dtype not in ("bfloat16", "float16"):
+            continue
+        is_tall = matrix.rows > matrix.cols > 1
+        if (id(holders), is_tall) in seen:
+            continue
+        seen.add((id(holders), is_tall))
+        parts = [matrix.region]
+        if isinstance(strategy, Gram):
+            parts = list(slabs(matrix, cost.bucket.mesh.num_ranks_along(strategy.team_dims)))
+        for home, piece in holders.items():
+            numel = max(piece.intersect(part).numel for part in parts)
+            for offset in spec.layout.replica_offsets:
+                nbytes = (cost.itemsize if is_tall else 8) * numel
+                largest[home + offset] = max(largest[home + offset], nbytes)
+    return {p: cost.itemsize * results[p] + n for p, n in largest.items()}
 
 
 def _packing(plan: Plan, cost: BucketCost) -> dict[int, int]:
@@ -107,17 +152,30 @@ def _sharing(plan: Plan, cost: BucketCost, strategy: Gram) -> dict[int, int]:
         size = cost.bucket.mesh.num_ranks_along(strategy.team_dims)
         for index, (member, numel) in enumerate(_boxes(plan, cost, a)):
             assembled = cost.itemsize * numel if cost.unshard else 0
-            work = assembled + _member_nbytes(matrix, numel, size, index)
+            segments = gram_segments(plan.spec(a).num_iterations)
+            work = assembled + _member_nbytes(matrix, numel, (size, index), segments)
             found[member] = max(found[member], work)
     return dict(found)
 
 
-def _member_nbytes(matrix: Matrix, slab_numel: int, size: int, index: int) -> int:
-    """What `gram_polar_factor` holds at most: the slab, the Gram matrix and a polynomial of it.
-
-    Beside these three blocks of rows, or the next slab.
-    """
+def _member_nbytes(
+    matrix: Matrix, slab_numel: int, place: tuple[int, int], segments: tuple[int, ...]
+) -> int:
+    """What `gram_polar_factor` holds at most, moment by moment; `place`: (team size, index)."""
+    size, index = place
     short = min(matrix.rows, matrix.cols)
-    whole = size * gathered_nbytes(matrix, size)
+    slab, gram = GRAM_ITEMSIZE * slab_numel, summed_nbytes(matrix)
+    block = gathered_nbytes(matrix, size)
     rows = GRAM_ITEMSIZE * own_rows(short, size, index) * short
-    return GRAM_ITEMSIZE * slab_numel + 2 * whole + max(3 * rows, GRAM_ITEMSIZE * slab_numel)
+    # a shorter block of rows is copied to be sent
+    copied = 0 if rows == block else block
+    whole = size * block
+    moments = [slab + rows + whole + max(slab, copied)]
+    if max(segments) == 1:
+        moments.append(slab + gram + rows)
+    if max(segments) >= 2:
+        moments.append(slab + gram + rows + whole + max(2 * rows, copied))
+        moments.append(slab + 2 * rows + whole + max(2 * rows, copied))
+    if max(segments) >= 3:
+        moments.append(slab + 2 * whole + 3 * rows + max(2 * rows, copied))
+    return max(moments)

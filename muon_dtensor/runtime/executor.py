@@ -270,23 +270,33 @@ class Executor:
         strategy: Gram,
     ) -> None:
         """This rank's slab of each matrix of its teams, in place; all members go in one order."""
-        for assignment, box in run.local.boxes.items():
-            local = params.get(assignment.param)
-            if local is None:
-                continue
-            matrix, slots = run.local.matrices[assignment], run.local.slots_of.get(assignment, ())
-            slab = assemble(buffer, slots, box) if slots else buffer.new_empty(box.shape)
-            slab = slab.view(box.shape[-2:])
-            is_tall = matrix.rows >= matrix.cols
-            result = gram_polar_factor(
-                slab.mT if is_tall else slab,
-                local.options.coefficients,
-                gram_segments(local.options.ns_steps),
-                ProcessTeam(self._groups.over(run.bucket.mesh, strategy.team_dims)),
-                eps=local.options.eps,
-            )
-            result = (result.mT if is_tall else result).reshape(box.shape)
-            disassemble(result, buffer, slots, box)
+        team = ProcessTeam(self._groups.over(run.bucket.mesh, strategy.team_dims))
+        for assignment in run.local.boxes:
+            if local := params.get(assignment.param):
+                self._orthogonalize_slab(run, buffer, local.options, assignment, team)
+
+    def _orthogonalize_slab(
+        self,
+        run: _RankBucketRun,
+        buffer: Tensor,
+        options: MuonOptions,
+        assignment: Assignment,
+        team: ProcessTeam,
+    ) -> None:
+        box, slots = run.local.boxes[assignment], run.local.slots_of.get(assignment, ())
+        slab = assemble(buffer, slots, box) if slots else buffer.new_empty(box.shape)
+        slab = slab.view(box.shape[-2:])
+        matrix = run.local.matrices[assignment]
+        is_tall = matrix.rows >= matrix.cols
+        result = gram_polar_factor(
+            slab.mT if is_tall else slab,
+            options.coefficients,
+            gram_segments(options.ns_steps),
+            team,
+            eps=options.eps,
+        )
+        result = (result.mT if is_tall else result).reshape(box.shape)
+        disassemble(result, buffer, slots, box)
 
     def _orthogonalize_in_turn(
         self, action: Action, run: _RankBucketRun, params: dict[int, LocalParam]
