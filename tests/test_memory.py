@@ -7,41 +7,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from muon_dtensor import Muon
 from muon_dtensor.orthogonalize import newton_schulz
 from tests.support.cases import mesh_of, spread, tensors_like
+from tests.support.meter import LiveStorages
 from tests.support.pool import run_processes
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
-
-
-class LiveStorages(TorchDispatchMode):
-    """Bytes of storages that were made under this mode and still live, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._before: set[int] = set()
-        self.peak_nbytes = 0
-
-    def ignore(self, *tensors: torch.Tensor) -> None:
-        self._before |= {StorageWeakRef(t.untyped_storage()).cdata for t in tensors}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                reference = StorageWeakRef(storage)
-                if reference.cdata not in self._before:
-                    self._known[reference.cdata] = (reference, storage.nbytes())
-        self._known = {k: v for k, v in self._known.items() if not v[0].expired()}
-        self.peak_nbytes = max(self.peak_nbytes, sum(n for _, n in self._known.values()))
-        return result
 
 
 def workspace_nbytes(rows: int, cols: int) -> int:

@@ -3,13 +3,18 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from time import process_time
 
 import pytest
 
 from muon_dtensor.cli.models import MODELS, specs_of
-from muon_dtensor.cli.plan import mesh_of, plan
+from muon_dtensor.cli.plan import plan, sizes_of
+from muon_dtensor.cli.plan_plot import watched
+from muon_dtensor.cli.ways import WAYS, planned
 from muon_dtensor.layout import MeshSpec
+from muon_dtensor.planning.ir import PlanOptions
+from muon_dtensor.planning.planner import plan_update
 from muon_dtensor.planning.presets import PRESETS, topology_of
 from muon_dtensor.planning.topology import Link, Topology
 
@@ -159,4 +164,112 @@ def test_the_command_line(tmp_path):
     assert "48 matrices" in run.stdout
     run = subprocess.run([*command, "--mesh", "x"], capture_output=True, text=True, timeout=60)
     assert (run.returncode, len(run.stderr.splitlines())) == (2, 1)
-    assert mesh_of("a=2, b=3").shape == (2, 3)
+    assert sizes_of("a=2, b=3") == {"a": 2, "b": 3}
+
+
+FACTORIES = "tests.support.factories"
+
+
+def test_a_model_of_the_users_is_planned_without_memory(capsys):
+    """parallelize_module and fully_shard on the meta device: the layouts that a real run has."""
+    start = process_time()
+    assert plan(f"{FACTORIES}:sharded", "dp_shard=4,tp=2", explain="1.up.weight") == 0
+    text = capsys.readouterr().out
+    assert "rows over tp=2 then dp_shard=4" in text
+    assert plan(f"{FACTORIES}:sharded", "dp_shard=4,tp=2", explain="1.down.weight") == 0
+    assert "rows over dp_shard=4, cols over tp=2" in capsys.readouterr().out
+    assert plan(f"{FACTORIES}:huge", "dp_shard=512") == 0
+    assert "1.1 TB sent a step, 1.000 x the bound" in capsys.readouterr().out
+    assert process_time() - start < 60
+
+
+def test_a_bare_model_is_fully_sharded(capsys):
+    assert plan(f"{FACTORIES}:bare", "dp_replicate=2,dp_shard=4", explain="0.up.weight") == 0
+    text = capsys.readouterr().out
+    assert "rows over dp_shard=4, replicated over dp_replicate=2" in text
+
+
+def test_param_groups_of_the_users_declare_matrices(capsys):
+    assert plan(f"{FACTORIES}:groups", "dp_shard=4,tp=2") == 0
+    assert "8 ranks, 6 matrices" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"model": f"{FACTORIES}:raising"}, "raised RuntimeError: no model for 8 ranks"),
+        ({"model": f"{FACTORIES}:nothing"}, "returns int"),
+        ({"model": f"{FACTORIES}:missing"}, "names no function"),
+        ({"model": f"{FACTORIES}:FACTORIES"}, "names no function"),
+        ({"model": f"{FACTORIES}:bare", "mesh": "dp_shard=4,tp=2"}, "cannot use tp"),
+        ({"model": f"{FACTORIES}:sharded"}, "Invalid mesh_dim_names"),
+        ({"mesh": "dp_shard=-1,tp=2", "ranks": 7}, "7 ranks do not make a mesh"),
+        ({"mesh": "dp_shard=8", "ranks": 16}, "16 ranks do not make a mesh"),
+        ({"mesh": "dp_shard=-1"}, "--ranks is needed"),
+        ({"mesh": "dp_shard=-1,tp=-1", "ranks": 4}, "one size of --mesh may be -1"),
+        ({"compare": "theirs,ours"}, "--compare takes naive, 1d-owner, ours"),
+        ({"plot": "plan.nonsense"}, "nonsense"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_planned_is_told_on_one_line(arguments, told, capsys):
+    arguments = dict(arguments)
+    if "plot" in arguments:
+        arguments["plot"] = Path(arguments["plot"])
+    assert plan(**{"model": "gpt2", **arguments}) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert len(error.splitlines()) == 1
+
+
+def test_what_ranks_leave_fills_the_mesh():
+    assert sizes_of("dp_replicate=2,dp_shard=-1,tp=4", 64) == {
+        "dp_replicate": 2,
+        "dp_shard": 8,
+        "tp": 4,
+    }
+
+
+def test_ways_of_working_are_compared():
+    """Every replica repeats what an owner does, and everyone what everyone does."""
+    specs = specs_of("gpt2", MeshSpec.of(dp_replicate=2, dp_shard=4))
+    plans = {way: planned(way, specs, PlanOptions()) for way in WAYS}
+    model_flops = plans["ours"].cost.model_flops
+    assert sum(plans["ours"].cost.flops) == model_flops
+    assert sum(plans["naive"].cost.flops) == 8 * model_flops
+    owner = plans["1d-owner"].cost
+    assert owner.ranks == (0, 1, 2, 3)
+    assert sum(owner.flops) == model_flops
+    times = {way: plan.prediction.seconds for way, plan in plans.items()}
+    assert times["ours"] <= min(times.values())
+
+
+def test_the_comparison_is_a_table(capsys):
+    assert plan("gpt2", "dp_replicate=2,dp_shard=4", compare="naive, 1d-owner,ours") == 0
+    rows = {
+        line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("│")
+    }
+    redundancies = {way: cells[2] for way, cells in rows.items()}
+    assert redundancies == {"naive": "8.00", "1d-owner": "2.00", "ours": "1.00"}
+    assert rows["ours"][1] == "1.00"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "strategy"),
+    [("dp_shard=4", "auto"), ("dp_replicate=2,dp_shard=2", "gram"), ("dp_shard=1", "auto")],
+)
+def test_the_picture_is_drawn(mesh, strategy, tmp_path):
+    path = tmp_path / "plan.png"
+    assert plan("gpt2", mesh, strategy=strategy, exact=strategy != "gram", plot=path) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert len(path.read_bytes()) > 20_000
+
+
+def test_lanes_are_those_of_the_busiest_and_the_idlest_rank():
+    made = plan_update(specs_of("gpt2", MeshSpec.of(dp_shard=128)), PlanOptions())
+    ranks, flops = watched(made), made.cost.flops
+    assert flops[ranks[0]] == max(flops)
+    assert flops[ranks[-1]] == min(flops)
+    assert len(ranks) == len(set(ranks)) == 6

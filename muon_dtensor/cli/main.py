@@ -17,12 +17,19 @@ def main() -> None:
         raise SystemExit(2)
     import tyro
 
+    from muon_dtensor.cli.calibrate import calibrate
     from muon_dtensor.cli.demo import demo
     from muon_dtensor.cli.plan import plan
     from muon_dtensor.cli.validate import validate
 
     status = tyro.extras.subcommand_cli_from_dict(
-        {"demo": demo, "plan": plan, "validate": validate, "version": version},
+        {
+            "calibrate": calibrate,
+            "demo": demo,
+            "plan": plan,
+            "validate": validate,
+            "version": version,
+        },
         prog="muon-dtensor",
         description="Sharding-aware Muon for PyTorch.",
     )

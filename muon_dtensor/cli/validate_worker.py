@@ -4,11 +4,9 @@ Compares nothing; `validate` does.
 """
 
 import contextlib
-import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +24,7 @@ from muon_dtensor import (
     group_parameters,
 )
 from muon_dtensor.cli.leaving import leave
+from muon_dtensor.cli.named import named
 from muon_dtensor.cli.validate import params_file
 
 Wrapped = tuple[nn.Module, DistributedConfig | None]
@@ -60,16 +59,6 @@ def random_batch(model: nn.Module, step: int) -> Tensor:
     if input_dim is None:
         raise ValueError("the model has no input_dim: name a function with --batch pkg.mod:fn")
     return torch.randn(32, input_dim, generator=torch.Generator().manual_seed(step))
-
-
-def named(path: str) -> Callable[..., Any]:
-    """The function that `pkg.mod:fn` names. Raises ValueError if there is none."""
-    module, _, name = path.partition(":")
-    try:
-        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path!r} names no function as pkg.mod:fn: {error}") from error
-    return found
 
 
 def wrapped(setup: str, model: nn.Module) -> Wrapped:

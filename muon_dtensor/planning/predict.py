@@ -272,16 +272,19 @@ class _Walk:
                         seconds[home + offset] += known[key]
             else:
                 seconds[a.owner] += known[key]
-        # put together from pieces and taken apart again
-        copied = 4 * cost.itemsize if cost.unshard else 0
-        total = [
-            s + topology.memory_seconds(copied * n)
-            for s, n in zip(seconds, cost.wholes, strict=True)
-        ]
+        total = [a + b for a, b in zip(seconds, self._assembling(cost), strict=True)]
         if plan.options.sequential:
             self._in_turn(action, total)
         else:
             self._work(action, total)
+
+    def _assembling(self, cost: BucketCost) -> list[float]:
+        """Wholes are put together from pieces, and taken apart again: two copies."""
+        each, copied = self.topology.tensor_overhead, 4 * cost.itemsize if cost.unshard else 0
+        return [
+            each * num + self.topology.memory_seconds(copied * numel)
+            for num, numel in zip(cost.num_parts, cost.wholes, strict=True)
+        ]
 
     def _in_turn(self, action: Action, seconds: Sequence[float]) -> None:
         start = max(self.host, default=0.0)
@@ -312,6 +315,7 @@ class _Walk:
                 continue
             for position in group:
                 durations[position] = compute[owner]
+        durations = [a + b for a, b in zip(durations, self._assembling(cost), strict=True)]
         shared = list(self._shared(mesh, durations))
         waits = [0.0] * len(order)
         for group in self._groups_of(mesh, strategy.team_dims):

@@ -47,23 +47,24 @@ _REACHED: Rates = ((64, 0.0005), (256, 0.01), (1024, 0.25), (4096, 0.65), (8192,
 """Share of a GPU's dense peak that matrix products reach by size. An assumption of the right
 order, for planning without the machine; `muon-dtensor calibrate` replaces it by measurement."""
 
-_CPU_BF16: Rates = ((16, 0.1e9), (64, 5e9), (192, 80e9), (384, 230e9), (1024, 600e9))
-_CPU_FP32: Rates = ((16, 0.1e9), (64, 5e9), (192, 60e9), (384, 100e9), (1024, 140e9))
+_CPU_BF16: Rates = ((16, 0.6e9), (64, 26e9), (192, 270e9), (384, 650e9), (1024, 750e9))
+_CPU_FP32: Rates = ((16, 2.5e9), (64, 60e9), (192, 130e9), (1024, 150e9))
 
 PRESETS: dict[str, Topology] = {
     topology.name: topology
     for topology in (
-        # what `calibrate` finds on two cores of a Xeon with AMX, rounded
+        # what `calibrate` found with four ranks on two cores of a Xeon with AMX, rounded
         Topology(
             name="gloo-local",
             node_size=1 << 20,
-            within_node=Link(60e-6, 0.6e9),
-            between_nodes=Link(60e-6, 0.6e9),
+            within_node=Link(0.28e-3, 1e9),
+            between_nodes=Link(0.28e-3, 1e9),
             matmul=(("bfloat16", _CPU_BF16), ("float32", _CPU_FP32)),
-            memory_bandwidth=4e9,
-            tensor_overhead=15e-6,
-            collective_overhead=60e-6,
-            step_overhead=0.4e-3,
+            memory_bandwidth=13e9,
+            tensor_overhead=90e-6,
+            collective_overhead=40e-6,
+            step_overhead=8e-3,
+            ring_factor=1.6,
             cores=2.0,
         ),
         # NVIDIA H100 SXM data sheet: 989 TFLOP/s bf16 and 67 float32 dense, 3.35 TB/s HBM3,

@@ -44,9 +44,12 @@ class Topology:
     mesh_dims: links that are known by the name of a mesh dim; they come first.
     matmul: per dtype the rate of Newton-Schulz on one device by the short side of the matrix.
     memory_bandwidth: bytes/s that elementwise passes read and write.
-    tensor_overhead: host seconds per piece of a parameter and phase.
+    tensor_overhead: host seconds per piece of a parameter and phase, and per piece of which a
+        matrix is put together.
     collective_overhead: host seconds to start one collective.
     step_overhead: host seconds of a step that moves nothing.
+    ring_factor: how many times what their links say all-gathers and all-reduces take: ranks that
+        share cores wait for each other at every hop of a ring.
     cores: how many ranks of a node compute at full speed together; None: all of them, and
         exchanges run beside compute. A number: ranks share cores, and exchanges need them too.
     """
@@ -60,6 +63,7 @@ class Topology:
     tensor_overhead: float = 0.0
     collective_overhead: float = 0.0
     step_overhead: float = 0.0
+    ring_factor: float = 1.0
     cores: float | None = None
     mesh_dims: tuple[tuple[str, Link], ...] = ()
 
@@ -73,6 +77,8 @@ class Topology:
         for name in ("tensor_overhead", "collective_overhead", "step_overhead"):
             if not _is_number(getattr(self, name), least=0):
                 raise ValueError(f"{name} is 0 or more seconds, got {getattr(self, name)!r}")
+        if not _is_positive(self.ring_factor):
+            raise ValueError(f"ring_factor is above 0, got {self.ring_factor!r}")
         if self.cores is not None and not _is_positive(self.cores):
             raise ValueError(f"cores is above 0, or null, got {self.cores!r}")
         if {"bfloat16", "float32"} - {dtype for dtype, _ in self.matmul}:
@@ -115,14 +121,15 @@ class Topology:
         """A ring all-gather of so many bytes per rank: (p - 1) (alpha + n beta); ibid., 4.1."""
         group = _reach(self, mesh, mesh_dims)
         steps = group.num_near + group.num_far
-        return steps * (group.slowest.latency + nbytes / group.slowest.bandwidth)
+        each = group.slowest.latency + nbytes / group.slowest.bandwidth
+        return self.ring_factor * steps * each
 
     def all_reduce_seconds(self, mesh: MeshSpec, mesh_dims: tuple[str, ...], nbytes: int) -> float:
         """A ring all-reduce of so many bytes: 2 (p - 1) (alpha + n beta / p); ibid., 4.5."""
         group = _reach(self, mesh, mesh_dims)
         steps = group.num_near + group.num_far
         part = nbytes / (steps + 1) / group.slowest.bandwidth
-        return 2 * steps * (group.slowest.latency + part)
+        return self.ring_factor * 2 * steps * (group.slowest.latency + part)
 
     def to_json(self) -> str:
         """The topology as JSON; `from_json` reads it back to an equal one."""

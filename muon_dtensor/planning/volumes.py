@@ -68,8 +68,8 @@ class BucketCost:
     """What one bucket does at each position of its mesh. All numels count wire elements.
 
     `pieces`: what a rank packs; `touched`: what it holds of all matrices of the bucket, in
-    `num_touched` pieces; `wholes`: what it orthogonalizes, and `team_nbytes` what it sends to its
-    teams meanwhile.
+    `num_touched` pieces; `wholes`: what it orthogonalizes, put together from about `num_parts`
+    pieces, and `team_nbytes` what it sends to its teams meanwhile.
     """
 
     bucket: Bucket
@@ -78,6 +78,7 @@ class BucketCost:
     touched: Numels
     num_touched: list[int]
     wholes: Numels
+    num_parts: list[int]
     team_nbytes: list[int]
     unshard: tuple[Hop, ...]
     reshard: tuple[Hop, ...]
@@ -249,10 +250,30 @@ def bucket_cost(plan: Plan, bucket: Bucket) -> BucketCost:
         touched,
         num_touched,
         wholes,
+        _num_parts(plan, bucket),
         team_nbytes,
         unshard,
         reshard,
     )
+
+
+def _num_parts(plan: Plan, bucket: Bucket) -> list[int]:
+    """In how many pieces what each position orthogonalizes arrives; of a slab about its share."""
+    mesh, strategy = bucket.mesh, bucket.strategy
+    counts = [0] * mesh.num_ranks
+    if isinstance(strategy, Local):
+        return counts
+    for a in bucket.assignments:
+        holders, who = plan.holders(a), [a.owner]
+        num_parts = len(holders)
+        if isinstance(strategy, Gathered):
+            who = [h + o for h in holders for o in plan.spec(a).layout.replica_offsets]
+        elif isinstance(strategy, Gram):
+            who = list(members(mesh, strategy, a.owner))
+            num_parts = -(-num_parts // len(who))
+        for position in who:
+            counts[position] += num_parts
+    return counts
 
 
 def _owned_hops(

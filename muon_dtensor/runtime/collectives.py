@@ -55,7 +55,9 @@ def all_reduce_sum(values: Tensor, group: ProcessGroup) -> None:
 
 def all_gather_blocks(everything: Tensor, block: Tensor, group: ProcessGroup) -> None:
     """The blocks of all ranks one below the other; all are of one shape and contiguous."""
-    dist.all_gather_into_tensor(everything, block, group=group)
+    # torch 2.13 gave it a new name, and warns about the old one
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(everything, block, group=group)
 
 
 def all_gather_values(value: object, group: ProcessGroup) -> list[object]:

@@ -4,7 +4,8 @@ The sole reader of torch's private classes, so one file follows torch's releases
 """
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,24 @@ def this_rank() -> int:
 def default_store() -> Any:
     """The key-value store by which the ranks of the default process group found each other."""
     return dist.distributed_c10d._get_default_store()
+
+
+@contextmanager
+def pretended_ranks(world_size: int) -> Iterator[None]:
+    """A default process group of so many ranks, of which this process is rank 0 and the only one.
+
+    Its collectives return at once and move nothing. Raises RuntimeError if there is a default
+    process group already.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("there is a process group already; plan before it is made")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def device_type_of(group: dist.ProcessGroup) -> str:

@@ -1,4 +1,4 @@
-"""Counts what a step really does: bytes handed to collectives, matrices orthogonalized."""
+"""Counts what a step really does: bytes handed to collectives, matrices, flops, live storages."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -10,6 +10,9 @@ from unittest import mock
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from muon_dtensor.runtime import muon_options, process_team
@@ -104,3 +107,28 @@ def installed() -> Iterator[None]:
         mock.patch.object(process_team, "all_gather_blocks", _counted_gather),
     ):
         yield
+
+
+class LiveStorages(TorchDispatchMode):
+    """Bytes of storages that were made under this mode and still live, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._before: set[int] = set()
+        self.peak_nbytes = 0
+
+    def ignore(self, *tensors: Tensor) -> None:
+        self._before |= {StorageWeakRef(t.untyped_storage()).cdata for t in tensors}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                reference = StorageWeakRef(storage)
+                if reference.cdata not in self._before:
+                    self._known[reference.cdata] = (reference, storage.nbytes())
+        self._known = {k: v for k, v in self._known.items() if not v[0].expired()}
+        self.peak_nbytes = max(self.peak_nbytes, sum(n for _, n in self._known.values()))
+        return result

@@ -1,0 +1,254 @@
+"""What plans predict of real steps: bytes, flops, peak memory and time, cell by cell.
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 benchmarks/predicted_vs_measured.py
+
+Calibrates in the same process group first, unless a topology is given. A cell is a layout, a
+model and a strategy; the strategies of one layout and model take turns.
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+
+from muon_dtensor import Muon
+from muon_dtensor.cli.calibrate_worker import measured_topology, median_seconds
+from muon_dtensor.cli.leaving import leave
+from muon_dtensor.planning.presets import topology_of
+from muon_dtensor.planning.topology import Topology
+from tests.support.meter import LiveStorages, counting, counting_flops, installed
+
+R, S0, S1 = Replicate(), Shard(0), Shard(1)
+LAYOUTS: dict[str, tuple[tuple[Placement, ...], bool]] = {
+    "fsdp": ((S0,), False),
+    "ddp": ((R,), False),
+    "hsdp": ((R, S0), True),
+    "fsdp_tp": ((S0, S1), True),
+}
+"""Placements, and whether the mesh is two by half of the ranks."""
+
+MODELS: dict[str, list[tuple[int, int]]] = {
+    "64 of 48": [(48, 48)] * 64,
+    "8 of 97": [(97, 61), (61, 97)] * 4,
+    "2 layers of 192": [(576, 192), (192, 192), (768, 192), (192, 768)] * 2,
+    "1 layer of 512": [(1536, 512), (512, 512), (2048, 512), (512, 2048)],
+    "1 of 1024 x 4096": [(1024, 4096)],
+}
+STRATEGIES = ("owned", "owned_staged", "gathered", "gram")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to measure."""
+
+    rounds: int = 9
+    topology: str = ""
+    """A preset or a file; by default this machine is measured first."""
+    json: Path | None = None
+    """Where to write the figures, with versions and hardware."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One layout, model and strategy. Bytes are summed over ranks, peaks those of the fullest."""
+
+    layout: str
+    model: str
+    strategy: str
+    sent_nbytes: int
+    planned_sent_nbytes: int
+    flops: int
+    planned_flops: int
+    peak_nbytes: int
+    planned_peak_nbytes: int
+    seconds: float
+    predicted_seconds: float
+
+    @property
+    def error(self) -> float:
+        """Of the predicted time, relative to the measured one."""
+        return self.predicted_seconds / self.seconds - 1
+
+
+def seeded(shapes: list[tuple[int, int]], seed: int) -> list[Tensor]:
+    """The same tensors on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def reduced(value: int, op: dist.ReduceOp.RedOpType) -> int:
+    """A value of every rank brought together."""
+    tensor = torch.tensor(value)
+    dist.all_reduce(tensor, op=op)
+    return int(tensor)
+
+
+def optimizer_of(layout: str, model: str, strategy: str, topology: Topology) -> Muon:
+    """One with gradients on its parameters."""
+    placements, is_2d = LAYOUTS[layout]
+    size = dist.get_world_size()
+    mesh_shape = (2, size // 2) if is_2d else (size,)
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("a", "b")[: len(mesh_shape)])
+
+    def spread(full: Tensor) -> Tensor:
+        return distribute_tensor(full, mesh, placements, src_data_rank=None)
+
+    params = [nn.Parameter(spread(weight)) for weight in seeded(MODELS[model], 0)]
+    for param, grad in zip(params, seeded(MODELS[model], 1), strict=True):
+        param.grad = spread(grad)
+    return Muon(params, strategy=strategy, exact=strategy != "gram", topology=topology)
+
+
+def counted(optimizer: Muon) -> tuple[int, int, int]:
+    """(bytes sent, flops, peak of live storages) of this rank's step."""
+    peaks = []
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    with installed(), counting() as count, counting_flops():
+        optimizer.step()
+    for _ in range(4):
+        # gloo's threads let go of buffers a little late: the least of some steps
+        meter = LiveStorages()
+        for param in params:
+            momentum = optimizer.state[param]["momentum_buffer"]
+            meter.ignore(param.to_local(), param.grad.to_local(), momentum.to_local())
+        with meter:
+            optimizer.step()
+        peaks.append(meter.peak_nbytes)
+        dist.barrier()
+    return count.sent_nbytes, count.flops, min(peaks)
+
+
+def measure(layout: str, model: str, topology: Topology, rounds: int) -> list[Cell]:
+    """The cells of one layout and model, on all ranks."""
+    optimizers = {name: optimizer_of(layout, model, name, topology) for name in STRATEGIES}
+    if (
+        optimizers["owned"].plan.buckets[0].unshard
+        == optimizers["owned_staged"].plan.buckets[0].unshard
+    ):
+        del optimizers["owned_staged"]  # cut over one mesh dim, it has no second stage
+    counts = {name: counted(optimizer) for name, optimizer in optimizers.items()}
+    steps = {name: optimizer.step for name, optimizer in optimizers.items()}
+    seconds = median_seconds(steps, torch.device("cpu"), rounds)
+    cells = []
+    for name, optimizer in optimizers.items():
+        sent, flops, peak = counts[name]
+        cost = optimizer.plan.cost
+        cells.append(
+            Cell(
+                layout,
+                model,
+                name,
+                reduced(sent, dist.ReduceOp.SUM),
+                sum(cost.sent_nbytes),
+                reduced(flops, dist.ReduceOp.SUM),
+                sum(cost.flops),
+                reduced(peak, dist.ReduceOp.MAX),
+                max(cost.peak_nbytes),
+                seconds[name],
+                optimizer.plan.prediction.seconds,
+            )
+        )
+    return cells
+
+
+def pairs(cells: list[Cell], ratio: float = 1.3) -> list[tuple[Cell, Cell]]:
+    """(faster, slower) strategies of one layout and model that differ by this much or more."""
+    found = []
+    for one, other in combinations(cells, 2):
+        fast, slow = sorted((one, other), key=lambda cell: cell.seconds)
+        same = (one.layout, one.model) == (other.layout, other.model)
+        if same and slow.seconds >= ratio * fast.seconds:
+            found.append((fast, slow))
+    return found
+
+
+def show(cells: list[Cell]) -> dict[str, float]:
+    """Print the table; returns the figures that sum it up."""
+    table = Table(title=f"predicted / measured on {dist.get_world_size()} gloo ranks")
+    for name in ("layout", "model", "strategy"):
+        table.add_column(name)
+    for name in ("MB sent", "bytes", "flops", "peak", "measured ms", "predicted ms", "error"):
+        table.add_column(name, justify="right")
+    for cell in cells:
+        table.add_row(
+            cell.layout,
+            cell.model,
+            cell.strategy,
+            f"{cell.sent_nbytes / 1e6:.3f}",
+            f"{cell.planned_sent_nbytes / max(1, cell.sent_nbytes):.4f}",
+            f"{cell.planned_flops / max(1, cell.flops):.4f}",
+            f"{cell.planned_peak_nbytes / cell.peak_nbytes:.3f}",
+            f"{1e3 * cell.seconds:.2f}",
+            f"{1e3 * cell.predicted_seconds:.2f}",
+            f"{cell.error:+.0%}",
+        )
+    Console(width=130).print(table, markup=False)
+    found = pairs(cells)
+    right = sum(fast.predicted_seconds < slow.predicted_seconds for fast, slow in found)
+    summary = {
+        "cells": len(cells),
+        "median_absolute_error": statistics.median(abs(cell.error) for cell in cells),
+        "pairs": len(found),
+        "pairs_in_order": right / max(1, len(found)),
+        "bytes_exact": sum(c.sent_nbytes == c.planned_sent_nbytes for c in cells),
+        "flops_exact": sum(c.flops == c.planned_flops for c in cells),
+        "largest_peak_error": max(abs(c.planned_peak_nbytes / c.peak_nbytes - 1) for c in cells),
+    }
+    for name, value in summary.items():
+        print(f"{name.replace('_', ' ')}: {value:.3g}")
+    return summary
+
+
+def main() -> None:
+    """Calibrate, measure, and on rank 0 print and write."""
+    config = tyro.cli(Config, description=__doc__)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    topology = (
+        topology_of(config.topology)
+        if config.topology
+        else measured_topology("measured", torch.device("cpu"))
+    )
+    cells = [
+        cell
+        for layout in LAYOUTS
+        for model in MODELS
+        for cell in measure(layout, model, topology, config.rounds)
+    ]
+    if dist.get_rank() == 0:
+        summary = show(cells)
+        if config.json:
+            commit = subprocess.run(
+                ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+            ).stdout.strip()
+            where = {
+                "commit": commit,
+                "torch": torch.__version__,
+                "machine": platform.processor() or platform.machine(),
+                "ranks": dist.get_world_size(),
+            }
+            told = {
+                **where,
+                **summary,
+                "topology": topology.as_values(),
+                "table": [{**asdict(c), "error": c.error} for c in cells],
+            }
+            config.json.write_text(json.dumps(told, indent=1) + "\n")
+    dist.barrier()
+    leave()
+
+
+if __name__ == "__main__":
+    main()

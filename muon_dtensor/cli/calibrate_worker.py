@@ -1,0 +1,281 @@
+"""One process of `muon-dtensor calibrate`: all ranks measure together, rank 0 writes.
+
+Times the package's own functions on the machine as it is. Fits; decides nothing.
+"""
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from muon_dtensor import Muon
+from muon_dtensor.cli.leaving import leave
+from muon_dtensor.layout import MeshSpec
+from muon_dtensor.orthogonalize import newton_schulz
+from muon_dtensor.orthogonalize.newton_schulz import NUM_ITERATIONS
+from muon_dtensor.planning.ir import Plan
+from muon_dtensor.planning.predict import predict
+from muon_dtensor.planning.topology import Link, Rates, Topology
+from muon_dtensor.planning.volumes import newton_schulz_flops
+from muon_dtensor.runtime.collectives import all_gather_blocks, all_reduce_sum, all_to_all
+from muon_dtensor.update import Place, apply_update, direction_of, update_momentum
+
+ROUNDS = 7
+SIDES = {"cpu": (16, 64, 128, 192, 256, 384, 512, 768, 1024), "cuda": (64, 256, 1024, 4096, 8192)}
+"""Short sides of the matrices that are timed, by device."""
+LONGER = 3
+"""How many times its short side such a matrix is long."""
+LARGE_SIDE = 192
+"""From here on matrices keep a core busy."""
+NBYTES = tuple(1 << n for n in (10, 15, 18, 20, 22, 24))
+"""What a rank sends in exchanges."""
+RING_NUMELS = (1 << 12, 1 << 16, 1 << 19)
+"""Elements of all-gathers and all-reduces."""
+STEP_NUMS, STEP_SIDE = (4, 32), 32
+"""How many matrices, of which side, the steps have that show what the host costs."""
+READING_SECONDS = 4e-3
+"""Calls are repeated until one reading takes about so long."""
+
+
+def median_seconds(
+    bodies: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS
+) -> dict[str, float]:
+    """Seconds of each body on the slowest rank, the median of rounds in which they take turns.
+
+    The first round does not count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in bodies}
+    for turn in range(rounds + 1):
+        for name, body in bodies.items():
+            dist.barrier()
+            start = time.perf_counter()
+            body()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken = torch.tensor(time.perf_counter() - start, device=device)
+            dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+            if turn:
+                times[name].append(float(taken))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+class _Bench:
+    """Readings on all ranks at once, or on rank 0 while the others wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def seconds(self, body: Callable[[], object], alone: bool = False) -> float:
+        """Seconds of one call on the slowest rank."""
+        repeats = 1
+
+        def repeated() -> None:
+            if not alone or dist.get_rank() == 0:
+                for _ in range(repeats):
+                    body()
+
+        once = median_seconds({"": repeated}, self.device, rounds=2)[""]
+        repeats = max(1, int(READING_SECONDS / once))
+        return median_seconds({"": repeated}, self.device)[""] / repeats
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The same on every rank."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(*shape, generator=generator).to(self.device, dtype)
+
+    def matmul(self) -> tuple[tuple[tuple[str, Rates], ...], float]:
+        """(FLOP/s by dtype and short side of one rank alone, how many ranks run at that speed)."""
+        rates: dict[str, list[tuple[int, float]]] = {"bfloat16": [], "float32": []}
+        slowdowns = []
+        for name, points in rates.items():
+            dtype = getattr(torch, name)
+            for side in SIDES[self.device.type]:
+                matrix = self.randn(side, LONGER * side, dtype=dtype)
+                body = partial(newton_schulz, matrix, dtype=dtype)
+                alone = self.seconds(body, alone=True)
+                flops = newton_schulz_flops(side, LONGER * side, NUM_ITERATIONS)
+                points.append((side, flops / alone))
+                if side >= LARGE_SIDE:
+                    slowdowns.append(self.seconds(body) / alone)
+        cores = dist.get_world_size() / max(1.0, statistics.median(slowdowns))
+        return tuple((name, tuple(points)) for name, points in rates.items()), cores
+
+    def elementwise(self) -> float:
+        """Bytes/s of momentum, direction, decay and update, counted as `predict` counts them."""
+        num, side = 16, 512
+        param, momentum, grad = (self.randn(num, side, side) for _ in range(3))
+        wire = self.randn(num, side, side, dtype=torch.bfloat16)
+        place = Place(side, side, 0, False)
+
+        def body() -> None:
+            update_momentum(list(momentum), list(grad), 0.95)
+            for index in range(num):
+                wire[index].copy_(direction_of(momentum[index], grad[index], 0.95, True))
+            for index in range(num):
+                apply_update(param[index], wire[index], place, decay=1.0, matrix_lr=0.0)
+
+        # 3 float32 for the momentum, 4 and a bfloat16 to pack, 4 and a bfloat16 to apply
+        return num * side * side * (11 * 4 + 2 * 2) / self.seconds(body)
+
+    def link(self, group: ProcessGroup) -> tuple[Link, float]:
+        """(the link of a group with more than one rank, seconds to start a collective)."""
+        size = dist.get_world_size(group)
+        readings, starts = [], []
+        for nbytes in NBYTES:
+            each = max(1, nbytes // (size - 1))
+            send = torch.zeros(size * each, dtype=torch.uint8, device=self.device)
+            recv, splits = torch.empty_like(send), [each] * size
+
+            def start(send: Tensor, recv: Tensor, splits: Sequence[int]) -> None:
+                begun = time.perf_counter()
+                work = all_to_all(send, recv, splits, splits, group)
+                starts.append(time.perf_counter() - begun)
+                work.wait()
+
+            taken = self.seconds(partial(start, send, recv, splits))
+            readings.append((size - 1, (size - 1) * each, taken))
+        latency, per_byte = fitted(readings)
+        return Link(latency, 1 / per_byte), statistics.median(starts)
+
+    def ring_factor(self, topology: Topology) -> float:
+        """What all-gathers and all-reduces of all ranks take, over what the links say."""
+        group = dist.group.WORLD
+        size = dist.get_world_size()
+        assert group is not None, "there is a process group"
+        mesh, factors = MeshSpec.of(all=size), []
+        for numel in RING_NUMELS:
+            block = torch.zeros(-(-numel // size), device=self.device)
+            everything = torch.zeros(size * block.numel(), device=self.device)
+            for told, body in (
+                (
+                    topology.all_gather_seconds(mesh, ("all",), 4 * block.numel()),
+                    partial(all_gather_blocks, everything, block, group),
+                ),
+                (
+                    topology.all_reduce_seconds(mesh, ("all",), 4 * everything.numel()),
+                    partial(all_reduce_sum, everything, group),
+                ),
+            ):
+                factors.append(self.seconds(body) / told)
+        return statistics.median(factors)
+
+    def steps(self) -> dict[int, tuple[Plan, float]]:
+        """Plans of so many tiny matrices on all ranks, with the seconds their steps take."""
+        mesh = init_device_mesh(self.device.type, (dist.get_world_size(),), mesh_dim_names=("all",))
+        optimizers = {}
+        for num in STEP_NUMS:
+            params = []
+            for _ in range(num):
+                weight = self.randn(STEP_SIDE, STEP_SIDE)
+                shard = distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
+                params.append(nn.Parameter(shard))
+                params[-1].grad = shard.clone()
+            optimizers[num] = Muon(params, strategy="owned")
+        seconds = median_seconds(
+            {str(num): optimizer.step for num, optimizer in optimizers.items()},
+            self.device,
+            rounds=5 * ROUNDS,
+        )
+        return {num: (made.plan, seconds[str(num)]) for num, made in optimizers.items()}
+
+
+def fitted(readings: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
+    """(latency, seconds per byte) of (messages, bytes, seconds), by least squares of ratios.
+
+    The longest reading is met exactly, so that neither can come out at or below zero.
+    """
+    messages, nbytes, longest = readings[-1]
+    best = (float("inf"), 0.0, 1.0)
+    for step in range(200):
+        latency = longest / messages * step / 200
+        per_byte = (longest - messages * latency) / nbytes
+        error = sum(((m * latency + n * per_byte) / t - 1) ** 2 for m, n, t in readings)
+        best = min(best, (error, latency, per_byte))
+    return best[1:]
+
+
+def with_overheads(topology: Topology, steps: Mapping[int, tuple[Plan, float]]) -> Topology:
+    """The same with the overheads of tensors and steps that make predictions meet these steps."""
+
+    def told(num: int, per_tensor: float) -> float:
+        plan = steps[num][0]
+        candidate = replace(topology, tensor_overhead=per_tensor, step_overhead=0.0)
+        return predict(replace(plan, options=replace(plan.options, topology=candidate))).seconds
+
+    few, many = STEP_NUMS
+    difference = steps[many][1] - steps[few][1]
+    low, high = 0.0, difference
+    for _ in range(40):
+        middle = (low + high) / 2
+        if told(many, middle) - told(few, middle) < difference:
+            low = middle
+        else:
+            high = middle
+    rest = steps[few][1] - told(few, low)
+    return replace(topology, tensor_overhead=low, step_overhead=max(0.0, rest))
+
+
+def measured_topology(name: str, device: torch.device) -> Topology:
+    """What the machine of the default process group costs; all ranks call it, all get the same."""
+    bench, size = _Bench(device), dist.get_world_size()
+    node_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    matmul, cores = bench.matmul()
+    on_cpu = device.type == "cpu"
+    slowdown = size / cores if on_cpu else 1.0
+    mesh = init_device_mesh(
+        device.type, (size // node_size, node_size), mesh_dim_names=("node", "local")
+    )
+    links, collective_overhead = [], 0.0
+    for dim in ("local", "node"):
+        if mesh[dim].size() > 1:
+            link, collective_overhead = bench.link(mesh.get_group(dim))
+            links.append(link)
+    # a rank by itself sends nothing, and one node nothing to others
+    links = links or [Link(0.0, 1e12)]
+    topology = Topology(
+        name=name,
+        node_size=node_size,
+        within_node=links[0],
+        between_nodes=links[-1],
+        matmul=matmul,
+        # all ranks were measured at once; the model slows one rank's time down by itself
+        memory_bandwidth=bench.elementwise() * slowdown,
+        collective_overhead=collective_overhead / slowdown,
+        cores=cores if on_cpu else None,
+    )
+    if size > 1:
+        topology = replace(topology, ring_factor=bench.ring_factor(topology))
+    topology = with_overheads(topology, bench.steps())
+    # clocks differ from rank to rank
+    told = [topology.to_json()]
+    dist.broadcast_object_list(told, src=0)
+    return Topology.from_json(told[0])
+
+
+def main(out: Path, name: str) -> None:
+    """Measure, and write on rank 0."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else None
+    if device is not None:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    topology = measured_topology(name, device or torch.device("cpu"))
+    if dist.get_rank() == 0:
+        out.write_text(topology.to_json())
+        print(f"{out}: {topology}")
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

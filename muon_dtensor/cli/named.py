@@ -1,0 +1,25 @@
+"""Functions of the user that a flag names. Knows nothing of what they do."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def named(path: str) -> Callable[..., Any]:
+    """The function that `pkg.mod:fn` names; modules of the working folder are found too.
+
+    Raises ValueError if there is none.
+    """
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path!r} names no function as pkg.mod:fn: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{path!r} is no function")
+    function: Callable[..., Any] = found
+    return function

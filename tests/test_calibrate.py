@@ -1,0 +1,98 @@
+"""`muon-dtensor calibrate`: what it fits, what it measures on real processes, and bad input."""
+
+import math
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+
+from muon_dtensor.cli import calibrate_worker
+from muon_dtensor.cli.calibrate import calibrate
+from muon_dtensor.cli.calibrate_worker import fitted, measured_topology, with_overheads
+from muon_dtensor.layout import Layout, MeshSpec, ParamSpec
+from muon_dtensor.matrices import matrices_of
+from muon_dtensor.planning.ir import PlanOptions
+from muon_dtensor.planning.planner import plan_update
+from muon_dtensor.planning.predict import predict
+from muon_dtensor.planning.presets import PRESETS
+from muon_dtensor.planning.topology import Topology
+from tests.support.pool import run_processes
+
+
+def test_a_link_is_fitted_from_readings():
+    latency, per_byte = 2e-4, 1e-9
+    readings = [(3, n, 3 * latency + n * per_byte) for n in (1 << 10, 1 << 15, 1 << 20, 1 << 24)]
+    found = fitted(readings)
+    assert found == pytest.approx((latency, per_byte), rel=0.05)
+
+
+def test_noise_makes_no_link_negative():
+    """Readings that fall as bytes grow, as a busy machine gives them."""
+    latency, per_byte = fitted([(3, 1 << 10, 2e-3), (3, 1 << 15, 1e-3), (3, 1 << 24, 5e-4)])
+    assert latency >= 0
+    assert per_byte > 0
+
+
+def test_overheads_make_predictions_meet_the_steps():
+    topology = PRESETS["gloo-local"]
+    mesh = MeshSpec.of(all=4)
+    layout = Layout(mesh, (32, 32), (("all",), ()))
+    matrices = matrices_of((32, 32))
+    steps = {}
+    for num in calibrate_worker.STEP_NUMS:
+        specs = [ParamSpec(f"w{i}", layout, "float32", matrices) for i in range(num)]
+        plan = plan_update(specs, PlanOptions(strategy="owned", topology=topology))
+        steps[num] = (plan, predict(plan).seconds)
+    found = with_overheads(replace(topology, tensor_overhead=1.0, step_overhead=1.0), steps)
+    assert found.tensor_overhead == pytest.approx(topology.tensor_overhead, rel=1e-3)
+    assert found.step_overhead == pytest.approx(topology.step_overhead, rel=1e-3)
+
+
+def measure_quickly() -> str:
+    with mock.patch.multiple(
+        calibrate_worker,
+        ROUNDS=2,
+        SIDES={"cpu": (16, 192)},
+        NBYTES=(1 << 10, 1 << 20),
+        RING_NUMELS=(1 << 12,),
+    ):
+        return measured_topology("here", torch.device("cpu")).to_json()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_ranks_measure_one_topology(num_ranks):
+    """A lone rank too, which has no link; all ranks hold the same values, and JSON keeps them."""
+    found = run_processes(num_ranks, measure_quickly)
+    assert len(set(found)) == 1
+    topology = Topology.from_json(found[0])
+    assert topology.name == "here"
+    assert topology.cores is not None
+    assert 0 < topology.cores <= num_ranks
+    assert topology.node_size == num_ranks
+    for _, rates in topology.matmul:
+        assert [side for side, _ in rates] == [16, 192]
+        assert all(1e6 < rate < 1e14 for _, rate in rates)
+    assert 1e7 < topology.memory_bandwidth < 1e13
+    assert math.isfinite(topology.ring_factor)
+
+
+def test_bad_flags_are_told_on_one_line(tmp_path, capsys):
+    assert calibrate(ranks=0) == 2
+    assert calibrate(out=tmp_path / "nowhere" / "topology.json") == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert "--ranks must be 1 or more" in errors[0]
+    assert "no folder" in errors[1]
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_file_that_plans_take(tmp_path, capfd):
+    out = tmp_path / "mine.json"
+    assert calibrate(ranks=2, out=out) == 0
+    assert "mine" in capfd.readouterr().out
+    topology = Topology.from_json(out.read_text())
+    assert topology.name == "mine"
+    layout = Layout(MeshSpec.of(dp=2), (64, 64), (("dp",), ()))
+    spec = ParamSpec("w", layout, "float32", matrices_of((64, 64)))
+    assert plan_update([spec], PlanOptions(topology=topology)).prediction.seconds > 0
