@@ -13,6 +13,7 @@ import subprocess
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from muon_dtensor import Muon
 from muon_dtensor.cli.calibrate_worker import measured_topology, median_seconds
 from muon_dtensor.cli.leaving import leave
 from muon_dtensor.planning.presets import topology_of
+from muon_dtensor.planning.strategies import kind_of
 from muon_dtensor.planning.topology import Topology
 from tests.support.meter import LiveStorages, counting, counting_flops, installed
 
@@ -46,13 +48,20 @@ MODELS: dict[str, list[tuple[int, int]]] = {
     "1 layer of 512": [(1536, 512), (512, 512), (2048, 512), (512, 2048)],
     "1 of 1024 x 4096": [(1024, 4096)],
 }
-STRATEGIES = ("owned", "owned_staged", "gathered", "gram")
+LARGEST = {"1 of 1024 x 8192": [(1024, 8192)], "1 of 2048 x 8192": [(2048, 8192)]}
+"""Where a team of many ranks may pay; slow in float32."""
 
 
 @dataclass(frozen=True)
 class Config:
     """What to measure."""
 
+    layouts: tuple[str, ...] = tuple(LAYOUTS)
+    models: tuple[str, ...] = ()
+    """All but the largest by default."""
+    strategies: tuple[str, ...] = ("owned", "owned_staged", "gathered", "gram")
+    """auto: what the planner chooses if exact=False allows it everything."""
+    ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     rounds: int = 9
     topology: str = ""
     """A preset or a file; by default this machine is measured first."""
@@ -67,6 +76,7 @@ class Cell:
     layout: str
     model: str
     strategy: str
+    chosen: str
     sent_nbytes: int
     planned_sent_nbytes: int
     flops: int
@@ -95,8 +105,11 @@ def reduced(value: int, op: dist.ReduceOp.RedOpType) -> int:
     return int(tensor)
 
 
-def optimizer_of(layout: str, model: str, strategy: str, topology: Topology) -> Muon:
+def optimizer_of(
+    layout: str, model: str, strategy: str, config: Config, topology: Topology
+) -> Muon:
     """One with gradients on its parameters."""
+    shapes = {**MODELS, **LARGEST}[model]
     placements, is_2d = LAYOUTS[layout]
     size = dist.get_world_size()
     mesh_shape = (2, size // 2) if is_2d else (size,)
@@ -105,10 +118,16 @@ def optimizer_of(layout: str, model: str, strategy: str, topology: Topology) -> 
     def spread(full: Tensor) -> Tensor:
         return distribute_tensor(full, mesh, placements, src_data_rank=None)
 
-    params = [nn.Parameter(spread(weight)) for weight in seeded(MODELS[model], 0)]
-    for param, grad in zip(params, seeded(MODELS[model], 1), strict=True):
+    params = [nn.Parameter(spread(weight)) for weight in seeded(shapes, 0)]
+    for param, grad in zip(params, seeded(shapes, 1), strict=True):
         param.grad = spread(grad)
-    return Muon(params, strategy=strategy, exact=strategy != "gram", topology=topology)
+    return Muon(
+        params,
+        ns_dtype=getattr(torch, config.ns_dtype),
+        strategy=strategy,
+        exact=strategy not in ("gram", "auto"),
+        topology=topology,
+    )
 
 
 def counted(optimizer: Muon) -> tuple[int, int, int]:
@@ -130,17 +149,17 @@ def counted(optimizer: Muon) -> tuple[int, int, int]:
     return count.sent_nbytes, count.flops, min(peaks)
 
 
-def measure(layout: str, model: str, topology: Topology, rounds: int) -> list[Cell]:
+def measure(layout: str, model: str, config: Config, topology: Topology) -> list[Cell]:
     """The cells of one layout and model, on all ranks."""
-    optimizers = {name: optimizer_of(layout, model, name, topology) for name in STRATEGIES}
-    if (
-        optimizers["owned"].plan.buckets[0].unshard
-        == optimizers["owned_staged"].plan.buckets[0].unshard
-    ):
-        del optimizers["owned_staged"]  # cut over one mesh dim, it has no second stage
+    optimizers: dict[str, Muon] = {}
+    for name in config.strategies:
+        optimizer = optimizer_of(layout, model, name, config, topology)
+        # cut over one mesh dim, it has no second stage
+        if name != "owned_staged" or len(optimizer.plan.buckets[0].unshard) > 1:
+            optimizers[name] = optimizer
     counts = {name: counted(optimizer) for name, optimizer in optimizers.items()}
     steps = {name: optimizer.step for name, optimizer in optimizers.items()}
-    seconds = median_seconds(steps, torch.device("cpu"), rounds)
+    seconds = median_seconds(steps, torch.device("cpu"), config.rounds)
     cells = []
     for name, optimizer in optimizers.items():
         sent, flops, peak = counts[name]
@@ -150,6 +169,7 @@ def measure(layout: str, model: str, topology: Topology, rounds: int) -> list[Ce
                 layout,
                 model,
                 name,
+                ", ".join(sorted({kind_of(b.strategy) for b in optimizer.plan.buckets})),
                 reduced(sent, dist.ReduceOp.SUM),
                 sum(cost.sent_nbytes),
                 reduced(flops, dist.ReduceOp.SUM),
@@ -185,7 +205,7 @@ def show(cells: list[Cell]) -> dict[str, float]:
         table.add_row(
             cell.layout,
             cell.model,
-            cell.strategy,
+            cell.strategy if cell.strategy != "auto" else f"auto: {cell.chosen}",
             f"{cell.sent_nbytes / 1e6:.3f}",
             f"{cell.planned_sent_nbytes / max(1, cell.sent_nbytes):.4f}",
             f"{cell.planned_flops / max(1, cell.flops):.4f}",
@@ -223,9 +243,9 @@ def main() -> None:
     )
     cells = [
         cell
-        for layout in LAYOUTS
-        for model in MODELS
-        for cell in measure(layout, model, topology, config.rounds)
+        for layout in config.layouts
+        for model in config.models or MODELS
+        for cell in measure(layout, model, config, topology)
     ]
     if dist.get_rank() == 0:
         summary = show(cells)
@@ -238,6 +258,7 @@ def main() -> None:
                 "torch": torch.__version__,
                 "machine": platform.processor() or platform.machine(),
                 "ranks": dist.get_world_size(),
+                "ns_dtype": config.ns_dtype,
             }
             told = {
                 **where,

@@ -108,7 +108,12 @@ def accumulated(num_microbatches: int, wrap: str) -> tuple[dict[str, Tensor], in
         model = fsdp1(model) if wrap == "fsdp1" else fully_shard(model)
         config = create_auto_config(fsdp_process_group=dist.group.WORLD)
         optimizer = Muon(
-            model.named_parameters(), lr=LR, distributed_config=config, ns_dtype=torch.float32
+            model.named_parameters(),
+            lr=LR,
+            distributed_config=config,
+            ns_dtype=torch.float32,
+            # what may be gathered is so tiny that all ranks orthogonalize it
+            strategy="owned",
         )
         for part in batch(0, 32, 12, DIM).chunk(num_microbatches):
             model(part).square().sum().backward()

@@ -1,0 +1,238 @@
+"""What plans predict of known models on 8 to 16,384 GPUs: strong and weak scaling.
+
+    python benchmarks/scale_study.py --json benchmarks/results/scale.json
+
+Needs no GPU, no torch and no process group: every figure is a prediction of the cost model on a
+topology preset. Strong: a model on ever more ranks. Weak: one layer of llama3-70b for each eight.
+"""
+
+import argparse
+import json
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from muon_dtensor.cli.models import MODELS, specs_of
+from muon_dtensor.cli.ways import planned
+from muon_dtensor.layout import MeshSpec, ParamSpec
+from muon_dtensor.planning.ir import Gram, Phase, Plan, PlanOptions
+from muon_dtensor.planning.planner import plan_update
+from muon_dtensor.planning.predict import predict
+from muon_dtensor.planning.presets import PRESETS
+
+RANKS = (8, 32, 128, 512, 2048, 8192, 16384)
+WEAK = "llama3-70b, a layer for 8 ranks"
+WITH_TP = ("llama3-70b", "llama3-405b", WEAK)
+WITH_EP = ("deepseek-v3", "kimi-k2")
+MOST_SHARDS = 256
+"""Ranks over which fully_shard cuts; more become replicas."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model on so many ranks; seconds of a step, and of its slowest rank by what it does.
+
+    `teams_seconds` are with exact=False, and `float32_*` those of an iteration in float32;
+    `one_replica_seconds` if every replica does everything again.
+    """
+
+    model: str
+    ranks: int
+    mesh: str
+    matrices: int
+    seconds: float
+    orthogonalize_seconds: float
+    elementwise_seconds: float
+    exposed_seconds: float
+    imbalance: float
+    sent_nbytes: int
+    peak_nbytes: int
+    strategies: str
+    one_replica_seconds: float
+    teams_seconds: float
+    team_size: int
+    float32_seconds: float
+    float32_teams_seconds: float
+    float32_team_size: int
+
+
+def mesh_of(model: str, ranks: int) -> MeshSpec:
+    """tp (8) and ep (64) inside, then shards, then replicas."""
+    inner = {}
+    if model in WITH_TP and ranks >= 64:
+        inner = {"tp": 8}
+    if model in WITH_EP:
+        inner = {"ep": min(64, ranks)}
+    rest = ranks // max(1, *inner.values()) if inner else ranks
+    shards = min(rest, MOST_SHARDS)
+    return MeshSpec.of(dp_replicate=rest // shards, dp_shard=shards, **inner)
+
+
+def specs(model: str, ranks: int) -> list[ParamSpec]:
+    """The parameters of a row."""
+    mesh = mesh_of(model, ranks)
+    if model != WEAK:
+        return specs_of(model, mesh)
+    layer = [s for s in specs_of("llama3-70b", mesh) if s.fqn.startswith("layers.0.")]
+    return [
+        replace(spec, fqn=spec.fqn.replace(".0.", f".{index}.", 1))
+        for index in range(ranks // 8)
+        for spec in layer
+    ]
+
+
+def team_size(plan: Plan) -> int:
+    """Ranks of the largest team; 0 if matrices have owners."""
+    sizes = [
+        bucket.mesh.num_ranks_along(bucket.strategy.team_dims)
+        for bucket in plan.buckets
+        if isinstance(bucket.strategy, Gram)
+    ]
+    return max(sizes, default=0)
+
+
+def lanes(plan: Plan) -> tuple[float, float]:
+    """Seconds that the busiest rank orthogonalizes, and that it packs and applies."""
+    cost = plan.cost
+    busiest = cost.ranks[max(range(len(cost.ranks)), key=cost.flops.__getitem__)]
+    spent = dict.fromkeys(Phase, 0.0)
+    for span in predict(plan, watch=(busiest,)).spans:
+        if span.lane == "compute":
+            spent[span.action.phase] += span.stop - span.start
+    orthogonalize = spent.pop(Phase.ORTHOGONALIZE)
+    return orthogonalize, sum(spent.values())
+
+
+def row(job: tuple[str, int, str]) -> Row:
+    """Plan one model on so many ranks of a machine."""
+    model, ranks, topology = job
+    options = PlanOptions(topology=PRESETS[topology], batched=True)
+    params = specs(model, ranks)
+    plan = plan_update(params, options)
+    teams = plan_update(params, replace(options, exact=False))
+    wide = [replace(spec, wire_dtype="float32") for spec in params]
+    float32 = plan_update(wide, options)
+    float32_teams = plan_update(wide, replace(options, exact=False))
+    orthogonalize, elementwise = lanes(plan)
+    cost, seconds = plan.cost, plan.prediction.seconds
+    kinds = {type(bucket.strategy).__name__.lower() for bucket in plan.buckets}
+    return Row(
+        model=model,
+        ranks=ranks,
+        mesh=str(plan.meshes[0]),
+        matrices=cost.num_matrices,
+        seconds=seconds,
+        orthogonalize_seconds=orthogonalize,
+        elementwise_seconds=elementwise,
+        exposed_seconds=seconds - orthogonalize - elementwise,
+        imbalance=cost.imbalance,
+        sent_nbytes=max(cost.sent_nbytes),
+        peak_nbytes=max(cost.peak_nbytes),
+        strategies=", ".join(sorted(kinds)),
+        one_replica_seconds=planned("1d-owner", params, options).prediction.seconds,
+        teams_seconds=teams.prediction.seconds,
+        team_size=team_size(teams),
+        float32_seconds=float32.prediction.seconds,
+        float32_teams_seconds=float32_teams.prediction.seconds,
+        float32_team_size=team_size(float32_teams),
+    )
+
+
+def tables(rows: Sequence[Row]) -> Iterator[str]:
+    """Lines of text, a table for each model."""
+    head = (
+        f"{'ranks':>6} {'step ms':>9} {'matmul':>9} {'pointwise':>9} {'exposed':>9} {'slowest':>8} "
+        f"{'MB sent':>9} {'GB held':>8} {'replicas repeat':>15} {'teams':>12} {'float32':>9} "
+        f"{'its teams':>12}"
+    )
+    for model in dict.fromkeys(r.model for r in rows):
+        found = [r for r in rows if r.model == model]
+        yield f"\n{model}: {found[-1].matrices} matrices on the last line's ranks"
+        yield head
+        for r in found:
+            teams = f"{1e3 * r.teams_seconds:.1f} ({r.team_size})"
+            wide = f"{1e3 * r.float32_teams_seconds:.1f} ({r.float32_team_size})"
+            yield (
+                f"{r.ranks:>6} {1e3 * r.seconds:>9.1f} {1e3 * r.orthogonalize_seconds:>9.1f} "
+                f"{1e3 * r.elementwise_seconds:>9.1f} {1e3 * r.exposed_seconds:>9.1f} "
+                f"{r.imbalance:>7.2f}x {r.sent_nbytes / 1e6:>9.1f} {r.peak_nbytes / 1e9:>8.2f} "
+                f"{1e3 * r.one_replica_seconds:>15.1f} {teams:>12} "
+                f"{1e3 * r.float32_seconds:>9.1f} {wide:>12}"
+            )
+
+
+def draw(rows: Sequence[Row], topology: str, path: Path) -> None:
+    """Step time over ranks, and where it goes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = list(dict.fromkeys(r.model for r in rows))
+    figure, grid = pyplot.subplots(2, -(-len(models) // 2), figsize=(15, 7.5), layout="constrained")
+    axes_of: list[Any] = list(grid.flat)
+    for model, axes in zip(models, axes_of, strict=False):
+        found = [r for r in rows if r.model == model]
+        places, bottom = range(len(found)), [0.0] * len(found)
+        for name, color in (
+            ("orthogonalize", "#e45756"),
+            ("elementwise", "#f2b949"),
+            ("exposed", "#4c78a8"),
+        ):
+            values = [1e3 * getattr(r, f"{name}_seconds") for r in found]
+            label = "waiting for exchanges and others" if name == "exposed" else name
+            axes.bar(places, values, bottom=bottom, color=color, label=label)
+            bottom = [a + b for a, b in zip(bottom, values, strict=True)]
+        repeat = [1e3 * r.one_replica_seconds for r in found]
+        axes.plot(places, repeat, "k.--", linewidth=0.8, label="if every replica repeats it all")
+        teams = [1e3 * r.teams_seconds for r in found]
+        axes.plot(places, teams, "g^:", linewidth=0.8, markersize=4, label="teams (exact=False)")
+        axes.set_xticks(places, [f"{r.ranks}" for r in found], fontsize=8)
+        axes.set_title(model, fontsize=10)
+        axes.set_xlabel("ranks", fontsize=8)
+        axes.set_ylabel("ms a step", fontsize=8)
+    for axes in axes_of[len(models) :]:
+        axes.axis("off")
+    handles, labels = axes_of[0].get_legend_handles_labels()
+    axes_of[-1].legend(handles, labels, loc="center", frameon=False)
+    figure.suptitle(f"predicted Muon step on {topology}: where the time of the busiest rank goes")
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Plan all rows, print them, and write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=[*MODELS, WEAK])
+    parser.add_argument("--ranks", nargs="+", type=int, default=RANKS)
+    parser.add_argument("--topology", default="h100-ib-400", choices=sorted(PRESETS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--jobs", type=int, default=2)
+    config = parser.parse_args()
+    start = time.perf_counter()
+    jobs = [(model, ranks, config.topology) for model in config.models for ranks in config.ranks]
+    with ProcessPoolExecutor(config.jobs) as pool:
+        rows = list(pool.map(row, jobs))
+    print("\n".join(tables(rows)))
+    print(f"\n{len(rows)} rows in {time.perf_counter() - start:.0f} s")
+    if config.plot:
+        draw(rows, config.topology, config.plot)
+    if config.json:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        told = {
+            "commit": commit,
+            "topology": PRESETS[config.topology].as_values(),
+            "rows": [asdict(r) for r in rows],
+        }
+        config.json.write_text(json.dumps(told, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
