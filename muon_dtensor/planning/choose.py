@@ -3,14 +3,14 @@
 Prices by building plans and predicting them. Knows no owners and no buckets.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from muon_dtensor.errors import PlanError, Problem
 from muon_dtensor.layout import Matrix, MeshSpec, ParamSpec
 from muon_dtensor.planning.buckets import OVER_CAP
 from muon_dtensor.planning.ir import Alternative, Gathered, Gram, Local, Plan, PlanOptions, Strategy
-from muon_dtensor.planning.predict import orthogonalize_seconds, team_seconds
+from muon_dtensor.planning.predict import orthogonalize_seconds, priced, team_seconds
 from muon_dtensor.planning.strategies import kind_of
 
 
@@ -167,7 +167,7 @@ class _Pricing:
             return orthogonalize_seconds(topology, matrix, num_iterations, dtype)
 
         total = 0.0
-        for item, seconds in self.per_item(transport, price):
+        for item, seconds in priced(self.items[transport], self.size_of, price):
             layout = self.params[item.param].layout
             num_homes = len(layout.holders(item.matrix.region))
             total += seconds * num_homes * len(layout.replica_offsets)
@@ -180,24 +180,16 @@ class _Pricing:
         def price(matrix: Matrix, num_iterations: int) -> float:
             return sum(team_seconds(topology, mesh, strategy.team_dims, matrix, num_iterations))
 
-        total = sum(seconds for _, seconds in self.per_item(transport, price))
+        total = sum(seconds for _, seconds in priced(self.items[transport], self.size_of, price))
         num_teams = mesh.num_ranks_along(
             (*strategy.unshard_dims, *strategy.replica_dims)
         ) // mesh.num_ranks_along(strategy.team_dims)
         count = len(self.items[transport])
         return -(-count // num_teams) / count * total
 
-    def per_item(
-        self, transport: Transport, price: Callable[[Matrix, int], float]
-    ) -> Iterator[tuple[Item, float]]:
-        """Every matrix with what `price(matrix, num_iterations)` says of its size."""
-        known: dict[tuple[int, int, int], float] = {}
-        for item in self.items[transport]:
-            matrix, num_iterations = item.matrix, self.params[item.param].num_iterations
-            key = (matrix.rows, matrix.cols, num_iterations)
-            if key not in known:
-                known[key] = price(matrix, num_iterations)
-            yield item, known[key]
+    def size_of(self, item: Item) -> tuple[Matrix, int]:
+        """A matrix and its number of iterations."""
+        return item.matrix, self.params[item.param].num_iterations
 
     def others(
         self, transport: Transport, chosen: Strategy, prices: Mapping[Strategy, float]

@@ -5,12 +5,13 @@ where collectives make them. Measures nothing.
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeVar
 
 from muon_dtensor.layout import Matrix, MeshSpec
-from muon_dtensor.planning.ir import Action, Gathered, Gram, Phase, Plan, gram_segments
+from muon_dtensor.planning.ir import Action, Assignment, Gathered, Gram, Phase, Plan, gram_segments
 from muon_dtensor.planning.teams import (
     GRAM_ITEMSIZE,
     gathered_nbytes,
@@ -20,6 +21,9 @@ from muon_dtensor.planning.teams import (
 )
 from muon_dtensor.planning.topology import Topology
 from muon_dtensor.planning.volumes import ITEMSIZES, BucketCost, Hop, matrix_flops
+
+T = TypeVar("T")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,29 +258,29 @@ class _Walk:
 
     def _orthogonalize(self, action: Action, cost: BucketCost) -> None:
         bucket, plan, topology = cost.bucket, self.plan, self.topology
-        seconds = [0.0] * bucket.mesh.num_ranks
-        known: dict[tuple[int, int, int], float] = {}
         if isinstance(bucket.strategy, Gram):
             self._share(action, cost, bucket.strategy)
             return
-        for a in bucket.assignments:
-            matrix, spec = plan.matrix(a), plan.spec(a)
-            key = (matrix.rows, matrix.cols, spec.num_iterations)
-            if key not in known:
-                known[key] = orthogonalize_seconds(
-                    topology, matrix, spec.num_iterations, bucket.wire_dtype
-                )
+        seconds = [0.0] * bucket.mesh.num_ranks
+
+        def price(matrix: Matrix, num_iterations: int) -> float:
+            return orthogonalize_seconds(topology, matrix, num_iterations, bucket.wire_dtype)
+
+        for a, taken in priced(bucket.assignments, self._size, price):
             if isinstance(bucket.strategy, Gathered):
                 for home in plan.holders(a):
-                    for offset in spec.layout.replica_offsets:
-                        seconds[home + offset] += known[key]
+                    for offset in plan.spec(a).layout.replica_offsets:
+                        seconds[home + offset] += taken
             else:
-                seconds[a.owner] += known[key]
+                seconds[a.owner] += taken
         total = [a + b for a, b in zip(seconds, self._assembling(cost), strict=True)]
         if plan.options.sequential:
             self._in_turn(action, total)
         else:
             self._work(action, total)
+
+    def _size(self, assignment: Assignment) -> tuple[Matrix, int]:
+        return self.plan.matrix(assignment), self.plan.spec(assignment).num_iterations
 
     def _assembling(self, cost: BucketCost) -> list[float]:
         """Wholes are put together from pieces, and taken apart again: two copies."""
@@ -293,19 +297,15 @@ class _Walk:
 
     def _share(self, action: Action, cost: BucketCost, strategy: Gram) -> None:
         """Each team on its matrices: all members compute, and wait for each other in rings."""
-        mesh, plan, topology = cost.bucket.mesh, self.plan, self.topology
+        mesh, topology = cost.bucket.mesh, self.topology
         order = self._order(mesh)
         compute: dict[int, float] = defaultdict(float)
         rings: dict[int, float] = defaultdict(float)
-        known: dict[tuple[int, int, int], tuple[float, float]] = {}
-        for a in cost.bucket.assignments:
-            matrix, spec = plan.matrix(a), plan.spec(a)
-            key = (matrix.rows, matrix.cols, spec.num_iterations)
-            if key not in known:
-                known[key] = team_seconds(
-                    topology, mesh, strategy.team_dims, matrix, spec.num_iterations
-                )
-            own, ring = known[key]
+
+        def price(matrix: Matrix, num_iterations: int) -> tuple[float, float]:
+            return team_seconds(topology, mesh, strategy.team_dims, matrix, num_iterations)
+
+        for a, (own, ring) in priced(cost.bucket.assignments, self._size, price):
             compute[a.owner] += own
             rings[a.owner] += ring
         durations = [0.0] * len(order)
@@ -328,6 +328,21 @@ class _Walk:
         self.exchange[action.bucket] += max(waits, default=0.0)
         both = [a + b for a, b in zip(shared, waits, strict=True)]
         self._watched(action, "compute", self.host, order, both)
+
+
+def priced(
+    things: Iterable[T],
+    size_of: Callable[[T], tuple[Matrix, int]],
+    price: Callable[[Matrix, int], V],
+) -> Iterator[tuple[T, V]]:
+    """Each thing with the price of its matrix and iterations, which is asked once for each size."""
+    known: dict[tuple[int, int, int], V] = {}
+    for thing in things:
+        matrix, num_iterations = size_of(thing)
+        key = (matrix.rows, matrix.cols, num_iterations)
+        if key not in known:
+            known[key] = price(matrix, num_iterations)
+        yield thing, known[key]
 
 
 def orthogonalize_seconds(
