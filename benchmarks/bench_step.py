@@ -1,16 +1,12 @@
 """One optimizer step, ours against everyone-gathers and the floor, layout by layout.
 
-    torchrun --nproc-per-node 4 benchmarks/bench_step.py --json benchmarks/results/step.json
+    torchrun --nproc-per-node 4 -m benchmarks.bench_step --json benchmarks/results/step.json
 
 All run in one process group, in turns, on the same gradients; times are medians and only their
 ratios mean anything on a shared machine. Bytes are counted where they are handed to torch.
 """
 
 import json
-import platform
-import statistics
-import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,8 +22,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
+from benchmarks.common import provenance, seeded
 from muon_dtensor import Muon
 from muon_dtensor.cli.baselines import everyone_gathers
+from muon_dtensor.cli.calibrate_worker import median_seconds
 from muon_dtensor.cli.leaving import leave
 from muon_dtensor.orthogonalize import newton_schulz
 
@@ -74,26 +72,6 @@ def shapes_of(config: Config) -> list[tuple[int, int]]:
     """The anchors' workload: {qkv, proj, fc, out} per layer."""
     d = config.dim
     return [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d)] * config.layers
-
-
-def seeded(shapes: list[tuple[int, int]], seed: int) -> list[Tensor]:
-    """The same tensors on every rank."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) for shape in shapes]
-
-
-def medians(bodies: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each body, run in turns after one round that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in bodies}
-    for turn in range(rounds + 1):
-        for name, body in bodies.items():
-            dist.barrier()
-            start = time.perf_counter()
-            body()
-            dist.barrier()
-            if turn:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def sent_by(step: Callable[[], Any]) -> float:
@@ -149,14 +127,16 @@ def measure(name: str, config: Config) -> Cell:
         if bucket.mesh.ranks[a.owner] == dist.get_rank()
         for plan_shape in [optimizer.plan.matrix(a).region.shape]
     ]
-    ms = medians(
+    seconds = median_seconds(
         {
             "ours": optimizer.step,
             "naive": lambda: everyone_gathers(params, momenta, lr=0.0),
             "floor": lambda: [newton_schulz(matrix) for matrix in share],
         },
+        torch.device("cpu"),
         config.rounds,
     )
+    ms = {name: 1e3 * value for name, value in seconds.items()}
     cost = optimizer.plan.cost
     return Cell(
         layout=name,
@@ -190,14 +170,8 @@ def main() -> None:
             )
         Console(width=90).print(table)
         if config.json:
-            commit = subprocess.run(
-                ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-            ).stdout.strip()
             where = {
-                "commit": commit,
-                "torch": torch.__version__,
-                "machine": platform.processor() or platform.machine(),
-                "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+                **provenance(),
                 "num_ranks": dist.get_world_size(),
                 "layers": config.layers,
                 "dim": config.dim,

@@ -1,15 +1,13 @@
 """What plans predict of real steps: bytes, flops, peak memory and time, cell by cell.
 
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 benchmarks/predicted_vs_measured.py
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m benchmarks.predicted_vs_measured
 
 Calibrates in the same process group first, unless a topology is given. A cell is a layout, a
 model and a strategy; the strategies of one layout and model take turns.
 """
 
 import json
-import platform
 import statistics
-import subprocess
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
+from benchmarks.common import provenance, seeded
 from muon_dtensor import Muon
 from muon_dtensor.cli.calibrate_worker import measured_topology, median_seconds
 from muon_dtensor.cli.leaving import leave
@@ -90,12 +89,6 @@ class Cell:
     def error(self) -> float:
         """Of the predicted time, relative to the measured one."""
         return self.predicted_seconds / self.seconds - 1
-
-
-def seeded(shapes: list[tuple[int, int]], seed: int) -> list[Tensor]:
-    """The same tensors on every rank."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
 def reduced(value: int, op: dist.ReduceOp.RedOpType) -> int:
@@ -250,13 +243,8 @@ def main() -> None:
     if dist.get_rank() == 0:
         summary = show(cells)
         if config.json:
-            commit = subprocess.run(
-                ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-            ).stdout.strip()
             where = {
-                "commit": commit,
-                "torch": torch.__version__,
-                "machine": platform.processor() or platform.machine(),
+                **provenance(),
                 "ranks": dist.get_world_size(),
                 "ns_dtype": config.ns_dtype,
             }

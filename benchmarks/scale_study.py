@@ -1,21 +1,22 @@
 """What plans predict of known models on 8 to 16,384 GPUs: strong and weak scaling.
 
-    python benchmarks/scale_study.py --json benchmarks/results/scale.json
+    python -m benchmarks.scale_study --json benchmarks/results/scale.json
 
-Needs no GPU, no torch and no process group: every figure is a prediction of the cost model on a
+Needs no GPU and no process group: every figure is a prediction of the cost model on a
 topology preset. Strong: a model on ever more ranks. Weak: one layer of llama3-70b for each eight.
 """
 
 import argparse
 import json
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import commit
 from muon_dtensor.cli.models import MODELS, specs_of
 from muon_dtensor.cli.ways import planned
 from muon_dtensor.layout import MeshSpec, ParamSpec
@@ -23,6 +24,7 @@ from muon_dtensor.planning.ir import Gram, Phase, Plan, PlanOptions
 from muon_dtensor.planning.planner import plan_update
 from muon_dtensor.planning.predict import predict
 from muon_dtensor.planning.presets import PRESETS
+from muon_dtensor.planning.strategies import kind_of
 
 RANKS = (8, 32, 128, 512, 2048, 8192, 16384)
 WEAK = "llama3-70b, a layer for 8 ranks"
@@ -67,7 +69,7 @@ def mesh_of(model: str, ranks: int) -> MeshSpec:
         inner = {"tp": 8}
     if model in WITH_EP:
         inner = {"ep": min(64, ranks)}
-    rest = ranks // max(1, *inner.values()) if inner else ranks
+    rest = ranks // prod(inner.values())
     shards = min(rest, MOST_SHARDS)
     return MeshSpec.of(dp_replicate=rest // shards, dp_shard=shards, **inner)
 
@@ -119,7 +121,7 @@ def row(job: tuple[str, int, str]) -> Row:
     float32_teams = plan_update(wide, replace(options, exact=False))
     orthogonalize, elementwise = lanes(plan)
     cost, seconds = plan.cost, plan.prediction.seconds
-    kinds = {type(bucket.strategy).__name__.lower() for bucket in plan.buckets}
+    kinds = {kind_of(bucket.strategy) for bucket in plan.buckets}
     return Row(
         model=model,
         ranks=ranks,
@@ -184,7 +186,7 @@ def draw(rows: Sequence[Row], topology: str, path: Path) -> None:
             ("exposed", "#4c78a8"),
         ):
             values = [1e3 * getattr(r, f"{name}_seconds") for r in found]
-            label = "waiting for exchanges and others" if name == "exposed" else name
+            label = "waiting for exchanges and others, host" if name == "exposed" else name
             axes.bar(places, values, bottom=bottom, color=color, label=label)
             bottom = [a + b for a, b in zip(bottom, values, strict=True)]
         repeat = [1e3 * r.one_replica_seconds for r in found]
@@ -223,11 +225,8 @@ def main() -> None:
     if config.plot:
         draw(rows, config.topology, config.plot)
     if config.json:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
         told = {
-            "commit": commit,
+            "commit": commit(),
             "topology": PRESETS[config.topology].as_values(),
             "rows": [asdict(r) for r in rows],
         }

@@ -118,7 +118,7 @@ class MeshSpec:
             raise ValueError("ranks are integers from 0 on")
 
     @classmethod
-    def of(cls, **sizes: int) -> "MeshSpec":
+    def of(cls, /, **sizes: int) -> "MeshSpec":
         """The mesh of these named sizes over ranks 0, 1, 2, ... in row-major order.
 
         >>> MeshSpec.of(dp=2, tp=4).num_ranks

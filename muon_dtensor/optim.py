@@ -62,9 +62,9 @@ class Muon(Optimizer):
         W <- (1 - lr weight_decay) W - lr s O,   s from adjust_lr_fn
 
     A 2-D parameter is one matrix, a 3-D parameter `[e, m, n]` is e matrices, unless its group
-    declares others. Each is brought
-    together on one rank, orthogonalized once over the whole mesh, and handed back; `plan` says
-    where. All ranks of a parameter's mesh must construct the optimizer and call `step` alike.
+    declares others. Each is brought together, on one rank unless `plan` says otherwise,
+    orthogonalized, and handed back. All ranks of a parameter's mesh must construct the optimizer
+    and call `step` alike.
 
     Args:
         params: tensors, DTensors, (name, tensor) pairs or param groups. Names make errors and
@@ -186,7 +186,8 @@ class Muon(Optimizer):
         groups: Any = params if isinstance(params, Tensor) else list(params) or [{"params": []}]
         super().__init__(groups, defaults)
         self._replan(exchange=True)
-        if this_rank() == 0 and not self._config.is_by_hand:
+        is_told = this_rank() == 0 and logger.isEnabledFor(logging.INFO)
+        if is_told and not self._config.is_by_hand:
             logger.info("%s; print(optimizer.plan) says more", headline(self.plan))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

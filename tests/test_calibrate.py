@@ -80,10 +80,11 @@ def test_ranks_measure_one_topology(num_ranks):
 def test_bad_flags_are_told_on_one_line(tmp_path, capsys):
     assert calibrate(ranks=0) == 2
     assert calibrate(out=tmp_path / "nowhere" / "topology.json") == 2
+    assert calibrate(out=tmp_path) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 2
+    assert len(errors) == 3
     assert "--ranks must be 1 or more" in errors[0]
-    assert "no folder" in errors[1]
+    assert "in no folder that exists" in errors[1]
 
 
 @pytest.mark.slow

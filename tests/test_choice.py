@@ -1,14 +1,18 @@
 """What the planner chooses: never slower than one strategy throughout, and teams where they pay."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from muon_dtensor.errors import PlanError
 from muon_dtensor.layout import Layout, MeshSpec, ParamSpec
 from muon_dtensor.matrices import matrices_of
 from muon_dtensor.planning.check import check, check_routes
-from muon_dtensor.planning.ir import STRATEGIES, Gathered, Gram, Owned, PlanOptions
+from muon_dtensor.planning.ir import STRATEGIES, Gathered, Gram, Owned, Phase, PlanOptions
 from muon_dtensor.planning.planner import GRAM_GAIN, plan_update
+from muon_dtensor.planning.predict import predict
 from muon_dtensor.planning.presets import PRESETS
 from muon_dtensor.planning.strategies import kind_of
 from tests.support.models import param_spec
@@ -110,3 +114,54 @@ def test_the_topology_is_part_of_the_digest(name):
     specs = [param_spec(MeshSpec.of(dp=4), "w", (64, 64), (("dp",), ()))]
     digests = {plan_update(specs, PlanOptions(topology=PRESETS[n])).digest for n in PRESETS}
     assert len(digests) == len(PRESETS)
+
+
+def test_a_plan_with_a_team_that_cannot_be_is_refused():
+    """An owner inside a team, or ranks that work one after the other: a step would hang."""
+    spec = ParamSpec(
+        "w",
+        Layout(MeshSpec.of(dp=4), (64, 128), ((), ("dp",))),
+        "float32",
+        matrices_of((64, 128)),
+    )
+    plan = plan_update([spec], PlanOptions(strategy="gram", exact=False))
+    check(plan)
+    (bucket,) = plan.buckets
+    inside = replace(bucket, assignments=(replace(bucket.assignments[0], owner=1),))
+    with pytest.raises(ValueError, match="not the first member"):
+        check(replace(plan, buckets=(inside,)))
+    with pytest.raises(ValueError, match="one after the other"):
+        check(replace(plan, options=replace(plan.options, sequential=True)))
+
+
+def test_all_parameters_that_cannot_take_a_strategy_are_told():
+    mesh = MeshSpec.of(dp=4)
+    specs = [
+        param_spec(mesh, "a", (96, 64), (("dp",), ())),
+        param_spec(mesh, "b", (96, 64), ((), ("dp",))),
+    ]
+    named = {"a": 0, "b": 1}
+    with pytest.raises(PlanError) as raised:
+        plan_update(specs, PlanOptions(strategy="gathered"), named)
+    assert len(str(raised.value).splitlines()) >= 3
+    for name in named:
+        assert f"{name} " in str(raised.value)
+
+
+def test_ranks_in_turn_are_told_why_there_are_no_teams():
+    layout = Layout(MeshSpec.of(dp=4), (64, 128), ((), ("dp",)))
+    spec = ParamSpec("w", layout, "float32", matrices_of((64, 128)))
+    plan = plan_update([spec], PlanOptions(exact=False, sequential=True))
+    assert "one after the other" in str(plan)
+    spans = predict(plan, watch=range(4)).spans
+    assert any(s.action.phase is Phase.ORTHOGONALIZE for s in spans)
+
+
+def test_replicas_on_a_permuted_mesh_may_not_lie_in_slabs():
+    """Members follow global ranks: here those of the second replica hold each other's slabs."""
+    mesh = MeshSpec(("a", "b"), (2, 2), (2, 3, 1, 0))
+    spec = param_spec(mesh, "x", (4, 16, 64), ((), (), ("b",)))
+    plan = plan_update([spec], PlanOptions(strategy="gram", exact=False))
+    check(plan)
+    check_routes(plan)
+    assert not any(b.strategy.is_in_place for b in plan.buckets if b.strategy.team_dims == ("b",))

@@ -474,3 +474,11 @@ def test_two_hops_where_direct_loads_the_owner():
     assert many.buckets[0].strategy == Owned(("n",), ("r",), hops=1)
     check_routes(one_large)
     check_routes(many)
+
+
+def test_a_plan_of_empty_parameters_prints():
+    spec = param_spec(MeshSpec.of(dp=2), "x", (0, 8), (("dp",), ()))
+    plan = plan_update([spec])
+    assert "nothing to do" in plan.explain("x")
+    assert "0 matrices" in str(plan)
+    assert "empty" in str(plan)

@@ -5,6 +5,7 @@ Ranks are threads here, and processes where it says so.
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 
 from muon_dtensor import Muon
@@ -30,6 +31,9 @@ EXACT = [strategy for strategy in STRATEGIES if strategy != "gram"]
 GRAM = {"strategy": "gram", "exact": False, "ns_dtype": torch.float32}
 GRAM_TOLERANCE = 5e-4
 """numerics.md: "Gram in float32, 5e-4 with one restart"."""
+
+
+MESH = ("a", "b")
 
 
 def case(mesh_shape, shapes, placements, **kwargs) -> Case:
@@ -92,20 +96,37 @@ def test_gram_on_meshes_of_more_dims(mesh_shape):
     assert max(errors) <= GRAM_TOLERANCE
 
 
-def gram_error(mesh_shape, shape) -> float:
-    """Relative error of the change of one parameter by a step of lr 1, over its norm."""
-    mesh = mesh_of(mesh_shape)
-    placements = (R, S1, S0)[-len(mesh_shape) :]
+@pytest.mark.parametrize("ns_steps", [0, 1, 2, 3, 7])
+def test_gram_follows_a_number_of_steps_that_changes(ns_steps):
+    """Also to none at all: the direction, divided by its norm."""
+    errors = run_processes(4, gram_error, (2, 2), (48, 100), None, ns_steps)
+    assert max(errors) <= GRAM_TOLERANCE
+
+
+def test_gram_on_a_permuted_mesh_with_replicas():
+    """Members follow global ranks; in the second replica those are the other way around."""
+    errors = run_processes(4, gram_error, (2, 2), (64, 16), [[2, 3], [1, 0]])
+    assert max(errors) <= GRAM_TOLERANCE
+
+
+def gram_error(mesh_shape, shape, ranks=None, ns_steps=None) -> float:
+    """Relative error of the change of this rank's shard by a step of lr 1."""
+    mesh = mesh_of(mesh_shape) if ranks is None else DeviceMesh("cpu", ranks, mesh_dim_names=MESH)
+    placements = (R, S1, S0)[-len(mesh_shape) :] if ranks is None else (R, S0)
     weight, grad = torch.zeros(shape), tensors_like([shape], 3)[0]
     param = torch.nn.Parameter(spread(weight, mesh, placements))
     param.grad = spread(grad, mesh, placements)
     optimizer = Muon([param], lr=1.0, weight_decay=0.0, momentum=0.0, **GRAM)
     assert {type(b.strategy).__name__ for b in optimizer.plan.buckets} == {"Gram"}
+    ns_steps = optimizer.param_groups[0]["ns_steps"] if ns_steps is None else ns_steps
+    optimizer.param_groups[0]["ns_steps"] = ns_steps
     optimizer.step()
     scale = max(1, shape[0] / shape[1]) ** 0.5
-    exact = -scale * newton_schulz(grad.double(), dtype=torch.float64)
-    change = param.detach().full_tensor().double()
-    return float((change - exact).norm() / exact.norm())
+    plain = newton_schulz(grad.double(), dtype=torch.float64, num_iterations=ns_steps)
+    exact = -scale * plain
+    # shard by shard: on a permuted mesh full_tensor() puts shards in the order of ranks
+    due = spread(exact, mesh, placements).to_local()
+    return float((param.detach().to_local().double() - due).norm() / due.norm().clamp(min=1e-30))
 
 
 def test_gram_has_to_be_allowed():

@@ -12,8 +12,9 @@ from pathlib import Path
 def calibrate(ranks: int = 4, out: Path = Path("topology.json"), name: str = "") -> int:
     """Measure this machine and write a topology that `plan --topology` and `Muon(topology=)` take.
 
-    Takes the ranks that torchrun started (nccl where there are GPUs), on one node or several; else
-    starts `--ranks` gloo processes here. A minute or two; nothing else should run meanwhile.
+    Takes the ranks that torchrun started, on one node or several; else starts `--ranks` processes
+    here. Measures GPUs over nccl where each rank of a node has one, else the host over gloo. A
+    minute or two; nothing else should run meanwhile.
 
     Args:
         ranks: processes to start.
@@ -23,8 +24,9 @@ def calibrate(ranks: int = 4, out: Path = Path("topology.json"), name: str = "")
     if ranks < 1:
         print(f"muon-dtensor calibrate: --ranks must be 1 or more, got {ranks}", file=sys.stderr)
         return 2
-    if not out.parent.is_dir():
-        print(f"muon-dtensor calibrate: no folder {out.parent}", file=sys.stderr)
+    if out.is_dir() or not out.parent.is_dir():
+        why = "a folder, not a file" if out.is_dir() else "in no folder that exists"
+        print(f"muon-dtensor calibrate: --out {out} is {why}", file=sys.stderr)
         return 2
     command = [sys.executable]
     if "TORCHELASTIC_RUN_ID" not in os.environ:

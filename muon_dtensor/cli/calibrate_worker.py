@@ -25,10 +25,10 @@ from muon_dtensor.layout import MeshSpec
 from muon_dtensor.orthogonalize import newton_schulz
 from muon_dtensor.orthogonalize.newton_schulz import NUM_ITERATIONS
 from muon_dtensor.planning.ir import Plan
-from muon_dtensor.planning.predict import predict
+from muon_dtensor.planning.predict import applied_nbytes, packed_nbytes, predict
 from muon_dtensor.planning.topology import Link, Rates, Topology
 from muon_dtensor.planning.volumes import newton_schulz_flops
-from muon_dtensor.runtime.collectives import all_gather_blocks, all_reduce_sum, all_to_all
+from muon_dtensor.runtime.collectives import all_gather_parts, all_reduce_sum, all_to_all
 from muon_dtensor.update import Place, apply_update, direction_of, update_momentum
 
 ROUNDS = 7
@@ -125,8 +125,8 @@ class _Bench:
             for index in range(num):
                 apply_update(param[index], wire[index], place, decay=1.0, matrix_lr=0.0)
 
-        # 3 float32 for the momentum, 4 and a bfloat16 to pack, 4 and a bfloat16 to apply
-        return num * side * side * (11 * 4 + 2 * 2) / self.seconds(body)
+        each = packed_nbytes(4, 2, touched=1, pieces=1) + applied_nbytes(4, 2, touched=1)
+        return num * side * side * each / self.seconds(body)
 
     def link(self, group: ProcessGroup) -> tuple[Link, float]:
         """(the link of a group with more than one rank, seconds to start a collective)."""
@@ -160,7 +160,7 @@ class _Bench:
             for told, body in (
                 (
                     topology.all_gather_seconds(mesh, ("all",), 4 * block.numel()),
-                    partial(all_gather_blocks, everything, block, group),
+                    partial(all_gather_parts, everything, block, group),
                 ),
                 (
                     topology.all_reduce_seconds(mesh, ("all",), 4 * everything.numel()),
@@ -193,7 +193,7 @@ class _Bench:
 def fitted(readings: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
     """(latency, seconds per byte) of (messages, bytes, seconds), by least squares of ratios.
 
-    The longest reading is met exactly, so that neither can come out at or below zero.
+    The longest reading is met exactly, so that noise makes neither negative.
     """
     messages, nbytes, longest = readings[-1]
     best = (float("inf"), 0.0, 1.0)
@@ -214,7 +214,7 @@ def with_overheads(topology: Topology, steps: Mapping[int, tuple[Plan, float]]) 
         return predict(replace(plan, options=replace(plan.options, topology=candidate))).seconds
 
     few, many = STEP_NUMS
-    difference = steps[many][1] - steps[few][1]
+    difference = max(0.0, steps[many][1] - steps[few][1])
     low, high = 0.0, difference
     for _ in range(40):
         middle = (low + high) / 2
@@ -265,12 +265,12 @@ def measured_topology(name: str, device: torch.device) -> Topology:
 
 def main(out: Path, name: str) -> None:
     """Measure, and write on rank 0."""
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else None
-    if device is not None:
+    on_gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-    topology = measured_topology(name, device or torch.device("cpu"))
+    topology = measured_topology(name, device)
     if dist.get_rank() == 0:
         out.write_text(topology.to_json())
         print(f"{out}: {topology}")

@@ -17,8 +17,8 @@ def named(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path!r} names no function as pkg.mod:fn: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever a module of the user does when imported
+        raise ValueError(f"{path!r} names no function as pkg.mod:fn: {error!r}") from error
     if not callable(found):
         raise ValueError(f"{path!r} is no function")
     function: Callable[..., Any] = found

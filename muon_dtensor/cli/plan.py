@@ -36,7 +36,7 @@ def plan(
 ) -> int:
     """Show what a Muon step of a model on a mesh does: who computes, what is sent, how long.
 
-    Exit status 2 for a model, mesh or topology that is none.
+    Exit status 2 for what cannot be planned, 1 for a --diff of plans that differ.
 
     Args:
         model: gpt2, llama3-8b, llama3-70b, llama3-405b, deepseek-v3 or kimi-k2; or pkg.mod:fn,
@@ -60,6 +60,10 @@ def plan(
     try:
         if diff is not None:
             return _diff(*diff)
+        if compare is not None and explain is not None:
+            raise ValueError("--compare and --explain are two questions: ask one")
+        if not 0 < bucket_mb * 2**20 < 2**63:
+            raise ValueError(f"--bucket-mb must be above 0 and finite, got {bucket_mb}")
         machine = topology_of(topology)
         options = PlanOptions(
             bucket_nbytes=max(1, int(bucket_mb * 2**20)),
@@ -80,14 +84,16 @@ def plan(
             made = plan_update(specs_of(model, MeshSpec.of(**sizes)), options)
         if compare is not None:
             ways = dict.fromkeys(name.strip() for name in compare.split(","))
-            show_compared({way: planned(way, made.params, options) for way in ways})
+            others = {w: planned(w, made.params, options) for w in ways if w != "ours"}
+            show_compared({way: others.get(way, made) for way in ways})
         elif explain is None:
             show(made)
         elif explain in {spec.fqn for spec in made.params}:
             print(made.explain(explain))
         else:
             near = difflib.get_close_matches(explain, [spec.fqn for spec in made.params], n=1)
-            raise ValueError(f"no parameter {explain!r}" + (f"; is it {near[0]!r}?" * bool(near)))
+            hint = f"; is it {near[0]!r}?" if near else ""
+            raise ValueError(f"no parameter {explain!r}{hint}")
         if plot is not None:
             draw(made, plot)
         if json is not None:

@@ -29,6 +29,8 @@ def plot(made: Plan, path: Path) -> None:
     """
     if not made.buckets:
         raise ValueError("the plan has no matrices: nothing to plot")
+    if not path.suffix or path.is_dir():
+        raise ValueError(f"--plot takes a file with an ending such as .png, got {str(path)!r}")
     try:
         import matplotlib
     except ImportError as error:
@@ -49,6 +51,8 @@ def plot(made: Plan, path: Path) -> None:
     )
     try:
         figure.savefig(path, dpi=120)
+    except RuntimeError as error:  # a format that needs what is not installed
+        raise ValueError(f"cannot write {path}: {error}") from error
     finally:
         pyplot.close(figure)
 

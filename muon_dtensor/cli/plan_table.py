@@ -36,22 +36,23 @@ def show(made: Plan) -> None:
         lines = [collective_text(bucket, hop.collective) for hop in hops]
         if isinstance(bucket.strategy, Gram):
             lines.append(f"rings over {dims_text(bucket, bucket.strategy.team_dims)}")
-        sent = max(map(sum, zip(*(priced.sent_nbytes(h) for h in hops), strict=True)), default=0)
+        sent = zip(priced.team_nbytes, *(priced.sent_nbytes(hop) for hop in hops), strict=True)
         exchange, compute = prediction.exchange_seconds[index], prediction.compute_seconds[index]
         table.add_row(
             str(index),
             strategy_text(bucket.strategy),
             str(len(bucket.assignments)),
             "\n".join(lines) or "none",
-            f"{(sent + max(priced.team_nbytes)) / 1e6:.1f}",
+            f"{max(map(sum, sent)) / 1e6:.1f}",
             f"{max(priced.flops) / 1e9:.1f}",
             f"{1e3 * exchange:.2f} sent\n{1e3 * compute:.2f} computed",
         )
     console().print(table, markup=False)
     told = set()
     for index, bucket in enumerate(made.buckets):
-        if not isinstance(bucket.strategy, Local) and bucket.alternatives not in told:
-            told.add(bucket.alternatives)
+        verdict = (bucket.strategy, bucket.seconds, bucket.alternatives)
+        if not isinstance(bucket.strategy, Local) and verdict not in told:
+            told.add(verdict)
             print(f"bucket {index}: {duration(bucket.seconds)} if its like were all")
             for line in instead(bucket):
                 print(f"  {line}")

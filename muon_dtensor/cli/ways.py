@@ -40,4 +40,4 @@ def _one_replica(layout: Layout) -> Layout:
     kept = tuple(name for name in mesh.dim_names if name not in dropped)
     ranks = tuple(rank for p, rank in enumerate(mesh.ranks) if mesh.index_along(p, dropped) == 0)
     inner = MeshSpec(kept, tuple(mesh.sizes[name] for name in kept), ranks)
-    return Layout(inner, layout.shape, layout.cuts)
+    return replace(layout, mesh=inner)

@@ -16,7 +16,7 @@ from muon_dtensor.orthogonalize.newton_schulz import EPS, Coefficients, power_of
 class Team(Protocol):
     """The ranks that hold one matrix together; all of them make the same calls in one order."""
 
-    size: int
+    num_members: int
     index: int
 
     def add_up(self, x: Tensor) -> None:
@@ -29,10 +29,10 @@ class Team(Protocol):
         """All `num_rows` rows of a matrix of which every member has those of `own_rows`."""
 
 
-def own_rows(num_rows: int, size: int, index: int) -> tuple[int, int]:
+def own_rows(num_rows: int, num_members: int, index: int) -> tuple[int, int]:
     """First and last row (exclusive) of one member's share: that of torch.chunk."""
-    step = -(-num_rows // size)
-    return min(index * step, num_rows), min((index + 1) * step, num_rows)
+    rows_each = -(-num_rows // num_members)
+    return min(index * rows_each, num_rows), min((index + 1) * rows_each, num_rows)
 
 
 def gram_polar_factor(
@@ -43,7 +43,7 @@ def gram_polar_factor(
     *,
     eps: float = EPS,
 ) -> Tensor:
-    """This member's slab of the polar factor, in float32 (float64 for float64).
+    """This member's slab of the polar factor, in float32.
 
     With A = X X^T, an iteration X <- (a I + b A + c A^2) X = P X turns A into P A P, so the
     iterations of a segment are one matrix Q, a polynomial in A, and one product Q X at its end.
@@ -59,17 +59,21 @@ def gram_polar_factor(
         eps: least Frobenius norm to divide by.
     """
     assert sum(segments) == len(coefficients), "segments hold all iterations"
-    wide = torch.float64 if slab.dtype == torch.float64 else torch.float32
     largest = slab.abs().amax() if slab.numel() else slab.new_zeros(())
-    largest = largest.to(wide).reshape(1)
+    largest = largest.float().reshape(1)
     team.take_largest(largest)
-    x = slab.to(wide) * power_of_two(largest).to(wide)
+    x = slab.float() * power_of_two(largest)
+    least = max(eps, 1e-30)
+    if not segments:
+        total = x.square().sum().reshape(1)
+        team.add_up(total)
+        return x.div_(total.sqrt().clamp(min=least))
     done = 0
     for length in segments:
         gram = x @ x.mT
         team.add_up(gram)
         if done == 0:
-            norm = gram.trace().sqrt().clamp(min=max(eps, 1e-30))
+            norm = gram.trace().sqrt().clamp(min=least)
             x.div_(norm)
             gram.div_(norm.square())
         given = [gram]
@@ -89,7 +93,7 @@ def _product_rows(given: list[Tensor], coefficients: Sequence[Coefficients], tea
     """
     gram = given.pop()
     short = gram.size(0)
-    low, high = own_rows(short, team.size, team.index)
+    low, high = own_rows(short, team.num_members, team.index)
     own = gram[low:high]
     product: Tensor | None = None
     for a, b, c in coefficients[:-1]:

@@ -6,7 +6,15 @@ Recomputes from the layouts; trusts nothing that the planner says. Raises, never
 from collections import Counter, defaultdict
 
 from muon_dtensor.layout import ParamSpec, Region
-from muon_dtensor.planning.ir import Bucket, Gram, Local, Phase, Plan
+from muon_dtensor.planning.ir import (
+    Assignment,
+    Bucket,
+    Gram,
+    Local,
+    Phase,
+    Plan,
+    PlanOptions,
+)
 from muon_dtensor.planning.routes import Packing, rank_bucket
 from muon_dtensor.planning.strategies import (
     can_own,
@@ -14,6 +22,7 @@ from muon_dtensor.planning.strategies import (
     strategies_for,
     unshard_collectives,
 )
+from muon_dtensor.planning.teams import members
 
 
 def check(plan: Plan) -> None:
@@ -98,11 +107,24 @@ def _wrong_bucket(plan: Plan, bucket: Bucket) -> list[str]:
             wrong.append(f"{spec.fqn}: {bucket.strategy} cannot bring its matrix together")
         elif not 0 <= assignment.owner < bucket.mesh.num_ranks:
             wrong.append(f"{spec.fqn}: owner {assignment.owner} is not on mesh {bucket.mesh}")
-        elif isinstance(bucket.strategy, Gram) and plan.options.exact:
-            wrong.append(f"{spec.fqn}: a team rounds differently, and the plan is to be exact")
+        elif reason := _no_team(plan.options, bucket, assignment):
+            wrong.append(f"{spec.fqn}: {reason}")
         elif not can_own(layout, matrix.region, assignment.owner):
             wrong.append(f"{spec.fqn}: matrix {assignment.matrix} cannot travel to its owner")
     return wrong
+
+
+def _no_team(options: PlanOptions, bucket: Bucket, assignment: Assignment) -> str:
+    """Why the team that the plan names cannot share a matrix; empty if it can, or there is none."""
+    if not isinstance(bucket.strategy, Gram):
+        return ""
+    if options.exact:
+        return "a team rounds differently, and the plan is to be exact"
+    if options.sequential:
+        return "a team works together, and ranks are to work one after the other"
+    if assignment.owner != members(bucket.mesh, bucket.strategy, assignment.owner)[0]:
+        return f"owner {assignment.owner} is not the first member of its team"
+    return ""
 
 
 def _wrong_schedule(plan: Plan) -> list[str]:

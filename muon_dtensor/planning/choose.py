@@ -47,12 +47,20 @@ class Verdict:
     alternatives: tuple[Alternative, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """A verdict for every transport, and what a step of all of them takes."""
+
+    verdicts: dict[Transport, Verdict]
+    seconds: float
+
+
 def choose(
     params: Sequence[ParamSpec],
     transports: Mapping[Transport, Sequence[Item]],
     options: PlanOptions,
     build: Build,
-) -> dict[Transport, Verdict]:
+) -> Choices:
     """A strategy for every transport of one set of ranks.
 
     Each is priced alone, under the cap; then the mix of the cheapest is compared with plans of one
@@ -61,21 +69,28 @@ def choose(
     Raises PlanError: a strategy was asked for that some matrices cannot take.
     """
     pricing = _Pricing(params, transports, options, build)
-    priced = {t: pricing.alone(t) for t in transports}
-    mixes = [{t: _cheapest(found) for t, found in priced.items()}]
-    if options.strategy == "auto" and len(transports) > 1:
-        for kind in dict.fromkeys(kind_of(s) for found in priced.values() for s in found):
-            mixes.append(
-                {
-                    t: _cheapest({s: x for s, x in found.items() if kind_of(s) == kind} or found)
-                    for t, found in priced.items()
-                }
-            )
-    chosen = mixes[0]
-    if len(mixes) > 1:
-        seconds = [build(mix).prediction.seconds for mix in mixes]
-        chosen = mixes[min(range(len(mixes)), key=seconds.__getitem__)]
-    return {t: Verdict(s, priced[t][s], pricing.others(t, s, priced[t])) for t, s in chosen.items()}
+    allowed = {t: pricing.allowed(t) for t in transports}
+    if problems := [p for t, found in allowed.items() if not found for p in pricing.cannot(t)]:
+        raise PlanError(problems, num_params=len(params))
+    prices = {t: pricing.alone(t, found) for t, found in allowed.items()}
+    mixes = [{t: _cheapest(found) for t, found in prices.items()}]
+    if options.strategy == "auto":
+        for kind in dict.fromkeys(kind_of(s) for found in prices.values() for s in found):
+            mix = {
+                t: _cheapest({s: x for s, x in found.items() if kind_of(s) == kind} or found)
+                for t, found in prices.items()
+            }
+            if mix not in mixes:
+                mixes.append(mix)
+    seconds = [pricing.together(mix, prices) for mix in mixes]
+    best = min(range(len(mixes)), key=seconds.__getitem__)
+    return Choices(
+        {
+            t: Verdict(s, prices[t][s], pricing.others(t, s, prices[t]))
+            for t, s in mixes[best].items()
+        },
+        seconds[best],
+    )
 
 
 def _cheapest(prices: Mapping[Strategy, float]) -> Strategy:
@@ -98,22 +113,27 @@ class _Pricing:
         self.build = build
         self.refused: dict[tuple[Transport, Strategy], Alternative] = {}
 
-    def alone(self, transport: Transport) -> dict[Strategy, float]:
+    def together(self, mix: Choice, prices: Mapping[Transport, Mapping[Strategy, float]]) -> float:
+        """Seconds of a step of all transports."""
+        if len(mix) == 1:
+            ((transport, strategy),) = mix.items()
+            return prices[transport][strategy]
+        return self.build(mix).prediction.seconds
+
+    def alone(self, transport: Transport, allowed: Sequence[Strategy]) -> dict[Strategy, float]:
         """Seconds of a step of one transport by each strategy that is worth looking at."""
         prices: dict[Strategy, float] = {}
         held: dict[Strategy, int] = {}
-        for strategy in self.allowed(transport):
+        for strategy in allowed:
             least = self.at_least(transport, strategy)
             if prices and least > min(prices.values()):
                 reason = f"{least / min(prices.values()):.1f} times as long for compute alone"
-                self.refused[transport, strategy] = Alternative(strategy, least, reason)
+                self.refused[transport, strategy] = Alternative(strategy, None, reason)
                 continue
             plan = self.build({transport: strategy})
             prices[strategy] = plan.prediction.seconds
             held[strategy] = max(cost.peak_nbytes for cost in plan.bucket_costs)
-        leanest = min(
-            nbytes for s, nbytes in held.items() if len(held) == 1 or not isinstance(s, Gram)
-        )
+        _, leanest = min((isinstance(s, Gram), nbytes) for s, nbytes in held.items())
         limit = max(self.options.bucket_nbytes, OVER_CAP * leanest)
         for strategy, nbytes in held.items():
             if nbytes > limit:
@@ -123,7 +143,7 @@ class _Pricing:
         return prices
 
     def allowed(self, transport: Transport) -> list[Strategy]:
-        """What options allow; of several teams the one that promises most."""
+        """What options allow, maybe nothing; of several teams the one that promises most."""
         options, found = self.options, list(transport.strategies)
         if isinstance(found[0], Local):
             return found
@@ -139,8 +159,6 @@ class _Pricing:
         if not asked and options.strategy == "owned_staged":
             # its pieces lie apart along one mesh dim only
             asked = [s for s in found if kind_of(s) == "owned"]
-        if not asked:
-            raise PlanError(self.cannot(transport), num_params=len(self.params))
         return asked
 
     def cannot(self, transport: Transport) -> list[Problem]:

@@ -104,14 +104,15 @@ def plan_cost(plan: Plan) -> PlanCost:
             _add(sent, cost.team_nbytes, mesh, index_of)
             _add(received, cost.team_nbytes, mesh, index_of)
     matrices = [(spec, m) for spec in plan.params for m in spec.matrices if m.numel]
+    buffer_nbytes, peak_nbytes = _peaks(plan, buckets, index_of)
     return PlanCost(
         ranks=ranks,
         buckets=buckets,
         flops=tuple(flops),
         sent_nbytes=tuple(sent),
         received_nbytes=tuple(received),
-        buffer_nbytes=_peaks(plan, buckets, index_of, with_workspace=False),
-        peak_nbytes=_peaks(plan, buckets, index_of, with_workspace=True),
+        buffer_nbytes=buffer_nbytes,
+        peak_nbytes=peak_nbytes,
         model_flops=sum(matrix_flops(m, spec.num_iterations) for spec, m in matrices),
         bound_nbytes=bound_nbytes(plan),
         num_matrices=len(matrices),
@@ -127,10 +128,10 @@ def _add(
 
 
 def _peaks(
-    plan: Plan, costs: tuple[BucketCost, ...], index_of: dict[int, int], *, with_workspace: bool
-) -> tuple[int, ...]:
-    """Most bytes each rank holds while it walks the schedule: buffers, and maybe work space."""
-    held, peaks = [0] * len(index_of), [0] * len(index_of)
+    plan: Plan, costs: tuple[BucketCost, ...], index_of: dict[int, int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Most bytes each rank holds while it walks the schedule: of buffers, and with work space."""
+    held, peaks, fullest = ([0] * len(index_of) for _ in range(3))
     buffers: dict[int, dict[Phase, tuple[list[int], list[int]]]] = {}
     now: dict[int, list[int]] = {}
     for action in plan.schedule:
@@ -140,18 +141,20 @@ def _peaks(
             buffers[action.bucket] = cost.buffers()
             now[action.bucket] = [0] * len(ranks)
         during, after = buffers[action.bucket][action.phase]
-        if with_workspace:
-            extra = workspaces(plan, cost, action.phase)
-            during = [max(n, extra.get(p, 0)) for p, n in enumerate(during)]
+        extra = workspaces(plan, cost, action.phase)
         before = now[action.bucket]
-        for rank, old, most, new in zip(ranks, before, during, after, strict=True):
+        for position, (rank, old, most, new) in enumerate(
+            zip(ranks, before, during, after, strict=True)
+        ):
             index = index_of[rank]
-            peaks[index] = max(peaks[index], held[index] - old + most)
+            others = held[index] - old
+            peaks[index] = max(peaks[index], others + most)
+            fullest[index] = max(fullest[index], others + max(most, extra.get(position, 0)))
             held[index] += new - old
         now[action.bucket] = after
         if action.phase is Phase.APPLY:
             del now[action.bucket], buffers[action.bucket]
-    return tuple(peaks)
+    return tuple(peaks), tuple(fullest)
 
 
 def _makespan_flops(plan: Plan, costs: tuple[BucketCost, ...], index_of: dict[int, int]) -> int:

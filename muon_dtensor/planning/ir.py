@@ -106,7 +106,7 @@ def gram_segments(num_iterations: int) -> tuple[int, ...]:
     """How many iterations a team makes before it computes the Gram matrix anew: 2, then 3 each.
 
     With five in all that is one restart after the second, which keeps float32 within 5e-4 of the
-    plain iteration; later ones keep more iterations as close.
+    plain iteration (tests/test_strategies.py measures it); later ones do so for more iterations.
     """
     rest = num_iterations - 2
     if rest <= 0:
@@ -136,7 +136,8 @@ class Assignment:
 class Alternative:
     """Another strategy for the matrices that travel as those of a bucket do.
 
-    `seconds`: what a step of these matrices alone would take by it, None where nobody priced it;
+    `seconds`: what a step of these matrices alone would take by it (gram: of all matrices, where
+    teams share what they may), None where nobody priced it;
     `reason`: why it was not taken.
     """
 

@@ -17,9 +17,7 @@ def footprint_of(strategy: Strategy, copies: int) -> Footprint:
     """An empty footprint; `copies`: how many replicas there are."""
     both = ((1, "pieces"), (1, "wholes"))
     match strategy:
-        case Local():
-            return Footprint((((1, "wholes"),),))
-        case Gathered(unshard_dims=()):
+        case Local() | Gathered(unshard_dims=()):
             return Footprint((((1, "wholes"),),))
         case Gathered():
             return Footprint((((1, "spread"), (1, "sent")), ((1, "sent"), (1, "wholes"))))

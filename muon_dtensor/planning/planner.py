@@ -10,7 +10,7 @@ from muon_dtensor.errors import AssignmentError, PlanError, Problem
 from muon_dtensor.layout import ParamSpec
 from muon_dtensor.planning.buckets import Parcel, deal, schedule
 from muon_dtensor.planning.check import wrong_matrices
-from muon_dtensor.planning.choose import Choice, Item, Transport, Verdict, choose
+from muon_dtensor.planning.choose import Choice, Choices, Item, Transport, Verdict, choose
 from muon_dtensor.planning.ir import (
     Action,
     Alternative,
@@ -57,24 +57,21 @@ def plan_update(
     Raises:
         AssignmentError: no matrix of a parameter can travel to the owner that was named for it.
         PlanError: parameters of the same name, with an unknown wire dtype, or with matrices that
-            do not hold each of their elements once.
+            do not hold each of their elements once, or cannot take the strategy asked for.
     """
     options = options or PlanOptions()
     params = tuple(params)
     _check_params(params)
     owners = owners or {}
     alone = _by_ranks(params, owners, with_teams=False)
-    shared = _by_ranks(params, owners, with_teams=not (options.exact or options.sequential))
+    may_share = not (options.exact or options.sequential)
+    shared = _by_ranks(params, owners, with_teams=True) if may_share else alone
     buckets: list[Bucket] = []
     actions: list[Action] = []
     for rank_set in sorted(alone, key=_rank_set_order):
-        builder = _Builder(params, shared[rank_set], options, owners)
-        if options.strategy == "gram":
-            verdicts = builder.verdicts()
-        else:
-            builder, verdicts = _worth_teams(
-                _Builder(params, alone[rank_set], options, owners), builder
-            )
+        builder = _Builder(params, alone[rank_set], options, owners)
+        with_teams = _Builder(params, shared[rank_set], options, owners) if may_share else None
+        builder, verdicts = _worth_teams(builder, with_teams)
         waves = builder.waves({t: v.strategy for t, v in verdicts.items()}, buckets, verdicts)
         actions += schedule(buckets, waves, options.prefetch_count)
     return Plan(params, tuple(buckets), tuple(actions), options)
@@ -89,24 +86,29 @@ def _rank_set_order(rank_set: frozenset[int]) -> tuple[int, list[int]]:
 
 
 def _worth_teams(
-    alone: "_Builder", shared: "_Builder"
+    alone: "_Builder", shared: "_Builder | None"
 ) -> tuple["_Builder", dict[Transport, Verdict]]:
     """The plan with teams if it is GRAM_GAIN times as fast as the best without, else that.
 
-    Teams divide matrices into more transports, so both are planned from the beginning.
+    Teams divide matrices into more transports, so both are planned from the beginning. `shared`:
+    None if there may be none.
     """
-    exact = alone.verdicts()
-    if alone.options.strategy != "auto" or shared.transports == alone.transports:
-        return alone, {t: alone.with_teams_told(t, v, None, 0.0) for t, v in exact.items()}
-    teams = shared.verdicts()
-    with_teams, without = (
-        builder.plan({t: v.strategy for t, v in verdicts.items()}).prediction.seconds
-        for builder, verdicts in ((shared, teams), (alone, exact))
-    )
-    if with_teams * GRAM_GAIN <= without:
-        return shared, teams
-    ratio = with_teams / without
-    return alone, {t: alone.with_teams_told(t, v, with_teams, ratio) for t, v in exact.items()}
+    options = alone.options
+    if options.strategy != "auto":
+        builder = shared if options.strategy == "gram" and shared is not None else alone
+        return builder, builder.choices().verdicts
+    exact = alone.choices()
+    if shared is None:
+        reason = "rounds differently: allowed by exact=False"
+        if options.sequential and not options.exact:
+            reason = "shares each matrix, and ranks are to work one after the other"
+        return alone, alone.with_teams_told(exact.verdicts, None, reason)
+    teams = shared.choices()
+    if teams.seconds * GRAM_GAIN <= exact.seconds:
+        return shared, teams.verdicts
+    ratio = teams.seconds / exact.seconds
+    reason = f"{ratio:.2f} times as long for all, to be taken at {1 / GRAM_GAIN:.2f}"
+    return alone, alone.with_teams_told(exact.verdicts, teams.seconds, reason)
 
 
 class _Builder:
@@ -125,27 +127,26 @@ class _Builder:
         self.named = named
         self._owners: dict[tuple[object, ...], dict[Transport, list[int]]] = {}
 
-    def verdicts(self) -> dict[Transport, Verdict]:
+    def choices(self) -> Choices:
         """A strategy for every transport."""
         return choose(self.params, self.transports, self.options, self.plan)
 
     def with_teams_told(
-        self, transport: Transport, verdict: Verdict, seconds: float | None, ratio: float
-    ) -> Verdict:
-        """The same verdict, which also says why teams were not taken.
+        self, verdicts: Mapping[Transport, Verdict], seconds: float | None, reason: str
+    ) -> dict[Transport, Verdict]:
+        """The same verdicts, which also say why teams were not taken, where there could be any.
 
         `seconds`: of a step of all matrices in which teams share what they may.
         """
-        first = self.transports[transport][0]
-        legal = strategies_for(self.params[first.param], first.matrix)
-        teams = [s for s in legal if isinstance(s, Gram)]
-        if not teams or self.options.strategy != "auto":
-            return verdict
-        reason = "rounds differently: allowed by exact=False"
-        if seconds is not None:
-            reason = f"{ratio:.2f} times as long for all, to be taken at {1 / GRAM_GAIN:.2f}"
-        other = Alternative(teams[0], seconds, reason)
-        return replace(verdict, alternatives=(*verdict.alternatives, other))
+        told = dict(verdicts)
+        for transport, verdict in verdicts.items():
+            first = self.transports[transport][0]
+            legal = strategies_for(self.params[first.param], first.matrix)
+            teams = [s for s in legal if isinstance(s, Gram)]
+            if teams and not transport.is_named:
+                other = Alternative(teams[0], seconds, reason)
+                told[transport] = replace(verdict, alternatives=(*verdict.alternatives, other))
+        return told
 
     def plan(self, choice: Choice) -> Plan:
         """The plan of these transports alone."""
@@ -327,7 +328,7 @@ def _by_ranks(
             if matrix.numel == 0:
                 continue
             table = id(spec.layout.holders(matrix.region))
-            can = (table, matrix.rows, matrix.cols, matrix.pattern == "", can_share(spec, matrix))
+            can = (table, can_share(spec, matrix))
             strategies = known.get(can)
             if strategies is None:
                 strategies = known[can] = tuple(

@@ -11,16 +11,17 @@ from itertools import groupby
 from typing import TypeVar
 
 from muon_dtensor.layout import Matrix, MeshSpec
-from muon_dtensor.planning.ir import Action, Assignment, Gathered, Gram, Phase, Plan, gram_segments
+from muon_dtensor.planning.ir import Action, Assignment, Gram, Phase, Plan, gram_segments
 from muon_dtensor.planning.teams import (
     GRAM_ITEMSIZE,
     gathered_nbytes,
     member_flops,
+    members,
     num_gathers,
     summed_nbytes,
 )
 from muon_dtensor.planning.topology import Topology
-from muon_dtensor.planning.volumes import ITEMSIZES, BucketCost, Hop, matrix_flops
+from muon_dtensor.planning.volumes import ITEMSIZES, BucketCost, Hop, boxes_of, matrix_flops
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -60,11 +61,10 @@ def predict(plan: Plan, watch: Collection[int] = ()) -> Prediction:
     exchange, compute = [0.0] * len(costs), [0.0] * len(costs)
     spans: list[PredictedSpan] = []
     clock: dict[int, float] = {}
-    end = plan.options.topology.step_overhead
+    end = overhead = plan.options.topology.step_overhead
     for rank_set, actions in groupby(plan.schedule, lambda a: plan.buckets[a.bucket].mesh.rank_set):
-        start = max((clock.get(r, 0.0) for r in rank_set), default=0.0)
+        start = max(clock.get(rank, overhead) for rank in rank_set)
         walk = _Walk(plan, costs, sorted(rank_set), watch)
-        start = max(start, plan.options.topology.step_overhead)
         stop = start + walk.run(actions)
         for rank in rank_set:
             clock[rank] = stop
@@ -231,25 +231,22 @@ class _Walk:
             self.host = [max(a, b) for a, b in zip(self.host, landed, strict=True)]
 
     def _packing(self, cost: BucketCost) -> list[float]:
-        """Momentum of all that is touched, then direction and cast of what is packed.
-
-        Bytes: the moving average reads two and writes one; the direction too, and the cast reads
-        it and writes the wire dtype.
-        """
+        """Momentum of all that is touched, then direction and cast of what is packed."""
         each, size = self.topology.tensor_overhead, self._param_itemsize(cost)
-        packed = 4 * size + cost.itemsize
+        memory, itemsize = self.topology.memory_seconds, cost.itemsize
         return [
-            each * num + self.topology.memory_seconds(3 * size * touched + packed * pieces)
+            each * num + memory(packed_nbytes(size, itemsize, touched=touched, pieces=pieces))
             for num, touched, pieces in zip(
                 cost.num_touched, cost.touched, cost.pieces, strict=True
             )
         ]
 
     def _applying(self, cost: BucketCost) -> list[float]:
-        """Decay, which reads and writes a shard, and the update, which also reads the result."""
+        """Decay and update of all that is touched."""
         each, size = self.topology.tensor_overhead, self._param_itemsize(cost)
+        memory, itemsize = self.topology.memory_seconds, cost.itemsize
         return [
-            each * num + self.topology.memory_seconds((4 * size + cost.itemsize) * touched)
+            each * num + memory(applied_nbytes(size, itemsize, touched=touched))
             for num, touched in zip(cost.num_touched, cost.touched, strict=True)
         ]
 
@@ -267,12 +264,8 @@ class _Walk:
             return orthogonalize_seconds(topology, matrix, num_iterations, bucket.wire_dtype)
 
         for a, taken in priced(bucket.assignments, self._size, price):
-            if isinstance(bucket.strategy, Gathered):
-                for home in plan.holders(a):
-                    for offset in plan.spec(a).layout.replica_offsets:
-                        seconds[home + offset] += taken
-            else:
-                seconds[a.owner] += taken
+            for position, _ in boxes_of(plan, bucket, a):
+                seconds[position] += taken
         total = [a + b for a, b in zip(seconds, self._assembling(cost), strict=True)]
         if plan.options.sequential:
             self._in_turn(action, total)
@@ -291,43 +284,53 @@ class _Walk:
         ]
 
     def _in_turn(self, action: Action, seconds: Sequence[float]) -> None:
-        start = max(self.host, default=0.0)
-        self.host = [start + sum(seconds)] * len(self.host)
+        mesh = self.plan.buckets[action.bucket].mesh
+        order = self._order(mesh)
+        turn = max(self.host)
+        for position in sorted(range(mesh.num_ranks), key=mesh.ranks.__getitem__):
+            turn += seconds[position]
+            self.host[order[position]] = turn
         self.compute[action.bucket] += sum(seconds)
+        self._watched(action, "compute", self.host, order, seconds)
+        self.host = [turn] * len(self.host)
 
     def _share(self, action: Action, cost: BucketCost, strategy: Gram) -> None:
         """Each team on its matrices: all members compute, and wait for each other in rings."""
         mesh, topology = cost.bucket.mesh, self.topology
         order = self._order(mesh)
-        compute: dict[int, float] = defaultdict(float)
-        rings: dict[int, float] = defaultdict(float)
+        durations, waits = [0.0] * len(order), [0.0] * len(order)
 
         def price(matrix: Matrix, num_iterations: int) -> tuple[float, float]:
             return team_seconds(topology, mesh, strategy.team_dims, matrix, num_iterations)
 
         for a, (own, ring) in priced(cost.bucket.assignments, self._size, price):
-            compute[a.owner] += own
-            rings[a.owner] += ring
-        durations = [0.0] * len(order)
-        for group in self._groups_of(mesh, strategy.team_dims):
-            owner = mesh.peers(group[0], strategy.team_dims)[0]
-            if owner not in compute:
-                continue
-            for position in group:
-                durations[position] = compute[owner]
+            for member in members(mesh, strategy, a.owner):
+                durations[member] += own
+                waits[member] += ring
         durations = [a + b for a, b in zip(durations, self._assembling(cost), strict=True)]
         shared = list(self._shared(mesh, durations))
-        waits = [0.0] * len(order)
         for group in self._groups_of(mesh, strategy.team_dims):
-            owner = mesh.peers(group[0], strategy.team_dims)[0]
             start = max(self.host[order[p]] for p in group)
             for position in group:
-                waits[position] = rings.get(owner, 0.0)
                 self.host[order[position]] = start + shared[position] + waits[position]
         self.compute[action.bucket] += max(shared, default=0.0)
         self.exchange[action.bucket] += max(waits, default=0.0)
         both = [a + b for a, b in zip(shared, waits, strict=True)]
         self._watched(action, "compute", self.host, order, both)
+
+
+def packed_nbytes(itemsize: int, wire_itemsize: int, *, touched: int, pieces: int) -> int:
+    """Bytes that packing reads and writes, of so many touched and packed elements.
+
+    The moving average of the momentum reads two and writes one; so does the direction, and the
+    cast reads that and writes the wire dtype.
+    """
+    return 3 * itemsize * touched + (4 * itemsize + wire_itemsize) * pieces
+
+
+def applied_nbytes(itemsize: int, wire_itemsize: int, *, touched: int) -> int:
+    """Bytes of decay, which reads and writes a shard, and update, which also reads the result."""
+    return (4 * itemsize + wire_itemsize) * touched
 
 
 def priced(
@@ -354,17 +357,21 @@ def orthogonalize_seconds(
 
 
 def team_seconds(
-    topology: Topology, mesh: MeshSpec, dims: tuple[str, ...], matrix: Matrix, num_iterations: int
+    topology: Topology,
+    mesh: MeshSpec,
+    team_dims: tuple[str, ...],
+    matrix: Matrix,
+    num_iterations: int,
 ) -> tuple[float, float]:
-    """(compute of the busiest member, waiting in rings) for one matrix of a team along `dims`."""
-    size = mesh.num_ranks_along(dims)
-    flops = member_flops(matrix, num_iterations, size, 0)
+    """(compute of the busiest member, waiting in rings) for one matrix of a team, in seconds."""
+    num_members = mesh.num_ranks_along(team_dims)
+    flops = member_flops(matrix, num_iterations, num_members, 0)
     short = min(matrix.rows, matrix.cols)
     gathers = num_gathers(num_iterations) * topology.all_gather_seconds(
-        mesh, dims, gathered_nbytes(matrix, size)
+        mesh, team_dims, gathered_nbytes(matrix, num_members)
     )
     sums = len(gram_segments(num_iterations)) * topology.all_reduce_seconds(
-        mesh, dims, summed_nbytes(matrix)
+        mesh, team_dims, summed_nbytes(matrix)
     )
-    largest = topology.all_reduce_seconds(mesh, dims, GRAM_ITEMSIZE)
+    largest = topology.all_reduce_seconds(mesh, team_dims, GRAM_ITEMSIZE)
     return topology.matmul_seconds(flops, short, "float32"), gathers + sums + largest

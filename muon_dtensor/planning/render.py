@@ -158,7 +158,7 @@ def _count(number: int, one: str, many: str) -> str:
 def _shorten(rows: list[list[str]]) -> list[str]:
     stops = list(accumulate(map(len, rows)))
     shown = rows
-    if len(rows) > MOST_ROWS or stops[-1] > MOST_LINES:
+    if len(rows) > MOST_ROWS or sum(map(len, rows)) > MOST_LINES:
         shown = rows[: max(1, min(MOST_ROWS // 2, bisect_right(stops, MOST_LINES)))]
     lines = [line for row in shown for line in row]
     if len(shown) < len(rows):

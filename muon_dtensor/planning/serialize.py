@@ -145,12 +145,7 @@ def from_json(text: str) -> Plan:
             params=tuple(_param_from_json(p, meshes, layouts, count) for p in value["params"]),
             buckets=tuple(_bucket_from_json(b, meshes) for b in value["buckets"]),
             schedule=tuple(Action.parse(token) for token in value["schedule"].split()),
-            options=PlanOptions(
-                **{
-                    **value["options"],
-                    "topology": Topology.from_values(value["options"]["topology"]),
-                }
-            ),
+            options=PlanOptions(**options),
         )
         check(plan)
     except NOT_A_PLAN as error:

@@ -14,11 +14,13 @@ GRAM_ITEMSIZE = 4
 
 
 def can_share(spec: ParamSpec, matrix: Matrix) -> bool:
-    """Whether slabs of a matrix are boxes of its parameter, and its iteration a polynomial."""
+    """Whether slabs of a matrix are boxes of its parameter, and its iteration a polynomial.
+
+    Not in float64, which teams would narrow.
+    """
     shape = matrix.region.shape
     return (
         not matrix.pattern
-        and len(shape) >= 2
         and shape[-2:] == (matrix.rows, matrix.cols)
         and spec.num_iterations > 0
         and spec.wire_dtype != "float64"
@@ -32,13 +34,13 @@ def members(mesh: MeshSpec, strategy: Gram, owner: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=4096)
-def slabs(matrix: Matrix, size: int) -> tuple[Region, ...]:
+def slabs(matrix: Matrix, num_members: int) -> tuple[Region, ...]:
     """A matrix cut into so many slabs of its long side, as torch.chunk cuts; rows of a square."""
     region = matrix.region
     dim = len(region.start) - (2 if matrix.rows >= matrix.cols else 1)
     start, stop = region.start[dim], region.stop[dim]
-    step = -(-(stop - start) // size)
-    cuts = [min(start + index * step, stop) for index in range(size + 1)]
+    rows_each = -(-(stop - start) // num_members)
+    cuts = [min(start + index * rows_each, stop) for index in range(num_members + 1)]
 
     def between(low: int, high: int) -> Region:
         return Region(
@@ -50,23 +52,28 @@ def slabs(matrix: Matrix, size: int) -> tuple[Region, ...]:
 
 
 def lies_in_slabs(layout: Layout, matrix: Matrix, team_dims: tuple[str, ...]) -> bool:
-    """Whether each rank along these dims already holds exactly its slab."""
+    """Whether each rank along these dims, in every replica, already holds exactly its slab.
+
+    Members follow their global ranks, so on a permuted mesh replicas may disagree.
+    """
     holders = layout.holders(matrix.region)
     first = next(iter(holders))
-    team = layout.mesh.peers(first, team_dims)
     return all(
-        holders.get(position, None) == slab if slab.numel else position not in holders
-        for position, slab in zip(team, slabs(matrix, len(team)), strict=True)
+        holders.get(home, None) == slab if slab.numel else home not in holders
+        for offset in layout.replica_offsets
+        for team in [layout.mesh.peers(first + offset, team_dims)]
+        for member, slab in zip(team, slabs(matrix, len(team)), strict=True)
+        for home in [layout.home(member)]
     )
 
 
-def own_rows(num_rows: int, size: int, index: int) -> int:
+def own_rows(num_rows: int, num_members: int, index: int) -> int:
     """How many rows of each product one member computes: its share as torch.chunk cuts."""
-    step = -(-num_rows // size)
-    return min(num_rows, (index + 1) * step) - min(num_rows, index * step)
+    rows_each = -(-num_rows // num_members)
+    return min(num_rows, (index + 1) * rows_each) - min(num_rows, index * rows_each)
 
 
-def member_flops(matrix: Matrix, num_iterations: int, size: int, index: int) -> int:
+def member_flops(matrix: Matrix, num_iterations: int, num_members: int, index: int) -> int:
     """Floating-point operations of one member.
 
     Per segment its part of the Gram matrix and its slab of the result (2 r^2 c each for a slab of
@@ -75,7 +82,7 @@ def member_flops(matrix: Matrix, num_iterations: int, size: int, index: int) -> 
     """
     short = min(matrix.rows, matrix.cols)
     long = max(matrix.rows, matrix.cols)
-    columns, rows = own_rows(long, size, index), own_rows(short, size, index)
+    columns, rows = own_rows(long, num_members, index), own_rows(short, num_members, index)
     segments = gram_segments(num_iterations)
     num_products = sum(1 if n == 1 else 4 * n - 3 for n in segments)
     return 4 * len(segments) * short * short * columns + 2 * num_products * rows * short * short
@@ -86,10 +93,10 @@ def num_gathers(num_iterations: int) -> int:
     return sum(2 * n - 1 for n in gram_segments(num_iterations))
 
 
-def gathered_nbytes(matrix: Matrix, size: int) -> int:
+def gathered_nbytes(matrix: Matrix, num_members: int) -> int:
     """Bytes each member contributes to one all-gather; all contribute the same."""
     short = min(matrix.rows, matrix.cols)
-    return GRAM_ITEMSIZE * -(-short // size) * short
+    return GRAM_ITEMSIZE * -(-short // num_members) * short
 
 
 def summed_nbytes(matrix: Matrix) -> int:
@@ -97,17 +104,17 @@ def summed_nbytes(matrix: Matrix) -> int:
     return GRAM_ITEMSIZE * min(matrix.rows, matrix.cols) ** 2
 
 
-def team_sent_nbytes(matrix: Matrix, num_iterations: int, size: int) -> int:
+def team_sent_nbytes(matrix: Matrix, num_iterations: int, num_members: int) -> int:
     """Bytes each member sends in rings of its team, beside what brings slabs and takes them.
 
     An all-gather sends one's part to all others, an all-reduce twice a share of the whole; one
     all-reduce more is that of the largest element.
     """
-    gathers = num_gathers(num_iterations) * (size - 1) * gathered_nbytes(matrix, size)
-    sums = len(gram_segments(num_iterations)) * ring_nbytes(summed_nbytes(matrix), size)
-    return gathers + sums + ring_nbytes(GRAM_ITEMSIZE, size)
+    gathers = num_gathers(num_iterations) * (num_members - 1) * gathered_nbytes(matrix, num_members)
+    sums = len(gram_segments(num_iterations)) * ring_nbytes(summed_nbytes(matrix), num_members)
+    return gathers + sums + ring_nbytes(GRAM_ITEMSIZE, num_members)
 
 
-def ring_nbytes(nbytes: int, size: int) -> int:
+def ring_nbytes(nbytes: int, num_members: int) -> int:
     """Bytes each rank sends in a ring all-reduce of so many bytes."""
-    return 2 * (size - 1) * nbytes // size
+    return 2 * (num_members - 1) * nbytes // num_members

@@ -41,7 +41,8 @@ class Topology:
     name: for people.
     node_size: this many consecutive global ranks share a node.
     within_node, between_nodes: the links of ranks on one node, and on two.
-    mesh_dims: links that are known by the name of a mesh dim; they come first.
+    mesh_dims: links that are known by the name of a mesh dim; they come first where all dims of
+        an exchange have one.
     matmul: per dtype the rate of Newton-Schulz on one device by the short side of the matrix.
     memory_bandwidth: bytes/s that elementwise passes read and write.
     tensor_overhead: host seconds per piece of a parameter and phase, and per piece of which a

@@ -257,21 +257,33 @@ def bucket_cost(plan: Plan, bucket: Bucket) -> BucketCost:
     )
 
 
+def boxes_of(plan: Plan, bucket: Bucket, assignment: Assignment) -> list[tuple[int, int]]:
+    """(position, elements) of what each of those who orthogonalize a matrix has of it."""
+    matrix = plan.matrix(assignment)
+    match bucket.strategy:
+        case Local() | Owned():
+            return [(assignment.owner, matrix.numel)]
+        case Gathered():
+            layout, homes = plan.spec(assignment).layout, plan.holders(assignment)
+            return [(home + o, matrix.numel) for home in homes for o in layout.replica_offsets]
+        case Gram() as strategy:
+            team = members(bucket.mesh, strategy, assignment.owner)
+            parts = slabs(matrix, len(team))
+            return [(m, slab.numel) for m, slab in zip(team, parts, strict=True)]
+        case _:
+            assert_never(bucket.strategy)
+
+
 def _num_parts(plan: Plan, bucket: Bucket) -> list[int]:
     """In how many pieces what each position orthogonalizes arrives; of a slab about its share."""
-    mesh, strategy = bucket.mesh, bucket.strategy
-    counts = [0] * mesh.num_ranks
-    if isinstance(strategy, Local):
+    counts = [0] * bucket.mesh.num_ranks
+    if isinstance(bucket.strategy, Local):
         return counts
     for a in bucket.assignments:
-        holders, who = plan.holders(a), [a.owner]
-        num_parts = len(holders)
-        if isinstance(strategy, Gathered):
-            who = [h + o for h in holders for o in plan.spec(a).layout.replica_offsets]
-        elif isinstance(strategy, Gram):
-            who = list(members(mesh, strategy, a.owner))
-            num_parts = -(-num_parts // len(who))
-        for position in who:
+        boxes, num_parts = boxes_of(plan, bucket, a), len(plan.holders(a))
+        if isinstance(bucket.strategy, Gram):
+            num_parts = -(-num_parts // len(boxes))
+        for position, _ in boxes:
             counts[position] += num_parts
     return counts
 

@@ -4,11 +4,9 @@ Counts the tensors that `update`, `orthogonalize` and the executor make. Knows n
 """
 
 from collections import Counter, defaultdict
-from typing import assert_never
 
 from muon_dtensor.layout import Matrix
 from muon_dtensor.planning.ir import (
-    Assignment,
     Gathered,
     Gram,
     Local,
@@ -20,12 +18,11 @@ from muon_dtensor.planning.ir import (
 from muon_dtensor.planning.teams import (
     GRAM_ITEMSIZE,
     gathered_nbytes,
-    members,
     own_rows,
     slabs,
     summed_nbytes,
 )
-from muon_dtensor.planning.volumes import ITEMSIZES, BucketCost
+from muon_dtensor.planning.volumes import ITEMSIZES, BucketCost, boxes_of
 
 
 def workspaces(plan: Plan, cost: BucketCost, phase: Phase) -> dict[int, int]:
@@ -50,12 +47,14 @@ def _applying(plan: Plan, cost: BucketCost) -> dict[int, int]:
 
     `update` makes two in float32 of a piece whose parameter has the dtype of the wire.
     """
+    if plan.options.topology.cores is None:
+        return {}
     results, strategy = cost.reshard[-1].recv if cost.reshard else cost.wholes, cost.bucket.strategy
     largest: dict[int, int] = defaultdict(int)
     seen: set[tuple[int, bool]] = set()
     for a in cost.bucket.assignments:
         spec, matrix, holders = plan.spec(a), plan.matrix(a), plan.holders(a)
-        if spec.dtype != cost.bucket.wire_dtype or spec.dtype not in ("bfloat16", "float16"):
+        if spec.dtype != cost.bucket.wire_dtype or spec.dtype != "bfloat16":
             continue
         is_tall = matrix.rows > matrix.cols > 1
         if (id(holders), is_tall) in seen:
@@ -80,7 +79,7 @@ def _packing(plan: Plan, cost: BucketCost) -> dict[int, int]:
         spec, holders = plan.spec(a), plan.holders(a)
         size = ITEMSIZES.get(spec.dtype, 4)
         if not cost.unshard:
-            for position, numel in _boxes(plan, cost, a):
+            for position, numel in boxes_of(plan, cost.bucket, a):
                 largest[position] = max(largest[position], size * numel)
             continue
         offsets: tuple[int, ...] = (spec.layout.replica_offset(a.owner),)
@@ -94,24 +93,6 @@ def _packing(plan: Plan, cost: BucketCost) -> dict[int, int]:
             for home, piece in holders.items():
                 largest[home + offset] = max(largest[home + offset], size * piece.numel)
     return {p: cost.itemsize * cost.pieces[p] + n for p, n in largest.items()}
-
-
-def _boxes(plan: Plan, cost: BucketCost, assignment: Assignment) -> list[tuple[int, int]]:
-    """(position, elements) of what each of those who orthogonalize a matrix has of it."""
-    matrix = plan.matrix(assignment)
-    match cost.bucket.strategy:
-        case Local() | Owned():
-            return [(assignment.owner, matrix.numel)]
-        case Gathered():
-            layout = plan.spec(assignment).layout
-            homes = plan.holders(assignment)
-            return [(h + o, matrix.numel) for h in homes for o in layout.replica_offsets]
-        case Gram() as strategy:
-            team = members(cost.bucket.mesh, strategy, assignment.owner)
-            parts = slabs(matrix, len(team))
-            return [(m, slab.numel) for m, slab in zip(team, parts, strict=True)]
-        case _:
-            assert_never(cost.bucket.strategy)
 
 
 def _orthogonalizing(plan: Plan, cost: BucketCost) -> dict[int, int]:
@@ -131,7 +112,7 @@ def _alone(plan: Plan, cost: BucketCost) -> dict[int, int]:
     for a in cost.bucket.assignments:
         matrix, holders = plan.matrix(a), plan.holders(a)
         in_pieces = len(holders) > 1 or bool(matrix.pattern)
-        for position, _ in _boxes(plan, cost, a):
+        for position, _ in boxes_of(plan, cost.bucket, a):
             at[position][matrix.rows, matrix.cols, in_pieces] += 1
     found: dict[int, int] = {}
     for position, sizes in at.items():
@@ -149,27 +130,26 @@ def _sharing(plan: Plan, cost: BucketCost, strategy: Gram) -> dict[int, int]:
     found: dict[int, int] = defaultdict(int)
     for a in cost.bucket.assignments:
         matrix = plan.matrix(a)
-        size = cost.bucket.mesh.num_ranks_along(strategy.team_dims)
-        for index, (member, numel) in enumerate(_boxes(plan, cost, a)):
+        num_members = cost.bucket.mesh.num_ranks_along(strategy.team_dims)
+        for index, (member, numel) in enumerate(boxes_of(plan, cost.bucket, a)):
             assembled = cost.itemsize * numel if cost.unshard else 0
             segments = gram_segments(plan.spec(a).num_iterations)
-            work = assembled + _member_nbytes(matrix, numel, (size, index), segments)
+            work = assembled + _member_nbytes(matrix, numel, num_members, index, segments)
             found[member] = max(found[member], work)
     return dict(found)
 
 
 def _member_nbytes(
-    matrix: Matrix, slab_numel: int, place: tuple[int, int], segments: tuple[int, ...]
+    matrix: Matrix, slab_numel: int, num_members: int, index: int, segments: tuple[int, ...]
 ) -> int:
-    """What `gram_polar_factor` holds at most, moment by moment; `place`: (team size, index)."""
-    size, index = place
+    """What one member holds at most in `gram_polar_factor`, moment by moment."""
     short = min(matrix.rows, matrix.cols)
     slab, gram = GRAM_ITEMSIZE * slab_numel, summed_nbytes(matrix)
-    block = gathered_nbytes(matrix, size)
-    rows = GRAM_ITEMSIZE * own_rows(short, size, index) * short
-    # a shorter block of rows is copied to be sent
-    copied = 0 if rows == block else block
-    whole = size * block
+    part = gathered_nbytes(matrix, num_members)
+    rows = GRAM_ITEMSIZE * own_rows(short, num_members, index) * short
+    # fewer rows than the others send are copied to be sent
+    copied = 0 if rows == part else part
+    whole = num_members * part
     moments = [slab + rows + whole + max(slab, copied)]
     if max(segments) == 1:
         moments.append(slab + gram + rows)

@@ -53,11 +53,11 @@ def all_reduce_sum(values: Tensor, group: ProcessGroup) -> None:
     dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group)
 
 
-def all_gather_blocks(everything: Tensor, block: Tensor, group: ProcessGroup) -> None:
-    """The blocks of all ranks one below the other; all are of one shape and contiguous."""
+def all_gather_parts(everything: Tensor, part: Tensor, group: ProcessGroup) -> None:
+    """The parts of all ranks one below the other; all are of one shape and contiguous."""
     # torch 2.13 gave it a new name, and warns about the old one
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(everything, block, group=group)
+    gather(everything, part, group=group)
 
 
 def all_gather_values(value: object, group: ProcessGroup) -> list[object]:

@@ -55,7 +55,8 @@ def pretended_ranks(world_size: int) -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def device_type_of(group: dist.ProcessGroup) -> str:

@@ -4,7 +4,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from muon_dtensor.runtime.collectives import all_gather_blocks, all_reduce_max, all_reduce_sum
+from muon_dtensor.runtime.collectives import all_gather_parts, all_reduce_max, all_reduce_sum
 
 
 class ProcessTeam:
@@ -12,7 +12,7 @@ class ProcessTeam:
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
-        self.size = dist.get_world_size(group)
+        self.num_members = dist.get_world_size(group)
         self.index = dist.get_rank(group)
 
     def add_up(self, x: Tensor) -> None:
@@ -24,13 +24,13 @@ class ProcessTeam:
         all_reduce_max(x, self._group)
 
     def gather_rows(self, rows: Tensor, num_rows: int) -> Tensor:
-        """All rows; every member's block is as long as the first, whose last rows may be unused."""
-        step = -(-num_rows // self.size)
-        if len(rows) == step:
-            block = rows.contiguous()
+        """All rows; every member's part is as long as the first, whose last rows may be unused."""
+        rows_each = -(-num_rows // self.num_members)
+        if len(rows) == rows_each:
+            part = rows.contiguous()
         else:
-            block = rows.new_zeros(step, rows.size(1))
-            block[: len(rows)] = rows
-        everything = rows.new_empty(self.size * step, rows.size(1))
-        all_gather_blocks(everything, block, self._group)
+            part = rows.new_zeros(rows_each, rows.size(1))
+            part[: len(rows)] = rows
+        everything = rows.new_empty(self.num_members * rows_each, rows.size(1))
+        all_gather_parts(everything, part, self._group)
         return everything[:num_rows]

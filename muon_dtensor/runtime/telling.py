@@ -20,7 +20,7 @@ def first_difference(mesh: MeshSpec, params: Mapping[int, tuple[str, ...]]) -> s
     return (
         f"Ranks of mesh {mesh} hold the same parameters and different plans: they run different "
         "versions of muon_dtensor, or were given different plan options (bucket_mb, "
-        "prefetch_count, batched, ns_dtype, ns_steps, assign_fn)."
+        "prefetch_count, batched, strategy, exact, topology, ns_dtype, ns_steps, assign_fn)."
     )
 
 

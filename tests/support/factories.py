@@ -57,6 +57,22 @@ def raising(mesh: DeviceMesh) -> nn.Module:
     raise RuntimeError(f"no model\nfor {mesh.size()} ranks")
 
 
+def leaving(mesh: DeviceMesh) -> nn.Module:
+    """Ends the process."""
+    raise SystemExit(0)
+
+
+def without_group(mesh: DeviceMesh) -> nn.Module:
+    """Takes the ground away."""
+    torch.distributed.destroy_process_group()
+    return bare()
+
+
+def unsharded(mesh: DeviceMesh) -> nn.Module:
+    """Forgets the mesh."""
+    return bare()
+
+
 def nothing(mesh: DeviceMesh) -> int:
     """Neither a model nor parameters."""
     return mesh.size()

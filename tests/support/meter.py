@@ -22,7 +22,7 @@ _all_to_all_single = dist.all_to_all_single
 _newton_schulz = muon_options.newton_schulz
 _all_reduce_sum = process_team.all_reduce_sum
 _all_reduce_max = process_team.all_reduce_max
-_all_gather_blocks = process_team.all_gather_blocks
+_all_gather_parts = process_team.all_gather_parts
 
 
 @dataclass
@@ -73,9 +73,9 @@ def _counted_reduce(original: Callable[..., None]) -> Callable[..., None]:
     return reduce
 
 
-def _counted_gather(everything: Tensor, block: Tensor, group: ProcessGroup) -> None:
-    _count((dist.get_world_size(group) - 1) * block.numel() * block.element_size())
-    _all_gather_blocks(everything, block, group)
+def _counted_gather(everything: Tensor, part: Tensor, group: ProcessGroup) -> None:
+    _count((dist.get_world_size(group) - 1) * part.numel() * part.element_size())
+    _all_gather_parts(everything, part, group)
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def installed() -> Iterator[None]:
         mock.patch.object(muon_options, "newton_schulz", _counted_newton_schulz),
         mock.patch.object(process_team, "all_reduce_sum", _counted_reduce(_all_reduce_sum)),
         mock.patch.object(process_team, "all_reduce_max", _counted_reduce(_all_reduce_max)),
-        mock.patch.object(process_team, "all_gather_blocks", _counted_gather),
+        mock.patch.object(process_team, "all_gather_parts", _counted_gather),
     ):
         yield
 
