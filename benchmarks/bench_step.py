@@ -1,14 +1,17 @@
-"""One optimizer step, ours against everyone-gathers and the floor, layout by layout.
+"""One optimizer step, ours against what people do today, layout by layout.
 
-    torchrun --nproc-per-node 4 -m benchmarks.bench_step --json benchmarks/results/step.json
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m benchmarks.bench_step --json step.json
 
 All run in one process group, in turns, on the same gradients; times are medians and only their
-ratios mean anything on a shared machine. Bytes are counted where they are handed to torch.
+ratios mean anything on a shared machine. Bytes are counted where they are handed to torch, and
+beside that on the loopback device of the kernel.
 """
 
+import importlib.util
 import json
+import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,24 +23,41 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import provenance, seeded
 from muon_dtensor import Muon
 from muon_dtensor.cli.baselines import everyone_gathers
-from muon_dtensor.cli.calibrate_worker import median_seconds
+from muon_dtensor.cli.calibrate_worker import readings_in_turns
 from muon_dtensor.cli.leaving import leave
+from muon_dtensor.layout import Region
 from muon_dtensor.orthogonalize import newton_schulz
+from muon_dtensor.runtime.describe import describe_layout, describe_mesh, local_part
+from muon_dtensor.runtime.packing import box_of, view_box
+from tests.support.meter import LiveStorages
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
-LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[Placement, ...]]] = {
+Shape = tuple[int, ...]
+
+LAYOUTS: dict[str, tuple[Shape, tuple[Placement, ...]]] = {
     "ddp": ((4,), (R,)),
     "fsdp": ((4,), (S0,)),
+    "fsdp_uneven": ((4,), (S0,)),
+    "fsdp_empty": ((4,), (S0,)),
     "tp1": ((4,), (S1,)),
     "hsdp": ((2, 2), (R, S0)),
     "fsdp_tp": ((2, 2), (S0, S1)),
     "fsdp_tp_same": ((2, 2), (S0, S0)),
+    "experts": ((4,), (S0,)),
+    "three_d": ((1, 2, 2), (R, S0, S1)),
 }
+"""Mesh shape and placements; fsdp_tp_same is real ColwiseParallel under real fully_shard."""
+
+HOST_WORK = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+"""Operators whose time is not the host's own."""
 
 
 @dataclass(frozen=True)
@@ -45,111 +65,325 @@ class Config:
     """What to measure."""
 
     layouts: tuple[str, ...] = tuple(LAYOUTS)
+    baselines: tuple[str, ...] = ("naive", "floor")
+    """naive, floor, torch (torch.optim.Muon on DTensors), muonium (if installed), adamw."""
     layers: int = 4
     dim: int = 192
     rounds: int = 9
     json: Path | None = None
     """Where to write the figures, with versions and hardware."""
+    plot: Path | None = None
+    """Where to draw them."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One layout. `relative_to_naive`: time over everyone-gathers; bytes are means over ranks."""
+    """One layout. Bytes are means over ranks, peaks those of the fullest rank.
+
+    `ratios` and `spreads`: our time over each baseline's, the median of all rounds and the
+    difference of their quartiles. `host_us`: time of a step outside of matrix products and
+    exchanges, per parameter.
+    """
 
     layout: str
     is_exact: bool
     work: float
     sent_nbytes: float
     planned_nbytes: float
-    naive_ms: float
-    floor_ms: float
+    loopback_nbytes: float
+    num_collectives: int
+    peak_nbytes: int
+    host_us: float
     ours_ms: float
-    relative_to_naive: float
-    relative_to_floor: float
+    baselines_ms: dict[str, float]
+    ratios: dict[str, float]
+    spreads: dict[str, float]
+    refused: dict[str, str] = field(default_factory=dict)
 
 
-def shapes_of(config: Config) -> list[tuple[int, int]]:
-    """The anchors' workload: {qkv, proj, fc, out} per layer."""
-    d = config.dim
-    return [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d)] * config.layers
+def shapes_of(layout: str, layers: int, d: int) -> list[Shape]:
+    """The anchors' workload, {qkv, proj, fc, out} per layer, or what a layout is about."""
+    match layout:
+        case "fsdp_uneven":
+            return [(3 * d + 1, d), (d + 2, d), (4 * d + 3, d), (d + 1, 4 * d)] * layers
+        case "fsdp_empty":
+            return [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d), (3, d)] * layers
+        case "experts":
+            return [(8, d, d), (8, d, 2 * d)] * layers
+        case _:
+            return [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d)] * layers
 
 
-def sent_by(step: Callable[[], Any]) -> float:
-    """Bytes that a step hands to exchanges for other ranks, mean over ranks."""
-    sent = 0
+def parameters(layout: str, shapes: list[Shape]) -> list[nn.Parameter]:
+    """Sharded as the layout says, with values and gradients that do not depend on it."""
+    mesh_shape, placements = LAYOUTS[layout]
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("a", "b", "c")[: len(mesh_shape)])
+    weights, grads = seeded(shapes, 0), seeded(shapes, 1)
+    if layout == "fsdp_tp_same":
+        modules = [nn.Linear(cols, rows, bias=False) for rows, cols in shapes]
+        model = nn.Sequential(*modules)
+        parallelize_module(model, mesh["b"], {str(i): ColwiseParallel() for i in range(len(model))})
+        fully_shard(model, mesh=mesh["a"])
+        params = list(model.parameters())
+    else:
+        params = [
+            nn.Parameter(distribute_tensor(w, mesh, placements, src_data_rank=None))
+            for w in weights
+        ]
+    for param, weight, grad in zip(params, weights, grads, strict=True):
+        local_part(param.detach()).copy_(own_part(weight, param))
+        param.grad = like(own_part(grad, param).clone(), param)
+    return params
+
+
+def own_part(whole: Tensor, param: Tensor) -> Tensor:
+    """This rank's shard of a tensor that all ranks hold."""
+    assert isinstance(param, DTensor)
+    layout = describe_layout(param, describe_mesh(param.device_mesh))
+    region = layout.region(layout.mesh.position_of(dist.get_rank()))
+    return view_box(whole, box_of(region, Region.whole(layout.shape)))
+
+
+def like(local: Tensor, param: Tensor) -> DTensor:
+    """A DTensor that lies as a parameter does."""
+    assert isinstance(param, DTensor)
+    return DTensor.from_local(
+        local.contiguous(),
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )
+
+
+def is_exact(layout: str, shapes: list[Shape]) -> bool:
+    """Whether two steps are bitwise those of torch.optim.Muon on whole matrices."""
+    params = parameters(layout, shapes)
+    optimizer = Muon(params)
+    wholes = [[nn.Parameter(w.clone()) for w in _matrices(t)] for t in seeded(shapes, 0)]
+    for matrices, grad in zip(wholes, seeded(shapes, 1), strict=True):
+        for matrix, part in zip(matrices, _matrices(grad), strict=True):
+            matrix.grad = part.clone()
+    oracle = torch.optim.Muon([matrix for matrices in wholes for matrix in matrices])
+    for _ in range(2):
+        optimizer.step()
+        oracle.step()
+    theirs = [
+        torch.stack([m.detach() for m in matrices]).view(shape)
+        for matrices, shape in zip(wholes, shapes, strict=True)
+    ]
+    same = all(
+        torch.equal(local_part(p.detach()), own_part(whole, p))
+        for p, whole in zip(params, theirs, strict=True)
+    )
+    return bool(_reduced(float(same), dist.ReduceOp.MIN))
+
+
+def _matrices(tensor: Tensor) -> list[Tensor]:
+    return list(tensor.unbind()) if tensor.ndim == 3 else [tensor]
+
+
+def _reduced(value: float, op: dist.ReduceOp.RedOpType) -> float:
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(tensor, op=op)
+    return tensor.item()
+
+
+def steps_of(name: str, layout: str, shapes: list[Shape], plan: Any) -> Callable[[], Any]:
+    """A step of a baseline, on parameters of its own. Raises what the baseline raises."""
+    if name == "floor":
+        share = [
+            torch.randn(matrix.rows, matrix.cols)
+            for bucket in plan.buckets
+            for a in bucket.assignments
+            if bucket.mesh.ranks[a.owner] == dist.get_rank()
+            for matrix in [plan.matrix(a)]
+        ]
+        return lambda: [newton_schulz(matrix) for matrix in share]
+    params = parameters(layout, shapes)
+    if name == "naive":
+        momenta = [torch.zeros_like(param, requires_grad=False) for param in params]
+        return lambda: everyone_gathers(params, momenta, lr=0.0)
+    optimizer: torch.optim.Optimizer
+    if name == "torch":
+        optimizer = torch.optim.Muon(params, lr=0.0)
+    elif name == "adamw":
+        optimizer = torch.optim.AdamW(params, lr=0.0, foreach=True)
+    elif name == "muonium":
+        from muonium import Muon as Muonium
+
+        optimizer = Muonium(params, lr=0.0, orthogonalization_strategy="newton_schulz")
+    else:
+        raise ValueError(f"no baseline {name!r}")
+    optimizer.step()
+    return optimizer.step
+
+
+def sent_by(step: Callable[[], Any]) -> tuple[float, int]:
+    """(bytes that a step hands to exchanges for other ranks, mean over ranks; exchanges)."""
+    sent, count = 0, 0
     original = dist.all_to_all_single
 
     def counted(
         recv: Tensor, send: Tensor, there: list[int], here: list[int], **kwargs: Any
     ) -> Any:
-        nonlocal sent
+        nonlocal sent, count
         own = here[dist.get_rank(kwargs["group"])]
         sent += (sum(here) - own) * send.element_size()
+        count += 1
         return original(recv, send, there, here, **kwargs)
 
     with mock.patch.object(dist, "all_to_all_single", counted):
         step()
-    total = torch.tensor(float(sent))
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size()
+    return _reduced(sent, dist.ReduceOp.SUM) / dist.get_world_size(), count
 
 
-def measure(name: str, config: Config) -> Cell:
-    """One row of the table, on all ranks."""
-    mesh_shape, placements = LAYOUTS[name]
-    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=tuple("ab"[: len(mesh_shape)]))
-    shapes = shapes_of(config)
+def loopback_by(step: Callable[[], Any], repeats: int = 20) -> float:
+    """Bytes that a step puts on the loopback device, mean over ranks; TCP's own included."""
+    counter = Path("/proc/net/dev")
+    if not counter.exists():
+        return float("nan")
 
-    def spread(full: Tensor) -> Tensor:
-        return distribute_tensor(full, mesh, placements, src_data_rank=None)
+    def sent() -> int:
+        line = next(x for x in counter.read_text().splitlines() if x.strip().startswith("lo:"))
+        return int(line.split(":")[1].split()[8])
 
-    weights, grads = seeded(shapes, 0), seeded(shapes, 1)
-    params = [nn.Parameter(spread(weight)) for weight in weights]
-    for param, grad in zip(params, grads, strict=True):
-        param.grad = spread(grad)
-    optimizer = Muon(params)
-    oracle_params = [nn.Parameter(weight) for weight in weights]
-    for param, grad in zip(oracle_params, grads, strict=True):
-        param.grad = grad
-    oracle = torch.optim.Muon(oracle_params)
-    for _ in range(2):
+    dist.barrier()
+    before = sent()
+    for _ in range(repeats):
+        step()
+    dist.barrier()
+    return (sent() - before) / repeats / dist.get_world_size()
+
+
+def peak_of(optimizer: Muon, params: list[nn.Parameter]) -> int:
+    """Bytes a step holds beside parameters, gradients and state, on the fullest rank."""
+    meter = LiveStorages()
+    for param in params:
+        assert param.grad is not None
+        momentum = optimizer.state[param]["momentum_buffer"]
+        meter.ignore(*(local_part(t.detach()) for t in (param, param.grad, momentum)))
+    with meter:
         optimizer.step()
-        oracle.step()
-    exact = all(
-        torch.equal(ours.to_local(), spread(theirs.detach()).to_local())
-        for ours, theirs in zip(params, oracle_params, strict=True)
-    )
-    momenta = [torch.zeros_like(param, requires_grad=False) for param in params]
-    share = [
-        torch.randn(plan_shape)
-        for bucket in optimizer.plan.buckets
-        for a in bucket.assignments
-        if bucket.mesh.ranks[a.owner] == dist.get_rank()
-        for plan_shape in [optimizer.plan.matrix(a).region.shape]
-    ]
-    seconds = median_seconds(
-        {
-            "ours": optimizer.step,
-            "naive": lambda: everyone_gathers(params, momenta, lr=0.0),
-            "floor": lambda: [newton_schulz(matrix) for matrix in share],
-        },
-        torch.device("cpu"),
-        config.rounds,
-    )
-    ms = {name: 1e3 * value for name, value in seconds.items()}
+    return int(_reduced(meter.peak_nbytes, dist.ReduceOp.MAX))
+
+
+def host_us(optimizer: Muon, num_params: int, repeats: int = 5) -> float:
+    """Microseconds of a step outside of matrix products, waits and collectives, per parameter.
+
+    Of one rank under torch's profiler, which adds about a microsecond per operator.
+    """
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for _ in range(repeats):
+            optimizer.step()
+    events = profiled.key_averages()
+    total = sum(e.cpu_time_total for e in events if e.key.startswith("muon "))
+    products = sum(e.self_cpu_time_total for e in events if e.key in HOST_WORK)
+    waits = sum(e.cpu_time_total for e in events if e.key.startswith("muon W"))
+    return max(0.0, total - products - waits) / repeats / num_params
+
+
+def measure(layout: str, config: Config) -> Cell:
+    """One row of the table, on all ranks."""
+    shapes = shapes_of(layout, config.layers, config.dim)
+    params = parameters(layout, shapes)
+    optimizer = Muon(params, lr=0.0)
+    optimizer.step()
+    bodies: dict[str, Callable[[], Any]] = {"ours": optimizer.step}
+    refused: dict[str, str] = {}
+    for name in config.baselines:
+        if name == "muonium" and importlib.util.find_spec("muonium") is None:
+            refused[name] = "not installed"
+            continue
+        try:
+            bodies[name] = steps_of(name, layout, shapes, optimizer.plan)
+        except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
+            refused[name] = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+    taken = readings_in_turns(bodies, torch.device("cpu"), config.rounds)
+    ours = taken["ours"]
+    ratios = {
+        name: [a / b for a, b in zip(ours, theirs, strict=True)]
+        for name, theirs in taken.items()
+        if name != "ours"
+    }
     cost = optimizer.plan.cost
+    sent_nbytes, num_collectives = sent_by(optimizer.step)
     return Cell(
-        layout=name,
-        is_exact=exact,
+        layout=layout,
+        is_exact=is_exact(layout, shapes),
         work=cost.imbalance,
-        sent_nbytes=sent_by(optimizer.step),
+        sent_nbytes=sent_nbytes,
         planned_nbytes=cost.total_nbytes / len(cost.ranks),
-        naive_ms=ms["naive"],
-        floor_ms=ms["floor"],
-        ours_ms=ms["ours"],
-        relative_to_naive=ms["ours"] / ms["naive"],
-        relative_to_floor=ms["ours"] / ms["floor"],
+        loopback_nbytes=loopback_by(optimizer.step),
+        num_collectives=num_collectives,
+        peak_nbytes=peak_of(optimizer, params),
+        host_us=host_us(optimizer, len(params)),
+        ours_ms=1e3 * statistics.median(ours),
+        baselines_ms={n: 1e3 * statistics.median(v) for n, v in taken.items() if n != "ours"},
+        ratios={name: statistics.median(values) for name, values in ratios.items()},
+        spreads={name: _spread(values) for name, values in ratios.items()},
+        refused=refused,
     )
+
+
+def _spread(values: list[float]) -> float:
+    low, _, high = statistics.quantiles(values, n=4)
+    return high - low
+
+
+def show(cells: list[Cell], config: Config) -> None:
+    """The table, and what was refused."""
+    table = Table(title=f"{config.layers} layers, d = {config.dim}, {dist.get_world_size()} ranks")
+    columns = ("layout", "exact", "work", "MB sent", "planned", "on lo", "exchanges", "MB held")
+    for column in (*columns, "host us", "ours ms", *(f"x {name}" for name in config.baselines)):
+        table.add_column(column, justify="left" if column == "layout" else "right")
+    for c in cells:
+        table.add_row(
+            c.layout,
+            "yes" if c.is_exact else "NO",
+            f"{c.work:.2f}",
+            *(f"{n / 1e6:.2f}" for n in (c.sent_nbytes, c.planned_nbytes, c.loopback_nbytes)),
+            str(c.num_collectives),
+            f"{c.peak_nbytes / 1e6:.2f}",
+            f"{c.host_us:.0f}",
+            f"{c.ours_ms:.1f}",
+            *(
+                f"{c.ratios[name]:.3f} +-{c.spreads[name] / 2:.3f}" if name in c.ratios else "-"
+                for name in config.baselines
+            ),
+        )
+    Console(width=120 + 16 * len(config.baselines)).print(table)
+    for c in cells:
+        for name, reason in c.refused.items():
+            print(f"{c.layout}, {name}: {reason}")
+
+
+def draw(cells: list[Cell], path: Path) -> None:
+    """Our time over each baseline's, layout by layout."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [n for n in dict.fromkeys(n for c in cells for n in c.ratios) if n != "adamw"]
+    figure, axes = pyplot.subplots(figsize=(11, 4), layout="constrained")
+    width = 0.8 / max(1, len(names))
+    for index, name in enumerate(names):
+        found = [(place, c) for place, c in enumerate(cells) if name in c.ratios]
+        axes.bar(
+            [place + index * width for place, _ in found],
+            [c.ratios[name] for _, c in found],
+            width,
+            yerr=[c.spreads[name] / 2 for _, c in found],
+            label=f"over {name}",
+        )
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks([p + 0.4 - width / 2 for p in range(len(cells))], [c.layout for c in cells])
+    axes.set_ylabel("time of our step, relative")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def main() -> None:
@@ -159,25 +393,15 @@ def main() -> None:
     dist.init_process_group("gloo")
     cells = [measure(name, config) for name in config.layouts]
     if dist.get_rank() == 0:
-        table = Table(title=f"{config.layers} layers, d = {config.dim}, 4 gloo ranks")
-        for column in ("layout", "exact", "work", "MB sent", "planned", "x naive", "x floor"):
-            table.add_column(column, justify="right")
-        for c in cells:
-            sent, planned = c.sent_nbytes / 1e6, c.planned_nbytes / 1e6
-            ratios = f"{c.relative_to_naive:.3f}", f"{c.relative_to_floor:.2f}"
-            table.add_row(
-                c.layout, str(c.is_exact), f"{c.work:.2f}", f"{sent:.2f}", f"{planned:.2f}", *ratios
-            )
-        Console(width=90).print(table)
+        show(cells, config)
         if config.json:
-            where = {
-                **provenance(),
-                "num_ranks": dist.get_world_size(),
-                "layers": config.layers,
-                "dim": config.dim,
-            }
-            figures = {**where, "cells": [asdict(cell) for cell in cells]}
+            where = {**provenance(), "num_ranks": dist.get_world_size()}
+            work = {"layers": config.layers, "dim": config.dim, "rounds": config.rounds}
+            figures = {**where, **work, "cells": [asdict(cell) for cell in cells]}
             config.json.write_text(json.dumps(figures, indent=1) + "\n")
+        if config.plot:
+            draw(cells, config.plot)
+    dist.barrier()
     leave()
 
 

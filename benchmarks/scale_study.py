@@ -8,6 +8,7 @@ topology preset. Strong: a model on ever more ranks. Weak: one layer of llama3-7
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -219,7 +220,10 @@ def main() -> None:
     start = time.perf_counter()
     jobs = [(model, ranks, config.topology) for model in config.models for ranks in config.ranks]
     with ProcessPoolExecutor(config.jobs) as pool:
-        rows = list(pool.map(row, jobs))
+        rows = []
+        for found in pool.map(row, jobs):
+            rows.append(found)
+            print(f"{found.model} on {found.ranks}", file=sys.stderr, flush=True)
     print("\n".join(tables(rows)))
     print(f"\n{len(rows)} rows in {time.perf_counter() - start:.0f} s")
     if config.plot:

@@ -21,11 +21,11 @@ from muon_dtensor.matrices import matrices_of
 from muon_dtensor.patterns import Declaration
 from muon_dtensor.planning.check import check, check_routes
 from muon_dtensor.planning.ir import STRATEGIES, Action, Local, Owned, Phase, Plan, PlanOptions
+from muon_dtensor.planning.matrix_costs import newton_schulz_flops
 from muon_dtensor.planning.planner import plan_update, restrict
 from muon_dtensor.planning.presets import PRESETS
 from muon_dtensor.planning.render import families, quantity
 from muon_dtensor.planning.routes import rank_bucket
-from muon_dtensor.planning.volumes import newton_schulz_flops
 from tests.support.models import anchors, layered, llama3_70b, param_spec
 
 GOLDEN = Path(__file__).parent / "golden"

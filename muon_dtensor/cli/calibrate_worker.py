@@ -25,9 +25,9 @@ from muon_dtensor.layout import MeshSpec
 from muon_dtensor.orthogonalize import newton_schulz
 from muon_dtensor.orthogonalize.newton_schulz import NUM_ITERATIONS
 from muon_dtensor.planning.ir import Plan
+from muon_dtensor.planning.matrix_costs import newton_schulz_flops
 from muon_dtensor.planning.predict import applied_nbytes, packed_nbytes, predict
 from muon_dtensor.planning.topology import Link, Rates, Topology
-from muon_dtensor.planning.volumes import newton_schulz_flops
 from muon_dtensor.runtime.collectives import all_gather_parts, all_reduce_sum, all_to_all
 from muon_dtensor.update import Place, apply_update, direction_of, update_momentum
 
@@ -48,12 +48,12 @@ READING_SECONDS = 4e-3
 """Calls are repeated until one reading takes about so long."""
 
 
-def median_seconds(
+def readings_in_turns(
     bodies: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS
-) -> dict[str, float]:
-    """Seconds of each body on the slowest rank, the median of rounds in which they take turns.
+) -> dict[str, list[float]]:
+    """Seconds of each body on the slowest rank, in each of the rounds in which they take turns.
 
-    The first round does not count.
+    One round before those does not count.
     """
     times: dict[str, list[float]] = {name: [] for name in bodies}
     for turn in range(rounds + 1):
@@ -67,7 +67,15 @@ def median_seconds(
             dist.all_reduce(taken, op=dist.ReduceOp.MAX)
             if turn:
                 times[name].append(float(taken))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def median_seconds(
+    bodies: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS
+) -> dict[str, float]:
+    """The medians of `readings_in_turns`."""
+    readings = readings_in_turns(bodies, device, rounds)
+    return {name: statistics.median(values) for name, values in readings.items()}
 
 
 class _Bench:

@@ -9,7 +9,8 @@ from itertools import groupby
 
 from muon_dtensor.layout import MeshSpec
 from muon_dtensor.planning.ir import Gram, Phase, Plan
-from muon_dtensor.planning.volumes import ITEMSIZES, BucketCost, matrix_flops
+from muon_dtensor.planning.matrix_costs import ITEMSIZES, matrix_flops
+from muon_dtensor.planning.volumes import BucketCost
 from muon_dtensor.planning.workspace import workspaces
 
 

@@ -24,6 +24,7 @@ from muon_dtensor.planning.ir import (
     Strategy,
 )
 from muon_dtensor.planning.luggage import footprint_of, parcel
+from muon_dtensor.planning.matrix_costs import ITEMSIZES, WIRE_DTYPES, matrix_flops
 from muon_dtensor.planning.owners import Work, assign_owners, candidates_for
 from muon_dtensor.planning.strategies import (
     can_own,
@@ -32,7 +33,6 @@ from muon_dtensor.planning.strategies import (
     unshard_collectives,
 )
 from muon_dtensor.planning.teams import can_share
-from muon_dtensor.planning.volumes import ITEMSIZES, WIRE_DTYPES, matrix_flops
 
 GRAM_GAIN = 1.3
 """How much faster than the best exact plan a step with teams must be, unless it is asked for."""

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from muon_dtensor.layout import Matrix, MeshSpec
 from muon_dtensor.planning.ir import Action, Assignment, Gram, Phase, Plan, gram_segments
+from muon_dtensor.planning.matrix_costs import ITEMSIZES, matrix_flops
 from muon_dtensor.planning.teams import (
     GRAM_ITEMSIZE,
     gathered_nbytes,
@@ -21,7 +22,7 @@ from muon_dtensor.planning.teams import (
     summed_nbytes,
 )
 from muon_dtensor.planning.topology import Topology
-from muon_dtensor.planning.volumes import ITEMSIZES, BucketCost, Hop, boxes_of, matrix_flops
+from muon_dtensor.planning.volumes import BucketCost, Hop, boxes_of
 
 T = TypeVar("T")
 V = TypeVar("V")

@@ -24,8 +24,9 @@ from muon_dtensor.planning.ir import (
     Plan,
     Strategy,
 )
+from muon_dtensor.planning.matrix_costs import matrix_flops
 from muon_dtensor.planning.strategies import kind_of
-from muon_dtensor.planning.volumes import BucketCost, bucket_cost, matrix_flops
+from muon_dtensor.planning.volumes import BucketCost, bucket_cost
 
 MOST_ROWS, MOST_LINES = 8, 28
 """Rows of a table in `summary`, and lines of them, before the rest is counted and not shown."""

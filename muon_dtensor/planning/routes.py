@@ -37,7 +37,7 @@ from muon_dtensor.planning.teams import members, slabs
 Piece = tuple[Assignment, Region]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Slot:
     """One piece of one matrix in a flat buffer; `region` in coordinates of the parameter."""
 
@@ -45,7 +45,11 @@ class Slot:
     region: Region
     offset: int
 
-    @property
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        return self.region.shape
+
+    @cached_property
     def stop(self) -> int:
         return self.offset + self.region.numel
 

@@ -4,12 +4,12 @@ Arithmetic on layouts, for all positions at once. Knows no seconds.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import assert_never
 
-from muon_dtensor.layout import Layout, Matrix, Region
+from muon_dtensor.layout import Layout, Region
 from muon_dtensor.planning.ir import (
     Assignment,
     Bucket,
@@ -22,31 +22,11 @@ from muon_dtensor.planning.ir import (
     Plan,
     Route,
 )
+from muon_dtensor.planning.matrix_costs import ITEMSIZES, matrix_flops
 from muon_dtensor.planning.teams import member_flops, members, slabs, team_sent_nbytes
-
-ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-"""Bytes per element of each dtype."""
-
-WIRE_DTYPES = ("bfloat16", "float32", "float64")
-"""What can be iterated and sent."""
 
 Numels = list[int]
 """Elements, position by position."""
-
-
-def newton_schulz_flops(rows: int, cols: int, num_iterations: int) -> int:
-    """Floating-point operations of Newton-Schulz on one matrix.
-
-    An iteration on the short side r and the long side c multiplies X X^T (2 r^2 c), its square
-    (2 r^3), and their polynomial with X (2 r^2 c).
-    """
-    short, long = sorted((rows, cols))
-    return num_iterations * (4 * short * short * long + 2 * short**3)
-
-
-def matrix_flops(matrix: Matrix, num_iterations: int) -> int:
-    """`newton_schulz_flops` of one matrix of a parameter."""
-    return newton_schulz_flops(matrix.rows, matrix.cols, num_iterations)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +119,16 @@ def _most(*numels: Numels) -> Numels:
     return [max(values) for values in zip(*numels, strict=True)]
 
 
+def _alike(
+    assignments: Sequence[Assignment], same: Callable[[Assignment], Hashable]
+) -> Iterator[tuple[Assignment, int]]:
+    """An example of all assignments for which `same` says the same, and how many there are."""
+    keys = [same(assignment) for assignment in assignments]
+    examples = dict(zip(keys, assignments, strict=True))
+    for key, count in Counter(keys).items():
+        yield examples[key], count
+
+
 class _Sums:
     """The pieces of a bucket's matrices, added up position by position.
 
@@ -155,15 +145,14 @@ class _Sums:
         self, key: Callable[[Layout, Assignment], int]
     ) -> Iterator[tuple[Layout, Assignment, int, int]]:
         """(layout, an example, key, how many) for matrices of one table of holders and one key."""
-        found: dict[tuple[int, int], tuple[Layout, Assignment]] = {}
-        counts: Counter[tuple[int, int]] = Counter()
-        for assignment in self.bucket.assignments:
-            layout = self.plan.spec(assignment).layout
-            same = (id(self.plan.holders(assignment)), key(layout, assignment))
-            found.setdefault(same, (layout, assignment))
-            counts[same] += 1
-        for same, (layout, assignment) in found.items():
-            yield layout, assignment, same[1], counts[same]
+        plan = self.plan
+
+        def same(a: Assignment) -> Hashable:
+            return (id(plan.holders(a)), key(plan.spec(a).layout, a))
+
+        for a, count in _alike(self.bucket.assignments, same):
+            layout = plan.spec(a).layout
+            yield layout, a, key(layout, a), count
 
     def touched(self) -> tuple[Numels, list[int]]:
         """What each position stores of all matrices, and in how many pieces."""
@@ -346,16 +335,20 @@ def _gram(
     """Fills in flops, wholes and what teams send; the exchanges there and back."""
     plan, mesh = sums.plan, bucket.mesh
     send, kept = [0] * mesh.num_ranks, [0] * mesh.num_ranks
-    for a in bucket.assignments:
+
+    def same(a: Assignment) -> Hashable:
+        return (id(plan.holders(a)), plan.matrix(a), plan.spec(a).num_iterations, a.owner)
+
+    for a, count in _alike(bucket.assignments, same):
         spec, matrix, holders = plan.spec(a), plan.matrix(a), plan.holders(a)
         team = members(mesh, strategy, a.owner)
         sent = team_sent_nbytes(matrix, spec.num_iterations, len(team))
         for index, (member, slab) in enumerate(zip(team, slabs(matrix, len(team)), strict=True)):
-            flops[member] += member_flops(matrix, spec.num_iterations, len(team), index)
-            wholes[member] += slab.numel
-            team_nbytes[member] += sent
+            flops[member] += count * member_flops(matrix, spec.num_iterations, len(team), index)
+            wholes[member] += count * slab.numel
+            team_nbytes[member] += count * sent
             own = holders.get(spec.layout.home(member))
-            kept[member] += 0 if own is None else own.intersect(slab).numel
+            kept[member] += 0 if own is None else count * own.intersect(slab).numel
     if bucket.unshard:
         _add_parts(sums, strategy, send)
     unshard = tuple(Hop(c, send, wholes, kept, True) for c in bucket.unshard)
@@ -372,15 +365,12 @@ def _add_parts(sums: _Sums, strategy: Gram, send: Numels) -> None:
     """Adds what each holder sends to the members of each team in its own replica."""
     mesh, plan = sums.mesh, sums.plan
     shared = tuple(name for name in strategy.team_dims if name in strategy.replica_dims)
-    counts: Counter[tuple[int, Matrix, int]] = Counter()
-    examples: dict[tuple[int, Matrix, int], Assignment] = {}
-    for a in sums.bucket.assignments:
-        layout = plan.spec(a).layout
-        key = (id(plan.holders(a)), plan.matrix(a), layout.replica_offset(a.owner))
-        counts[key] += 1
-        examples.setdefault(key, a)
-    for key, count in counts.items():
-        a = examples[key]
+
+    def same(a: Assignment) -> Hashable:
+        offset = plan.spec(a).layout.replica_offset(a.owner)
+        return (id(plan.holders(a)), plan.matrix(a), offset)
+
+    for a, count in _alike(sums.bucket.assignments, same):
         holders, layout = plan.holders(a), plan.spec(a).layout
         team = members(mesh, strategy, a.owner)
         parts: dict[int, list[Region]] = defaultdict(list)

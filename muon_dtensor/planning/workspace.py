@@ -15,6 +15,7 @@ from muon_dtensor.planning.ir import (
     Plan,
     gram_segments,
 )
+from muon_dtensor.planning.matrix_costs import ITEMSIZES
 from muon_dtensor.planning.teams import (
     GRAM_ITEMSIZE,
     gathered_nbytes,
@@ -22,7 +23,7 @@ from muon_dtensor.planning.teams import (
     slabs,
     summed_nbytes,
 )
-from muon_dtensor.planning.volumes import ITEMSIZES, BucketCost, boxes_of
+from muon_dtensor.planning.volumes import BucketCost, boxes_of
 
 
 def workspaces(plan: Plan, cost: BucketCost, phase: Phase) -> dict[int, int]:

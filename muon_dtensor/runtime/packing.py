@@ -30,7 +30,7 @@ def view_box(tensor: Tensor, box: Box | None) -> Tensor:
 
 def view_slot(buffer: Tensor, slot: Slot) -> Tensor:
     """One slot of a flat buffer in the shape of its region."""
-    return buffer[slot.offset : slot.stop].view(slot.region.shape)
+    return buffer[slot.offset : slot.stop].view(slot.shape)
 
 
 def to_matrix(box: Tensor, matrix: Matrix) -> Tensor:

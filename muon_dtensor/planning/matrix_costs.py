@@ -1,0 +1,24 @@
+"""What one element and one matrix cost: bytes by dtype, flops by size. Knows no mesh."""
+
+from muon_dtensor.layout import Matrix
+
+ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+"""Bytes per element of each dtype."""
+
+WIRE_DTYPES = ("bfloat16", "float32", "float64")
+"""What can be iterated and sent."""
+
+
+def newton_schulz_flops(rows: int, cols: int, num_iterations: int) -> int:
+    """Floating-point operations of Newton-Schulz on one matrix.
+
+    An iteration on the short side r and the long side c multiplies X X^T (2 r^2 c), its square
+    (2 r^3), and their polynomial with X (2 r^2 c).
+    """
+    short, long = sorted((rows, cols))
+    return num_iterations * (4 * short * short * long + 2 * short**3)
+
+
+def matrix_flops(matrix: Matrix, num_iterations: int) -> int:
+    """`newton_schulz_flops` of one matrix of a parameter."""
+    return newton_schulz_flops(matrix.rows, matrix.cols, num_iterations)
