@@ -37,7 +37,7 @@ from muon_dtensor.layout import Region
 from muon_dtensor.orthogonalize import newton_schulz
 from muon_dtensor.runtime.describe import describe_layout, describe_mesh, local_part
 from muon_dtensor.runtime.packing import box_of, view_box
-from tests.support.meter import LiveStorages
+from tests.support.meter import peak_nbytes_of
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
 Shape = tuple[int, ...]
@@ -257,18 +257,6 @@ def loopback_by(step: Callable[[], Any], repeats: int = 20) -> float:
     return (sent() - before) / repeats / dist.get_world_size()
 
 
-def peak_of(optimizer: Muon, params: list[nn.Parameter]) -> int:
-    """Bytes a step holds beside parameters, gradients and state, on the fullest rank."""
-    meter = LiveStorages()
-    for param in params:
-        assert param.grad is not None
-        momentum = optimizer.state[param]["momentum_buffer"]
-        meter.ignore(*(local_part(t.detach()) for t in (param, param.grad, momentum)))
-    with meter:
-        optimizer.step()
-    return int(_reduced(meter.peak_nbytes, dist.ReduceOp.MAX))
-
-
 def host_us(optimizer: Muon, num_params: int, repeats: int = 5) -> float:
     """Microseconds of a step outside of matrix products, waits and collectives, per parameter.
 
@@ -317,7 +305,7 @@ def measure(layout: str, config: Config) -> Cell:
         planned_nbytes=cost.total_nbytes / len(cost.ranks),
         loopback_nbytes=loopback_by(optimizer.step),
         num_collectives=num_collectives,
-        peak_nbytes=peak_of(optimizer, params),
+        peak_nbytes=int(_reduced(peak_nbytes_of(optimizer), dist.ReduceOp.MAX)),
         host_us=host_us(optimizer, len(params)),
         ours_ms=1e3 * statistics.median(ours),
         baselines_ms={n: 1e3 * statistics.median(v) for n, v in taken.items() if n != "ours"},

@@ -29,7 +29,7 @@ from muon_dtensor.cli.leaving import leave
 from muon_dtensor.planning.presets import topology_of
 from muon_dtensor.planning.strategies import kind_of
 from muon_dtensor.planning.topology import Topology
-from tests.support.meter import LiveStorages, counting, counting_flops, installed
+from tests.support.meter import counting, counting_flops, installed, peak_nbytes_of
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
 LAYOUTS: dict[str, tuple[tuple[Placement, ...], bool]] = {
@@ -125,21 +125,9 @@ def optimizer_of(
 
 def counted(optimizer: Muon) -> tuple[int, int, int]:
     """(bytes sent, flops, peak of live storages) of this rank's step."""
-    peaks = []
-    params = [param for group in optimizer.param_groups for param in group["params"]]
     with installed(), counting() as count, counting_flops():
         optimizer.step()
-    for _ in range(4):
-        # gloo's threads let go of buffers a little late: the least of some steps
-        meter = LiveStorages()
-        for param in params:
-            momentum = optimizer.state[param]["momentum_buffer"]
-            meter.ignore(param.to_local(), param.grad.to_local(), momentum.to_local())
-        with meter:
-            optimizer.step()
-        peaks.append(meter.peak_nbytes)
-        dist.barrier()
-    return count.sent_nbytes, count.flops, min(peaks)
+    return count.sent_nbytes, count.flops, peak_nbytes_of(optimizer)
 
 
 def measure(layout: str, model: str, config: Config, topology: Topology) -> list[Cell]:
