@@ -205,8 +205,8 @@ def fitted(readings: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
     """
     messages, nbytes, longest = readings[-1]
     best = (float("inf"), 0.0, 1.0)
-    for step in range(200):
-        latency = longest / messages * step / 200
+    for place in range(200):
+        latency = longest / messages * place / 200
         per_byte = (longest - messages * latency) / nbytes
         error = sum(((m * latency + n * per_byte) / t - 1) ** 2 for m, n, t in readings)
         best = min(best, (error, latency, per_byte))
