@@ -204,6 +204,10 @@ def test_param_groups_of_the_users_declare_matrices(capsys):
         ({"model": f"{FACTORIES}:bare", "mesh": "dp_shard=4,tp=2"}, "not dp_shard, tp"),
         ({"model": f"{FACTORIES}:bare", "mesh": "dp_replicate=8"}, "not dp_replicate"),
         ({"model": f"{FACTORIES}:bare", "mesh": "dp_shard=4,dp_replicate=2"}, "fully_shard"),
+        (
+            {"model": f"{FACTORIES}:uneven_heads", "mesh": "dp_shard=4"},
+            "raised RuntimeError: shape",
+        ),
         ({"model": f"{FACTORIES}:leaving"}, "raised SystemExit"),
         ({"model": f"{FACTORIES}:without_group"}, "destroyed the process group"),
         ({"model": f"{FACTORIES}:unsharded"}, "not sharded over its mesh"),

@@ -65,7 +65,7 @@ def plan_update(
     owners = owners or {}
     alone = _by_ranks(params, owners, with_teams=False)
     may_share = not (options.exact or options.sequential)
-    shared = _by_ranks(params, owners, with_teams=True) if may_share else alone
+    shared = _by_ranks(params, owners, with_teams=True) if may_share else {}
     buckets: list[Bucket] = []
     actions: list[Action] = []
     for rank_set in sorted(alone, key=_rank_set_order):

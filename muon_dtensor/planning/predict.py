@@ -105,7 +105,6 @@ class _Walk:
         self._index_of = {rank: index for index, rank in enumerate(ranks)}
         self._orders: dict[int, list[int]] = {}
         self._groups: dict[tuple[int, tuple[str, ...]], list[list[int]]] = {}
-        self._turn = 0.0
 
     def run(self, actions: Iterable[Action]) -> float:
         """Seconds until the last rank is done."""
