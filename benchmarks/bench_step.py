@@ -229,9 +229,15 @@ def sent_by(step: Callable[[], Any]) -> tuple[float, int]:
     original = dist.all_to_all_single
 
     def counted(
-        recv: Tensor, send: Tensor, there: list[int], here: list[int], **kwargs: Any
+        recv: Tensor,
+        send: Tensor,
+        there: list[int] | None = None,
+        here: list[int] | None = None,
+        **kwargs: Any,
     ) -> Any:
         nonlocal sent, count
+        if here is None:  # a ballot
+            return original(recv, send, **kwargs)
         own = here[dist.get_rank(kwargs["group"])]
         sent += (sum(here) - own) * send.element_size()
         count += 1

@@ -53,6 +53,7 @@ def adamw_step(
         fused=not on_host or found_inf is not None,
         found_inf=found_inf,
         amsgrad=False,
+        capturable=group["capturable"] and not on_host,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
         lr=group["lr"],

@@ -19,10 +19,12 @@ from muon_dtensor.config import DistributedConfig
 from muon_dtensor.errors import PlanError, Problem
 from muon_dtensor.layout import MeshSpec, ParamSpec
 from muon_dtensor.options import declaration_of
+from muon_dtensor.orthogonalize.newton_schulz import Body
 from muon_dtensor.patterns import Declaration
 from muon_dtensor.planning.ir import Plan
 from muon_dtensor.planning.planner import restrict
 from muon_dtensor.runtime.ballots import Manifest
+from muon_dtensor.runtime.by_functions import FunctionParam
 from muon_dtensor.runtime.describe import (
     Describer,
     dtype_name,
@@ -195,22 +197,33 @@ class Census:
         grads: Mapping[str, Tensor],
         state: Mapping[Tensor, Mapping[str, Any]],
         custom: Orthogonalizer | None,
+        body: Body,
     ) -> dict[int, LocalParam]:
         """The parameters of Muon that have a gradient, by index among them.
 
-        `custom`: the orthogonalizer of groups that name "custom".
+        `custom`: the orthogonalizer of groups that name "custom"; `body`: of the iterations.
         """
         options: dict[int, MuonOptions] = {}
         found: dict[int, LocalParam] = {}
         for index, entry in enumerate(self.muon):
             if entry.group_index not in options:
-                options[entry.group_index] = MuonOptions.of(entry.group, custom)
+                options[entry.group_index] = MuonOptions.of(entry.group, custom, body)
             if entry.name in grads:
                 momentum_buffer = state[entry.param]["momentum_buffer"]
                 found[index] = LocalParam(
                     entry.param, grads[entry.name], momentum_buffer, options[entry.group_index]
                 )
         return found
+
+    def function_params(
+        self, found: Mapping[int, LocalParam], owners: Mapping[str, int]
+    ) -> list[FunctionParam]:
+        """Those of `muon_params` that functions of the user move, with their owners."""
+        return [
+            FunctionParam(entry.name, found[index], owners[entry.name], declaration_of(entry.group))
+            for index, entry in enumerate(self.muon)
+            if index in found and entry.param.grad is not None
+        ]
 
     def adamw_leaves(
         self, grads: Mapping[str, Tensor], state: Mapping[Tensor, Mapping[str, Any]]

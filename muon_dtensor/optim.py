@@ -4,9 +4,9 @@ Keeps torch's contract; leaves planning, moving and mathematics to those who kno
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -23,28 +23,24 @@ from muon_dtensor.options import (
     as_text,
     complete,
     complete_loaded,
-    declaration_of,
-    one_of,
 )
-from muon_dtensor.planning.ir import Plan, PlanOptions
+from muon_dtensor.planning.ir import Plan
 from muon_dtensor.planning.planner import plan_update
-from muon_dtensor.planning.presets import PRESETS, topology_of
 from muon_dtensor.planning.render import headline
 from muon_dtensor.planning.topology import Topology
 from muon_dtensor.runtime.agreement import Agreement
-from muon_dtensor.runtime.by_functions import ByFunctions, FunctionParam
+from muon_dtensor.runtime.by_functions import ByFunctions
 from muon_dtensor.runtime.describe import local_part, this_rank
 from muon_dtensor.runtime.executor import Executor
 from muon_dtensor.runtime.gradients import GradientGate
 from muon_dtensor.runtime.groups import Groups
-from muon_dtensor.runtime.muon_options import Orthogonalizer, check_orthogonalizer
+from muon_dtensor.runtime.muon_options import Orthogonalizer
 from muon_dtensor.runtime.plain import PlainTensors
 from muon_dtensor.runtime.trace import Trace
+from muon_dtensor.settings import Settings
 from muon_dtensor.state import check_loaded, make_state
 
 logger = logging.getLogger("muon_dtensor")
-
-WIRE_DTYPES = (torch.bfloat16, torch.float32)
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -83,7 +79,7 @@ class Muon(Optimizer):
             how exchanges run; or hand-written functions that move them. DTensors need none.
         ns_dtype: dtype of the iteration and of all that is sent.
         bucket_mb: most MiB of exchange buffers a bucket may hold on a rank. The work space of one
-            matrix (of several, where batched) comes on top.
+            matrix (where batched, of `bucket_mb` of them) comes on top.
         prefetch_count: buckets in flight while another is orthogonalized; 0 for none. Default:
             that of `distributed_config`, or 1.
         batched: stack equal-shaped matrices of one owner; rounds differently. Default: on a GPU.
@@ -102,6 +98,14 @@ class Muon(Optimizer):
             in float32, and is taken where it promises a step 1.3 times as fast.
         topology: what the machine costs: a preset of `planning.presets` ("gloo-local" by default
             on the CPU, "h100-ib-400" on GPUs), or a file of `muon-dtensor calibrate`.
+        momentum_dtype: what the momentum is kept in, bfloat16 or float32; default: the dtype of its
+            parameter. The average is taken in the gradient's dtype, and rounded once.
+        offload_momentum: keep the momentum in pinned host memory, and bring each bucket's to the
+            GPU when its turn comes. Nothing changes where parameters are on the host.
+        compile: run the iteration through torch.compile; rounds differently.
+        kernels: "torch"; with exact=False "auto" or "symmetric": see `orthogonalize.bodies`.
+        capturable: let a CUDA graph capture the step, after one step outside; an lr that is a
+            tensor on the GPU then stays there.
         trace: record in `trace` when this rank began and ended each phase of each bucket of the
             plan; hand-written functions leave no trace.
 
@@ -146,23 +150,32 @@ class Muon(Optimizer):
         strategy: str = "auto",
         exact: bool = True,
         topology: str | Path | Topology | None = None,
+        momentum_dtype: torch.dtype | None = None,
+        offload_momentum: bool = False,
+        compile: bool = False,
+        kernels: Literal["torch", "auto", "symmetric"] = "torch",
+        capturable: bool = False,
     ) -> None:
-        one_of("ns_dtype", ns_dtype, WIRE_DTYPES)
-        one_of("missing_grad", missing_grad, ("raise", "zero"))
-        one_of("nonfinite", nonfinite, ("raise", "skip", "propagate"))
-        self._ns_dtype = ns_dtype
-        self._custom = orthogonalizer if callable(orthogonalizer) else None
-        if not (isinstance(bucket_mb, (int, float)) and 0 < bucket_mb < math.inf):
-            raise ValueError(f"bucket_mb must be a number above 0, got {bucket_mb!r}")
-        self._bucket_nbytes = max(1, int(bucket_mb * 2**20))
+        self._settings = Settings(
+            ns_dtype=ns_dtype,
+            bucket_mb=bucket_mb,
+            batched=batched,
+            missing_grad=missing_grad,
+            nonfinite=nonfinite,
+            strategy=strategy,
+            exact=exact,
+            topology=topology,
+            momentum_dtype=momentum_dtype,
+            offload_momentum=offload_momentum,
+            compile=compile,
+            kernels=kernels,
+            custom=orthogonalizer if callable(orthogonalizer) else None,
+        )
         self._config = distributed_config or create_dtensor_config()
         if prefetch_count is not None:
             self._config = replace(self._config, prefetch_count=prefetch_count)
-        self._batched = batched
-        self._strategy, self._exact = strategy, exact
-        self._topology = None if topology is None else topology_of(topology)
-        self._missing_grad = missing_grad
-        self._nonfinite = nonfinite
+        if self._config.is_by_hand and offload_momentum:
+            raise GroupOptionError("offload_momentum needs a plan; yours is a hand-written config")
         self._trace = Trace(this_rank()) if trace else None
         self._plain = PlainTensors(None)
         self._plan: Plan | None = None
@@ -178,11 +191,10 @@ class Muon(Optimizer):
             "eps": eps,
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
-            "orthogonalizer": orthogonalizer if self._custom is None else "custom",
+            "orthogonalizer": "custom" if callable(orthogonalizer) else orthogonalizer,
+            "capturable": capturable,
         }
         complete({}, defaults)
-        if self._custom is not None:
-            check_orthogonalizer(self._custom, ns_dtype)
         groups: Any = params if isinstance(params, Tensor) else list(params) or [{"params": []}]
         super().__init__(groups, defaults)
         self._replan(exchange=True)
@@ -237,7 +249,7 @@ class Muon(Optimizer):
         `exchange`: whether all ranks learn of new plain tensors now, also those without any.
         """
         for group in self.param_groups:
-            if group["orthogonalizer"] == "custom" and self._custom is None:
+            if group["orthogonalizer"] == "custom" and self._settings.custom is None:
                 raise GroupOptionError(
                     "a param group has orthogonalizer='custom': give it to the constructor, "
                     "Muon(..., orthogonalizer=function)"
@@ -251,22 +263,24 @@ class Muon(Optimizer):
             census.must_be_real()
             owners = self._assigned_by_hand(census)
         else:
-            specs = census.specs(self._ns_dtype, whole=config.mesh, exchange=exchange)
+            specs = census.specs(self._settings.ns_dtype, whole=config.mesh, exchange=exchange)
             owners = census.owners(config, specs)
         on_gpu = any(entry.param.device.type == "cuda" for entry in census.muon)
-        options = PlanOptions(
-            bucket_nbytes=self._bucket_nbytes,
+        options = self._settings.plan_options(
+            on_gpu=on_gpu,
             prefetch_count=config.prefetch_count,
-            batched=on_gpu if self._batched is None else self._batched,
             sequential=not config.async_gpu_parallelism,
-            strategy=self._strategy,
-            exact=self._exact,
-            topology=self._topology or PRESETS["h100-ib-400" if on_gpu else "gloo-local"],
         )
         self._plan = plan = plan_update([] if by_hand else specs, options, owners)
         self._census, self._owners = census, owners
         for entry in census.entries:
-            make_state(self.state[entry.param], entry.param, entry.group["algorithm"])
+            make_state(
+                self.state[entry.param],
+                entry.param,
+                entry.group["algorithm"],
+                self._settings.momentum_dtype,
+                offload_momentum=self._settings.offload_momentum,
+            )
         rank = this_rank()
         groups = Groups(census.describer.device_meshes, rank)
         self._agreement = Agreement(list(census.manifests(plan)), groups, rank)
@@ -274,8 +288,8 @@ class Muon(Optimizer):
             {entry.name: entry.param for entry in census.entries},
             self._agreement,
             device=census.shared_device,
-            missing_grad=self._missing_grad,
-            nonfinite=self._nonfinite,
+            missing_grad=self._settings.missing_grad,
+            nonfinite=self._settings.nonfinite,
         )
         devices = [local_part(entry.param).device for entry in census.muon]
         self._executor = Executor(plan, rank, groups, devices, self._trace)
@@ -298,7 +312,7 @@ class Muon(Optimizer):
                 mesh), on this rank or on another; a function of the user that returns what it
                 should not, on this rank.
         """
-        self._gate.read_past()
+        self._gate.read_past(capturable=all(group["capturable"] for group in self.param_groups))
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -312,30 +326,25 @@ class Muon(Optimizer):
             self._executor.connect()
             self._is_connected = True
         mask = keep if isinstance(keep, Tensor) else None
-        self._step_muon(grads, mask)
-        self._step_adamw(grads, mask)
+        self._step_all(grads, mask)
         return loss
 
-    def _step_muon(self, grads: dict[str, Tensor], mask: Tensor | None) -> None:
+    def _step_all(self, grads: dict[str, Tensor], mask: Tensor | None) -> None:
         config, census = self._config, self._census
-        found = census.muon_params(grads, self.state, self._custom)
+        settings = self._settings
+        found = census.muon_params(grads, self.state, settings.custom, settings.body())
         if not config.is_by_hand:
             local = {index: param.on_this_rank() for index, param in found.items()}
-            self._executor.run(local, mask)
+            self._executor.run(local, mask, partial(self._step_adamw, grads, mask))
             return
-        moved = [
-            FunctionParam(
-                entry.name, found[index], self._owners[entry.name], declaration_of(entry.group)
-            )
-            for index, entry in enumerate(census.muon)
-            if index in found and entry.param.grad is not None
-        ]
+        moved = census.function_params(found, self._owners)
         rank = config.state.get("rank", this_rank())
         by_functions = ByFunctions(
-            config.gather_fn, config.redistribute_fn, config.state, rank, self._ns_dtype
+            config.gather_fn, config.redistribute_fn, config.state, rank, settings.ns_dtype
         )
-        detect_misuse = mask is None and self._nonfinite != "propagate"
+        detect_misuse = mask is None and settings.nonfinite != "propagate"
         by_functions.run(moved, mask, detect_misuse=detect_misuse)
+        self._step_adamw(grads, mask)
 
     def _step_adamw(self, grads: dict[str, Tensor], keep: Tensor | None) -> None:
         leaves = self._census.adamw_leaves(grads, self.state)
@@ -385,16 +394,4 @@ class Muon(Optimizer):
         self._replan()
 
 
-_PICKLED = (
-    "_custom",
-    "_trace",
-    "_config",
-    "_ns_dtype",
-    "_bucket_nbytes",
-    "_batched",
-    "_missing_grad",
-    "_nonfinite",
-    "_strategy",
-    "_exact",
-    "_topology",
-)
+_PICKLED = ("_settings", "_trace", "_config")

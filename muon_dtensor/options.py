@@ -34,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "split_sizes": None,
     "split_dim": 0,
     "orthogonalizer": "newton_schulz",
+    "capturable": False,
 }
 """Option names of every group, and the constructor's defaults: those of torch.optim.Muon."""
 
@@ -69,6 +70,9 @@ def complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, An
 
 DECLARED = ("matrix", "matrix_axes", "split_sizes", "split_dim")
 
+KEPT = (*DECLARED, "orthogonalizer", "capturable")
+"""What checkpoints of torch's Muon and AdamW cannot say."""
+
 
 def complete_loaded(group: dict[str, Any], known: Mapping[str, Any]) -> None:
     """Fill in, in place, what a checkpoint does not name.
@@ -77,7 +81,7 @@ def complete_loaded(group: dict[str, Any], known: Mapping[str, Any]) -> None:
     cannot say: its algorithm, its orthogonalizer, and which matrices it declares.
     """
     algorithm = known.get("algorithm", "muon")
-    kept = {name: known[name] for name in (*DECLARED, "orthogonalizer") if name in known}
+    kept = {name: known[name] for name in KEPT if name in known}
     for name, value in {**_defaults_of(algorithm, DEFAULTS), **kept}.items():
         group.setdefault(name, value)
 
@@ -119,6 +123,8 @@ def validate(group: Mapping[str, Any]) -> None:
             f"orthogonalizer must be one of {', '.join(ORTHOGONALIZERS)}, got "
             f"{group['orthogonalizer']!r}; a callable is given to the constructor"
         )
+    if type(group["capturable"]) is not bool:
+        raise GroupOptionError(f"capturable is True or False, got {group['capturable']!r}")
     declaration_of(group)
     betas = group["betas"]
     if not _are_numbers(betas, 2) or not all(0 <= beta < 1 for beta in betas):
@@ -185,6 +191,9 @@ def as_text(group: Mapping[str, Any]) -> str:
     """All options of a group as one line, for ranks to compare."""
     parts = []
     for name in sorted(group.keys() - {"params", "param_names", *DECLARED}):
-        value = group[name]
-        parts.append(f"{name}={float(value) if isinstance(value, Tensor) else value!r}")
+        value: Any = group[name]
+        if isinstance(value, Tensor):
+            stays = group["capturable"] and value.device.type != "cpu"
+            value = "a tensor" if stays else float(value)
+        parts.append(f"{name}={value!r}")
     return ", ".join([*parts, str(declaration_of(group))])

@@ -11,18 +11,30 @@ from torch import Tensor
 
 from muon_dtensor.adamw import step_tensor
 from muon_dtensor.options import complete_loaded, validate
-from muon_dtensor.runtime.describe import placed
+from muon_dtensor.runtime.describe import on_host, placed
 
 
-def make_state(state: dict[str, Any], param: Tensor, algorithm: str) -> None:
+def make_state(
+    state: dict[str, Any],
+    param: Tensor,
+    algorithm: str,
+    momentum_dtype: torch.dtype | None = None,
+    *,
+    offload_momentum: bool = False,
+) -> None:
     """Fill in what is missing of a parameter's state; made at once, so all ranks hold its keys.
 
     Muon keeps `momentum_buffer`, AdamW `step`, `exp_avg` and `exp_avg_sq`: tensors of the
-    parameter's shape, dtype and placements.
+    parameter's shape, dtype and placements. A momentum of another dtype, or one to be kept on the
+    host, is brought there; torch's `load_state_dict` gives it back as the parameter is.
     """
     if algorithm == "muon":
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(param, requires_grad=False)
+        if momentum_dtype is not None:
+            state["momentum_buffer"] = state["momentum_buffer"].to(momentum_dtype)
+        if offload_momentum:
+            state["momentum_buffer"] = on_host(state["momentum_buffer"])
     elif "exp_avg" not in state:
         state["step"] = step_tensor(param)
         state["exp_avg"] = torch.zeros_like(param, requires_grad=False)

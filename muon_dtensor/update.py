@@ -14,7 +14,9 @@ from torch import Tensor
 ADJUST_LR_FNS = (None, "original", "match_rms_adamw")
 
 
-def adjusted_lr(lr: float | Tensor, adjust_lr_fn: str | None, rows: int, cols: int) -> float:
+def adjusted_lr(
+    lr: float | Tensor, adjust_lr_fn: str | None, rows: int, cols: int
+) -> float | Tensor:
     """The learning rate of one matrix of this size; a tensor is scaled in its own dtype.
 
     `None` or "original": lr sqrt(max(1, rows / cols)) (Jordan 2024,
@@ -22,34 +24,51 @@ def adjusted_lr(lr: float | Tensor, adjust_lr_fn: str | None, rows: int, cols: i
     (Liu et al. 2025, "Muon is scalable for LLM training", arXiv:2502.16982, eq. 4).
     """
     if adjust_lr_fn == "match_rms_adamw":
-        return float(lr * (0.2 * math.sqrt(max(rows, cols))))
-    return float(lr * math.sqrt(max(1, rows / cols)))
+        return lr * (0.2 * math.sqrt(max(rows, cols)))
+    return lr * math.sqrt(max(1, rows / cols))
 
 
 def update_momentum(
-    momenta: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    momenta: list[Tensor],
+    grads: list[Tensor],
     momentum: float,
     keep: Tensor | None = None,
 ) -> None:
     """B <- momentum B + (1 - momentum) G in place, as torch.optim.Muon.
 
     Args:
-        momenta: momentum buffers, any shapes.
-        grads: gradients of the same shapes and dtypes.
+        momenta: momentum buffers, any shapes, all of one dtype. They are kept in it; the average
+            is taken in that of the gradients.
+        grads: gradients of the same shapes.
         momentum: the factor.
         keep: a bool scalar on the device; where it is False nothing changes.
     """
-    if keep is None:
-        torch._foreach_lerp_(list(momenta), list(grads), 1 - momentum)
+    if keep is None and all(b.dtype == g.dtype for b, g in zip(momenta, grads, strict=True)):
+        torch._foreach_lerp_(momenta, grads, 1 - momentum)
         return
     for buffer, grad in zip(momenta, grads, strict=True):
-        buffer.copy_(torch.where(keep, buffer.lerp(grad, 1 - momentum), buffer))
+        average = buffer.to(grad.dtype).lerp(grad, 1 - momentum)
+        buffer.copy_(average if keep is None else torch.where(keep, average, buffer))
 
 
 def direction_of(momentum_buffer: Tensor, grad: Tensor, momentum: float, nesterov: bool) -> Tensor:
-    """What is orthogonalized: the momentum, or with Nesterov G + momentum (B - G)."""
-    return grad.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
+    """What is orthogonalized: the momentum as it is kept, or with Nesterov G + momentum (B - G)."""
+    return grad.lerp(momentum_buffer.to(grad.dtype), momentum) if nesterov else momentum_buffer
+
+
+def write_directions(
+    targets: list[Tensor],
+    momenta: list[Tensor],
+    grads: list[Tensor],
+    momentum: float,
+    nesterov: bool,
+) -> None:
+    """`direction_of` each, cast to the dtype of its target of the same shape."""
+    if nesterov:
+        wide = [b.to(grad.dtype) for b, grad in zip(momenta, grads, strict=True)]
+        torch._foreach_copy_(targets, torch._foreach_lerp(grads, wide, momentum))
+    else:
+        torch._foreach_copy_(targets, momenta)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +88,33 @@ class Place:
     positions: Tensor | None = None
 
 
+def apply_updates(
+    params: list[Tensor],
+    polar_factors: list[Tensor],
+    places: Sequence[Place],
+    *,
+    decay: float | Tensor,
+    matrix_lr: float | Tensor,
+    keep: Tensor | None = None,
+) -> None:
+    """`apply_update` of several pieces with one decay and one learning rate."""
+    one_by_one = keep is not None or any(map(_rounds_by_place, params, polar_factors))
+    if one_by_one or isinstance(decay, Tensor) or isinstance(matrix_lr, Tensor):
+        for param, polar_factor, place in zip(params, polar_factors, places, strict=True):
+            apply_update(param, polar_factor, place, decay=decay, matrix_lr=matrix_lr, keep=keep)
+        return
+    if decay != 1:
+        torch._foreach_mul_(params, decay)
+    torch._foreach_add_(params, polar_factors, alpha=-matrix_lr)
+
+
 def apply_update(
     param: Tensor,
     polar_factor: Tensor,
     place: Place,
     *,
-    decay: float,
-    matrix_lr: float,
+    decay: float | Tensor,
+    matrix_lr: float | Tensor,
     keep: Tensor | None = None,
 ) -> None:
     """W <- decay W - matrix_lr O in place, as torch.optim.Muon.
@@ -86,12 +125,16 @@ def apply_update(
         place: where in its matrix the piece lies.
         decay: 1 - lr weight_decay with the group's lr: decoupled, as in AdamW (Loshchilov & Hutter
             2019, arXiv:1711.05101).
-        matrix_lr: `adjusted_lr` of the matrix.
+        matrix_lr: `adjusted_lr` of the matrix. Where this or `decay` is a tensor, it is so on the
+            device of the parameter, and all is rounded in the parameter's dtype.
         keep: a bool scalar on the device; where it is False nothing changes.
     """
     updated = param if keep is None else param.clone()
-    updated.mul_(decay)
-    if _rounds_by_place(updated, polar_factor):
+    if isinstance(decay, Tensor) or decay != 1:
+        updated.mul_(decay)
+    if isinstance(matrix_lr, Tensor):
+        updated.sub_(polar_factor.to(updated.dtype) * matrix_lr)
+    elif _rounds_by_place(updated, polar_factor):
         _add_by_place(updated, polar_factor, -matrix_lr, place)
     else:
         updated.add_(polar_factor, alpha=-matrix_lr)

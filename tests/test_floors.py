@@ -17,7 +17,7 @@ MAY_REACH = {
     "matrices": ("errors", "layout"),
     "patterns": ("errors", "layout", "matrices"),
     "planning": ("errors", "layout", "matrices", "planning"),
-    "orthogonalize": ("orthogonalize",),
+    "orthogonalize": ("errors", "orthogonalize"),
     "update": (),
     "adamw": (),
     "runtime": (
@@ -33,19 +33,20 @@ MAY_REACH = {
     "group_configs": ("assignment", "by_hand", "config", "runtime"),
     "census": (
         *("errors", "layout", "matrices", "options", "patterns", "planning", "runtime"),
-        *("adamw", "assignment", "config"),
+        *("adamw", "assignment", "config", "orthogonalize"),
     ),
+    "settings": ("errors", "options", "orthogonalize", "planning", "runtime"),
     "state": ("adamw", "options", "runtime"),
     "optim": (
         *("errors", "layout", "planning", "runtime", "adamw", "options"),
-        *("census", "config", "matrices", "orthogonalize", "state", "update"),
+        *("census", "config", "matrices", "orthogonalize", "settings", "state"),
     ),
     "cli": ("",),
     "__init__": ("",),
 }
 
-RUNTIME_MAY_PLAN_WITH = ("planning.ir", "planning.routes")
-ONLY_IN_DESCRIBE = ("_StridedShard", "_is_flat_param", "_fsdp_flattened")
+RUNTIME_MAY_PLAN_WITH = ("planning.arena", "planning.ir", "planning.routes")
+ONLY_IN_DESCRIBE = ("_StridedShard", "_is_flat_param", "_fsdp_flattened", "._spec")
 HOMES = ("runtime", "config", "cli")
 ONLY_TYPES = ("torch.distributed", "torch.distributed.device_mesh", "torch.distributed.tensor")
 STDLIB_ONLY = ("errors", "layout", "matrices", "patterns", "shards", "planning")

@@ -35,6 +35,7 @@ PUBLIC = {
 GROUP_KEYS = {
     *("params", "lr", "weight_decay", "momentum", "nesterov", "ns_coefficients"),
     *("eps", "ns_steps", "adjust_lr_fn", "algorithm", "betas", "orthogonalizer"),
+    "capturable",
     *("matrix", "matrix_axes", "split_sizes", "split_dim"),
 }
 

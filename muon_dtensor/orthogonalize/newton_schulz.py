@@ -4,12 +4,13 @@ Holds the operation order that makes the result bitwise that of torch.optim.Muon
 dtype nor coefficients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 Coefficients = tuple[float, float, float]
+Body = Callable[[Tensor, Sequence[Coefficients]], Tensor]
 
 # Keller Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024,
 # https://kellerjordan.github.io/posts/muon/ : chosen to maximize the slope at zero, not to
@@ -22,6 +23,16 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 """float16 is left out: gradients reach beyond its range before anything can scale them."""
 
 
+def quintic(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
+    """X <- a X + (b A + c A^2) X with A = X X^T for each (a, b, c), on [[batch,] short, long]."""
+    addmm = torch.addmm if x.ndim == 2 else torch.baddbmm
+    for a, b, c in coefficients:
+        gram = x @ x.mT
+        polynomial = addmm(gram, gram, gram, beta=b, alpha=c)
+        x = addmm(x, polynomial, x, beta=a)
+    return x
+
+
 def newton_schulz(
     x: Tensor,  # [*batch, rows, cols]
     *,
@@ -29,9 +40,11 @@ def newton_schulz(
     num_iterations: int = NUM_ITERATIONS,
     eps: float = EPS,
     dtype: torch.dtype = torch.bfloat16,
+    body: Body = quintic,
 ) -> Tensor:
     """The approximate polar factor U V^T of every matrix, by equal iterations; see `iterate`."""
-    return iterate(x, [coefficients] * num_iterations, eps=eps, dtype=dtype)
+    rows = [coefficients] * num_iterations
+    return iterate(x, rows, eps=eps, dtype=dtype, body=body)
 
 
 def iterate(
@@ -40,15 +53,17 @@ def iterate(
     *,
     eps: float = EPS,
     dtype: torch.dtype = torch.bfloat16,
+    body: Body = quintic,
 ) -> Tensor:
     """The approximate polar factor U V^T of every matrix, in `dtype`; the input stays as it is.
 
     One iteration is X <- a X + (b A + c A^2) X with A = X X^T on the short side (Jordan 2024,
-    see KELLER_JORDAN), after a division by max(Frobenius norm, eps).
+    see KELLER_JORDAN), after a division by max(Frobenius norm, eps). `body` makes them.
 
     Before that each matrix is scaled by the power of two that brings its largest element to
     [1/2, 1). That is exact, so the result is bitwise torch.optim.Muon's wherever its norm neither
     over- nor underflows nor falls below eps, and it does not depend on the scale anywhere else.
+    The host looks at the norm first, and leaves the scaling out where it would change nothing.
     A zero matrix gives zero; an empty one gives an empty one.
 
     Args:
@@ -56,6 +71,7 @@ def iterate(
         coefficients: the (a, b, c) of each iteration.
         eps: least norm to divide by.
         dtype: of the iteration and of the result, one of DTYPES.
+        body: `quintic`, or another of `bodies`.
 
     Raises:
         ValueError: x has fewer than two dims, or the dtype is another.
@@ -70,24 +86,38 @@ def iterate(
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
-    # on the host ten times as fast as the norm of order infinity
-    x = x * power_of_two(x.abs().amax(dim=(-2, -1), keepdim=x.ndim > 2)).to(dtype)
-    # torch's norm of one whole matrix and of a batch of matrices round differently; a single
-    # matrix takes the road of torch.optim.Muon.
-    norm = x.norm() if x.ndim == 2 else x.norm(dim=(-2, -1), keepdim=True)
-    # the norm of anything but zero is at least 1/2 by now; zero stays zero even with eps = 0
-    x.div_(norm.clamp(min=max(eps, 1e-30)))
+    norm = frobenius_norm(x)
+    if x.device.type == "cpu" and _is_harmless(norm, eps):
+        x = x / norm
+    else:
+        # on the host ten times as fast as the norm of order infinity
+        x = x * power_of_two(x.abs().amax(dim=(-2, -1), keepdim=x.ndim > 2)).to(dtype)
+        # the norm of anything but zero is at least 1/2 by now; zero stays zero even with eps = 0
+        x.div_(frobenius_norm(x).clamp(min=max(eps, 1e-30)))
     batch = x.shape[:-2]
     if len(batch) > 1:
         x = x.flatten(0, -3)
-    addmm = torch.addmm if x.ndim == 2 else torch.baddbmm
-    for a, b, c in coefficients:
-        gram = x @ x.mT
-        polynomial = addmm(gram, gram, gram, beta=b, alpha=c)
-        x = addmm(x, polynomial, x, beta=a)
+    x = body(x, coefficients)
     if len(batch) > 1:
         x = x.view(*batch, *x.shape[-2:])
     return x.mT if tall else x
+
+
+def frobenius_norm(x: Tensor) -> Tensor:
+    """Of every matrix of `x`, of a shape that divides it.
+
+    torch's norms of one whole matrix and of a batch of matrices round differently; a single matrix
+    takes the road of torch.optim.Muon.
+    """
+    norm: Tensor = x.norm() if x.ndim == 2 else x.norm(dim=(-2, -1), keepdim=True)
+    return norm
+
+
+def _is_harmless(norm: Tensor, eps: float) -> bool:
+    """Whether no norm comes near eps, nor squares of the size of one near the ends of float32."""
+    lowest = max(2 * eps, 2.0**-40)
+    norms: list[float] = norm.flatten().tolist()
+    return all(lowest < n < 2.0**40 for n in norms)
 
 
 def power_of_two(largest: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Holds the table and what was changed of it. Decides neither dtype nor number of 
 import torch
 from torch import Tensor
 
-from muon_dtensor.orthogonalize.newton_schulz import EPS, Coefficients, iterate
+from muon_dtensor.orthogonalize.newton_schulz import EPS, Body, Coefficients, iterate, quintic
 
 # Amsel, Persson, Musco & Gower 2025, "The Polar Express", arXiv:2505.16932, algorithm 1: for
 # singular values in [1e-3, 1], each row is the odd quintic that is nearest to 1 (minimax) on the
@@ -40,9 +40,10 @@ def polar_express(
     num_iterations: int,
     eps: float = EPS,
     dtype: torch.dtype = torch.bfloat16,
+    body: Body = quintic,
 ) -> Tensor:
     """The approximate polar factor U V^T of every matrix; see `iterate`."""
-    return iterate(x, polar_express_rows(num_iterations), eps=eps, dtype=dtype)
+    return iterate(x, polar_express_rows(num_iterations), eps=eps, dtype=dtype, body=body)
 
 
 def polar_express_rows(num_iterations: int) -> tuple[Coefficients, ...]:

@@ -11,7 +11,7 @@ from muon_dtensor.layout import MeshSpec
 from muon_dtensor.planning.ir import Gram, Phase, Plan
 from muon_dtensor.planning.matrix_costs import ITEMSIZES, matrix_flops
 from muon_dtensor.planning.volumes import BucketCost
-from muon_dtensor.planning.workspace import workspaces
+from muon_dtensor.planning.workspace import read_in, workspaces
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,11 @@ def _add(
 def _peaks(
     plan: Plan, costs: tuple[BucketCost, ...], index_of: dict[int, int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Most bytes each rank holds while it walks the schedule: of buffers, and with work space."""
-    held, peaks, fullest = ([0] * len(index_of) for _ in range(3))
+    """Most bytes each rank holds while it walks the schedule: of buffers, and with work space.
+
+    On the host the buffers of a step are one block that lives all the time; see `arena`.
+    """
+    held, peaks, fullest, busiest = ([0] * len(index_of) for _ in range(4))
     buffers: dict[int, dict[Phase, tuple[list[int], list[int]]]] = {}
     now: dict[int, list[int]] = {}
     for action in plan.schedule:
@@ -142,7 +145,7 @@ def _peaks(
             buffers[action.bucket] = cost.buffers()
             now[action.bucket] = [0] * len(ranks)
         during, after = buffers[action.bucket][action.phase]
-        extra = workspaces(plan, cost, action.phase)
+        work, read = workspaces(plan, cost, action.phase), read_in(cost, action.phase)
         before = now[action.bucket]
         for position, (rank, old, most, new) in enumerate(
             zip(ranks, before, during, after, strict=True)
@@ -150,11 +153,15 @@ def _peaks(
             index = index_of[rank]
             others = held[index] - old
             peaks[index] = max(peaks[index], others + most)
-            fullest[index] = max(fullest[index], others + max(most, extra.get(position, 0)))
+            extra = work.get(position, 0)
+            busiest[index] = max(busiest[index], extra)
+            fullest[index] = max(fullest[index], others + max(most, read[position] + extra))
             held[index] += new - old
         now[action.bucket] = after
         if action.phase is Phase.APPLY:
             del now[action.bucket], buffers[action.bucket]
+    if plan.options.topology.cores is not None:
+        fullest = [block + work for block, work in zip(peaks, busiest, strict=True)]
     return tuple(peaks), tuple(fullest)
 
 

@@ -195,6 +195,11 @@ class Action:
         return cls(Phase(token[:1]), int(token[1:]))
 
 
+DEVICE_BATCH_NUMEL = 1 << 22
+"""Elements that a device packs at once where it may: launches no longer count for so many. The
+host takes at most as many as the largest piece has, which stay in its cache."""
+
+
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
     """What the user may say about the plan as a whole.
@@ -202,9 +207,10 @@ class PlanOptions:
     `bucket_nbytes`: most bytes of buffers one bucket may hold on any rank; a matrix that needs
     more by itself travels alone. `prefetch_count`: buckets whose exchange is in flight while
     another is orthogonalized. `batched`: whether an owner stacks its equal-shaped matrices of a
-    bucket into one batch (faster on GPUs, rounds differently). `sequential`: ranks orthogonalize
-    one after the other, in the order of global ranks; for debugging. `strategy`: one of STRATEGIES;
-    "auto" takes the one that is predicted to be fastest on `topology`, and with `exact` False maybe
+    bucket, as many as `bucket_nbytes` hold, into one batch (faster on GPUs, rounds differently).
+    `sequential`: ranks orthogonalize one after the other, in the order of global ranks; for
+    debugging. `strategy`: one of STRATEGIES; "auto" takes the one that is predicted to be fastest
+    on `topology`, and with `exact` False maybe
     Gram.
     """
 
@@ -215,6 +221,10 @@ class PlanOptions:
     strategy: str = "auto"
     exact: bool = True
     topology: Topology = PRESETS["h100-ib-400"]
+
+    def most_batched(self, matrix_nbytes: int) -> int:
+        """How many matrices of this size are orthogonalized together at most."""
+        return max(1, self.bucket_nbytes // max(1, matrix_nbytes)) if self.batched else 1
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:

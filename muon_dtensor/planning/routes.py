@@ -30,8 +30,10 @@ from muon_dtensor.planning.ir import (
     Local,
     Owned,
     Plan,
+    PlanOptions,
     Route,
 )
+from muon_dtensor.planning.matrix_costs import ITEMSIZES
 from muon_dtensor.planning.teams import members, slabs
 
 Piece = tuple[Assignment, Region]
@@ -137,15 +139,19 @@ class RankBucket:
             slots[slot.assignment].append(slot)
         return {assignment: tuple(found) for assignment, found in slots.items()}
 
-    def batches(self, batched: bool) -> tuple[tuple[Assignment, ...], ...]:
+    def batches(self, options: PlanOptions) -> tuple[tuple[Assignment, ...], ...]:
         """Owned matrices that are orthogonalized together: of one size if batched, else alone."""
-        if not batched:
+        if not options.batched:
             return tuple((assignment,) for assignment in self.owned)
         by_size: dict[tuple[int, int], list[Assignment]] = defaultdict(list)
         for assignment in self.owned:
             matrix = self.matrices[assignment]
             by_size[matrix.rows, matrix.cols].append(assignment)
-        return tuple(map(tuple, by_size.values()))
+        batches: list[tuple[Assignment, ...]] = []
+        for (rows, cols), found in by_size.items():
+            most = options.most_batched(ITEMSIZES[self.bucket.wire_dtype] * rows * cols)
+            batches += [tuple(found[i : i + most]) for i in range(0, len(found), most)]
+        return tuple(batches)
 
 
 def rank_bucket(plan: Plan, bucket: Bucket, position: int) -> RankBucket:

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 
 from muon_dtensor.layout import Matrix
 from muon_dtensor.planning.ir import (
+    DEVICE_BATCH_NUMEL,
     Gathered,
     Gram,
     Local,
@@ -27,7 +28,7 @@ from muon_dtensor.planning.volumes import BucketCost, boxes_of
 
 
 def workspaces(plan: Plan, cost: BucketCost, phase: Phase) -> dict[int, int]:
-    """Per position the buffers and work space at the fullest moment of a phase, in bytes.
+    """Per position the bytes of work space at the fullest moment of a phase.
 
     Positions and phases without work space are left out.
     """
@@ -35,8 +36,7 @@ def workspaces(plan: Plan, cost: BucketCost, phase: Phase) -> dict[int, int]:
         case Phase.UNSHARD:
             return _packing(plan, cost)
         case Phase.ORTHOGONALIZE:
-            found = _orthogonalizing(plan, cost)
-            return {p: n + cost.itemsize * cost.wholes[p] for p, n in found.items()}
+            return _orthogonalizing(plan, cost)
         case Phase.APPLY:
             return _applying(plan, cost)
         case _:
@@ -44,13 +44,13 @@ def workspaces(plan: Plan, cost: BucketCost, phase: Phase) -> dict[int, int]:
 
 
 def _applying(plan: Plan, cost: BucketCost) -> dict[int, int]:
-    """The results, and the wide copies that imitate how the host rounds narrow dtypes.
+    """The wide copies that imitate how the host rounds narrow dtypes.
 
     `update` makes two in float32 of a piece whose parameter has the dtype of the wire.
     """
     if plan.options.topology.cores is None:
         return {}
-    results, strategy = cost.reshard[-1].recv if cost.reshard else cost.wholes, cost.bucket.strategy
+    strategy = cost.bucket.strategy
     largest: dict[int, int] = defaultdict(int)
     seen: set[tuple[int, bool]] = set()
     for a in cost.bucket.assignments:
@@ -69,12 +69,29 @@ def _applying(plan: Plan, cost: BucketCost) -> dict[int, int]:
             for offset in spec.layout.replica_offsets:
                 nbytes = (cost.itemsize if is_tall else 8) * numel
                 largest[home + offset] = max(largest[home + offset], nbytes)
-    return {p: cost.itemsize * results[p] + n for p, n in largest.items()}
+    return dict(largest)
+
+
+def read_in(cost: BucketCost, phase: Phase) -> list[int]:
+    """Per position the bytes of the buffer that a phase computes on."""
+    match phase:
+        case Phase.UNSHARD:
+            numels = cost.pieces
+        case Phase.APPLY:
+            numels = cost.reshard[-1].recv if cost.reshard else cost.wholes
+        case _:
+            numels = cost.wholes
+    return [cost.itemsize * numel for numel in numels]
 
 
 def _packing(plan: Plan, cost: BucketCost) -> dict[int, int]:
-    """The packed pieces, and the direction of the largest one before it is cast."""
+    """The direction of the largest piece before it is cast.
+
+    On the host several are packed at once only where they are no larger together, on a device up to
+    `DEVICE_BATCH_NUMEL` elements.
+    """
     largest: dict[int, int] = defaultdict(int)
+    size = 4
     seen: set[tuple[int, int, str]] = set()
     for a in cost.bucket.assignments:
         spec, holders = plan.spec(a), plan.holders(a)
@@ -93,7 +110,10 @@ def _packing(plan: Plan, cost: BucketCost) -> dict[int, int]:
         for offset in offsets:
             for home, piece in holders.items():
                 largest[home + offset] = max(largest[home + offset], size * piece.numel)
-    return {p: cost.itemsize * cost.pieces[p] + n for p, n in largest.items()}
+    if plan.options.topology.cores is None:
+        packed = {p: min(size * cost.pieces[p], size * DEVICE_BATCH_NUMEL) for p in largest}
+        return {p: max(n, packed[p]) for p, n in largest.items()}
+    return dict(largest)
 
 
 def _orthogonalizing(plan: Plan, cost: BucketCost) -> dict[int, int]:
@@ -119,7 +139,7 @@ def _alone(plan: Plan, cost: BucketCost) -> dict[int, int]:
     for position, sizes in at.items():
         most = 0
         for (rows, cols, in_pieces), count in sizes.items():
-            count = count if plan.options.batched else 1
+            count = min(count, plan.options.most_batched(cost.itemsize * rows * cols))
             numel, short = rows * cols, min(rows, cols)
             copies = 2 + in_pieces + (count > 1)
             most = max(most, count * (copies * numel + 2 * short * short))

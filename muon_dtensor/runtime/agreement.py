@@ -20,7 +20,7 @@ from muon_dtensor.runtime.ballots import (
     error_of,
     fault_in,
 )
-from muon_dtensor.runtime.collectives import all_reduce_max, gather_from_mesh
+from muon_dtensor.runtime.collectives import gather_from_mesh, maximum_of_all
 from muon_dtensor.runtime.groups import Groups
 from muon_dtensor.runtime.telling import first_difference, other_options, who_misses
 
@@ -78,7 +78,7 @@ class Agreement:
         """The maxima over a mesh, by the groups of its own dims."""
         ballot = torch.tensor(values, dtype=torch.int64, device=device)
         for group in self._groups.along_each_dim(manifest.mesh):
-            all_reduce_max(ballot, group)
+            maximum_of_all(ballot, group)
         maxima: list[int] = ballot.tolist()
         return maxima
 
@@ -159,7 +159,7 @@ class Agreement:
         return torch.stack(outcomes)
 
     def _reduce(self, ballot: Tensor, manifest: Manifest) -> None:
-        all_reduce_max(ballot, self._groups.over(manifest.mesh, manifest.mesh.dim_names))
+        maximum_of_all(ballot, self._groups.over(manifest.mesh, manifest.mesh.dim_names))
 
     def _gather(self, manifest: Manifest, value: tuple[str, ...]) -> dict[int, tuple[str, ...]]:
         """A value of every rank of a manifest's mesh, by global rank."""

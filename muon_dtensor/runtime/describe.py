@@ -321,3 +321,16 @@ def placed(tensor: Tensor) -> str:
 def local_part(tensor: Tensor) -> Tensor:
     """The shard this rank stores, as a plain tensor sharing its storage."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """The same values in host memory that a GPU can copy from; a DTensor stays on its mesh."""
+    local = local_part(tensor)
+    if local.device.type == "cpu":
+        return tensor
+    pinned = torch.empty_like(local, device="cpu", pin_memory=True)
+    pinned.copy_(local)
+    if not isinstance(tensor, DTensor):
+        return pinned
+    # as FSDP2's offload policy does: from_local would move it to the device of the mesh
+    return DTensor(pinned, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]

@@ -78,8 +78,18 @@ class GradientGate:
         grads.update({name: torch.zeros_like(self._params[name]) for name in faulty})
         return grads, self._mask(votes, grads, moved, flag)
 
-    def read_past(self) -> None:
-        """Raise what a masked step of the past found; its ballots are long reduced."""
+    def read_past(self, *, capturable: bool = True) -> None:
+        """Raise what a masked step of the past found; its ballots are long reduced.
+
+        While a CUDA graph is captured nothing can be read, and what was found waits; unless
+        `capturable` that is a RuntimeError.
+        """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            if not capturable:
+                raise RuntimeError(
+                    "a CUDA graph captures this step: construct Muon with capturable=True"
+                )
+            return
         past, self._past = self._past, []
         fault, self._past_fault = self._past_fault, ""
         if fault:

@@ -4,7 +4,7 @@ Knows no mesh, and which parameters are meant.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from muon_dtensor.errors import GroupOptionError
 from muon_dtensor.orthogonalize import newton_schulz, polar_express
+from muon_dtensor.orthogonalize.newton_schulz import Body
 from muon_dtensor.orthogonalize.polar_express import polar_express_rows
+from muon_dtensor.update import adjusted_lr
 
 Orthogonalizer = Callable[[Tensor], Tensor]
 """[*batch, rows, cols] to the same: what the user may bring."""
@@ -37,15 +39,17 @@ def check_orthogonalizer(function: Orthogonalizer, dtype: torch.dtype) -> None:
             )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class MuonOptions:
     """What a param group says about the step of its parameters, with the meaning torch gives.
 
-    `decay` is 1 - lr weight_decay; `custom` the orthogonalizer of the user, if the group wants it.
+    `decay` is 1 - lr weight_decay; `custom` the orthogonalizer of the user, if the group wants it;
+    `body` makes the iterations. Where `capturable`, an lr that is a tensor stays one, and so does
+    all that is computed from it: nobody waits for its value.
     """
 
     lr: float | Tensor
-    decay: float
+    decay: float | Tensor
     momentum: float
     nesterov: bool
     ns_coefficients: tuple[float, float, float]
@@ -53,14 +57,19 @@ class MuonOptions:
     ns_steps: int
     adjust_lr_fn: str | None
     orthogonalizer: str
-    custom: Orthogonalizer | None = field(compare=False)
+    custom: Orthogonalizer | None
+    body: Body
+    capturable: bool
 
     @classmethod
-    def of(cls, group: Mapping[str, Any], custom: Orthogonalizer | None) -> "MuonOptions":
+    def of(
+        cls, group: Mapping[str, Any], custom: Orthogonalizer | None, body: Body
+    ) -> "MuonOptions":
         """What this param group says."""
+        decay = 1 - group["lr"] * group["weight_decay"]
         return cls(
             lr=group["lr"],
-            decay=float(1 - group["lr"] * group["weight_decay"]),
+            decay=decay if group["capturable"] else float(decay),
             momentum=group["momentum"],
             nesterov=group["nesterov"],
             ns_coefficients=tuple(group["ns_coefficients"]),
@@ -69,7 +78,14 @@ class MuonOptions:
             adjust_lr_fn=group["adjust_lr_fn"],
             orthogonalizer=group["orthogonalizer"],
             custom=custom if group["orthogonalizer"] == "custom" else None,
+            body=body,
+            capturable=group["capturable"],
         )
+
+    def matrix_lr(self, rows: int, cols: int) -> float | Tensor:
+        """The learning rate of a matrix of this size; see `update.adjusted_lr`."""
+        scaled = adjusted_lr(self.lr, self.adjust_lr_fn, rows, cols)
+        return scaled if self.capturable else float(scaled)
 
     @property
     def coefficients(self) -> list[tuple[float, float, float]]:
@@ -93,11 +109,14 @@ class MuonOptions:
                 )
             return result.to(dtype)
         if self.orthogonalizer == "polar_express":
-            return polar_express(x, num_iterations=self.ns_steps, eps=self.eps, dtype=dtype)
+            return polar_express(
+                x, num_iterations=self.ns_steps, eps=self.eps, dtype=dtype, body=self.body
+            )
         return newton_schulz(
             x,
             coefficients=self.ns_coefficients,
             num_iterations=self.ns_steps,
             eps=self.eps,
             dtype=dtype,
+            body=self.body,
         )

@@ -6,13 +6,15 @@ Copies between places that the routes name. Computes nothing and sends nothing.
 from collections.abc import Sequence
 
 import einops
-import torch
 from torch import Tensor
 
 from muon_dtensor.layout import Matrix, Region
 from muon_dtensor.planning.routes import Move, Slot
 
 Box = tuple[slice, ...]
+
+Part = tuple[int, Box | None]
+"""One of several views by index, and where it belongs in what they make up."""
 
 
 def box_of(region: Region, origin: Region) -> Box | None:
@@ -28,9 +30,9 @@ def view_box(tensor: Tensor, box: Box | None) -> Tensor:
     return tensor if box is None else tensor[box]
 
 
-def view_slot(buffer: Tensor, slot: Slot) -> Tensor:
-    """One slot of a flat buffer in the shape of its region."""
-    return buffer[slot.offset : slot.stop].view(slot.shape)
+def view_slots(buffer: Tensor, slots: Sequence[Slot]) -> list[Tensor]:
+    """The slots of a flat buffer, each in the shape of its region."""
+    return [buffer[slot.offset : slot.stop].view(slot.shape) for slot in slots]
 
 
 def to_matrix(box: Tensor, matrix: Matrix) -> Tensor:
@@ -48,20 +50,27 @@ def from_matrix(result: Tensor, matrix: Matrix) -> Tensor:
     return einops.rearrange(result, f"{right} -> {left}", **dict(matrix.axes))
 
 
-def assemble(buffer: Tensor, slots: Sequence[Slot], region: Region) -> Tensor:
-    """A whole contiguous region from its pieces; a view where it already lies in one piece."""
-    if len(slots) == 1:
-        return view_slot(buffer, slots[0])
-    whole = torch.empty(region.shape, dtype=buffer.dtype, device=buffer.device)
-    for slot in slots:
-        view_box(whole, box_of(slot.region, region)).copy_(view_slot(buffer, slot))
+def assemble(
+    views: Sequence[Tensor], parts: Sequence[Part], shape: tuple[int, ...], like: Tensor
+) -> Tensor:
+    """A whole contiguous tensor from its parts; a view where it already lies in one.
+
+    `like`: of the dtype and device of a tensor that has no parts.
+    """
+    if len(parts) == 1 and parts[0][1] is None:
+        return views[parts[0][0]]
+    whole = like.new_empty(shape)
+    for number, box in parts:
+        view_box(whole, box).copy_(views[number])
     return whole
 
 
-def disassemble(whole: Tensor, buffer: Tensor, slots: Sequence[Slot], region: Region) -> None:
-    """Inverse of `assemble`: the pieces of `whole`, of the shape of the region."""
-    for slot in slots:
-        view_slot(buffer, slot).copy_(view_box(whole, box_of(slot.region, region)))
+def disassemble(whole: Tensor, views: Sequence[Tensor], parts: Sequence[Part]) -> None:
+    """Inverse of `assemble`."""
+    if len(parts) > 1:  # torch transposes a whole matrix twice as fast as its parts
+        whole = whole.contiguous()
+    for number, box in parts:
+        views[number].copy_(view_box(whole, box))
 
 
 def repack(source: Tensor, target: Tensor, moves: Sequence[Move]) -> None:

@@ -39,12 +39,13 @@ class Count:
 def _counted_all_to_all(
     output: Tensor,
     input: Tensor,
-    output_splits: list[int],
-    input_splits: list[int],
+    output_splits: list[int] | None = None,
+    input_splits: list[int] | None = None,
     **kwargs: Any,
 ) -> Any:
     count: Count | None = getattr(_local, "count", None)
-    if count is not None:
+    # ballots go without splits
+    if count is not None and input_splits is not None and output_splits is not None:
         own = input_splits[dist.get_rank(kwargs["group"])]
         count.sent_nbytes += (sum(input_splits) - own) * input.element_size()
         assert len(input) == sum(input_splits), "the splits are all of the send buffer"
@@ -112,7 +113,10 @@ def installed() -> Iterator[None]:
 
 
 class LiveStorages(TorchDispatchMode):
-    """Bytes of storages that were made under this mode and still live, and their peak."""
+    """Bytes of storages that were made or used under this mode and still live, and their peak.
+
+    Those used were kept from before, as the exchange buffers of a host are.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +129,7 @@ class LiveStorages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
+        for tensor in tree_leaves((args, kwargs, result)):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 reference = StorageWeakRef(storage)

@@ -1,0 +1,88 @@
+"""Who multiplies the matrices of an iteration: torch, a compiled torch, or symmetric kernels.
+
+The first is exact. Chooses by name; does not know what is orthogonalized.
+"""
+
+import importlib
+import logging
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from muon_dtensor.errors import GroupOptionError
+from muon_dtensor.orthogonalize.newton_schulz import Body, Coefficients, quintic
+
+logger = logging.getLogger("muon_dtensor")
+
+KERNELS = ("torch", "auto", "symmetric")
+PACKAGE = "gram_newton_schulz"
+
+
+def body_of(kernels: str, *, compiles: bool) -> Body:
+    """The body of an iteration.
+
+    Args:
+        kernels: "torch"; "symmetric", those of the package gram-newton-schulz (Zhang, Amsel, Chen &
+            Dao 2026, https://dao-ailab.github.io/blog/2026/gram-newton-schulz/), which compute half
+            of each symmetric product, in float16, on Hopper and newer; "auto": those if they are
+            installed, else torch's, and a line in the log.
+        compiles: through torch.compile, once for each shape. Symmetric kernels compile themselves.
+
+    Raises GroupOptionError for another name, or if "symmetric" is not installed.
+    """
+    if kernels not in KERNELS:
+        raise GroupOptionError(f"kernels must be one of {', '.join(KERNELS)}, got {kernels!r}")
+    if kernels != "torch":
+        symmetric, why_not = _symmetric()
+        if symmetric is not None:
+            return symmetric
+        if kernels == "symmetric":
+            raise GroupOptionError(
+                f"kernels='symmetric' needs the package gram-newton-schulz and a GPU of the Hopper "
+                f"generation or newer ({why_not}). pip install gram-newton-schulz "
+                "--no-build-isolation, or say kernels='auto'."
+            )
+        _tell(why_not)
+    return _compiled() if compiles else quintic
+
+
+@cache
+def _compiled() -> Body:
+    body: Body = torch.compile(quintic)
+    return body
+
+
+@cache
+def _tell(why_not: str) -> None:
+    logger.info("no symmetric kernels (%s): iterating with torch's matrix products", why_not)
+
+
+@cache
+def _symmetric() -> tuple[Body | None, str]:
+    """The package's iteration as a body, or why there is none."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9:
+        return None, "no GPU of the Hopper generation or newer"
+    try:
+        package = importlib.import_module(PACKAGE)
+    except ImportError as error:
+        return None, str(error)
+    made: dict[tuple[Coefficients, ...], Any] = {}
+
+    def body(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
+        key = tuple(coefficients)
+        if not key:
+            return x
+        if key not in made:
+            # the package's advice: one restart, after the second of five iterations
+            restarts = list(range(2, len(key), 3))
+            made[key] = package.GramNewtonSchulz(
+                ns_coefficients=[list(row) for row in key],
+                gram_newton_schulz_reset_iterations=restarts,
+            )
+        result: Tensor = made[key](x if x.ndim == 3 else x[None])
+        return result.to(x.dtype).view(x.shape)
+
+    return body, ""

@@ -1,0 +1,89 @@
+"""What the constructor says about the optimizer as a whole, beside its param groups.
+
+Checks every value, and hands it to those who use it. Holds no tensor.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from muon_dtensor.errors import GroupOptionError
+from muon_dtensor.options import one_of
+from muon_dtensor.orthogonalize.bodies import body_of
+from muon_dtensor.orthogonalize.newton_schulz import Body
+from muon_dtensor.planning.ir import PlanOptions
+from muon_dtensor.planning.presets import PRESETS, topology_of
+from muon_dtensor.planning.topology import Topology
+from muon_dtensor.runtime.muon_options import Orthogonalizer, check_orthogonalizer
+
+WIRE_DTYPES = (torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Keywords of `Muon` by their names there; `custom` is an orthogonalizer of the user's.
+
+    Raises:
+        GroupOptionError: a value out of its range.
+        ValueError: `bucket_mb`, or a `topology` that is none.
+    """
+
+    ns_dtype: torch.dtype
+    bucket_mb: float
+    batched: bool | None
+    missing_grad: Literal["raise", "zero"]
+    nonfinite: Literal["raise", "skip", "propagate"]
+    strategy: str
+    exact: bool
+    topology: str | Path | Topology | None
+    momentum_dtype: torch.dtype | None
+    offload_momentum: bool
+    compile: bool
+    kernels: str
+    custom: Orthogonalizer | None
+
+    def __post_init__(self) -> None:
+        one_of("ns_dtype", self.ns_dtype, WIRE_DTYPES)
+        one_of("missing_grad", self.missing_grad, ("raise", "zero"))
+        one_of("nonfinite", self.nonfinite, ("raise", "skip", "propagate"))
+        one_of("momentum_dtype", self.momentum_dtype, (None, torch.bfloat16, torch.float32))
+        if not (isinstance(self.bucket_mb, (int, float)) and 0 < self.bucket_mb < math.inf):
+            raise ValueError(f"bucket_mb must be a number above 0, got {self.bucket_mb!r}")
+        if type(self.offload_momentum) is not bool or type(self.compile) is not bool:
+            raise GroupOptionError("offload_momentum and compile are True or False")
+        if self.exact and self.kernels != "torch":
+            raise GroupOptionError(
+                f"kernels={self.kernels!r} round otherwise than torch.optim.Muon: say exact=False "
+                "as well"
+            )
+        if self.custom is not None:
+            check_orthogonalizer(self.custom, self.ns_dtype)
+            if self.compile or self.kernels != "torch":
+                raise GroupOptionError(
+                    "compile and kernels are about the iterations of this package, not about an "
+                    "orthogonalizer of your own; compile that one yourself"
+                )
+        self.body()
+        if self.topology is not None:
+            object.__setattr__(self, "topology", topology_of(self.topology))
+
+    def body(self) -> Body:
+        """What multiplies the matrices of an iteration."""
+        return body_of(self.kernels, compiles=self.compile)
+
+    def plan_options(self, *, on_gpu: bool, prefetch_count: int, sequential: bool) -> PlanOptions:
+        """What the planner is told."""
+        topology = self.topology or PRESETS["h100-ib-400" if on_gpu else "gloo-local"]
+        assert isinstance(topology, Topology), "made one above"
+        return PlanOptions(
+            bucket_nbytes=max(1, int(self.bucket_mb * 2**20)),
+            prefetch_count=prefetch_count,
+            batched=on_gpu if self.batched is None else self.batched,
+            sequential=sequential,
+            strategy=self.strategy,
+            exact=self.exact,
+            topology=topology,
+        )

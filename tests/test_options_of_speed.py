@@ -1,0 +1,314 @@
+"""Options that save time or memory: what they keep, and what they change."""
+
+import gc
+import logging
+import tracemalloc
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from muon_dtensor import Muon, optim
+from muon_dtensor.errors import GroupOptionError
+from muon_dtensor.orthogonalize import bodies, newton_schulz
+from muon_dtensor.runtime.describe import on_host
+from tests.support.cases import mesh_of, spread, tensors_like
+from tests.support.pool import run_processes
+from tests.support.threads import run_threads
+
+R, S0, S1 = Replicate(), Shard(0), Shard(1)
+SHAPES = [(24, 16), (16, 40), (33, 17), (8, 8), (5, 12)]
+
+
+def stepped(
+    layout: tuple[tuple[int, ...], Any] | None, num_steps: int = 3, **options: Any
+) -> tuple[list[Tensor], Muon]:
+    """(whole weights after some steps, the optimizer); without a layout on this rank alone."""
+
+    def placed(tensor: Tensor) -> Tensor:
+        return tensor.clone() if layout is None else spread(tensor, mesh, layout[1])
+
+    mesh = None if layout is None else mesh_of(layout[0])
+    params = [nn.Parameter(placed(w)) for w in tensors_like(SHAPES, 0)]
+    optimizer = Muon(params, **{"lr": 0.1, **options})
+    for step in range(num_steps):
+        for param, grad in zip(params, tensors_like(SHAPES, step + 1), strict=True):
+            param.grad = placed(grad)
+        optimizer.step()
+    found = [p.detach() for p in params]
+    return [p.full_tensor() if isinstance(p, DTensor) else p for p in found], optimizer
+
+
+LAYOUTS = [((4,), (S0,)), ((4,), (R,)), ((2, 2), (R, S0)), ((2, 2), (S1, S0)), ((4,), (S1,))]
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_momentum_in_bfloat16_is_the_same_on_every_layout(layout, nesterov):
+    options = {"momentum_dtype": torch.bfloat16, "nesterov": nesterov}
+    expected, alone = stepped(None, **options)
+    full, _ = stepped(None, nesterov=nesterov)
+    for weights, optimizer in run_threads(4, partial(stepped, layout, **options)):
+        assert all(map(torch.equal, weights, expected))
+        kept = [state["momentum_buffer"] for state in optimizer.state.values()]
+        assert {m.dtype for m in kept} == {torch.bfloat16}
+    assert not all(map(torch.equal, expected, full)), "it does round"
+    for a, b, start in zip(expected, full, tensors_like(SHAPES, 0), strict=True):
+        assert torch.cosine_similarity((a - start).flatten(), (b - start).flatten(), dim=0) > 0.98
+    again = Muon(alone.param_groups[0]["params"], **options)
+    again.load_state_dict(alone.state_dict())
+    for old, new in zip(alone.state.values(), again.state.values(), strict=True):
+        assert torch.equal(old["momentum_buffer"], new["momentum_buffer"])
+        assert new["momentum_buffer"].dtype == torch.bfloat16
+
+
+def saved_and_loaded(path: str) -> bool:
+    _, saved = stepped(((4,), (S0,)), momentum_dtype=torch.bfloat16)
+    _, loaded = stepped(((4,), (S0,)), 1, momentum_dtype=torch.bfloat16)
+    dcp.save({"optimizer": saved.state_dict()}, checkpoint_id=path)
+    state = {"optimizer": loaded.state_dict()}
+    dcp.load(state, checkpoint_id=path)
+    loaded.load_state_dict(state["optimizer"])
+    pairs = zip(saved.state.values(), loaded.state.values(), strict=True)
+    momenta = [(a["momentum_buffer"], b["momentum_buffer"]) for a, b in pairs]
+    return all(a.dtype == b.dtype == torch.bfloat16 and a.equal(b) for a, b in momenta)
+
+
+def test_a_checkpoint_keeps_momentum_in_bfloat16(tmp_path):
+    assert run_processes(4, saved_and_loaded, str(tmp_path)) == [True] * 4
+
+
+def actions_and_adamw(with_muon: bool) -> list[str]:
+    mesh = mesh_of((4,))
+    shapes = [*SHAPES, (7, 3)] if with_muon else [(7, 3)]
+    params = [nn.Parameter(spread(w, mesh, (S0,))) for w in tensors_like(shapes, 0)]
+    for param, grad in zip(params, tensors_like(shapes, 1), strict=True):
+        param.grad = spread(grad, mesh, (S0,))
+    groups: list[dict[str, Any]] = [{"params": params[-1:], "algorithm": "adamw"}]
+    if with_muon:
+        groups.append({"params": params[:-1]})
+    optimizer = Muon(groups, bucket_mb=0.002, strategy="owned")
+    before = params[-1].detach().full_tensor().clone()
+    seen: list[str] = []
+    act, adamw = optimizer._executor._act, optim.adamw_step
+
+    def noted(action: Any, *args: Any) -> None:
+        seen.append(str(action))
+        act(action, *args)
+
+    def stepping(*args: Any) -> None:
+        seen.append("adamw")
+        adamw(*args)
+
+    optimizer._executor._act = noted
+    optim.adamw_step = stepping
+    try:
+        optimizer.step()
+    finally:
+        optim.adamw_step = adamw
+    assert not torch.equal(before, params[-1].detach().full_tensor())
+    return seen
+
+
+@pytest.mark.parametrize("with_muon", [True, False])
+def test_adamw_steps_while_the_first_exchanges_are_in_flight(with_muon):
+    for seen in run_processes(4, actions_and_adamw, with_muon):
+        assert seen.count("adamw") == 1 + with_muon, "each group is asked once"
+        first = seen.index("adamw")
+        if with_muon:
+            assert first == 2, "after the exchanges of the first bucket and the prefetched one"
+            assert all(action.startswith("U") for action in seen[:first])
+            assert seen[first + 2].startswith("W")
+
+
+def grown() -> dict[str, int]:
+    """What 1,000 steps leave behind, once as many have filled Python's free lists."""
+    mesh = mesh_of((2, 2))
+    shapes = [(8, 6), (6, 12), (5, 5), (7, 3)]
+    params = [nn.Parameter(spread(w, mesh, (R, S0))) for w in tensors_like(shapes, 0)]
+    optimizer = Muon([{"params": params[:3]}, {"params": params[3:], "algorithm": "adamw"}])
+    grads = [spread(grad, mesh, (R, S0)) for grad in tensors_like(shapes, 1)]
+
+    def steps(num: int) -> None:
+        for _ in range(num):
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+            optimizer.step()
+
+    def held() -> dict[str, int]:
+        gc.collect()
+        objects = gc.get_objects()
+        tensors = [o for o in objects if type(o) in (Tensor, nn.Parameter)]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return {
+            "tensors": len(tensors),
+            "bytes of storages": sum(storages.values()),
+            "bytes of Python": tracemalloc.get_traced_memory()[0],
+        }
+
+    tracemalloc.start()
+    try:
+        steps(1000)
+        before = held()
+        steps(1000)
+        after = held()
+    finally:
+        tracemalloc.stop()
+    return {name: after[name] - before[name] for name in before}
+
+
+def test_a_thousand_steps_leave_nothing_behind():
+    for more in run_processes(4, grown):
+        assert more["tensors"] == 0
+        assert more["bytes of storages"] == 0
+        assert more["bytes of Python"] < 20_000, "no object a step: the smallest has 28 bytes"
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often the host looks at a value."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("adjust_lr_fn", [None, "match_rms_adamw"])
+def test_a_capturable_step_does_not_read_a_tensor_lr(adjust_lr_fn):
+    options: dict[str, Any] = {"weight_decay": 0.3, "adjust_lr_fn": adjust_lr_fn}
+    params = [nn.Parameter(w) for w in tensors_like(SHAPES, 0)]
+    for param, grad in zip(params, tensors_like(SHAPES, 1), strict=True):
+        param.grad = grad
+
+    def reads(**more: Any) -> int:
+        optimizer = Muon(params, **options, **more)
+        # the host writes lr down for ranks to compare; on a GPU it is not looked at
+        with mock.patch.object(optim, "as_text", return_value=""), Reads() as mode:
+            optimizer.step()
+        return mode.num
+
+    by_number = reads(lr=0.1)
+    assert reads(lr=torch.tensor(0.1), capturable=True) == by_number
+    assert reads(lr=torch.tensor(0.1)) > by_number
+    expected, _ = stepped(None, **options)
+    found, _ = stepped(None, lr=torch.tensor(0.1), capturable=True, **options)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
+def test_symmetric_kernels_are_an_error_where_asked_for_and_a_line_where_not(caplog):
+    bodies._symmetric.cache_clear()
+    bodies._tell.cache_clear()
+    with pytest.raises(GroupOptionError, match="say exact=False"):
+        stepped(None, kernels="auto")
+    with pytest.raises(GroupOptionError, match="pip install gram-newton-schulz"):
+        stepped(None, kernels="symmetric", exact=False)
+    with pytest.raises(GroupOptionError, match="one of torch, auto, symmetric"):
+        stepped(None, kernels="triton", exact=False)
+    with caplog.at_level(logging.INFO, logger="muon_dtensor"):
+        found, _ = stepped(None, kernels="auto", exact=False)
+        stepped(None, kernels="auto", exact=False)
+    lines = [r.getMessage() for r in caplog.records if "symmetric" in r.getMessage()]
+    assert len(lines) == 1
+    assert "torch's matrix products" in lines[0]
+    assert all(map(torch.equal, found, stepped(None)[0]))
+
+
+class _Package:
+    """A stand-in for gram-newton-schulz, which needs a Hopper GPU: its interface, in float64."""
+
+    made: list[tuple[Any, Any]]
+
+    def __init__(self) -> None:
+        self.made = []
+
+    def GramNewtonSchulz(  # noqa: N802
+        self, ns_coefficients: Any, gram_newton_schulz_reset_iterations: Any
+    ) -> Callable[[Tensor], Tensor]:
+        self.made.append((ns_coefficients, gram_newton_schulz_reset_iterations))
+
+        def run(x: Tensor) -> Tensor:
+            assert x.ndim == 3, "it takes batches"
+            wide = x.double()
+            for a, b, c in ns_coefficients:
+                gram = wide @ wide.mT
+                wide = a * wide + (b * gram + c * gram @ gram) @ wide
+            return wide.half()
+
+        return run
+
+
+def test_symmetric_kernels_iterate_as_we_do():
+    package = _Package()
+    bodies._symmetric.cache_clear()
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+        mock.patch.object(bodies.importlib, "import_module", return_value=package),
+    ):
+        body = bodies.body_of("symmetric", compiles=False)
+    bodies._symmetric.cache_clear()
+    for shape in ((12, 20), (20, 12), (3, 8, 16)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        found = newton_schulz(x, dtype=torch.float32, body=body)
+        torch.testing.assert_close(
+            found, newton_schulz(x, dtype=torch.float32), atol=2e-3, rtol=2e-3
+        )
+    assert [restarts for _, restarts in package.made] == [[2]], "one for each set of coefficients"
+
+
+def test_options_of_speed_are_checked():
+    with pytest.raises(GroupOptionError, match="momentum_dtype must be one of"):
+        stepped(None, momentum_dtype=torch.int8)
+    with pytest.raises(GroupOptionError, match="True or False"):
+        stepped(None, offload_momentum=1)
+    with pytest.raises(GroupOptionError, match="capturable is True or False"):
+        stepped(None, capturable="yes")
+    with pytest.raises(GroupOptionError, match="compile that one yourself"):
+        stepped(None, compile=True, orthogonalizer=lambda x: x)
+
+
+def test_on_the_host_momentum_is_offloaded_already():
+    found, optimizer = stepped(None, offload_momentum=True)
+    assert all(map(torch.equal, found, stepped(None)[0]))
+    buffer = optimizer.state[optimizer.param_groups[0]["params"][0]]["momentum_buffer"]
+    assert on_host(buffer) is buffer
+
+
+@pytest.mark.slow
+def test_a_compiled_iteration_is_close():
+    expected, _ = stepped(None)
+    found, _ = stepped(None, compile=True)
+    for a, b, start in zip(found, expected, tensors_like(SHAPES, 0), strict=True):
+        torch.testing.assert_close(a - start, b - start, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("bucket_mb", [256, 0.004])
+def test_batches_are_bounded(bucket_mb):
+    """Experts of one size are stacked, as many as a bucket may hold."""
+    largest: list[int] = []
+    with mock.patch.object(torch, "stack", _noting(torch.stack, largest)):
+        param = nn.Parameter(tensors_like([(12, 16, 24)], 0)[0])
+        param.grad = tensors_like([(12, 16, 24)], 1)[0]
+        optimizer = Muon([param], batched=True, bucket_mb=bucket_mb)
+        optimizer.step()
+    num = max(1, int(bucket_mb * 2**20) // (2 * 16 * 24))
+    assert max(largest) == min(12, num)
+    assert dist.is_initialized() is False
+
+
+def _noting(function: Callable[..., Tensor], found: list[int]) -> Callable[..., Tensor]:
+    def stack(tensors: Any, *args: Any, **kwargs: Any) -> Tensor:
+        found.append(len(tensors))
+        return function(tensors, *args, **kwargs)
+
+    return stack
