@@ -10,6 +10,7 @@ beside that on the loopback device of the kernel.
 import importlib.util
 import json
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +27,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import provenance, seeded
 from muon_dtensor import Muon
@@ -35,7 +35,10 @@ from muon_dtensor.cli.calibrate_worker import readings_in_turns
 from muon_dtensor.cli.leaving import leave
 from muon_dtensor.layout import Region
 from muon_dtensor.orthogonalize import newton_schulz
+from muon_dtensor.planning.ir import Plan
+from muon_dtensor.runtime import agreement, executor
 from muon_dtensor.runtime.describe import describe_layout, describe_mesh, local_part
+from muon_dtensor.runtime.muon_options import MuonOptions
 from muon_dtensor.runtime.packing import box_of, view_box
 from tests.support.meter import peak_nbytes_of
 
@@ -53,14 +56,16 @@ LAYOUTS: dict[str, tuple[Shape, tuple[Placement, ...]]] = {
     "fsdp_tp_same": ((2, 2), (S0, S0)),
     "experts": ((4,), (S0,)),
     "three_d": ((1, 2, 2), (R, S0, S1)),
+    "experts_batched": ((4,), (S0,)),
 }
-"""Mesh shape and placements; fsdp_tp_same is real ColwiseParallel under real fully_shard."""
+"""Mesh shape and placements; fsdp_tp_same is real ColwiseParallel under real fully_shard, and
+experts_batched the same as experts with `batched=True`, which rounds differently."""
 
 RIVALS = ("torch", "muonium")
 """Baselines that may refuse a layout."""
 
-HOST_WORK = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
-"""Operators whose time is not the host's own."""
+TINY = 8
+"""`dim` of the matrices on which launches are timed."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,9 @@ class Config:
     """What to measure."""
 
     layouts: tuple[str, ...] = tuple(LAYOUTS)
-    baselines: tuple[str, ...] = ("naive", "floor")
-    """naive, floor, torch (torch.optim.Muon on DTensors), muonium (if installed), adamw."""
+    baselines: tuple[str, ...] = ("naive", "floor", "needed")
+    """naive, floor (each rank's share of the iteration alone), needed (see there), torch
+    (torch.optim.Muon on DTensors), muonium (if installed), adamw."""
     layers: int = 4
     dim: int = 192
     rounds: int = 9
@@ -84,8 +90,7 @@ class Cell:
     """One layout. Bytes are means over ranks, peaks those of the fullest rank.
 
     `ratios` and `spreads`: our time over each baseline's, the median of all rounds and the
-    difference of their quartiles. `host_us`: time of a step outside of matrix products and
-    exchanges, per parameter.
+    difference of their quartiles. `host_us`: see there, of the slowest rank.
     """
 
     layout: str
@@ -111,7 +116,7 @@ def shapes_of(layout: str, layers: int, d: int) -> list[Shape]:
             return [(3 * d + 1, d), (d + 2, d), (4 * d + 3, d), (d + 1, 4 * d)] * layers
         case "fsdp_empty":
             return [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d), (3, d)] * layers
-        case "experts":
+        case "experts" | "experts_batched":
             return [(8, d, d), (8, d, 2 * d)] * layers
         case _:
             return [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d)] * layers
@@ -163,7 +168,7 @@ def like(local: Tensor, param: Tensor) -> DTensor:
 def is_exact(layout: str, shapes: list[Shape]) -> bool:
     """Whether two steps are bitwise those of torch.optim.Muon on whole matrices."""
     params = parameters(layout, shapes)
-    optimizer = Muon(params)
+    optimizer = Muon(params, batched=layout == "experts_batched")
     wholes = [[nn.Parameter(w.clone()) for w in _matrices(t)] for t in seeded(shapes, 0)]
     for matrices, grad in zip(wholes, seeded(shapes, 1), strict=True):
         for matrix, part in zip(matrices, _matrices(grad), strict=True):
@@ -193,18 +198,14 @@ def _reduced(value: float, op: dist.ReduceOp.RedOpType) -> float:
     return tensor.item()
 
 
-def steps_of(name: str, layout: str, shapes: list[Shape], plan: Any) -> Callable[[], Any]:
+def steps_of(name: str, layout: str, shapes: list[Shape], plan: Plan) -> Callable[[], Any]:
     """A step of a baseline, on parameters of its own. Raises what the baseline raises."""
     if name == "floor":
-        share = [
-            torch.randn(matrix.rows, matrix.cols)
-            for bucket in plan.buckets
-            for a in bucket.assignments
-            if bucket.mesh.ranks[a.owner] == dist.get_rank()
-            for matrix in [plan.matrix(a)]
-        ]
+        share = share_of(plan)
         return lambda: [newton_schulz(matrix) for matrix in share]
     params = parameters(layout, shapes)
+    if name == "needed":
+        return needed(params, plan)
     if name == "naive":
         momenta = [torch.zeros_like(param, requires_grad=False) for param in params]
         return lambda: everyone_gathers(params, momenta, lr=0.0)
@@ -221,6 +222,54 @@ def steps_of(name: str, layout: str, shapes: list[Shape], plan: Any) -> Callable
         raise ValueError(f"no baseline {name!r}")
     optimizer.step()
     return optimizer.step
+
+
+def share_of(plan: Plan) -> list[Tensor]:
+    """Matrices of the sizes that this rank owns."""
+    return [
+        torch.randn(matrix.rows, matrix.cols)
+        for bucket in plan.buckets
+        for a in bucket.assignments
+        if bucket.mesh.ranks[a.owner] == dist.get_rank()
+        for matrix in [plan.matrix(a)]
+    ]
+
+
+def needed(params: list[nn.Parameter], plan: Plan) -> Callable[[], Any]:
+    """What no exact step can do without, on buffers that lie ready.
+
+    Each rank's share of the iteration, momentum, direction and cast, the bytes of the plan in as
+    many even exchanges, decay and update: no packing, no agreement, no planning, no Python.
+    """
+    weights = [local_part(param.detach()) for param in params]
+    grads = [local_part(param.grad) for param in params if param.grad is not None]
+    momenta = [torch.zeros_like(grad) for grad in grads]
+    wire = [torch.empty(grad.shape, dtype=torch.bfloat16) for grad in grads]
+    share, size, rank = share_of(plan), dist.get_world_size(), dist.get_rank()
+    costs = plan.bucket_costs
+    to_pack = sum(cost.pieces[cost.bucket.mesh.position_of(rank)] for cost in costs)
+    num_packed = 0
+    while num_packed < len(wire) and to_pack > 0:
+        to_pack -= wire[num_packed].numel()
+        num_packed += 1
+    exchanges = []
+    for cost in costs:
+        for hop in (*cost.unshard, *cost.reshard):
+            numel = max(cost.sent_nbytes(hop)) // (2 * max(1, size - 1))
+            exchanges.append(torch.zeros(2, size, numel, dtype=torch.bfloat16).unbind())
+
+    def step() -> None:
+        torch._foreach_lerp_(momenta, grads, 0.05)
+        directions = torch._foreach_lerp(grads[:num_packed], momenta[:num_packed], 0.95)
+        torch._foreach_copy_(wire[:num_packed], directions)
+        for received, sent in exchanges:
+            dist.all_to_all_single(received, sent)
+        for matrix in share:
+            newton_schulz(matrix)
+        torch._foreach_mul_(weights, 1.0)
+        torch._foreach_add_(weights, wire, alpha=0.0)
+
+    return step
 
 
 def sent_by(step: Callable[[], Any]) -> tuple[float, int]:
@@ -266,26 +315,46 @@ def loopback_by(step: Callable[[], Any], repeats: int = 20) -> float:
     return (sent() - before) / repeats / dist.get_world_size()
 
 
-def host_us(optimizer: Muon, num_params: int, repeats: int = 5) -> float:
-    """Microseconds of a step outside of matrix products, waits and collectives, per parameter.
+def host_us(layout: str, layers: int, repeats: int = 20) -> float:
+    """Microseconds of this thread outside of matrix products and collectives, per parameter.
 
-    Of one rank under torch's profiler, which adds about a microsecond per operator.
+    The least of some steps on matrices so small that only launches count. Waiting takes none.
     """
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+    shapes = shapes_of(layout, layers, TINY)
+    params = parameters(layout, shapes)
+    optimizer = Muon(params, lr=1e-3, strategy="owned")
+    optimizer.step()
+    elsewhere = 0.0
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def body(*args: Any, **kwargs: Any) -> Any:
+            nonlocal elsewhere
+            start = time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                elsewhere += time.thread_time() - start
+
+        return body
+
+    taken = []
+    with (
+        mock.patch.object(MuonOptions, "polar_factor", timed(MuonOptions.polar_factor)),
+        mock.patch.object(executor, "issue", timed(executor.issue)),
+        mock.patch.object(agreement, "maximum_of_all", timed(agreement.maximum_of_all)),
+    ):
         for _ in range(repeats):
+            before, elsewhere = time.thread_time(), 0.0
             optimizer.step()
-    events = profiled.key_averages()
-    total = sum(e.cpu_time_total for e in events if e.key.startswith("muon "))
-    products = sum(e.self_cpu_time_total for e in events if e.key in HOST_WORK)
-    waits = sum(e.cpu_time_total for e in events if e.key.startswith("muon W"))
-    return max(0.0, total - products - waits) / repeats / num_params
+            taken.append(time.thread_time() - before - elsewhere)
+    return 1e6 * min(taken) / len(params)
 
 
 def measure(layout: str, config: Config) -> Cell:
     """One row of the table, on all ranks."""
     shapes = shapes_of(layout, config.layers, config.dim)
     params = parameters(layout, shapes)
-    optimizer = Muon(params, lr=0.0)
+    optimizer = Muon(params, lr=0.0, batched=layout == "experts_batched")
     optimizer.step()
     bodies: dict[str, Callable[[], Any]] = {"ours": optimizer.step}
     refused: dict[str, str] = {}
@@ -318,7 +387,7 @@ def measure(layout: str, config: Config) -> Cell:
         loopback_nbytes=loopback_by(optimizer.step),
         num_collectives=num_collectives,
         peak_nbytes=int(_reduced(peak_nbytes_of(optimizer), dist.ReduceOp.MAX)),
-        host_us=host_us(optimizer, len(params)),
+        host_us=_reduced(host_us(layout, config.layers), dist.ReduceOp.MAX),
         ours_ms=1e3 * statistics.median(ours),
         baselines_ms={n: 1e3 * statistics.median(v) for n, v in taken.items() if n != "ours"},
         ratios={name: statistics.median(values) for name, values in ratios.items()},

@@ -97,7 +97,9 @@ def iterate(
     batch = x.shape[:-2]
     if len(batch) > 1:
         x = x.flatten(0, -3)
-    x = body(x, coefficients)
+    held = [x]
+    del x  # the body's alone, which lets go of it in its first iteration
+    x = body(held.pop(), coefficients)
     if len(batch) > 1:
         x = x.view(*batch, *x.shape[-2:])
     return x.mT if tall else x

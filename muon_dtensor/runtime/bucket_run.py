@@ -14,6 +14,10 @@ from muon_dtensor.planning.routes import Slot, rank_bucket
 from muon_dtensor.runtime.packing import Box, Part, box_of, from_matrix, view_box
 from muon_dtensor.update import Place
 
+HOST_BATCH_NUMEL = 1 << 17
+"""Elements of two float32 tensors and of one in bfloat16 that fit into 2 MiB of cache, and more
+than the time of a launch counts for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -31,10 +35,10 @@ Run = tuple[int, Box | None]
 
 @dataclass(frozen=True, slots=True)
 class PackingBatch:
-    """Runs whose momentum is due, then pieces that are packed together, by index."""
+    """Runs whose momentum is due, and then pieces by index: those of a tuple are packed at once."""
 
     runs: tuple[Run, ...]
-    pieces: tuple[int, ...]
+    pieces: tuple[tuple[int, ...], ...]
 
 
 class BucketRun:
@@ -89,10 +93,6 @@ class BucketRun:
                 parts[slot.assignment].append((number, box_of(slot.region, box)))
         return {assignment: tuple(found) for assignment, found in parts.items()}
 
-    def _most_at_once(self, pieces: Iterable[Piece]) -> int:
-        largest = max((piece.slot.region.numel for piece in pieces), default=0)
-        return largest if self.device.type == "cpu" else max(largest, DEVICE_BATCH_NUMEL)
-
     def _packing(self) -> tuple[list[PackingBatch], list[Run]]:
         """What is packed, in batches, and the runs of parameters of which nothing is."""
         by_param: dict[int, list[int]] = defaultdict(list)
@@ -101,24 +101,26 @@ class BucketRun:
         runs: dict[int, list[Run]] = defaultdict(list)
         for param, region in self.local.runs:
             runs[param].append((param, box_of(region, self.local.shards[param])))
-        most = self._most_at_once(self.pieces)
-        batches: list[PackingBatch] = []
-        due: list[Run] = []
-        taken: list[int] = []
-        numel = 0
-        for param, numbers in by_param.items():
-            for position, number in enumerate(numbers):
-                size = self.pieces[number].slot.region.numel
-                if taken and numel + size > most:
-                    batches.append(PackingBatch(tuple(due), tuple(taken)))
-                    due, taken, numel = [], [], 0
-                if position == 0:
-                    due += runs.pop(param, [])
-                taken.append(number)
-                numel += size
-        if taken:
-            batches.append(PackingBatch(tuple(due), tuple(taken)))
+        sizes = [piece.slot.region.numel for piece in self.pieces]
+        params = list(by_param)
+        numels = [sum(sizes[number] for number in by_param[param]) for param in params]
+        batches = []
+        for taken in _cut(range(len(params)), numels, self._most_at_once):
+            due = [run for index in taken for run in runs.pop(params[index], [])]
+            numbers = [number for index in taken for number in by_param[params[index]]]
+            batches.append(PackingBatch(tuple(due), tuple(_cut(numbers, sizes, self._most_cast))))
         return batches, [run for found in runs.values() for run in found]
+
+    @property
+    def _most_at_once(self) -> int:
+        """Elements that are worked on in one go: all that stays in the cache of a host."""
+        return HOST_BATCH_NUMEL if self.device.type == "cpu" else DEVICE_BATCH_NUMEL
+
+    @property
+    def _most_cast(self) -> int:
+        """Elements of which the direction is held before it is cast; see `planning.workspace`."""
+        largest = max((piece.slot.region.numel for piece in self.pieces), default=0)
+        return largest if self.device.type == "cpu" else max(largest, DEVICE_BATCH_NUMEL)
 
     def _applying(self) -> list[tuple[int, ...]]:
         """Results that are applied together, by index: of one size of matrix where they can be."""
@@ -127,7 +129,7 @@ class BucketRun:
             by_size[piece.place.rows, piece.place.cols].append(number)
         numbers = [number for found in by_size.values() for number in found]
         sizes = [piece.slot.region.numel for piece in self.results]
-        return list(_cut(numbers, sizes, self._most_at_once(self.results)))
+        return list(_cut(numbers, sizes, self._most_at_once))
 
 
 def _cut(numbers: Iterable[int], sizes: Sequence[int], most: int) -> Iterator[tuple[int, ...]]:

@@ -320,7 +320,9 @@ def placed(tensor: Tensor) -> str:
 
 def local_part(tensor: Tensor) -> Tensor:
     """The shard this rank stores, as a plain tensor sharing its storage."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # what to_local gives without a graph, at a tenth of its time
+    local: Tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return local
 
 
 def on_host(tensor: Tensor) -> Tensor:

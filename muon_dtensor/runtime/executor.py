@@ -199,23 +199,33 @@ class Executor:
         views = self._buffers.views(run.index, 0, flight.buffer, run.local.pieces)
         for batch in run.packing:
             self._update_momenta(batch.runs, params, keep)
-            groups: dict[tuple[float, bool], _Lists] = {}
-            for index in batch.pieces:
-                piece = run.pieces[index]
-                if local := params.get(piece.param):
-                    key = local.options.momentum, local.options.nesterov
-                    targets, momenta, grads = groups.setdefault(key, ([], [], []))
-                    targets.append(views[index])
-                    momenta.append(view_box(local.momentum_buffer, piece.box))
-                    grads.append(view_box(local.grad, piece.box))
-            for (momentum, nesterov), lists in groups.items():
-                write_directions(*lists, momentum, nesterov)
+            for indices in batch.pieces:
+                self._write_directions(run, indices, views, params)
         if run.chain.there:
             self._begin(run, flight, run.chain.there[0])
         self._update_momenta(run.unpacked, params, keep)
         for index, local in away.items():
             local.momentum_buffer.copy_(params[index].momentum_buffer, non_blocking=True)
         return flight
+
+    def _write_directions(
+        self,
+        run: BucketRun,
+        indices: Sequence[int],
+        views: list[Tensor],
+        params: dict[int, LocalParam],
+    ) -> None:
+        groups: dict[tuple[float, bool], _Lists] = {}
+        for index in indices:
+            piece = run.pieces[index]
+            if local := params.get(piece.param):
+                key = local.options.momentum, local.options.nesterov
+                targets, momenta, grads = groups.setdefault(key, ([], [], []))
+                targets.append(views[index])
+                momenta.append(view_box(local.momentum_buffer, piece.box))
+                grads.append(view_box(local.grad, piece.box))
+        for (momentum, nesterov), lists in groups.items():
+            write_directions(*lists, momentum, nesterov)
 
     def _update_momenta(
         self, runs: Sequence[Run], params: dict[int, LocalParam], keep: Tensor | None
