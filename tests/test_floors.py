@@ -46,7 +46,14 @@ MAY_REACH = {
 }
 
 RUNTIME_MAY_PLAN_WITH = ("planning.arena", "planning.ir", "planning.routes")
-ONLY_IN_DESCRIBE = ("_StridedShard", "_is_flat_param", "_fsdp_flattened", "._spec", "._local_")
+ONLY_IN_DESCRIBE = (
+    "_StridedShard",
+    "_is_flat_param",
+    "_fsdp_flattened",
+    "._spec",
+    "._local_",
+    "._profiler",
+)
 HOMES = ("runtime", "config", "cli")
 ONLY_TYPES = ("torch.distributed", "torch.distributed.device_mesh", "torch.distributed.tensor")
 STDLIB_ONLY = ("errors", "layout", "matrices", "patterns", "shards", "planning")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muon_dtensor import Muon, optim
@@ -127,6 +128,18 @@ def test_adamw_steps_while_the_first_exchanges_are_in_flight(with_muon):
             assert first == 2, "after the exchanges of the first bucket and the prefetched one"
             assert all(action.startswith("U") for action in seen[:first])
             assert seen[first + 2].startswith("W")
+
+
+def profiled_ranges() -> set[str]:
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        stepped(((4,), (S0,)), 1, strategy="owned")
+    return {event.key for event in seen.key_averages() if event.key.startswith("muon ")}
+
+
+def test_a_profile_shows_the_plan():
+    expected = {f"muon {phase} owned" for phase in ("U0 unshard", "W0 wait", "O0 orthogonalize")}
+    for seen in run_processes(4, profiled_ranges):
+        assert seen == expected | {"muon R0 reshard owned", "muon A0 apply owned", "muon wait"}
 
 
 def grown() -> dict[str, int]:

@@ -5,7 +5,7 @@ The sole reader of torch's private classes, so one file follows torch's releases
 
 import gc
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.profiler import record_function
 
 from muon_dtensor.errors import Problem, RefusalError
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, ParamSpec
@@ -323,6 +324,12 @@ def local_part(tensor: Tensor) -> Tensor:
     # what to_local gives without a graph, at a tenth of its time
     local: Tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     return local
+
+
+def range_of(name: str) -> AbstractContextManager[object]:
+    """A named range for torch's profiler; nothing, and in no time, where none is running."""
+    is_on = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    return record_function(name) if is_on else nullcontext()
 
 
 def on_host(tensor: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from typing import assert_never
 import torch
 from torch import Tensor
 from torch.distributed import Work
-from torch.profiler import record_function
 
 from muon_dtensor.orthogonalize.gram import gram_polar_factor
 from muon_dtensor.planning.arena import ChainHop
@@ -21,7 +20,7 @@ from muon_dtensor.planning.ir import Action, Assignment, Gram, Phase, Plan, gram
 from muon_dtensor.runtime.bucket_run import BucketRun, Run
 from muon_dtensor.runtime.buffers import ExchangeBuffers
 from muon_dtensor.runtime.collectives import barrier, issue
-from muon_dtensor.runtime.describe import local_part
+from muon_dtensor.runtime.describe import local_part, range_of
 from muon_dtensor.runtime.groups import Groups
 from muon_dtensor.runtime.muon_options import MuonOptions
 from muon_dtensor.runtime.packing import (
@@ -88,7 +87,7 @@ class _Flight:
 
     def wait(self) -> None:
         if self.work is not None:
-            with record_function("muon wait"):
+            with range_of("muon wait"):
                 self.work.wait()
         self.work = self.sending = None
 
@@ -169,7 +168,7 @@ class Executor:
     ) -> None:
         trace = self._trace
         with (
-            record_function(run.names[action.phase]),
+            range_of(run.names[action.phase]),
             nullcontext() if trace is None else trace.span(action.bucket, action.phase),
         ):
             match action.phase:
