@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,23 @@ import torch.distributed as dist
 import tyro
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Placement, Replicate, Shard
 
-from benchmarks.common import provenance, seeded
+from benchmarks.common import layered, parameters, provenance
 from muon_dtensor import Muon
 from muon_dtensor.cli.baselines import everyone_gathers
 from muon_dtensor.cli.calibrate_worker import readings_in_turns
 from muon_dtensor.cli.leaving import leave
+from muon_dtensor.planning.presets import PRESETS
+from muon_dtensor.planning.topology import Link, Topology
 
 R, S0 = Replicate(), Shard(0)
 NODES, RANKS_PER_NODE = 2, 2
 LINK, ADDRESS = "muonlink{}", "10.77.0.{}"
 DEADLINE_SECONDS = 550
+UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 
 @dataclass(frozen=True)
@@ -125,26 +128,6 @@ def launch(config: Config) -> int:
                 process.kill()
 
 
-def shapes_of(config: Config) -> list[tuple[int, ...]]:
-    """{qkv, proj, fc, out} per layer."""
-    d = config.dim
-    return [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d)] * config.layers
-
-
-def parameters(
-    shapes: list[tuple[int, ...]], mesh: DeviceMesh, placements: tuple[Placement, ...]
-) -> list[nn.Parameter]:
-    """With gradients."""
-
-    def placed(tensor: Tensor) -> Tensor:
-        return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
-
-    params = [nn.Parameter(placed(w)) for w in seeded(shapes, 0)]
-    for param, grad in zip(params, seeded(shapes, 1), strict=True):
-        param.grad = placed(grad)
-    return params
-
-
 def naive(params: list[nn.Parameter]) -> Callable[[], Any]:
     """Every rank gathers and orthogonalizes everything."""
     momenta = [torch.zeros_like(param, requires_grad=False) for param in params]
@@ -164,9 +147,25 @@ def crossed(step: Callable[[], Any]) -> float:
     return float(sent) / 1e6
 
 
+def topology(config: Config) -> Topology:
+    """This machine, as far as the planner must know it: two nodes, a slow link, a core each."""
+    unit = next(u for u in UNITS if config.rate.endswith(u))
+    nbytes = float(config.rate.removesuffix(unit)) * UNITS[unit] / 8
+    here = PRESETS["gloo-local"]
+    return replace(
+        here,
+        name=f"two nodes, {config.rate}",
+        node_size=RANKS_PER_NODE,
+        between_nodes=Link(here.within_node.latency, nbytes / RANKS_PER_NODE),
+        matmul=tuple((d, tuple((n, r / 2) for n, r in rates)) for d, rates in here.matmul),
+        memory_bandwidth=here.memory_bandwidth / 2,
+        cores=None,
+    )
+
+
 def ways(config: Config) -> dict[str, dict[str, Callable[[], Any]]]:
     """What is compared with what; the first of each is ours, all of them take turns."""
-    shapes, cap = shapes_of(config), config.bucket_mb
+    shapes, cap = layered(config.layers, config.dim), config.bucket_mb
     flat = init_device_mesh("cpu", (4,), mesh_dim_names=("dp_shard",))
     hsdp = init_device_mesh("cpu", (NODES, RANKS_PER_NODE), mesh_dim_names=("replica", "shard"))
 
@@ -176,6 +175,7 @@ def ways(config: Config) -> dict[str, dict[str, Callable[[], Any]]]:
         optimizer.step()
         return optimizer.step
 
+    link = topology(config)
     turns = Muon(parameters(shapes, flat, (S0,)), lr=0.0, bucket_mb=cap, strategy="owned")
     turns._config.async_gpu_parallelism = False
     turns._replan()
@@ -206,6 +206,9 @@ def ways(config: Config) -> dict[str, dict[str, Callable[[], Any]]]:
         "hsdp, a replica on each node": {
             "prefetch 1": muon(hsdp, (R, S0), prefetch_count=1),
             "prefetch 0": muon(hsdp, (R, S0), prefetch_count=0),
+            "prefetch 1, planned for the link": muon(
+                hsdp, (R, S0), prefetch_count=1, topology=link
+            ),
             "no replica sharing": muon(hsdp["shard"], (S0,), prefetch_count=1),
             "naive": naive(parameters(shapes, hsdp, (R, S0))),
         },

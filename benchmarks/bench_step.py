@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from benchmarks.common import provenance, seeded
+from benchmarks.common import layered, provenance, seeded
 from muon_dtensor import Muon
 from muon_dtensor.cli.baselines import everyone_gathers
 from muon_dtensor.cli.calibrate_worker import readings_in_turns
@@ -119,7 +119,7 @@ def shapes_of(layout: str, layers: int, d: int) -> list[Shape]:
         case "experts" | "experts_batched":
             return [(8, d, d), (8, d, 2 * d)] * layers
         case _:
-            return [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d)] * layers
+            return layered(layers, d)
 
 
 def parameters(layout: str, shapes: list[Shape]) -> list[nn.Parameter]:

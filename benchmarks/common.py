@@ -2,15 +2,37 @@
 
 import platform
 import subprocess
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement, distribute_tensor
 
 
 def seeded(shapes: list[tuple[int, ...]], seed: int) -> list[Tensor]:
     """The same tensors on every rank."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def layered(layers: int, dim: int) -> list[tuple[int, ...]]:
+    """The anchors' workload: {qkv, proj, fc, out} per layer."""
+    return [(3 * dim, dim), (dim, dim), (4 * dim, dim), (dim, 4 * dim)] * layers
+
+
+def parameters(
+    shapes: list[tuple[int, ...]], mesh: DeviceMesh, placements: Sequence[Placement]
+) -> list[nn.Parameter]:
+    """With gradients; values do not depend on the mesh."""
+
+    def placed(tensor: Tensor) -> Tensor:
+        return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+    params = [nn.Parameter(placed(w)) for w in seeded(shapes, 0)]
+    for param, grad in zip(params, seeded(shapes, 1), strict=True):
+        param.grad = placed(grad)
+    return params
 
 
 def commit() -> str:
