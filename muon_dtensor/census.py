@@ -245,9 +245,10 @@ class Census:
 
     @property
     def shared_device(self) -> torch.device:
-        """Where the parameters that a mesh holds live; the host if there are none."""
-        shared = (e.param for e in self.entries if self.describer.home(e.param).dim_names)
-        return next((local_part(param).device for param in shared), torch.device("cpu"))
+        """Where the parameters that a mesh holds live, or any; the host if there are none."""
+        alone = [e.param for e in self.entries]
+        shared = [param for param in alone if self.describer.home(param).dim_names]
+        return next((local_part(param).device for param in shared or alone), torch.device("cpu"))
 
 
 def _entries(groups: Sequence[dict[str, Any]]) -> Iterator[Entry]:

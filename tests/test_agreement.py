@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from muon_dtensor import Muon
+from muon_dtensor.errors import NonFiniteGradientError
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
 
@@ -313,6 +314,29 @@ def test_a_masked_good_step_is_the_ordinary_one():
             assert torch.equal(a, b)  # Muon: the same operations
         for a, b in zip(seen[3:], wanted[3:], strict=True):
             torch.testing.assert_close(a, b)  # AdamW: torch's fused kernel
+
+
+@pytest.mark.parametrize("mode", ["raise", "skip"])
+def test_a_rank_by_itself_masks_its_steps_too(mode):
+    """The road of a single GPU, taken on the host."""
+    params = [nn.Parameter(t) for t in tensors_like([(6, 4), (5, 7)], 0)]
+    optimizer = Muon(params, nonfinite=mode)
+    optimizer._gate._reads_now = lambda: False  # type: ignore[method-assign]
+    for param, grad in zip(params, tensors_like([(6, 4), (5, 7)], 1), strict=True):
+        param.grad = grad
+    before = [param.detach().clone() for param in params]
+    optimizer.step()
+    assert not any(map(torch.equal, before, params))
+    before = [param.detach().clone() for param in params]
+    params[1].grad[0, 0] = math.inf  # type: ignore[index]
+    optimizer.step()
+    assert all(map(torch.equal, before, params)), "masked"
+    params[1].grad[0, 0] = 1.0  # type: ignore[index]
+    if mode == "raise":
+        with pytest.raises(NonFiniteGradientError, match="an earlier step"):
+            optimizer.step()
+    optimizer.step()
+    assert not any(map(torch.equal, before, params))
 
 
 def group_added_later(shape: Any, placements: Any) -> Any:

@@ -29,7 +29,7 @@ from muon_dtensor.planning.matrix_costs import newton_schulz_flops
 from muon_dtensor.planning.predict import applied_nbytes, packed_nbytes, predict
 from muon_dtensor.planning.topology import Link, Rates, Topology
 from muon_dtensor.runtime.collectives import all_gather_parts, all_reduce_sum, all_to_all
-from muon_dtensor.update import Place, apply_update, direction_of, update_momentum
+from muon_dtensor.update import Place, apply_updates, update_momentum, write_directions
 
 ROUNDS = 7
 SIDES = {"cpu": (16, 64, 128, 192, 256, 384, 512, 768, 1024), "cuda": (64, 256, 1024, 4096, 8192)}
@@ -122,16 +122,19 @@ class _Bench:
     def elementwise(self) -> float:
         """Bytes/s of momentum, direction, decay and update, counted as `predict` counts them."""
         num, side = 16, 512
-        param, momentum, grad = (self.randn(num, side, side) for _ in range(3))
-        wire = self.randn(num, side, side, dtype=torch.bfloat16)
-        place = Place(side, side, 0, False)
+        params, momenta, grads = (list(self.randn(num, side, side)) for _ in range(3))
+        wires = list(self.randn(num, side, side, dtype=torch.bfloat16))
+        places = [Place(side, side, 0, False)] * num
 
         def body() -> None:
-            update_momentum(list(momentum), list(grad), 0.95)
-            for index in range(num):
-                wire[index].copy_(direction_of(momentum[index], grad[index], 0.95, True))
-            for index in range(num):
-                apply_update(param[index], wire[index], place, decay=1.0, matrix_lr=0.0)
+            for i in range(num):
+                one = slice(i, i + 1)
+                update_momentum(momenta[one], grads[one], 0.95)
+                write_directions(wires[one], momenta[one], grads[one], 0.95, True)
+            for i in range(num):
+                one = slice(i, i + 1)
+                # a decay that no pass may leave out, and no number of rounds wears down
+                apply_updates(params[one], wires[one], places[one], decay=-1.0, matrix_lr=0.0)
 
         each = packed_nbytes(4, 2, touched=1, pieces=1) + applied_nbytes(4, 2, touched=1)
         return num * side * side * each / self.seconds(body)

@@ -135,11 +135,14 @@ class Agreement:
     def cast(self, votes: Votes, non_finite: Tensor) -> Tensor:
         """Reduce the ballots and leave what they say on the device: int64, [ballots, 2].
 
-        Each row is a Fault, and 1 if a gradient holds NaN or Inf.
+        Each row is a Fault, and 1 if a gradient holds NaN or Inf. A rank that shares nothing has
+        one row, its own.
         """
         outcomes: list[Tensor] = []
         before: Tensor | None = None
         mine = Fault.OTHER_RANK if votes.fault else Fault.NONE
+        if not self._manifests:
+            return torch.stack([torch.full_like(non_finite, mine), non_finite])[None]
         said: list[tuple[Manifest, tuple[Votes, int] | None]] = [
             (manifest, (votes, index)) for index, manifest in enumerate(self._manifests)
         ]

@@ -99,12 +99,7 @@ class GradientGate:
 
     def _reads_now(self) -> bool:
         """Whether to wait for the ballots: on the host, at first, and where the user asks."""
-        return (
-            self.device.type == "cpu"
-            or not self._has_settled
-            or self._missing_grad == "zero"
-            or not self._agreement.manifests
-        )
+        return self.device.type == "cpu" or not self._has_settled or self._missing_grad == "zero"
 
     def _votes(
         self,

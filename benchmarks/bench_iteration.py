@@ -1,0 +1,130 @@
+"""The iteration alone against the matrix products this device can do: its roofline.
+
+    python -m benchmarks.bench_iteration --json iteration.json
+
+On a GPU, or on one core of a host. One matrix at a time, equal ones in a batch, compiled, and by
+symmetric kernels where they are installed; rates count the FLOP of plain Newton-Schulz.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.common import provenance
+from muon_dtensor.errors import GroupOptionError
+from muon_dtensor.orthogonalize import newton_schulz
+from muon_dtensor.orthogonalize.bodies import body_of
+from muon_dtensor.planning.matrix_costs import newton_schulz_flops
+
+GPU_SHAPES = ((1024, 1024), (1024, 4096), (4096, 4096), (4096, 14336), (8192, 8192))
+CPU_SHAPES = ((192, 192), (192, 768), (384, 384), (384, 1536), (1024, 1024))
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to measure."""
+
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    batch: int = 8
+    rounds: int = 9
+    compile: bool = False
+    """Also through torch.compile, which takes a minute."""
+    json: Path | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """`tflops`: of each way, and of plain products of the same matrices, which bound it."""
+
+    rows: int
+    cols: int
+    tflops: dict[str, float]
+
+
+def seconds_of(body: Callable[[], object], config: Config) -> float:
+    """The median of some rounds, after two that do not count."""
+    taken = []
+    for turn in range(config.rounds + 2):
+        _finish(config)
+        start = time.perf_counter()
+        body()
+        _finish(config)
+        if turn >= 2:
+            taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def _finish(config: Config) -> None:
+    if config.device != "cpu":
+        torch.cuda.synchronize()
+
+
+def products(x: Tensor) -> Callable[[], object]:
+    """X X^T and its product with X, by themselves: nothing on this device multiplies faster."""
+
+    def body() -> Tensor:
+        gram = x @ x.mT
+        return gram @ x
+
+    return body
+
+
+def has_symmetric_kernels() -> bool:
+    """Whether gram-newton-schulz is installed, on a GPU that it knows."""
+    try:
+        body_of("symmetric", compiles=False)
+    except GroupOptionError:
+        return False
+    return True
+
+
+def measure(rows: int, cols: int, config: Config) -> Row:
+    """One size of matrix."""
+    stacked = torch.randn(config.batch, rows, cols, dtype=torch.bfloat16, device=config.device)
+    flops = newton_schulz_flops(rows, cols, 5)
+    ways: dict[str, tuple[Callable[[], object], float]] = {
+        "products": (products(stacked[0]), 4 * min(rows, cols) * rows * cols),
+        "products, batched": (products(stacked), config.batch * 4 * min(rows, cols) * rows * cols),
+        "each": (lambda: newton_schulz(stacked[0]), flops),
+        "batched": (lambda: newton_schulz(stacked), config.batch * flops),
+    }
+    if config.compile:
+        compiled = body_of("torch", compiles=True)
+        ways["compiled"] = (lambda: newton_schulz(stacked[0], body=compiled), flops)
+    if has_symmetric_kernels():
+        symmetric = body_of("symmetric", compiles=False)
+        batch = config.batch * flops
+        ways["symmetric, batched"] = (lambda: newton_schulz(stacked, body=symmetric), batch)
+    found = {name: work / seconds_of(body, config) / 1e12 for name, (body, work) in ways.items()}
+    return Row(rows, cols, found)
+
+
+def main() -> None:
+    """Measure all sizes, print, and write if asked to."""
+    config = tyro.cli(Config, description=__doc__)
+    torch.set_num_threads(1)
+    shapes = CPU_SHAPES if config.device == "cpu" else GPU_SHAPES
+    name = "one core" if config.device == "cpu" else torch.cuda.get_device_name()
+    found = [measure(*shape, config) for shape in shapes]
+    table = Table(title=f"TFLOP/s on {name}, batches of {config.batch}")
+    for column in ("matrix", *found[0].tflops):
+        table.add_column(column, justify="right")
+    for row in found:
+        table.add_row(f"{row.rows} x {row.cols}", *(f"{v:.3f}" for v in row.tflops.values()))
+    Console(width=110).print(table)
+    if config.json:
+        figures = {**provenance(), "device": name, "rows": [asdict(row) for row in found]}
+        config.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

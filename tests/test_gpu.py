@@ -1,0 +1,170 @@
+"""What only a GPU can show. `pytest -m gpu`; skipped where there is none."""
+
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from muon_dtensor import Muon
+from muon_dtensor.orthogonalize import bodies, newton_schulz
+from tests.support.cases import tensors_like
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+SHAPES = [(256, 128), (128, 384), (96, 96), (96, 96), (200, 72)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nccl() -> Iterator[None]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def made(is_sharded: bool, **options: Any) -> tuple[list[nn.Parameter], Muon]:
+    """Parameters with gradients on the GPU, plain or as DTensors on a mesh of one rank."""
+    mesh = init_device_mesh("cuda", (1, 1), mesh_dim_names=("replica", "shard"))
+
+    def placed(tensor: Tensor) -> Tensor:
+        tensor = tensor.cuda()
+        return distribute_tensor(tensor, mesh, (Replicate(), Shard(0))) if is_sharded else tensor
+
+    params = [nn.Parameter(placed(w)) for w in tensors_like(SHAPES, 0)]
+    for param, grad in zip(params, tensors_like(SHAPES, 1), strict=True):
+        param.grad = placed(grad)
+    return params, Muon(params, **{"lr": 0.1, **options})
+
+
+def values(params: list[nn.Parameter]) -> list[Tensor]:
+    return [p.detach().to_local() if hasattr(p, "to_local") else p.detach() for p in params]
+
+
+def changes(is_sharded: bool, num_steps: int = 3, **options: Any) -> list[Tensor]:
+    """How far each weight has moved."""
+    params, optimizer = made(is_sharded, **options)
+    before = [value.clone() for value in values(params)]
+    for _ in range(num_steps):
+        optimizer.step()
+    optimizer.state_dict()  # raises what masked steps found
+    return [after - old for after, old in zip(values(params), before, strict=True)]
+
+
+def assert_alike(found: list[Tensor], expected: list[Tensor], least: float = 0.995) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > least
+        assert a.norm() == pytest.approx(b.norm(), rel=0.03)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("with_adamw", [False, True])
+def test_a_default_step_never_waits_for_the_gpu(is_sharded, with_adamw):
+    params, _ = made(is_sharded)
+    groups: list[dict[str, Any]] = [{"params": params[:-1]}]
+    groups.append({"params": params[-1:], "algorithm": "adamw" if with_adamw else "muon"})
+    optimizer = Muon(groups)
+    for _ in range(2):
+        optimizer.step()
+        torch.cuda.synchronize()
+    optimizer.state_dict()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_steps_are_those_of_torch(is_sharded):
+    params = [nn.Parameter(w.cuda()) for w in tensors_like(SHAPES, 0)]
+    before = [param.detach().clone() for param in params]
+    oracle = torch.optim.Muon(params, lr=0.1)
+    for _ in range(3):
+        for param, grad in zip(params, tensors_like(SHAPES, 1), strict=True):
+            param.grad = grad.cuda()
+        oracle.step()
+    expected = [param.detach() - old for param, old in zip(params, before, strict=True)]
+    assert_alike(changes(is_sharded), expected)
+    assert_alike(changes(is_sharded, batched=False), expected)
+
+
+def test_offloaded_momentum_lives_in_pinned_memory_and_changes_nothing():
+    expected = changes(True)
+    params, optimizer = made(True, offload_momentum=True)
+    for param in params:
+        kept = optimizer.state[param]["momentum_buffer"].to_local()
+        assert kept.device.type == "cpu"
+        assert kept.is_pinned()
+    assert all(map(torch.equal, changes(True, offload_momentum=True), expected))
+    assert all(map(torch.equal, changes(False, offload_momentum=True), changes(False)))
+    optimizer.step()
+    torch.cuda.synchronize()
+    again, loaded = made(True, offload_momentum=True)
+    loaded.load_state_dict(optimizer.state_dict())
+    for old, new in zip(params, again, strict=True):
+        kept = loaded.state[new]["momentum_buffer"].to_local()
+        assert kept.is_pinned()
+        assert torch.equal(kept, optimizer.state[old]["momentum_buffer"].to_local())
+
+
+def test_a_graph_captures_a_step():
+    lr = torch.tensor(0.1, device="cuda")
+    params, optimizer = made(True, lr=lr, capturable=True)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    before = [value.clone() for value in values(params)]
+    graph.replay()
+    once = [after - old for after, old in zip(values(params), before, strict=True)]
+    lr.fill_(0.2)
+    before = [value.clone() for value in values(params)]
+    graph.replay()
+    twice = [after - old for after, old in zip(values(params), before, strict=True)]
+    for a, b in zip(once, twice, strict=True):
+        assert b.norm() == pytest.approx(2 * a.norm(), rel=0.2), "the lr of the moment"
+
+
+def test_a_graph_needs_capturable():
+    _, optimizer = made(False)
+    optimizer.step()
+    with (
+        pytest.raises(RuntimeError, match="capturable=True"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        optimizer.step()
+
+
+def test_a_compiled_iteration_is_close():
+    assert_alike(changes(False, compile=True), changes(False))
+
+
+def test_symmetric_kernels_are_close():
+    if bodies._symmetric()[0] is None:
+        pytest.skip(bodies._symmetric()[1])
+    found = changes(False, kernels="symmetric", exact=False)
+    assert_alike(found, changes(False), least=0.98)
+
+
+@pytest.mark.parametrize("shape", [(512, 2048), (2048, 512), (8, 256, 256)])
+def test_the_iteration_on_a_gpu_is_that_of_the_host(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = newton_schulz(x.cuda(), dtype=torch.float32).cpu()
+    torch.testing.assert_close(found, newton_schulz(x, dtype=torch.float32), atol=2e-3, rtol=2e-3)
