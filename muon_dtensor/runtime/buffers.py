@@ -56,6 +56,12 @@ class ExchangeBuffers:
         self._buffers[key] = buffer
         return buffer
 
+    def forget(self) -> None:
+        """Lend other memory from now on; who still uses what was lent keeps it."""
+        self._block = None
+        self._buffers.clear()
+        self._views.clear()
+
     def views(self, bucket: int, number: int, buffer: Tensor, packing: Packing) -> list[Tensor]:
         """The slots of a buffer that was lent under this number."""
         if (bucket, number) not in self._offsets:

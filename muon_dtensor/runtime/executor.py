@@ -144,6 +144,22 @@ class Executor:
             meanwhile: other work of this rank, which is done while the first exchanges are in
                 flight, and in any case.
         """
+        try:
+            self._walk(params, keep, meanwhile)
+        except BaseException:
+            # exchanges of this step may be in flight yet: the next one must not meet them
+            self._flights.clear()
+            self._buffers.forget()
+            raise
+        if self._trace is not None:
+            self._trace.step += 1
+
+    def _walk(
+        self,
+        params: dict[int, LocalParam],
+        keep: Tensor | None,
+        meanwhile: Callable[[], None] | None,
+    ) -> None:
         for action in self.plan.schedule:
             if meanwhile is not None and action.phase is not Phase.UNSHARD:
                 meanwhile()
@@ -156,8 +172,6 @@ class Executor:
                     self._act(action, run, params, keep)
         if meanwhile is not None:
             meanwhile()
-        if self._trace is not None:
-            self._trace.step += 1
 
     def _act(
         self,
