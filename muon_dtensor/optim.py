@@ -355,6 +355,7 @@ class Muon(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict: `momentum_buffer`, or AdamW's state, per parameter."""
         self._gate.read_past()
+        self._settings.wait_for_momentum()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -378,6 +379,7 @@ class Muon(Optimizer):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settings.wait_for_momentum()
         mine = {name: self.__dict__[name] for name in _PICKLED}
         return {**super().__getstate__(), **mine}
 

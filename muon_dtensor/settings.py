@@ -74,6 +74,11 @@ class Settings:
         """What multiplies the matrices of an iteration."""
         return body_of(self.kernels, compiles=self.compile)
 
+    def wait_for_momentum(self) -> None:
+        """Until copies of it to the host, which nothing else waits for, have arrived."""
+        if self.offload_momentum and torch.cuda.is_available():
+            torch.cuda.synchronize()
+
     def plan_options(self, *, on_gpu: bool, prefetch_count: int, sequential: bool) -> PlanOptions:
         """What the planner is told."""
         topology = self.topology or PRESETS["h100-ib-400" if on_gpu else "gloo-local"]

@@ -103,8 +103,11 @@ def apply_updates(
         for param, polar_factor, place in zip(params, polar_factors, places, strict=True):
             apply_update(param, polar_factor, place, decay=decay, matrix_lr=matrix_lr, keep=keep)
         return
-    if decay != 1:
+    if decay != 1 and params[0].device.type != "cpu":
         torch._foreach_mul_(params, decay)
+    elif decay != 1:
+        for param in params:  # the host's foreach rounds the decay of a narrow dtype first
+            param.mul_(decay)
     torch._foreach_add_(params, polar_factors, alpha=-matrix_lr)
 
 

@@ -6,7 +6,14 @@ import math
 import pytest
 import torch
 
-from muon_dtensor.update import Place, adjusted_lr, apply_update, direction_of, update_momentum
+from muon_dtensor.update import (
+    Place,
+    adjusted_lr,
+    apply_update,
+    apply_updates,
+    direction_of,
+    update_momentum,
+)
 
 SHAPES = [(13, 7), (7, 13), (1, 1), (1, 40), (40, 1), (33, 33), (6, 64), (64, 6), (2, 31), (5, 129)]
 
@@ -36,6 +43,26 @@ def test_pieces_round_as_the_whole(shape, dtype, update_dtype):
             matrix_lr=0.0137,
         )
     assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("update_dtype", [torch.bfloat16, torch.float32])
+def test_several_pieces_round_as_each_by_itself(dtype, update_dtype):
+    """Also beside a piece of another dtype, which takes another road."""
+    generator = torch.Generator().manual_seed(5)
+    weights, updates = torch.randn(2, 4, 16, 24, generator=generator).unbind()
+    dtypes = [dtype, dtype, torch.bfloat16, dtype]
+    params = [w.to(d) for w, d in zip(weights, dtypes, strict=True)]
+    polar_factors = list(updates.to(update_dtype))
+    expected = [p.clone().mul_(0.99) for p in params]
+    for weight, update in zip(expected, polar_factors, strict=True):
+        weight.add_(update, alpha=-0.123)
+    places, options = [Place(16, 24, 0, False)] * 4, {"decay": 0.99, "matrix_lr": 0.123}
+    apart = [p.clone() for p in params]
+    apply_updates(params, polar_factors, places, **options)
+    apply_updates(apart[:2], polar_factors[:2], places[:2], **options)
+    assert all(map(torch.equal, params, expected))
+    assert all(map(torch.equal, apart[:2], expected[:2]))
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -48,6 +48,8 @@ class GradientGate:
         self._agreement = agreement
         self._missing_grad = missing_grad
         self._nonfinite = nonfinite
+        # a mask on one device cannot be read by kernels of another in time
+        self._is_mixed = len({local_part(param).device for param in params.values()}) > 1
         self._past: list[Tensor] = []
         self._past_fault = ""
         self._has_settled = False
@@ -99,7 +101,8 @@ class GradientGate:
 
     def _reads_now(self) -> bool:
         """Whether to wait for the ballots: on the host, at first, and where the user asks."""
-        return self.device.type == "cpu" or not self._has_settled or self._missing_grad == "zero"
+        is_wanted = self._missing_grad == "zero" or self._is_mixed
+        return self.device.type == "cpu" or not self._has_settled or is_wanted
 
     def _votes(
         self,
