@@ -2,7 +2,7 @@
 
 import gc
 import logging
-import tracemalloc
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -203,17 +203,13 @@ def grown() -> dict[str, int]:
         return {
             "objects": len(objects),
             "bytes of storages": sum(storages.values()),
-            "bytes of Python": tracemalloc.get_traced_memory()[0],
+            "blocks of Python": sys.getallocatedblocks(),
         }
 
-    tracemalloc.start()
-    try:
-        steps(200)
-        before = held()
-        steps(1000)
-        after = held()
-    finally:
-        tracemalloc.stop()
+    steps(200)
+    before = held()
+    steps(1000)
+    after = held()
     return {name: after[name] - before[name] for name in before}
 
 
@@ -221,8 +217,7 @@ def test_a_thousand_steps_leave_nothing_behind():
     for more in run_processes(4, grown):
         assert more["objects"] < 100, "less than one in ten steps"
         assert more["bytes of storages"] == 0
-        # free lists settle slowly, at 5 to 60 kB; what is kept a step is an object above, or this
-        assert more["bytes of Python"] < 150_000
+        assert more["blocks of Python"] < 5_000, "free lists settle slowly"
 
 
 class Reads(TorchDispatchMode):
