@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 from benchmarks.common import layered, parameters, provenance
-from muon_dtensor import Muon
+from muon_dtensor import Muon, create_dtensor_config
 from muon_dtensor.cli.baselines import everyone_gathers
 from muon_dtensor.cli.calibrate_worker import readings_in_turns
 from muon_dtensor.cli.leaving import leave
@@ -176,10 +176,7 @@ def ways(config: Config) -> dict[str, dict[str, Callable[[], Any]]]:
         return optimizer.step
 
     link = topology(config)
-    turns = Muon(parameters(shapes, flat, (S0,)), lr=0.0, bucket_mb=cap, strategy="owned")
-    turns._config.async_gpu_parallelism = False
-    turns._replan()
-    turns.step()
+    in_turns = create_dtensor_config(async_gpu_parallelism=False)
     table = [(16384, 4 * config.dim)]
     mixed, rest = parameters(shapes, flat, (S0,)), parameters(table, flat, (S0,))
     apart, others = parameters(shapes, flat, (S0,)), parameters(table, flat, (S0,))
@@ -200,7 +197,7 @@ def ways(config: Config) -> dict[str, dict[str, Callable[[], Any]]]:
             "prefetch 0": muon(flat, (S0,), prefetch_count=0),
             "prefetch 2": muon(flat, (S0,), prefetch_count=2),
             "one bucket": _one_bucket(shapes, flat),
-            "async_gpu_parallelism=False": turns.step,
+            "async_gpu_parallelism=False": muon(flat, (S0,), distributed_config=in_turns),
             "naive": naive(parameters(shapes, flat, (S0,))),
         },
         "hsdp, a replica on each node": {

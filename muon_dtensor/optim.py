@@ -6,7 +6,6 @@ Keeps torch's contract; leaves planning, moving and mathematics to those who kno
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -14,26 +13,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from muon_dtensor.adamw import adamw_step
-from muon_dtensor.census import Census
 from muon_dtensor.config import DistributedConfig, create_dtensor_config
 from muon_dtensor.errors import GroupOptionError
 from muon_dtensor.options import (
     DEFAULTS,
-    as_text,
     complete,
     complete_loaded,
 )
 from muon_dtensor.planning.ir import Plan
-from muon_dtensor.planning.planner import plan_update
 from muon_dtensor.planning.render import headline
 from muon_dtensor.planning.topology import Topology
-from muon_dtensor.runtime.agreement import Agreement
-from muon_dtensor.runtime.by_functions import ByFunctions
-from muon_dtensor.runtime.describe import local_part, this_rank
-from muon_dtensor.runtime.executor import Executor
-from muon_dtensor.runtime.gradients import GradientGate
-from muon_dtensor.runtime.groups import Groups
+from muon_dtensor.prepared import Prepared
+from muon_dtensor.runtime.describe import this_rank
 from muon_dtensor.runtime.muon_options import Orthogonalizer
 from muon_dtensor.runtime.plain import PlainTensors
 from muon_dtensor.runtime.trace import Trace
@@ -178,10 +169,8 @@ class Muon(Optimizer):
             raise GroupOptionError("offload_momentum needs a plan; yours is a hand-written config")
         self._trace = Trace(this_rank()) if trace else None
         self._plain = PlainTensors(None)
-        self._plan: Plan | None = None
+        self._prepared: Prepared | None = None
         self._sweeps_twice: dict[frozenset[int], bool] = {}
-        self._owners: dict[str, int] = {}
-        self._asked_for: list[Tensor] = []
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -197,7 +186,7 @@ class Muon(Optimizer):
         complete({}, defaults)
         groups: Any = params if isinstance(params, Tensor) else list(params) or [{"params": []}]
         super().__init__(groups, defaults)
-        self._replan(exchange=True)
+        self._prepare(exchange=True)
         is_told = this_rank() == 0 and logger.isEnabledFor(logging.INFO)
         if is_told and not self._config.is_by_hand:
             logger.info("%s; print(optimizer.plan) says more", headline(self.plan))
@@ -210,12 +199,12 @@ class Muon(Optimizer):
         Raises what the constructor raises, and then adds nothing.
         """
         super().add_param_group(complete(param_group, self.defaults))
-        if self._plan is not None:
+        if self._prepared is not None:
             try:
-                self._replan(exchange=True)
+                self._prepare(exchange=True)
             except Exception:
                 self.param_groups.pop()
-                self._replan()
+                self._prepare()
                 raise
 
     @property
@@ -226,24 +215,19 @@ class Muon(Optimizer):
         """
         if self._config.is_by_hand:
             raise RuntimeError("a hand-written DistributedConfig moves matrices without a plan")
-        assert self._plan is not None, "the constructor plans"
-        return self._plan
+        return self._ready.plan
+
+    @property
+    def _ready(self) -> Prepared:
+        assert self._prepared is not None, "the constructor prepares"
+        return self._prepared
 
     @property
     def trace(self) -> Trace | None:
         """What this rank did when, if the constructor was told to record it."""
         return self._trace
 
-    def _assigned_by_hand(self, census: Census) -> dict[str, int]:
-        """Owners by the user's `assign_fn`, which is asked once for the same parameters."""
-        params = [entry.param for entry in census.muon]
-        known = self._asked_for
-        if len(known) != len(params) or any(a is not b for a, b in zip(known, params, strict=True)):
-            self._owners = census.assigned(self._config, params)
-            self._asked_for = params
-        return self._owners
-
-    def _replan(self, *, exchange: bool = False) -> None:
+    def _prepare(self, *, exchange: bool = False) -> None:
         """Plan anew and make missing state; the next ballots compare the new plan.
 
         `exchange`: whether all ranks learn of new plain tensors now, also those without any.
@@ -254,26 +238,18 @@ class Muon(Optimizer):
                     "a param group has orthogonalizer='custom': give it to the constructor, "
                     "Muon(..., orthogonalizer=function)"
                 )
-        config = self._config
-        if self._plain.rule != config.plain_rule:
-            self._plain = PlainTensors(config.plain_rule)
-        census = Census(self.param_groups, self._plain)
-        by_hand = config.is_by_hand
-        if by_hand:
-            census.must_be_real()
-            owners = self._assigned_by_hand(census)
-        else:
-            specs = census.specs(self._settings.ns_dtype, whole=config.mesh, exchange=exchange)
-            owners = census.owners(config, specs)
-        on_gpu = any(entry.param.device.type == "cuda" for entry in census.muon)
-        options = self._settings.plan_options(
-            on_gpu=on_gpu,
-            prefetch_count=config.prefetch_count,
-            sequential=not config.async_gpu_parallelism,
+        if self._plain.rule != self._config.plain_rule:
+            self._plain = PlainTensors(self._config.plain_rule)
+        self._prepared = Prepared(
+            self.param_groups,
+            self._plain,
+            self._config,
+            self._settings,
+            trace=self._trace,
+            before=self._prepared,
+            exchange=exchange,
         )
-        self._plan = plan = plan_update([] if by_hand else specs, options, owners)
-        self._census, self._owners = census, owners
-        for entry in census.entries:
+        for entry in self._prepared.census.entries:
             make_state(
                 self.state[entry.param],
                 entry.param,
@@ -281,19 +257,6 @@ class Muon(Optimizer):
                 self._settings.momentum_dtype,
                 offload_momentum=self._settings.offload_momentum,
             )
-        rank = this_rank()
-        groups = Groups(census.describer.device_meshes, rank)
-        self._agreement = Agreement(list(census.manifests(plan)), groups, rank)
-        self._gate = GradientGate(
-            {entry.name: entry.param for entry in census.entries},
-            self._agreement,
-            device=census.shared_device,
-            missing_grad=self._settings.missing_grad,
-            nonfinite=self._settings.nonfinite,
-        )
-        devices = [local_part(entry.param).device for entry in census.muon]
-        self._executor = Executor(plan, rank, groups, devices, self._trace)
-        self._is_connected = False
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -312,49 +275,19 @@ class Muon(Optimizer):
                 mesh), on this rank or on another; a function of the user that returns what it
                 should not, on this rank.
         """
-        self._gate.read_past(capturable=all(group["capturable"] for group in self.param_groups))
+        self._ready.gate.read_past(
+            capturable=all(group["capturable"] for group in self.param_groups)
+        )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._agreement.prove_plan(self._gate.device, self._sweeps_twice)
-        options = tuple(as_text(group) for group in self.param_groups)
-        grads, keep = self._gate.admit(options)
-        if keep is False:
-            return loss
-        if not self._is_connected:
-            self._executor.connect()
-            self._is_connected = True
-        mask = keep if isinstance(keep, Tensor) else None
-        self._step_all(grads, mask)
+        self._ready.step(self.state, self._sweeps_twice)
         return loss
-
-    def _step_all(self, grads: dict[str, Tensor], mask: Tensor | None) -> None:
-        config, census = self._config, self._census
-        settings = self._settings
-        found = census.muon_params(grads, self.state, settings.custom, settings.body())
-        if not config.is_by_hand:
-            local = {index: param.on_this_rank() for index, param in found.items()}
-            self._executor.run(local, mask, partial(self._step_adamw, grads, mask))
-            return
-        moved = census.function_params(found, self._owners)
-        rank = config.state.get("rank", this_rank())
-        by_functions = ByFunctions(
-            config.gather_fn, config.redistribute_fn, config.state, rank, settings.ns_dtype
-        )
-        detect_misuse = mask is None and settings.nonfinite != "propagate"
-        by_functions.run(moved, mask, detect_misuse=detect_misuse)
-        self._step_adamw(grads, mask)
-
-    def _step_adamw(self, grads: dict[str, Tensor], keep: Tensor | None) -> None:
-        leaves = self._census.adamw_leaves(grads, self.state)
-        found_inf = None if keep is None else (~keep).to(torch.float32)
-        for index, group in enumerate(self.param_groups):
-            adamw_step(leaves.get(index, []), group, found_inf)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict: `momentum_buffer`, or AdamW's state, per parameter."""
-        self._gate.read_past()
+        self._ready.gate.read_past()
         self._settings.wait_for_momentum()
         return super().state_dict()
 
@@ -375,7 +308,7 @@ class Muon(Optimizer):
             super().load_state_dict(state_dict)
         except Exception:
             self.param_groups, self.state = groups, state
-            self._replan()
+            self._prepare()
             raise
 
     def __getstate__(self) -> dict[str, Any]:
@@ -391,9 +324,8 @@ class Muon(Optimizer):
             complete_loaded(group, known[index] if index < len(known) else {})
         self.__dict__.setdefault("_sweeps_twice", {})
         self.__dict__.setdefault("_plain", PlainTensors(None))
-        self.__dict__.setdefault("_owners", {})
-        self.__dict__.setdefault("_asked_for", [])
-        self._replan()
+        self.__dict__.setdefault("_prepared", None)
+        self._prepare()
 
 
 _PICKLED = ("_settings", "_trace", "_config")

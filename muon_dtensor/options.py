@@ -78,7 +78,8 @@ def complete_loaded(group: dict[str, Any], known: Mapping[str, Any]) -> None:
     """Fill in, in place, what a checkpoint does not name.
 
     `known`: the group that is loaded into. It keeps what checkpoints of torch's Muon and AdamW
-    cannot say: its algorithm, its orthogonalizer, and which matrices it declares.
+    cannot say: its algorithm, its orthogonalizer, whether it is capturable, and which matrices it
+    declares.
     """
     algorithm = known.get("algorithm", "muon")
     kept = {name: known[name] for name in KEPT if name in known}

@@ -264,7 +264,7 @@ def masked(value: float, missing: bool, mode: str) -> Any:
     """The road of a GPU, taken on the host: ballots stay unread, the step is masked."""
     params, optimizer, mesh = made((2, 2), (R, S0), adamw=True, nonfinite=mode)
     optimizer.step()
-    optimizer._gate._reads_now = lambda: False  # type: ignore[method-assign]
+    optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
     give_gradients(params, mesh, (R, S0), seed=2)
     if dist.get_rank() == 1:
         if missing:
@@ -302,7 +302,7 @@ def masked_or_not(reads_now: bool) -> Any:
         give_gradients(params, mesh, (S0, S1), seed=step)
         optimizer.step()
         if not reads_now:
-            optimizer._gate._reads_now = lambda: False  # type: ignore[method-assign]
+            optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
     return snapshot(optimizer)
 
 
@@ -321,7 +321,7 @@ def test_a_rank_by_itself_masks_its_steps_too(mode):
     """The road of a single GPU, taken on the host."""
     params = [nn.Parameter(t) for t in tensors_like([(6, 4), (5, 7)], 0)]
     optimizer = Muon(params, nonfinite=mode)
-    optimizer._gate._reads_now = lambda: False  # type: ignore[method-assign]
+    optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
     for param, grad in zip(params, tensors_like([(6, 4), (5, 7)], 1), strict=True):
         param.grad = grad
     before = [param.detach().clone() for param in params]
@@ -427,7 +427,7 @@ def moved_gradients(missing_grad: str, masked_step: bool) -> Any:
     params, optimizer, mesh = made((4,), (R,), missing_grad=missing_grad)
     optimizer.step()
     if masked_step:
-        optimizer._gate._reads_now = lambda: False  # type: ignore[method-assign]
+        optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
 
     def partial(param: nn.Parameter) -> DTensor:
         return DTensor.from_local(torch.ones(param.shape), mesh, (Partial(),), run_check=False)
@@ -461,7 +461,7 @@ def masked_sparse() -> Any:
     plain = nn.Embedding(6, 4, sparse=True)
     held = nn.Parameter(spread(torch.ones(6, 4), mesh, (S0,)))
     optimizer = Muon([("table", plain.weight), ("held", held)])
-    optimizer._gate._reads_now = lambda: False  # type: ignore[method-assign]
+    optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
     held.grad = spread(torch.ones(6, 4), mesh, (S0,))
     if dist.get_rank() == 0:
         plain(torch.tensor([1, 2])).sum().backward()

@@ -37,9 +37,10 @@ MAY_REACH = {
     ),
     "settings": ("errors", "options", "orthogonalize", "planning", "runtime"),
     "state": ("adamw", "options", "runtime"),
+    "prepared": ("adamw", "census", "config", "options", "planning", "runtime", "settings"),
     "optim": (
-        *("errors", "layout", "planning", "runtime", "adamw", "options"),
-        *("census", "config", "matrices", "orthogonalize", "settings", "state"),
+        *("errors", "layout", "planning", "runtime", "options", "prepared"),
+        *("config", "matrices", "orthogonalize", "settings", "state"),
     ),
     "cli": ("",),
     "__init__": ("",),

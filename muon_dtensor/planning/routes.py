@@ -131,17 +131,9 @@ class RankBucket:
             runs += [(param, shard)] if whole else [(param, region) for region in regions]
         return tuple(runs)
 
-    @cached_property
-    def slots_of(self) -> dict[Assignment, tuple[Slot, ...]]:
-        """Per owned matrix, where its pieces lie in `wholes`."""
-        slots: dict[Assignment, list[Slot]] = defaultdict(list)
-        for slot in self.wholes.slots:
-            slots[slot.assignment].append(slot)
-        return {assignment: tuple(found) for assignment, found in slots.items()}
-
     def batches(self, options: PlanOptions) -> tuple[tuple[Assignment, ...], ...]:
         """Owned matrices that are orthogonalized together: of one size if batched, else alone."""
-        if not options.batched:
+        if not options.batched:  # in the order of the buffer
             return tuple((assignment,) for assignment in self.owned)
         by_size: dict[tuple[int, int], list[Assignment]] = defaultdict(list)
         for assignment in self.owned:

@@ -91,11 +91,12 @@ def _packing(plan: Plan, cost: BucketCost) -> dict[int, int]:
     `DEVICE_BATCH_NUMEL` elements.
     """
     largest: dict[int, int] = defaultdict(int)
-    size = 4
+    widest = 0
     seen: set[tuple[int, int, str]] = set()
     for a in cost.bucket.assignments:
         spec, holders = plan.spec(a), plan.holders(a)
         size = ITEMSIZES.get(spec.dtype, 4)
+        widest = max(widest, size)
         if not cost.unshard:
             for position, numel in boxes_of(plan, cost.bucket, a):
                 largest[position] = max(largest[position], size * numel)
@@ -111,7 +112,7 @@ def _packing(plan: Plan, cost: BucketCost) -> dict[int, int]:
             for home, piece in holders.items():
                 largest[home + offset] = max(largest[home + offset], size * piece.numel)
     if plan.options.topology.cores is None:
-        packed = {p: min(size * cost.pieces[p], size * DEVICE_BATCH_NUMEL) for p in largest}
+        packed = {p: widest * min(cost.pieces[p], DEVICE_BATCH_NUMEL) for p in largest}
         return {p: max(n, packed[p]) for p, n in largest.items()}
     return dict(largest)
 

@@ -207,7 +207,8 @@ class Executor:
             for index in run.local.shards
             if index in params and params[index].is_momentum_away
         }
-        params = {**params, **{index: local.with_momentum() for index, local in away.items()}}
+        if away:
+            params = {**params, **{index: local.with_momentum() for index, local in away.items()}}
         flight = _Flight(self._buffers.take(run.index, 0))
         views = self._buffers.views(run.index, 0, flight.buffer, run.local.pieces)
         for batch in run.packing:

@@ -1,0 +1,133 @@
+"""What an optimizer makes ready before it steps, and makes anew when its param groups change.
+
+Brings parameters, plan, agreement and executor together, and carries a step out. Keeps no state of
+parameters, and no value of a param group.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from muon_dtensor.adamw import adamw_step
+from muon_dtensor.census import Census
+from muon_dtensor.config import DistributedConfig
+from muon_dtensor.options import as_text
+from muon_dtensor.planning.planner import plan_update
+from muon_dtensor.runtime.agreement import Agreement
+from muon_dtensor.runtime.by_functions import ByFunctions
+from muon_dtensor.runtime.describe import local_part, this_rank
+from muon_dtensor.runtime.executor import Executor
+from muon_dtensor.runtime.gradients import GradientGate
+from muon_dtensor.runtime.groups import Groups
+from muon_dtensor.runtime.plain import PlainTensors
+from muon_dtensor.runtime.trace import Trace
+from muon_dtensor.settings import Settings
+
+State = Mapping[Tensor, Mapping[str, Any]]
+"""What an optimizer keeps of each parameter, by name."""
+
+
+class Prepared:
+    """A plan of these param groups, and who agrees on it and walks it."""
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        plain: PlainTensors,
+        config: DistributedConfig,
+        settings: Settings,
+        *,
+        trace: Trace | None,
+        before: "Prepared | None",
+        exchange: bool,
+    ) -> None:
+        """Raises what the constructor of `Muon` raises about parameters.
+
+        Args:
+            groups: param groups with every option.
+            plain: what is known of plain tensors, under the rule of the config.
+            config: how plain tensors lie, and how exchanges run.
+            settings: the other options of the constructor.
+            trace: what records the phases.
+            before: what was prepared for the groups as they were; a user's `assign_fn` is asked
+                once for the same parameters.
+            exchange: whether all ranks learn of new plain tensors now, also those without any.
+        """
+        self._groups, self._config, self._settings = groups, config, settings
+        self.census = census = Census(groups, plain)
+        if config.is_by_hand:
+            census.must_be_real()
+            specs = []
+            self._owners = self._assigned_by_hand(before)
+        else:
+            specs = census.specs(settings.ns_dtype, whole=config.mesh, exchange=exchange)
+            self._owners = census.owners(config, specs)
+        on_gpu = any(entry.param.device.type == "cuda" for entry in census.muon)
+        options = settings.plan_options(
+            on_gpu=on_gpu,
+            prefetch_count=config.prefetch_count,
+            sequential=not config.async_gpu_parallelism,
+        )
+        self.plan = plan_update(specs, options, self._owners)
+        rank = this_rank()
+        process_groups = Groups(census.describer.device_meshes, rank)
+        self.agreement = Agreement(list(census.manifests(self.plan)), process_groups, rank)
+        self.gate = GradientGate(
+            {entry.name: entry.param for entry in census.entries},
+            self.agreement,
+            device=census.shared_device,
+            missing_grad=settings.missing_grad,
+            nonfinite=settings.nonfinite,
+        )
+        devices = [local_part(entry.param).device for entry in census.muon]
+        self.executor = Executor(self.plan, rank, process_groups, devices, trace)
+        self._is_connected = False
+
+    def _assigned_by_hand(self, before: "Prepared | None") -> dict[str, int]:
+        """Owners by the user's `assign_fn`."""
+        params = [entry.param for entry in self.census.muon]
+        known = [entry.param for entry in before.census.muon] if before else None
+        if before and known and len(known) == len(params) and all(map(is_, known, params)):
+            return before._owners
+        return self.census.assigned(self._config, params)
+
+    def step(self, state: State, sweeps_twice: dict[frozenset[int], bool]) -> None:
+        """One step of every parameter that has a gradient.
+
+        `sweeps_twice`: see `Agreement.prove_plan`. Raises what `Muon.step` raises.
+        """
+        self.agreement.prove_plan(self.gate.device, sweeps_twice)
+        options = tuple(as_text(group) for group in self._groups)
+        grads, keep = self.gate.admit(options)
+        if keep is False:
+            return
+        if not self._is_connected:
+            self.executor.connect()
+            self._is_connected = True
+        self._step_all(grads, state, keep if isinstance(keep, Tensor) else None)
+
+    def _step_all(self, grads: dict[str, Tensor], state: State, mask: Tensor | None) -> None:
+        config, settings = self._config, self._settings
+        found = self.census.muon_params(grads, state, settings.custom, settings.body())
+        if not config.is_by_hand:
+            local = {index: param.on_this_rank() for index, param in found.items()}
+            self.executor.run(local, mask, partial(self._step_adamw, grads, state, mask))
+            return
+        moved = self.census.function_params(found, self._owners)
+        rank = config.state.get("rank", this_rank())
+        by_functions = ByFunctions(
+            config.gather_fn, config.redistribute_fn, config.state, rank, settings.ns_dtype
+        )
+        detect_misuse = mask is None and settings.nonfinite != "propagate"
+        by_functions.run(moved, mask, detect_misuse=detect_misuse)
+        self._step_adamw(grads, state, mask)
+
+    def _step_adamw(self, grads: dict[str, Tensor], state: State, keep: Tensor | None) -> None:
+        leaves = self.census.adamw_leaves(grads, state)
+        found_inf = None if keep is None else (~keep).to(torch.float32)
+        for index, group in enumerate(self._groups):
+            adamw_step(leaves.get(index, []), group, found_inf)
