@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from muon_dtensor.errors import (
     AssignmentError,
+    CheckpointError,
     GroupOptionError,
     MissingGradientError,
     NonFiniteGradientError,
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AssignmentError",
+    "CheckpointError",
     "DistributedConfig",
     "GroupOptionError",
     "MissingGradientError",

@@ -32,9 +32,10 @@ from muon_dtensor.runtime.describe import (
     this_rank,
     wrong_dtype,
 )
-from muon_dtensor.runtime.executor import LocalParam
+from muon_dtensor.runtime.local_param import LocalParam
 from muon_dtensor.runtime.muon_options import MuonOptions, Orthogonalizer
 from muon_dtensor.runtime.plain import PlainTensors
+from muon_dtensor.state import MOMENTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,7 @@ class Census:
                 num_iterations=entry.group["ns_steps"],
                 wire_dtype=wire_dtype,
                 is_polynomial=entry.group["orthogonalizer"] != "custom",
+                has_moments=entry.group["normuon_beta"] is not None,
             )
             if isinstance(described, Problem):
                 problems.append(described)
@@ -155,6 +157,22 @@ class Census:
         assignments = validate_assignments(config.assign_fn(shown, config.state), shown, world_size)
         return {self.muon[index].name: rank for index, rank in assignments.items()}
 
+    def misplaced(self) -> str:
+        """Which shards torch's distributed checkpoint would misplace; empty for none."""
+        names = [
+            entry.name
+            for entry in self.entries
+            if isinstance(entry.param, DTensor) and self.describer.is_misplaced(entry.param)
+        ]
+        if not names:
+            return ""
+        return (
+            f"torch.distributed.checkpoint takes shards of {len(names)} parameters for others, "
+            f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}: two mesh dims cut a tensor "
+            "dim that they do not divide. Save a full state dict, get_optimizer_state_dict(..., "
+            "options=StateDictOptions(full_state_dict=True)), or choose sizes that divide."
+        )
+
     def manifests(self, plan: Plan) -> Iterator[Manifest]:
         """What each set of ranks must have in common: its part of the plan, its parameters."""
         members: dict[frozenset[int], list[tuple[Entry, MeshSpec]]] = {}
@@ -209,9 +227,13 @@ class Census:
             if entry.group_index not in options:
                 options[entry.group_index] = MuonOptions.of(entry.group, custom, body)
             if entry.name in grads:
-                momentum_buffer = state[entry.param]["momentum_buffer"]
+                kept = state[entry.param]
                 found[index] = LocalParam(
-                    entry.param, grads[entry.name], momentum_buffer, options[entry.group_index]
+                    entry.param,
+                    grads[entry.name],
+                    kept["momentum_buffer"],
+                    options[entry.group_index],
+                    kept.get(MOMENTS) if entry.group["normuon_beta"] is not None else None,
                 )
         return found
 

@@ -46,6 +46,10 @@ class GroupOptionError(ValueError):
     """A param group holds an option that is unknown or has a value out of its range."""
 
 
+class CheckpointError(ValueError):
+    """A state dict that is not whole, not ours, or that torch would not save as it is."""
+
+
 class PlanMismatchError(RuntimeError):
     """Ranks of one mesh hold different plans or hyperparameters. Raised on each of them."""
 

@@ -358,7 +358,8 @@ class ParamSpec:
 
     `matrices` hold each of its elements once. `num_iterations` of Newton-Schulz, in `wire_dtype`,
     which is also what travels. `dtype` is that of the stored parameter. `is_polynomial`: the
-    orthogonalization is a product of odd polynomials, not a function of the user's.
+    orthogonalization is a product of odd polynomials, not a function of the user's. `moment_cuts`:
+    the mesh dims that cut NorMuon's moments of rows, see `planning.moments`; None without them.
     """
 
     fqn: str
@@ -368,12 +369,15 @@ class ParamSpec:
     num_iterations: int = 5
     wire_dtype: str = "bfloat16"
     is_polynomial: bool = True
+    moment_cuts: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if type(self.is_polynomial) is not bool:
             raise ValueError("is_polynomial is True or False")
         if not all(type(text) is str for text in (self.fqn, self.dtype, self.wire_dtype)):
             raise ValueError("names and dtypes are strings")
+        if self.moment_cuts and (not self.layout.cuts or self.moment_cuts != self.layout.cuts[0]):
+            raise ValueError(f"moments are cut as tensor dim 0 is or not, got {self.moment_cuts}")
         if type(self.num_iterations) is not int or self.num_iterations < 0:
             raise ValueError(f"num_iterations is an integer from 0 on, got {self.num_iterations}")
 

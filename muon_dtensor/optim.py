@@ -4,7 +4,7 @@ Keeps torch's contract; leaves planning, moving and mathematics to those who kno
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from muon_dtensor.config import DistributedConfig, create_dtensor_config
-from muon_dtensor.errors import GroupOptionError
+from muon_dtensor.errors import CheckpointError, GroupOptionError
 from muon_dtensor.options import (
     DEFAULTS,
     complete,
     complete_loaded,
 )
 from muon_dtensor.planning.ir import Plan
+from muon_dtensor.planning.moments import moment_layout
 from muon_dtensor.planning.render import headline
 from muon_dtensor.planning.topology import Topology
 from muon_dtensor.prepared import Prepared
@@ -29,7 +30,7 @@ from muon_dtensor.runtime.muon_options import Orthogonalizer
 from muon_dtensor.runtime.plain import PlainTensors
 from muon_dtensor.runtime.trace import Trace
 from muon_dtensor.settings import Settings
-from muon_dtensor.state import check_loaded, make_state
+from muon_dtensor.state import check_loaded, keep_wide, make_state
 
 logger = logging.getLogger("muon_dtensor")
 
@@ -65,7 +66,8 @@ class Muon(Optimizer):
         eps: least Frobenius norm to divide by; see `orthogonalize.newton_schulz`.
         ns_steps: iterations, 0 to 99.
         adjust_lr_fn: None or "original": s = sqrt(max(1, rows / cols)); "match_rms_adamw":
-            s = 0.2 sqrt(max(rows, cols)) (Liu et al. 2025, arXiv:2502.16982).
+            s = 0.2 sqrt(max(rows, cols)) (Liu et al. 2025, arXiv:2502.16982). As Dion has them:
+            "spectral_norm": s = sqrt(rows / cols); "rms_norm": as "match_rms_adamw".
         distributed_config: of `create_devicemesh_config` or its kin: how plain tensors lie, and
             how exchanges run; or hand-written functions that move them. DTensors need none.
         ns_dtype: dtype of the iteration and of all that is sent.
@@ -97,14 +99,18 @@ class Muon(Optimizer):
         kernels: "torch"; with exact=False "auto" or "symmetric": see `orthogonalize.bodies`.
         capturable: let a CUDA graph capture the step, after one step outside; an lr that is a
             tensor on the GPU then stays there.
+        normuon_beta: divide the rows of each update by the root of their second moments, which
+            decay by this (the paper: 0.95); None for Muon. See `orthogonalize.normuon`.
+        cautious_weight_decay: decay only what the update moves towards zero; see `update`.
         trace: record in `trace` when this rank began and ended each phase of each bucket of the
             plan; hand-written functions leave no trace.
 
-    A param group may name any of the options up to `adjust_lr_fn`, `orthogonalizer`, and which
-    matrices its parameters hold: `matrix`, `matrix_axes`, `split_sizes`, `split_dim`, see
-    `patterns.Declaration`. With `algorithm="adamw"` and `betas`, `eps`, `weight_decay`, `lr`
-    torch's own AdamW steps a group, of any shape. Where a group names no `lr` or `weight_decay`,
-    it takes the ones above, as any group of an optimizer does.
+    A param group may name any of the options up to `adjust_lr_fn`, `orthogonalizer`,
+    `normuon_beta`, `cautious_weight_decay`, and which matrices its parameters hold: `matrix`,
+    `matrix_axes`, `split_sizes`, `split_dim`, see `patterns.Declaration`. With
+    `algorithm="adamw"` and `betas`, `eps`, `weight_decay`, `lr` torch's own AdamW steps a group, of
+    any shape. Where a group names no `lr` or `weight_decay`, it takes the ones above, as any group
+    of an optimizer does.
 
     Raises:
         GroupOptionError: an option that is unknown or out of range.
@@ -146,6 +152,8 @@ class Muon(Optimizer):
         compile: bool = False,
         kernels: Literal["torch", "auto", "symmetric"] = "torch",
         capturable: bool = False,
+        normuon_beta: float | None = None,
+        cautious_weight_decay: bool = False,
     ) -> None:
         self._settings = Settings(
             ns_dtype=ns_dtype,
@@ -171,6 +179,7 @@ class Muon(Optimizer):
         self._plain = PlainTensors(None)
         self._prepared: Prepared | None = None
         self._sweeps_twice: dict[frozenset[int], bool] = {}
+        self._has_told_of_shards = False
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -182,6 +191,8 @@ class Muon(Optimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "orthogonalizer": "custom" if callable(orthogonalizer) else orthogonalizer,
             "capturable": capturable,
+            "normuon_beta": normuon_beta,
+            "cautious_weight_decay": cautious_weight_decay,
         }
         complete({}, defaults)
         groups: Any = params if isinstance(params, Tensor) else list(params) or [{"params": []}]
@@ -238,6 +249,8 @@ class Muon(Optimizer):
                     "a param group has orthogonalizer='custom': give it to the constructor, "
                     "Muon(..., orthogonalizer=function)"
                 )
+            if group["normuon_beta"] is not None and self._config.is_by_hand:
+                raise GroupOptionError("normuon_beta needs a plan; yours is a hand-written config")
         if self._plain.rule != self._config.plain_rule:
             self._plain = PlainTensors(self._config.plain_rule)
         self._prepared = Prepared(
@@ -249,13 +262,21 @@ class Muon(Optimizer):
             before=self._prepared,
             exchange=exchange,
         )
-        for entry in self._prepared.census.entries:
+        self._make_state()
+
+    def _make_state(self) -> None:
+        """What is missing of it."""
+        specs = {spec.fqn: spec for spec in self.plan.params} if not self._config.is_by_hand else {}
+        for entry in self._ready.census.entries:
+            spec = specs.get(entry.name)
+            moments = spec and spec.moment_cuts is not None and moment_layout(spec)
             make_state(
                 self.state[entry.param],
                 entry.param,
                 entry.group["algorithm"],
                 self._settings.momentum_dtype,
                 offload_momentum=self._settings.offload_momentum,
+                moments=moments or None,
             )
 
     @overload
@@ -286,10 +307,27 @@ class Muon(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict: `momentum_buffer`, or AdamW's state, per parameter."""
+        """torch's state dict: `momentum_buffer`, or AdamW's state, per parameter.
+
+        Warns once of shards that torch's distributed checkpoint would misplace; see
+        `check_saveable`.
+        """
         self._ready.gate.read_past()
         self._settings.wait_for_momentum()
+        if not self._has_told_of_shards and (misplaced := self._ready.census.misplaced()):
+            self._has_told_of_shards = True
+            logger.warning("%s", misplaced)
         return super().state_dict()
+
+    def check_saveable(self) -> None:
+        """Raise CheckpointError if `torch.distributed.checkpoint` would misplace shards.
+
+        torch (2.13) says of some shards of tensor dims that two mesh dims cut, and do not divide,
+        that they lie elsewhere: a sharded checkpoint of them is refused, or cannot be loaded. A
+        full state dict can be saved. Ask before a run, on any rank.
+        """
+        if misplaced := self._ready.census.misplaced():
+            raise CheckpointError(misplaced)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's, for state of this optimizer, torch.optim.Muon or torch.optim.AdamW.
@@ -299,17 +337,33 @@ class Muon(Optimizer):
         Raises:
             GroupOptionError: an option out of its range.
             PlanError: a declaration of matrices that does not fit.
-            ValueError: state whose shape or placements are not those of its parameter. After
-                each of these nothing has changed.
+            CheckpointError: a state dict that is not whole, that another optimizer wrote, or whose
+                state is not cut as its parameters are. After each of these nothing has changed.
         """
-        check_loaded(state_dict, self.param_groups)
         groups, state = self.param_groups, self.state
+        seen: list[Mapping[str, Any]] = []
+
+        def look(_: Optimizer, loaded: dict[str, Any]) -> None:
+            check_loaded(loaded, self.param_groups)
+            seen.append(loaded)
+
+        hook = self.register_load_state_dict_pre_hook(look)  # after those of the user
         try:
             super().load_state_dict(state_dict)
+            self._keep_wide(seen[0])
         except Exception:
             self.param_groups, self.state = groups, state
             self._prepare()
             raise
+        finally:
+            hook.remove()
+
+    def _keep_wide(self, loaded: Mapping[str, Any]) -> None:
+        for group, saved in zip(self.param_groups, loaded["param_groups"], strict=True):
+            for param, number in zip(group["params"], saved["params"], strict=True):
+                kept = loaded["state"].get(number, {})
+                keep_wide(self.state[param], kept, param, self._settings.momentum_dtype)
+        self._make_state()
 
     def __getstate__(self) -> dict[str, Any]:
         self._settings.wait_for_momentum()
@@ -325,6 +379,7 @@ class Muon(Optimizer):
         self.__dict__.setdefault("_sweeps_twice", {})
         self.__dict__.setdefault("_plain", PlainTensors(None))
         self.__dict__.setdefault("_prepared", None)
+        self.__dict__.setdefault("_has_told_of_shards", False)
         self._prepare()
 
 

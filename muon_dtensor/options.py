@@ -18,6 +18,9 @@ from muon_dtensor.update import ADJUST_LR_FNS
 
 ALGORITHMS = ("muon", "adamw")
 
+FORMAT_VERSION = 1
+"""Of state dicts. A group carries it, for nothing else passes through every way of saving."""
+
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,
     "weight_decay": 0.1,
@@ -35,6 +38,9 @@ DEFAULTS: dict[str, Any] = {
     "split_dim": 0,
     "orthogonalizer": "newton_schulz",
     "capturable": False,
+    "normuon_beta": None,
+    "cautious_weight_decay": False,
+    "format_version": FORMAT_VERSION,
 }
 """Option names of every group, and the constructor's defaults: those of torch.optim.Muon."""
 
@@ -44,17 +50,24 @@ ADAMW_EPS = 1e-8
 WRITTEN_BY_OTHERS = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr"}
 """Keys that torch's Optimizer, schedulers and averaging put into a group."""
 
+HINTS = {"foreach", "fused"}
+"""How torch's optimizers are asked to run, which frameworks put into any group; not taken up."""
+
+NOT_OFFERED = ("amsgrad", "maximize", "differentiable")
+"""What torch's AdamW may be told in a checkpoint, and we cannot do."""
+
 MOST_ITERATIONS = 99
 """torch.optim.Muon refuses 100 and more."""
 
 
 def complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A new group with every option.
+    """A new group with every option, and without hints to other optimizers.
 
     An AdamW group that names no `lr` or `weight_decay` takes the constructor's, as any group of a
     torch optimizer does; its `eps` and `betas` default to torch.optim.AdamW's. Raises
     GroupOptionError for unknown options and values out of range.
     """
+    group = {name: value for name, value in group.items() if name not in HINTS}
     unknown = group.keys() - DEFAULTS.keys() - WRITTEN_BY_OTHERS
     if unknown:
         name = min(unknown)
@@ -70,7 +83,7 @@ def complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, An
 
 DECLARED = ("matrix", "matrix_axes", "split_sizes", "split_dim")
 
-KEPT = (*DECLARED, "orthogonalizer", "capturable")
+KEPT = (*DECLARED, "orthogonalizer", "capturable", "normuon_beta", "cautious_weight_decay")
 """What checkpoints of torch's Muon and AdamW cannot say."""
 
 
@@ -78,9 +91,13 @@ def complete_loaded(group: dict[str, Any], known: Mapping[str, Any]) -> None:
     """Fill in, in place, what a checkpoint does not name.
 
     `known`: the group that is loaded into. It keeps what checkpoints of torch's Muon and AdamW
-    cannot say: its algorithm, its orthogonalizer, whether it is capturable, and which matrices it
-    declares.
+    cannot say, such as its algorithm and which matrices it declares. What they say and no group of
+    ours holds is left out. Raises GroupOptionError for what cannot be done.
     """
+    if asked := [name for name in NOT_OFFERED if group.get(name)]:
+        raise GroupOptionError(f"the loaded group has {asked[0]}=True, which Muon's AdamW has not")
+    for name in (*HINTS, *NOT_OFFERED, "decoupled_weight_decay"):
+        group.pop(name, None)
     algorithm = known.get("algorithm", "muon")
     kept = {name: known[name] for name in KEPT if name in known}
     for name, value in {**_defaults_of(algorithm, DEFAULTS), **kept}.items():
@@ -90,7 +107,7 @@ def complete_loaded(group: dict[str, Any], known: Mapping[str, Any]) -> None:
 def _defaults_of(algorithm: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     values = {**DEFAULTS, **defaults, "algorithm": algorithm}
     if algorithm == "adamw":
-        values["eps"] = ADAMW_EPS
+        values |= {"eps": ADAMW_EPS, "normuon_beta": None, "cautious_weight_decay": False}
     return values
 
 
@@ -107,10 +124,20 @@ def validate(group: Mapping[str, Any]) -> None:
         raise GroupOptionError(
             f"algorithm must be one of {', '.join(ALGORITHMS)}, got {group['algorithm']!r}"
         )
-    if group["adjust_lr_fn"] not in ADJUST_LR_FNS:
+    one_of("adjust_lr_fn", group["adjust_lr_fn"], ADJUST_LR_FNS)
+    beta = group["normuon_beta"]
+    if beta is not None and not (isinstance(beta, (int, float)) and 0 <= beta < 1):
+        raise GroupOptionError(f"normuon_beta must be None or in [0, 1), got {beta!r}")
+    if group["algorithm"] == "adamw" and (beta is not None or group["cautious_weight_decay"]):
+        raise GroupOptionError("normuon_beta and cautious_weight_decay are for Muon's groups only")
+    if type(group["cautious_weight_decay"]) is not bool:
         raise GroupOptionError(
-            "adjust_lr_fn must be None, 'original' or 'match_rms_adamw', "
-            f"got {group['adjust_lr_fn']!r}"
+            f"cautious_weight_decay is True or False, got {group['cautious_weight_decay']!r}"
+        )
+    if group["format_version"] != FORMAT_VERSION:
+        raise GroupOptionError(
+            f"format_version must be {FORMAT_VERSION}, got {group['format_version']!r}: this "
+            "checkpoint was written by another release of muon_dtensor; load it with that one"
         )
     steps = group["ns_steps"]
     if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps <= MOST_ITERATIONS:

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-ADJUST_LR_FNS = (None, "original", "match_rms_adamw")
+ADJUST_LR_FNS = (None, "original", "match_rms_adamw", "spectral_norm", "rms_norm")
 
 
 def adjusted_lr(
@@ -21,10 +21,14 @@ def adjusted_lr(
 
     `None` or "original": lr sqrt(max(1, rows / cols)) (Jordan 2024,
     https://kellerjordan.github.io/posts/muon/). "match_rms_adamw": 0.2 lr sqrt(max(rows, cols))
-    (Liu et al. 2025, "Muon is scalable for LLM training", arXiv:2502.16982, eq. 4).
+    (Liu et al. 2025, "Muon is scalable for LLM training", arXiv:2502.16982, eq. 4); "rms_norm" is
+    Dion's name for the same. "spectral_norm": lr sqrt(rows / cols), an RMS operator norm of lr
+    (Yang, Simon & Bernstein 2023, arXiv:2310.17813, condition 1), as Dion means it.
     """
-    if adjust_lr_fn == "match_rms_adamw":
+    if adjust_lr_fn in ("match_rms_adamw", "rms_norm"):
         return lr * (0.2 * math.sqrt(max(rows, cols)))
+    if adjust_lr_fn == "spectral_norm":
+        return lr * math.sqrt(rows / cols)
     return lr * math.sqrt(max(1, rows / cols))
 
 
@@ -95,13 +99,22 @@ def apply_updates(
     *,
     decay: float | Tensor,
     matrix_lr: float | Tensor,
+    cautious: bool = False,
     keep: Tensor | None = None,
 ) -> None:
     """`apply_update` of several pieces with one decay and one learning rate."""
     one_by_one = keep is not None or any(map(_rounds_by_place, params, polar_factors))
-    if one_by_one or isinstance(decay, Tensor) or isinstance(matrix_lr, Tensor):
+    if one_by_one or cautious or isinstance(decay, Tensor) or isinstance(matrix_lr, Tensor):
         for param, polar_factor, place in zip(params, polar_factors, places, strict=True):
-            apply_update(param, polar_factor, place, decay=decay, matrix_lr=matrix_lr, keep=keep)
+            apply_update(
+                param,
+                polar_factor,
+                place,
+                decay=decay,
+                matrix_lr=matrix_lr,
+                cautious=cautious,
+                keep=keep,
+            )
         return
     if decay != 1 and params[0].device.type != "cpu":
         torch._foreach_mul_(params, decay)
@@ -118,6 +131,7 @@ def apply_update(
     *,
     decay: float | Tensor,
     matrix_lr: float | Tensor,
+    cautious: bool = False,
     keep: Tensor | None = None,
 ) -> None:
     """W <- decay W - matrix_lr O in place, as torch.optim.Muon.
@@ -130,10 +144,16 @@ def apply_update(
             2019, arXiv:1711.05101).
         matrix_lr: `adjusted_lr` of the matrix. Where this or `decay` is a tensor, it is so on the
             device of the parameter, and all is rounded in the parameter's dtype.
+        cautious: decay only the elements that the update moves towards zero or that either leaves
+            at zero, O W >= 0 (Chen et al. 2025, "Cautious Weight Decay", arXiv:2510.12402, eq. 2).
         keep: a bool scalar on the device; where it is False nothing changes.
     """
     updated = param if keep is None else param.clone()
-    if isinstance(decay, Tensor) or decay != 1:
+    if cautious:
+        # signs, for a product may underflow
+        agrees = updated.sign() * polar_factor.sign() >= 0
+        updated.copy_(torch.where(agrees, updated * decay, updated))
+    elif isinstance(decay, Tensor) or decay != 1:
         updated.mul_(decay)
     if isinstance(matrix_lr, Tensor):
         updated.sub_(polar_factor.to(updated.dtype) * matrix_lr)

@@ -33,10 +33,10 @@ MAY_REACH = {
     "group_configs": ("assignment", "by_hand", "config", "runtime"),
     "census": (
         *("errors", "layout", "matrices", "options", "patterns", "planning", "runtime"),
-        *("adamw", "assignment", "config", "orthogonalize"),
+        *("adamw", "assignment", "config", "orthogonalize", "state"),
     ),
     "settings": ("errors", "options", "orthogonalize", "planning", "runtime"),
-    "state": ("adamw", "options", "runtime"),
+    "state": ("adamw", "errors", "layout", "options", "runtime"),
     "prepared": ("adamw", "census", "config", "options", "planning", "runtime", "settings"),
     "optim": (
         *("errors", "layout", "planning", "runtime", "options", "prepared"),
@@ -46,7 +46,7 @@ MAY_REACH = {
     "__init__": ("",),
 }
 
-RUNTIME_MAY_PLAN_WITH = ("planning.arena", "planning.ir", "planning.routes")
+RUNTIME_MAY_PLAN_WITH = (*("planning.arena", "planning.ir", "planning.moments", "planning.routes"),)
 ONLY_IN_DESCRIBE = (
     "_StridedShard",
     "_is_flat_param",

@@ -17,6 +17,7 @@ from tests.support.threads import run_threads
 
 PUBLIC = {
     "AssignmentError",
+    "CheckpointError",
     "GroupOptionError",
     "MissingGradientError",
     "Muon",
@@ -35,7 +36,7 @@ PUBLIC = {
 GROUP_KEYS = {
     *("params", "lr", "weight_decay", "momentum", "nesterov", "ns_coefficients"),
     *("eps", "ns_steps", "adjust_lr_fn", "algorithm", "betas", "orthogonalizer"),
-    "capturable",
+    *("capturable", "normuon_beta", "cautious_weight_decay", "format_version"),
     *("matrix", "matrix_axes", "split_sizes", "split_dim"),
 }
 
@@ -111,7 +112,7 @@ def test_all_bad_parameters_are_told_at_once():
         ({"momentum": -0.1}, "momentum must be 0 or more"),
         ({"weight_decay": -0.1}, "weight_decay must be 0 or more"),
         ({"eps": -1e-8}, "eps must be 0 or more"),
-        ({"adjust_lr_fn": "spectral"}, "adjust_lr_fn must be"),
+        ({"adjust_lr_fn": "spectral"}, "adjust_lr_fn must be one of"),
         ({"ns_steps": 100}, "ns_steps must be an integer in 0..99"),
         ({"ns_coefficients": (1.0, 2.0)}, "three numbers"),
         ({"ns_coefficients": [5, "b", 3]}, "three numbers"),

@@ -25,6 +25,7 @@ from muon_dtensor.planning.ir import (
     Strategy,
 )
 from muon_dtensor.planning.matrix_costs import matrix_flops
+from muon_dtensor.planning.moments import reductions
 from muon_dtensor.planning.strategies import kind_of
 from muon_dtensor.planning.volumes import BucketCost, bucket_cost
 
@@ -142,6 +143,12 @@ def summary(plan: Plan) -> str:
         "work space",
         f"predicted {duration(plan.prediction.seconds)} a step on {plan.options.topology.name}",
     ]
+    for reduction in reductions(plan):
+        sizes = " x ".join(f"{name}={reduction.mesh.sizes[name]}" for name in reduction.mesh_dims)
+        lines.append(
+            f"row moments  all_reduce over {sizes} on top: "
+            f"{quantity(reduction.sent_nbytes, 'B')} a rank"
+        )
     order = " ".join(map(str, plan.schedule))
     turns = ", ranks orthogonalize one after the other" if plan.options.sequential else ""
     if len(order) <= 100:

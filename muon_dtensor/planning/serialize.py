@@ -80,6 +80,8 @@ def _param_to_json(spec: ParamSpec, mesh: int) -> dict[str, Any]:
     }
     if not spec.is_polynomial:
         value["is_polynomial"] = False
+    if spec.moment_cuts is not None:
+        value["moment_cuts"] = list(spec.moment_cuts)
     if spec.layout.bounds is not None:
         value["bounds"] = [list(ends) for ends in spec.layout.bounds]
     if len(spec.shape) not in (2, 3) or spec.matrices != matrices_of(spec.shape):
@@ -187,6 +189,7 @@ def _param_from_json(
         value["num_iterations"],
         value["wire_dtype"],
         value.get("is_polynomial", True),
+        tuple(value["moment_cuts"]) if "moment_cuts" in value else None,
     )
 
 

@@ -16,7 +16,7 @@ GRAM_ITEMSIZE = 4
 def can_share(spec: ParamSpec, matrix: Matrix) -> bool:
     """Whether slabs of a matrix are boxes of its parameter, and its iteration a polynomial.
 
-    Not in float64, which teams would narrow.
+    Not in float64, which teams would narrow, nor for NorMuon, whose owner needs whole rows.
     """
     shape = matrix.region.shape
     return (
@@ -25,6 +25,7 @@ def can_share(spec: ParamSpec, matrix: Matrix) -> bool:
         and spec.num_iterations > 0
         and spec.wire_dtype != "float64"
         and spec.is_polynomial
+        and spec.moment_cuts is None
     )
 
 

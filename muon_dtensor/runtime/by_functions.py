@@ -14,7 +14,7 @@ from muon_dtensor.errors import RefusalError
 from muon_dtensor.layout import Region
 from muon_dtensor.patterns import Declaration
 from muon_dtensor.runtime.describe import local_part
-from muon_dtensor.runtime.executor import LocalParam
+from muon_dtensor.runtime.local_param import LocalParam
 from muon_dtensor.runtime.packing import box_of, from_matrix, to_matrix, view_box
 from muon_dtensor.update import Place, adjusted_lr, apply_update, direction_of, update_momentum
 
@@ -85,6 +85,7 @@ class ByFunctions:
                 Place(rows, cols, 0, is_transposed=True),
                 decay=param.local.options.decay,
                 matrix_lr=float(param.local.options.lr),
+                cautious=param.local.options.cautious,
                 keep=keep,
             )
 

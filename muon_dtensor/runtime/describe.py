@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.profiler import record_function
 
@@ -21,6 +22,7 @@ from muon_dtensor.errors import Problem, RefusalError
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, ParamSpec
 from muon_dtensor.matrices import flattened
 from muon_dtensor.patterns import Declaration
+from muon_dtensor.planning.moments import moment_cuts
 
 if TYPE_CHECKING:
     from muon_dtensor.runtime.plain import PlainTensors
@@ -208,6 +210,7 @@ class Describer:
         self.plain_mesh = alone if plain_mesh is None else self.mesh(plain_mesh)
         self._layouts: dict[tuple[object, ...], Layout] = {}
         self._known_matrices: dict[object, tuple[Matrix, ...]] = {}
+        self._misplaced: dict[object, bool] = {}
         self._sub_meshes: dict[MeshSpec, tuple[str, ...] | None] = {}
 
     @property
@@ -256,6 +259,23 @@ class Describer:
         key = (id(layout.mesh), layout.shape, layout.cuts, layout.bounds)
         return self._layouts.setdefault(key, layout)
 
+    def is_misplaced(self, tensor: DTensor) -> bool:
+        """Whether torch says of some rank's shard that it lies where it does not.
+
+        Asked of its own arithmetic of offsets, which distributed checkpoints rely on, at every
+        coordinate along the mesh dims that cut a tensor dim more than once.
+        """
+        mesh = self.mesh(tensor.device_mesh)
+        layout = describe_layout(tensor, mesh)
+        key = (layout.mesh.shape, layout.shape, layout.cuts)
+        if key not in self._misplaced:
+            self._misplaced[key] = any(
+                _is_misplaced(layout, tensor, tensor_dim, dims)
+                for tensor_dim, dims in enumerate(layout.cuts)
+                if len(dims) > 1
+            )
+        return self._misplaced[key]
+
     def _matrices(
         self, declaration: Declaration, shape: tuple[int, ...], flat: tuple[int, ...] | None
     ) -> tuple[Matrix, ...]:
@@ -278,8 +298,12 @@ class Describer:
         num_iterations: int,
         wire_dtype: torch.dtype,
         is_polynomial: bool = True,
+        has_moments: bool = False,
     ) -> ParamSpec | Problem:
-        """One parameter of Muon, or why it cannot be one."""
+        """One parameter of Muon, or why it cannot be one.
+
+        `has_moments`: NorMuon's, which only a DTensor can hold a part of.
+        """
         seen = placed(tensor)
         if not tensor.is_floating_point():
             return wrong_dtype(fqn, tensor)
@@ -289,6 +313,10 @@ class Describer:
             matrices = self._matrices(declaration, layout.shape, flat)
         except RefusalError as refusal:
             return Problem(fqn, seen, refusal.reason, refusal.remedy)
+        moments: tuple[str, ...] | None = None
+        if has_moments:
+            own = isinstance(tensor, DTensor) and self.mesh(tensor.device_mesh) == layout.mesh
+            moments = moment_cuts(layout, matrices) if own else ()
         return ParamSpec(
             fqn,
             layout,
@@ -297,7 +325,26 @@ class Describer:
             num_iterations,
             dtype_name(wire_dtype),
             is_polynomial,
+            moments,
         )
+
+
+def _is_misplaced(
+    layout: Layout, tensor: DTensor, tensor_dim: int, mesh_dims: tuple[str, ...]
+) -> bool:
+    mesh = layout.mesh
+    for index in range(mesh.num_ranks_along(mesh_dims)):
+        position = mesh.offset_of(index, mesh_dims)
+        coordinate = [mesh.index_along(position, (name,)) for name in mesh.dim_names]
+        sizes, offsets = _compute_local_shape_and_global_offset(
+            tensor.shape, mesh.shape, coordinate, tensor.placements
+        )
+        region = layout.region(position)
+        start, stop = region.start[tensor_dim], region.stop[tensor_dim]
+        size, offset = sizes[tensor_dim], offsets[tensor_dim]
+        if size != stop - start or (size and offset != start):
+            return True
+    return False
 
 
 def wrong_dtype(fqn: str, tensor: Tensor) -> Problem:

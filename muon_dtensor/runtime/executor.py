@@ -7,7 +7,7 @@ groups, and reads no value from a device but a tensor lr.
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import assert_never
 
 import torch
@@ -20,8 +20,9 @@ from muon_dtensor.planning.ir import Action, Assignment, Gram, Phase, Plan, gram
 from muon_dtensor.runtime.bucket_run import BucketRun, Run
 from muon_dtensor.runtime.buffers import ExchangeBuffers
 from muon_dtensor.runtime.collectives import barrier, issue
-from muon_dtensor.runtime.describe import local_part, range_of
+from muon_dtensor.runtime.describe import range_of
 from muon_dtensor.runtime.groups import Groups
+from muon_dtensor.runtime.local_param import LocalParam
 from muon_dtensor.runtime.muon_options import MuonOptions
 from muon_dtensor.runtime.packing import (
     assemble,
@@ -32,6 +33,7 @@ from muon_dtensor.runtime.packing import (
     view_box,
 )
 from muon_dtensor.runtime.process_team import ProcessTeam
+from muon_dtensor.runtime.row_moments import RowMoments
 from muon_dtensor.runtime.trace import Trace
 from muon_dtensor.update import (
     Place,
@@ -39,36 +41,6 @@ from muon_dtensor.update import (
     update_momentum,
     write_directions,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class LocalParam:
-    """This rank's shards of one parameter that has a gradient: tensors of one shape."""
-
-    param: Tensor
-    grad: Tensor
-    momentum_buffer: Tensor
-    options: MuonOptions
-
-    @property
-    def is_momentum_away(self) -> bool:
-        """Whether the momentum is kept on another device, the host."""
-        return self.momentum_buffer.device != self.param.device
-
-    def with_momentum(self) -> "LocalParam":
-        """The same with a copy of the momentum on the device of the parameter."""
-        here = self.momentum_buffer.to(self.param.device, non_blocking=True)
-        return replace(self, momentum_buffer=here)
-
-    def on_this_rank(self) -> "LocalParam":
-        """The same as plain tensors."""
-        return LocalParam(
-            local_part(self.param),
-            local_part(self.grad),
-            local_part(self.momentum_buffer),
-            self.options,
-        )
-
 
 _Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
@@ -122,6 +94,7 @@ class Executor:
             {index: (run.dtype, run.device) for index, run in self._runs.items()},
         )
         self._flights: dict[int, _Flight] = {}
+        self._moments = RowMoments(plan, rank, groups)
 
     def connect(self) -> None:
         """Make every process group the plan needs, in plan order: a collective of its ranks."""
@@ -130,6 +103,7 @@ class Executor:
                 self._groups.over(run.bucket.mesh, collective.mesh_dims)
             if isinstance(run.bucket.strategy, Gram):
                 self._groups.over(run.bucket.mesh, run.bucket.strategy.team_dims)
+        self._moments.connect()
 
     def run(
         self,
@@ -167,11 +141,13 @@ class Executor:
             if action.bucket in self._runs:
                 run = self._runs[action.bucket]
                 if action.phase is Phase.ORTHOGONALIZE and self.plan.options.sequential:
-                    self._orthogonalize_in_turn(action, run, params)
+                    self._orthogonalize_in_turn(action, run, params, keep)
                 else:
                     self._act(action, run, params, keep)
         if meanwhile is not None:
             meanwhile()
+        kept = {index: p.moments for index, p in params.items() if p.moments is not None}
+        self._moments.tell(kept)
 
     def _act(
         self,
@@ -191,7 +167,7 @@ class Executor:
                 case Phase.WAIT:
                     self._finish(run, self._flights[action.bucket], run.chain.there)
                 case Phase.ORTHOGONALIZE:
-                    self._orthogonalize(run, self._flights[action.bucket], params)
+                    self._orthogonalize(run, self._flights[action.bucket], params, keep)
                 case Phase.RESHARD:
                     self._begin(run, self._flights[action.bucket], run.chain.back[0])
                 case Phase.APPLY:
@@ -273,7 +249,11 @@ class Executor:
             flight.wait()
 
     def _orthogonalize(
-        self, run: BucketRun, flight: _Flight, params: dict[int, LocalParam]
+        self,
+        run: BucketRun,
+        flight: _Flight,
+        params: dict[int, LocalParam],
+        keep: Tensor | None,
     ) -> None:
         number, packing = run.chain.wholes, run.local.wholes
         views = self._buffers.views(run.index, number, flight.buffer, packing)
@@ -286,7 +266,10 @@ class Executor:
                 if local := params.get(assignment.param):
                     by_options[local.options].append(assignment)
             for options, assignments in by_options.items():
-                self._orthogonalize_batch(run, flight.buffer, views, options, assignments)
+                moments = [params[a.param].moments for a in assignments]
+                self._orthogonalize_batch(
+                    run, flight.buffer, views, options, assignments, moments, keep
+                )
 
     def _orthogonalize_batch(
         self,
@@ -295,6 +278,8 @@ class Executor:
         views: list[Tensor],
         options: MuonOptions,
         assignments: Sequence[Assignment],
+        moments: Sequence[Tensor | None],
+        keep: Tensor | None,
     ) -> None:
         """Matrices of one size, each to its polar factor in place."""
         places = [(run.parts[a], run.local.matrices[a]) for a in assignments]
@@ -305,8 +290,12 @@ class Executor:
         together = matrices[0] if len(matrices) == 1 else torch.stack(matrices)
         result = options.polar_factor(together, run.dtype)
         polar_factors = [result] if len(matrices) == 1 else result.unbind()
-        for polar_factor, (parts, matrix) in zip(polar_factors, places, strict=True):
-            disassemble(from_matrix(polar_factor, matrix), views, parts)
+        for a, (parts, matrix), result, kept in zip(
+            assignments, places, polar_factors, moments, strict=True
+        ):
+            if kept is not None:
+                result = options.normalized(result, self._moments.of_matrix(kept, a), keep)
+            disassemble(from_matrix(result, matrix), views, parts)
 
     def _orthogonalize_in_teams(
         self,
@@ -346,12 +335,16 @@ class Executor:
         disassemble(result, views, parts)
 
     def _orthogonalize_in_turn(
-        self, action: Action, run: BucketRun, params: dict[int, LocalParam]
+        self,
+        action: Action,
+        run: BucketRun,
+        params: dict[int, LocalParam],
+        keep: Tensor | None,
     ) -> None:
         mesh = run.bucket.mesh
         for position in sorted(range(mesh.num_ranks), key=mesh.ranks.__getitem__):
             if position == run.position:
-                self._act(action, run, params, None)
+                self._act(action, run, params, keep)
             if mesh.dim_names:
                 barrier(self._groups.over(mesh, mesh.dim_names))
 
@@ -379,4 +372,10 @@ class Executor:
                     places.append(piece.place)
             for (options, rows, cols), lists in groups.items():
                 matrix_lr = options.matrix_lr(rows, cols)
-                apply_updates(*lists, decay=options.decay, matrix_lr=matrix_lr, keep=keep)
+                apply_updates(
+                    *lists,
+                    decay=options.decay,
+                    matrix_lr=matrix_lr,
+                    cautious=options.cautious,
+                    keep=keep,
+                )

@@ -13,6 +13,7 @@ from torch import Tensor
 from muon_dtensor.errors import GroupOptionError
 from muon_dtensor.orthogonalize import newton_schulz, polar_express
 from muon_dtensor.orthogonalize.newton_schulz import Body
+from muon_dtensor.orthogonalize.normuon import normalize_rows
 from muon_dtensor.orthogonalize.polar_express import polar_express_rows
 from muon_dtensor.update import adjusted_lr
 
@@ -44,8 +45,8 @@ class MuonOptions:
     """What a param group says about the step of its parameters, with the meaning torch gives.
 
     `decay` is 1 - lr weight_decay; `custom` the orthogonalizer of the user, if the group wants it;
-    `body` makes the iterations. Where `capturable`, an lr that is a tensor stays one, and so does
-    all that is computed from it: nobody waits for its value.
+    `body` makes the iterations, `cautious` is about weight decay. Where `capturable`, an lr that is
+    a tensor stays one, and so does all that is computed from it: nobody waits for its value.
     """
 
     lr: float | Tensor
@@ -60,6 +61,8 @@ class MuonOptions:
     custom: Orthogonalizer | None
     body: Body
     capturable: bool
+    normuon_beta: float | None
+    cautious: bool
 
     @classmethod
     def of(
@@ -80,6 +83,8 @@ class MuonOptions:
             custom=custom if group["orthogonalizer"] == "custom" else None,
             body=body,
             capturable=group["capturable"],
+            normuon_beta=group["normuon_beta"],
+            cautious=group["cautious_weight_decay"],
         )
 
     def matrix_lr(self, rows: int, cols: int) -> float | Tensor:
@@ -95,6 +100,13 @@ class MuonOptions:
         if self.orthogonalizer == "polar_express":
             return list(polar_express_rows(self.ns_steps))
         return [self.ns_coefficients] * self.ns_steps
+
+    def normalized(self, polar_factor: Tensor, moments: Tensor, keep: Tensor | None) -> Tensor:
+        """A polar factor [rows, cols] after NorMuon; see `orthogonalize.normuon`."""
+        assert self.normuon_beta is not None, "only NorMuon keeps moments"
+        return normalize_rows(
+            polar_factor, moments, beta=self.normuon_beta, eps=self.eps, keep=keep
+        )
 
     def polar_factor(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The approximate polar factor of every matrix of `x` [*batch, rows, cols], in `dtype`.

@@ -1,0 +1,42 @@
+"""What a step needs of one parameter on one rank. Values only: updates nothing."""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from muon_dtensor.runtime.describe import local_part
+from muon_dtensor.runtime.muon_options import MuonOptions
+
+
+@dataclass(frozen=True, slots=True)
+class LocalParam:
+    """This rank's shards of one parameter that has a gradient: tensors of one shape.
+
+    `moments`: NorMuon's, of rows, where the options name its beta.
+    """
+
+    param: Tensor
+    grad: Tensor
+    momentum_buffer: Tensor
+    options: MuonOptions
+    moments: Tensor | None = None
+
+    @property
+    def is_momentum_away(self) -> bool:
+        """Whether the momentum is kept on another device, the host."""
+        return self.momentum_buffer.device != self.param.device
+
+    def with_momentum(self) -> "LocalParam":
+        """The same with a copy of the momentum on the device of the parameter."""
+        here = self.momentum_buffer.to(self.param.device, non_blocking=True)
+        return replace(self, momentum_buffer=here)
+
+    def on_this_rank(self) -> "LocalParam":
+        """The same as plain tensors."""
+        return LocalParam(
+            local_part(self.param),
+            local_part(self.grad),
+            local_part(self.momentum_buffer),
+            self.options,
+            None if self.moments is None else local_part(self.moments),
+        )
