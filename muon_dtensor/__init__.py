@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         create_devicemesh_config,
         create_dtensor_config,
     )
+    from muon_dtensor.full_state import load_full_state_dict
     from muon_dtensor.group_configs import create_auto_config, create_processgroup_config
     from muon_dtensor.grouping import group_parameters
     from muon_dtensor.optim import Muon
@@ -42,6 +43,7 @@ __all__ = [
     "create_dtensor_config",
     "create_processgroup_config",
     "group_parameters",
+    "load_full_state_dict",
 ]
 
 
@@ -54,6 +56,7 @@ _HOMES = {
     "create_dtensor_config": ("config", "create_dtensor_config"),
     "create_processgroup_config": ("group_configs", "create_processgroup_config"),
     "group_parameters": ("grouping", "group_parameters"),
+    "load_full_state_dict": ("full_state", "load_full_state_dict"),
     # the requirement documents import these by these names
     "_default_assign_fn": ("assignment", "default_assign_fn"),
     "_gather_fn_async": ("by_hand", "gather_fn_async"),

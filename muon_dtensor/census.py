@@ -170,7 +170,8 @@ class Census:
             f"torch.distributed.checkpoint takes shards of {len(names)} parameters for others, "
             f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}: two mesh dims cut a tensor "
             "dim that they do not divide. Save a full state dict, get_optimizer_state_dict(..., "
-            "options=StateDictOptions(full_state_dict=True)), or choose sizes that divide."
+            "options=StateDictOptions(full_state_dict=True)), and load it with "
+            "muon_dtensor.load_full_state_dict; or choose sizes that divide."
         )
 
     def manifests(self, plan: Plan) -> Iterator[Manifest]:

@@ -456,6 +456,25 @@ def test_a_masked_partial_gradient_on_some_ranks_is_told_later():
         assert (third[0], third[2]) == ("", False)
 
 
+def cut_otherwise() -> Any:
+    """A gradient of the right shape and placements whose shard on one rank is a row short."""
+    params, optimizer, mesh = made()
+    if dist.get_rank() == 1:
+        grad = local(params[0].grad)[:-1].clone()
+        size, stride = params[0].shape, params[0].stride()
+        params[0].grad = DTensor.from_local(
+            grad, mesh, (S0,), run_check=False, shape=size, stride=stride
+        )
+    return told(optimizer)
+
+
+def test_a_gradient_cut_otherwise_on_one_rank_stops_all():
+    answers = run_processes(4, cut_otherwise)
+    assert [(name, same) for name, _, same in answers] == [("RuntimeError", True)] * 4
+    assert "layers.0.weight stores" in answers[1][1]
+    assert "with equal placements" in answers[1][1]
+
+
 def masked_sparse() -> Any:
     mesh = mesh_of((2,))
     plain = nn.Embedding(6, 4, sparse=True)

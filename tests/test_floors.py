@@ -42,6 +42,8 @@ MAY_REACH = {
         *("errors", "layout", "planning", "runtime", "options", "prepared"),
         *("config", "matrices", "orthogonalize", "settings", "state"),
     ),
+    "full_state": ("errors", "optim", "runtime"),
+    "integrations": ("",),
     "cli": ("",),
     "__init__": ("",),
 }
@@ -55,8 +57,11 @@ ONLY_IN_DESCRIBE = (
     "._local_",
     "._profiler",
 )
-HOMES = ("runtime", "config", "cli")
-ONLY_TYPES = ("torch.distributed", "torch.distributed.device_mesh", "torch.distributed.tensor")
+HOMES = ("runtime", "config", "cli", "integrations")
+ONLY_TYPES = (
+    *("torch.distributed", "torch.distributed.device_mesh", "torch.distributed.tensor"),
+    "torch.distributed.checkpoint.state_dict",
+)
 STDLIB_ONLY = ("errors", "layout", "matrices", "patterns", "shards", "planning")
 
 

@@ -31,6 +31,7 @@ PUBLIC = {
     "create_dtensor_config",
     "create_processgroup_config",
     "group_parameters",
+    "load_full_state_dict",
 }
 
 GROUP_KEYS = {

@@ -239,4 +239,11 @@ def _fault_of(name: str, param: Tensor, grad: Tensor) -> str:
             f"{name} lives on {param.device_mesh} and its gradient on {grad.device_mesh}. "
             "Redistribute the gradient to the parameter's mesh first."
         )
+    mine, theirs = local_part(param).shape, local_part(grad).shape
+    if mine != theirs and not _has_moved(param, grad):
+        return (
+            f"{name} stores {list(mine)} on this rank and its gradient {list(theirs)}, with equal "
+            "placements. Make the gradient by backward, or with DTensor.from_local: "
+            "distribute_tensor cuts uneven strided shards otherwise than fully_shard."
+        )
     return ""

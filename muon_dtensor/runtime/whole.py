@@ -9,10 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.distributed import Work
+from torch.distributed.tensor import DTensor
 
 from muon_dtensor.layout import Layout, MeshSpec, Region
 from muon_dtensor.runtime.collectives import all_to_all, gather_from_mesh
-from muon_dtensor.runtime.describe import this_rank
+from muon_dtensor.runtime.describe import (
+    describe_layout,
+    describe_mesh,
+    local_part,
+    this_rank,
+)
 from muon_dtensor.runtime.groups import Groups
 from muon_dtensor.runtime.packing import box_of, view_box
 
@@ -77,6 +83,24 @@ def cut_out(whole: Tensor, layout: Layout) -> Tensor:
     """This rank's shard of a tensor that it holds whole."""
     region = layout.region(layout.mesh.position_of(this_rank()))
     return view_box(whole, box_of(region, Region.whole(layout.shape))).contiguous()
+
+
+def cut_like(whole: Tensor, param: DTensor) -> DTensor:
+    """This rank's shard of a whole tensor as a DTensor, cut as `param` really is.
+
+    distribute_tensor does the same but for uneven strided shards, which it cuts otherwise than
+    fully_shard (torch 2.13).
+    """
+    layout = describe_layout(param, describe_mesh(param.device_mesh))
+    shard: DTensor = DTensor.from_local(
+        cut_out(whole, layout).to(local_part(param).device),
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=torch.empty(param.shape, device="meta").stride(),
+    )
+    return shard
 
 
 def scatter(whole: Tensor, layout: Layout, groups: Groups, src_rank: int) -> Tensor:

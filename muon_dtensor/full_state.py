@@ -1,0 +1,89 @@
+"""Full state dicts, every tensor whole, cut for whatever layout they are loaded into.
+
+For what torch's sharded checkpoints misplace; see `Muon.check_saveable`. Reads no file.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
+
+from muon_dtensor.errors import CheckpointError
+from muon_dtensor.optim import Muon
+from muon_dtensor.runtime.describe import local_part
+from muon_dtensor.runtime.whole import cut_like
+
+
+def load_full_state_dict(
+    model: nn.Module,
+    optimizer: Muon,
+    model_state: Mapping[str, Any],
+    optimizer_state: Mapping[str, Any],
+) -> None:
+    """Load what torch's `get_*_state_dict(full_state_dict=True)` has made, on any layout.
+
+    torch's own `set_*_state_dict` cuts shards of tensor dims that two mesh dims cut, and do not
+    divide, otherwise than `fully_shard` does; here they are cut by the layouts of the live tensors.
+    No collective: every rank brings all of the state.
+
+    Args:
+        model: sharded or not; its parameters and buffers are filled.
+        optimizer: made of `model.named_parameters()`, or of `group_parameters(model)`.
+        model_state: whole tensors by name.
+        optimizer_state: `state` and `param_groups`, with parameters by name.
+
+    Raises:
+        CheckpointError: names or shapes that differ, or what `Muon.load_state_dict` raises of it.
+            Nothing has changed then.
+    """
+    live = get_model_state_dict(model)
+    if live.keys() != model_state.keys():
+        names = sorted(live.keys() ^ model_state.keys())
+        raise CheckpointError(f"in the model or in its state only: {', '.join(names[:5])}")
+    values = {name: _cut(name, model_state[name], value) for name, value in live.items()}
+    optimizer.load_state_dict(_numbered(optimizer, optimizer_state))
+    with torch.no_grad():
+        for name, value in live.items():
+            if isinstance(value, Tensor):
+                local_part(value).copy_(local_part(values[name]))
+
+
+def _numbered(optimizer: Muon, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict by names as one by numbers, its tensors cut as those of the optimizer are."""
+    group_of = {name: group for group in saved["param_groups"] for name in group["params"]}
+    state: dict[int, dict[str, Any]] = {}
+    groups = []
+    number = 0
+    for index, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names") or []
+        if len(names) != len(group["params"]) or any(name not in group_of for name in names):
+            raise CheckpointError(
+                f"param group {index} holds parameters that the state has no name for: "
+                f"{[name for name in names if name not in group_of][:5] or 'unnamed ones'}"
+            )
+        numbers = range(number, number + len(names))
+        for name, param, each in zip(names, group["params"], numbers, strict=True):
+            state[each] = {
+                key: _cut(f"{key} of {name}", value, optimizer.state[param].get(key, value))
+                for key, value in saved["state"].get(name, {}).items()
+            }
+        if names:
+            groups.append({**group_of[names[0]], "params": list(numbers), "param_names": names})
+        else:
+            groups.append({**group, "params": []})
+        number += len(names)
+    return {"state": state, "param_groups": groups}
+
+
+def _cut(name: str, whole: Any, live: Any) -> Any:
+    """This rank's part of a whole value, placed as the live one is."""
+    if not isinstance(whole, Tensor) or not isinstance(live, Tensor):
+        return whole
+    if whole.shape != live.shape:
+        raise CheckpointError(f"{name} is {list(whole.shape)}, here it is {list(live.shape)}")
+    if not isinstance(live, DTensor):
+        return whole
+    return cut_like(whole, live)
