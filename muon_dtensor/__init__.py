@@ -15,6 +15,7 @@ from muon_dtensor.errors import (
 from muon_dtensor.planning.ir import Plan
 
 if TYPE_CHECKING:
+    from muon_dtensor.clipping import clip_grad_norm_
     from muon_dtensor.config import (
         DistributedConfig,
         create_devicemesh_config,
@@ -38,6 +39,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "PlanMismatchError",
+    "clip_grad_norm_",
     "create_auto_config",
     "create_devicemesh_config",
     "create_dtensor_config",
@@ -51,6 +53,7 @@ __all__ = [
 _HOMES = {
     "DistributedConfig": ("config", "DistributedConfig"),
     "Muon": ("optim", "Muon"),
+    "clip_grad_norm_": ("clipping", "clip_grad_norm_"),
     "create_auto_config": ("group_configs", "create_auto_config"),
     "create_devicemesh_config": ("config", "create_devicemesh_config"),
     "create_dtensor_config": ("config", "create_dtensor_config"),

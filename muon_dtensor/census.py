@@ -17,7 +17,7 @@ from muon_dtensor.adamw import AdamWLocal
 from muon_dtensor.assignment import validate_assignments
 from muon_dtensor.config import DistributedConfig
 from muon_dtensor.errors import PlanError, Problem
-from muon_dtensor.layout import MeshSpec, ParamSpec
+from muon_dtensor.layout import Layout, MeshSpec, ParamSpec
 from muon_dtensor.options import declaration_of
 from muon_dtensor.orthogonalize.newton_schulz import Body
 from muon_dtensor.patterns import Declaration
@@ -156,6 +156,10 @@ class Census:
         world_size = config.state.get("world_size") or self.describer.world_size
         assignments = validate_assignments(config.assign_fn(shown, config.state), shown, world_size)
         return {self.muon[index].name: rank for index, rank in assignments.items()}
+
+    def layout(self, entry: Entry) -> Layout:
+        """How a parameter lies; of plain ones what `specs` has learned."""
+        return self.describer.layout(entry.param, self._plain)
 
     def misplaced(self) -> str:
         """Which shards torch's distributed checkpoint would misplace; empty for none."""

@@ -21,7 +21,6 @@ from muon_dtensor.options import (
     complete_loaded,
 )
 from muon_dtensor.planning.ir import Plan
-from muon_dtensor.planning.moments import moment_layout
 from muon_dtensor.planning.render import headline
 from muon_dtensor.planning.topology import Topology
 from muon_dtensor.prepared import Prepared
@@ -30,7 +29,7 @@ from muon_dtensor.runtime.muon_options import Orthogonalizer
 from muon_dtensor.runtime.plain import PlainTensors
 from muon_dtensor.runtime.trace import Trace
 from muon_dtensor.settings import Settings
-from muon_dtensor.state import check_loaded, keep_wide, make_state
+from muon_dtensor.state import check_loaded, keep_wide
 
 logger = logging.getLogger("muon_dtensor")
 
@@ -102,6 +101,7 @@ class Muon(Optimizer):
         normuon_beta: divide the rows of each update by the root of their second moments, which
             decay by this (the paper: 0.95); None for Muon. See `orthogonalize.normuon`.
         cautious_weight_decay: decay only what the update moves towards zero; see `update`.
+        metrics_every: measure the first step and every so many, for `metrics`; 0 for none.
         trace: record in `trace` when this rank began and ended each phase of each bucket of the
             plan; hand-written functions leave no trace.
 
@@ -154,6 +154,7 @@ class Muon(Optimizer):
         capturable: bool = False,
         normuon_beta: float | None = None,
         cautious_weight_decay: bool = False,
+        metrics_every: int = 0,
     ) -> None:
         self._settings = Settings(
             ns_dtype=ns_dtype,
@@ -169,17 +170,22 @@ class Muon(Optimizer):
             compile=compile,
             kernels=kernels,
             custom=orthogonalizer if callable(orthogonalizer) else None,
+            metrics_every=metrics_every,
         )
         self._config = distributed_config or create_dtensor_config()
         if prefetch_count is not None:
             self._config = replace(self._config, prefetch_count=prefetch_count)
         if self._config.is_by_hand and offload_momentum:
             raise GroupOptionError("offload_momentum needs a plan; yours is a hand-written config")
+        if self._config.is_by_hand and metrics_every:
+            raise GroupOptionError("metrics_every needs a plan; yours is a hand-written config")
         self._trace = Trace(this_rank()) if trace else None
         self._plain = PlainTensors(None)
         self._prepared: Prepared | None = None
         self._sweeps_twice: dict[frozenset[int], bool] = {}
         self._has_told_of_shards = False
+        self._num_steps = 0
+        self._metrics: dict[str, float] = {}
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -243,14 +249,6 @@ class Muon(Optimizer):
 
         `exchange`: whether all ranks learn of new plain tensors now, also those without any.
         """
-        for group in self.param_groups:
-            if group["orthogonalizer"] == "custom" and self._settings.custom is None:
-                raise GroupOptionError(
-                    "a param group has orthogonalizer='custom': give it to the constructor, "
-                    "Muon(..., orthogonalizer=function)"
-                )
-            if group["normuon_beta"] is not None and self._config.is_by_hand:
-                raise GroupOptionError("normuon_beta needs a plan; yours is a hand-written config")
         if self._plain.rule != self._config.plain_rule:
             self._plain = PlainTensors(self._config.plain_rule)
         self._prepared = Prepared(
@@ -262,22 +260,7 @@ class Muon(Optimizer):
             before=self._prepared,
             exchange=exchange,
         )
-        self._make_state()
-
-    def _make_state(self) -> None:
-        """What is missing of it."""
-        specs = {spec.fqn: spec for spec in self.plan.params} if not self._config.is_by_hand else {}
-        for entry in self._ready.census.entries:
-            spec = specs.get(entry.name)
-            moments = spec and spec.moment_cuts is not None and moment_layout(spec)
-            make_state(
-                self.state[entry.param],
-                entry.param,
-                entry.group["algorithm"],
-                self._settings.momentum_dtype,
-                offload_momentum=self._settings.offload_momentum,
-                moments=moments or None,
-            )
+        self._prepared.make_state(self.state)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -303,8 +286,34 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._ready.step(self.state, self._sweeps_twice)
+        every, number = self._settings.metrics_every, self._num_steps
+        if every and number % every == 0:
+            self._metrics = self._ready.measured_step(
+                self.state, self._sweeps_twice, number // every, self._trace
+            )
+        else:
+            self._ready.step(self.state, self._sweeps_twice)
+        self._num_steps += 1
         return loss
+
+    def metrics(self) -> dict[str, float]:
+        """Plain numbers of the last step that was measured: the first, and each `metrics_every`th.
+
+        Summed over all shards and ranks of the parameters, each element once, and the same on every
+        rank: for param group i `group{i}/lr`, `/effective_lr` (times the scales of its matrices,
+        mean over elements), `/grad_norm`, `/momentum_norm`, `/update_norm` (of what was added to
+        the parameters, decay included), `/param_norm`, and `/update_rms` per element; `grad_norm`
+        of all groups; `orthogonality_residual` of the polar factor of one matrix, another each
+        time. Of this rank: `sent_nbytes` as planned, and `seconds/{phase}` by the host's clock.
+
+        No collective, and no cost; the measured step itself makes one small reduction more per mesh
+        dim, and holds a copy of this rank's shards.
+
+        Raises RuntimeError before the first measured step.
+        """
+        if not self._metrics:
+            raise RuntimeError("no step was measured: construct Muon with metrics_every=1 or more")
+        return dict(self._metrics)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict: `momentum_buffer`, or AdamW's state, per parameter.
@@ -350,20 +359,14 @@ class Muon(Optimizer):
         hook = self.register_load_state_dict_pre_hook(look)  # after those of the user
         try:
             super().load_state_dict(state_dict)
-            self._keep_wide(seen[0])
+            keep_wide(self.state, seen[0], self.param_groups, self._settings.momentum_dtype)
+            self._ready.make_state(self.state)
         except Exception:
             self.param_groups, self.state = groups, state
             self._prepare()
             raise
         finally:
             hook.remove()
-
-    def _keep_wide(self, loaded: Mapping[str, Any]) -> None:
-        for group, saved in zip(self.param_groups, loaded["param_groups"], strict=True):
-            for param, number in zip(group["params"], saved["params"], strict=True):
-                kept = loaded["state"].get(number, {})
-                keep_wide(self.state[param], kept, param, self._settings.momentum_dtype)
-        self._make_state()
 
     def __getstate__(self) -> dict[str, Any]:
         self._settings.wait_for_momentum()
@@ -380,6 +383,8 @@ class Muon(Optimizer):
         self.__dict__.setdefault("_plain", PlainTensors(None))
         self.__dict__.setdefault("_prepared", None)
         self.__dict__.setdefault("_has_told_of_shards", False)
+        self.__dict__.setdefault("_num_steps", 0)
+        self.__dict__.setdefault("_metrics", {})
         self._prepare()
 
 

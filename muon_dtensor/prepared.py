@@ -4,7 +4,7 @@ Brings parameters, plan, agreement and executor together, and carries a step out
 parameters, and no value of a param group.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from functools import partial
 from operator import is_
 from typing import Any
@@ -15,7 +15,10 @@ from torch import Tensor
 from muon_dtensor.adamw import adamw_step
 from muon_dtensor.census import Census
 from muon_dtensor.config import DistributedConfig
+from muon_dtensor.errors import GroupOptionError
+from muon_dtensor.metrics import Measurement
 from muon_dtensor.options import as_text
+from muon_dtensor.planning.moments import moment_layout
 from muon_dtensor.planning.planner import plan_update
 from muon_dtensor.runtime.agreement import Agreement
 from muon_dtensor.runtime.by_functions import ByFunctions
@@ -26,6 +29,7 @@ from muon_dtensor.runtime.groups import Groups
 from muon_dtensor.runtime.plain import PlainTensors
 from muon_dtensor.runtime.trace import Trace
 from muon_dtensor.settings import Settings
+from muon_dtensor.state import make_state
 
 State = Mapping[Tensor, Mapping[str, Any]]
 """What an optimizer keeps of each parameter, by name."""
@@ -58,6 +62,14 @@ class Prepared:
             exchange: whether all ranks learn of new plain tensors now, also those without any.
         """
         self._groups, self._config, self._settings = groups, config, settings
+        for group in groups:
+            if group["orthogonalizer"] == "custom" and settings.custom is None:
+                raise GroupOptionError(
+                    "a param group has orthogonalizer='custom': give it to the constructor, "
+                    "Muon(..., orthogonalizer=function)"
+                )
+            if group["normuon_beta"] is not None and config.is_by_hand:
+                raise GroupOptionError("normuon_beta needs a plan; yours is a hand-written config")
         self.census = census = Census(groups, plain)
         if config.is_by_hand:
             census.must_be_real()
@@ -74,7 +86,7 @@ class Prepared:
         )
         self.plan = plan_update(specs, options, self._owners)
         rank = this_rank()
-        process_groups = Groups(census.describer.device_meshes, rank)
+        self._process_groups = process_groups = Groups(census.describer.device_meshes, rank)
         self.agreement = Agreement(list(census.manifests(self.plan)), process_groups, rank)
         self.gate = GradientGate(
             {entry.name: entry.param for entry in census.entries},
@@ -94,6 +106,35 @@ class Prepared:
         if before and known and len(known) == len(params) and all(map(is_, known, params)):
             return before._owners
         return self.census.assigned(self._config, params)
+
+    def make_state(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+        """What is missing of it, or kept in another dtype or place than wanted."""
+        settings = self._settings
+        specs = {spec.fqn: spec for spec in self.plan.params}
+        for entry in self.census.entries:
+            spec = specs.get(entry.name)
+            moments = spec and spec.moment_cuts is not None and moment_layout(spec)
+            make_state(
+                state[entry.param],
+                entry.param,
+                entry.group["algorithm"],
+                settings.momentum_dtype,
+                offload_momentum=settings.offload_momentum,
+                moments=moments or None,
+            )
+
+    def measured_step(
+        self,
+        state: State,
+        sweeps_twice: dict[frozenset[int], bool],
+        number: int,
+        trace: Trace | None,
+    ) -> dict[str, float]:
+        """`step`, and its metrics; `number`, `trace`: see `Measurement`."""
+        measurement = Measurement(self.plan, self.census, number, trace)
+        with self.executor.watched(measurement.trace, measurement.look):
+            self.step(state, sweeps_twice)
+        return measurement.finish(self._groups, state, self._process_groups)
 
     def step(self, state: State, sweeps_twice: dict[frozenset[int], bool]) -> None:
         """One step of every parameter that has a gradient.

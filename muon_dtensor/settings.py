@@ -44,6 +44,7 @@ class Settings:
     compile: bool
     kernels: str
     custom: Orthogonalizer | None
+    metrics_every: int
 
     def __post_init__(self) -> None:
         one_of("ns_dtype", self.ns_dtype, WIRE_DTYPES)
@@ -54,6 +55,8 @@ class Settings:
             raise ValueError(f"bucket_mb must be a number above 0, got {self.bucket_mb!r}")
         if type(self.offload_momentum) is not bool or type(self.compile) is not bool:
             raise GroupOptionError("offload_momentum and compile are True or False")
+        if type(self.metrics_every) is not int or self.metrics_every < 0:
+            raise ValueError(f"metrics_every is a number of steps, got {self.metrics_every!r}")
         if self.exact and self.kernels != "torch":
             raise GroupOptionError(
                 f"kernels={self.kernels!r} round otherwise than torch.optim.Muon: say exact=False "

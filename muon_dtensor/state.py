@@ -109,16 +109,25 @@ def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, An
 
 
 def keep_wide(
-    state: dict[str, Any], loaded: Mapping[str, Any], param: Tensor, dtype: torch.dtype | None
+    state: Mapping[Tensor, dict[str, Any]],
+    state_dict: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    momentum_dtype: torch.dtype | None,
 ) -> None:
     """Bring back what torch's `load_state_dict` has rounded to the dtype of a parameter.
 
-    `loaded`: its state as the checkpoint has it; `dtype`: what the momentum is kept in, None for
-    that of the parameter.
+    Args:
+        state: of the optimizer, by parameter.
+        state_dict: what was loaded.
+        groups: of the optimizer.
+        momentum_dtype: what the momentum is kept in; None for the parameter's dtype.
     """
-    for key, wanted in (("momentum_buffer", dtype), (MOMENTS, torch.float32)):
-        if key in loaded and wanted not in (None, param.dtype):
-            state[key] = loaded[key].to(device=local_part(param).device, dtype=wanted)
+    for group, saved in zip(groups, state_dict["param_groups"], strict=True):
+        for param, number in zip(group["params"], saved["params"], strict=True):
+            kept = state_dict["state"].get(number, {})
+            for key, dtype in (("momentum_buffer", momentum_dtype), (MOMENTS, torch.float32)):
+                if key in kept and dtype not in (None, param.dtype):
+                    state[param][key] = kept[key].to(device=local_part(param).device, dtype=dtype)
 
 
 _CUT_AS_THEIR_PARAMETER = {"momentum_buffer", "exp_avg", "exp_avg_sq"}

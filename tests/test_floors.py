@@ -37,11 +37,16 @@ MAY_REACH = {
     ),
     "settings": ("errors", "options", "orthogonalize", "planning", "runtime"),
     "state": ("adamw", "errors", "layout", "options", "runtime"),
-    "prepared": ("adamw", "census", "config", "options", "planning", "runtime", "settings"),
+    "metrics": ("census", "layout", "orthogonalize", "planning", "runtime", "update"),
+    "prepared": (
+        *("adamw", "census", "config", "errors", "metrics", "options", "planning", "runtime"),
+        *("settings", "state"),
+    ),
     "optim": (
         *("errors", "layout", "planning", "runtime", "options", "prepared"),
         *("config", "matrices", "orthogonalize", "settings", "state"),
     ),
+    "clipping": ("layout", "runtime"),
     "full_state": ("errors", "optim", "runtime"),
     "integrations": ("",),
     "cli": ("",),

@@ -5,8 +5,8 @@ groups, and reads no value from a device but a tensor lr.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -41,6 +41,8 @@ from muon_dtensor.update import (
     update_momentum,
     write_directions,
 )
+
+Look = Callable[[Assignment, Tensor], None]
 
 _Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
@@ -95,6 +97,16 @@ class Executor:
         )
         self._flights: dict[int, _Flight] = {}
         self._moments = RowMoments(plan, rank, groups)
+        self._look: Look | None = None
+
+    @contextmanager
+    def watched(self, trace: Trace, look: Look) -> Iterator[None]:
+        """Let another trace record the phases inside, and `look` see each whole polar factor."""
+        before, self._trace, self._look = self._trace, trace, look
+        try:
+            yield
+        finally:
+            self._trace, self._look = before, None
 
     def connect(self) -> None:
         """Make every process group the plan needs, in plan order: a collective of its ranks."""
@@ -293,6 +305,8 @@ class Executor:
         for a, (parts, matrix), result, kept in zip(
             assignments, places, polar_factors, moments, strict=True
         ):
+            if self._look is not None:
+                self._look(a, result)
             if kept is not None:
                 result = options.normalized(result, self._moments.of_matrix(kept, a), keep)
             disassemble(from_matrix(result, matrix), views, parts)

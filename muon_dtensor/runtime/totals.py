@@ -1,0 +1,51 @@
+"""Sums over shards: each element of a tensor counted once, however many ranks hold it.
+
+Knows layouts and process groups. Does not know what is summed.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from muon_dtensor.layout import Layout, MeshSpec
+from muon_dtensor.runtime.collectives import all_reduce_max, all_reduce_sum
+from muon_dtensor.runtime.groups import Groups
+
+
+def total_of(
+    values: Sequence[tuple[Layout, Tensor]],
+    groups: Groups,
+    rank: int,
+    *,
+    take_largest: bool = False,
+) -> Tensor:
+    """The sum of what shards contribute, or the elementwise maximum. On every rank the same.
+
+    One reduction over each dim of each mesh, by groups that exist already: a collective that all
+    ranks of the meshes make alike. Of replicas the first one's value counts.
+
+    Args:
+        values: per tensor its layout and a value of this rank's shard: float tensors of one shape.
+            All ranks of a mesh name the same tensors of it.
+        groups: that know the meshes.
+        rank: this one.
+    """
+    sums: dict[MeshSpec, list[Tensor]] = {}
+    for layout, value in values:
+        mesh = layout.mesh
+        if not mesh.holds(rank):
+            continue
+        is_first = mesh.index_along(mesh.position_of(rank), layout.replica_dims) == 0
+        sums.setdefault(mesh, []).append(value if is_first else torch.zeros_like(value))
+    if not sums:
+        return torch.zeros((), dtype=torch.float64)
+    found = []
+    for mesh in sorted(sums, key=lambda m: (m.num_ranks, sorted(m.ranks), m.dim_names, m.shape)):
+        here = torch.stack(sums[mesh])
+        value = here.amax(0) if take_largest else here.sum(0)
+        for group in groups.along_each_dim(mesh) if mesh.dim_names else ():
+            (all_reduce_max if take_largest else all_reduce_sum)(value, group)
+        found.append(value)
+    everything = torch.stack([value.to(found[0].device) for value in found])
+    return everything.amax(0) if take_largest else everything.sum(0)

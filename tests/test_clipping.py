@@ -1,0 +1,193 @@
+"""clip_grad_norm_ over meshes that torch's own refuses, against the norm of one process."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from muon_dtensor import clip_grad_norm_
+from muon_dtensor.runtime.describe import local_part
+from muon_dtensor.runtime.whole import cut_like
+from tests.support.cases import mesh_of, spread, tensors_like
+from tests.support.pool import run_processes
+from tests.support.threads import run_threads
+
+R, S0, S1 = Replicate(), Shard(0), Shard(1)
+SHAPES = [(7, 5), (6, 4), (9,), (3, 4, 5)]
+NORMS = [1.0, 2.0, 3.0, math.inf]
+
+
+def expected_of(grads: list[torch.Tensor], max_norm: float, p: float) -> tuple[float, list[Any]]:
+    """The norm, and the clipped gradients, in float64 on one process."""
+    norm = torch.linalg.vector_norm(torch.cat([g.double().flatten() for g in grads]), p)
+    factor = min(1.0, float(max_norm / (norm + 1e-6)))
+    return float(norm), [g.double() * factor for g in grads]
+
+
+def agrees(params: list[torch.Tensor], whole: list[torch.Tensor], p: float, **kwargs: Any) -> bool:
+    """Clip to half the norm, and hold norm and gradients against one process."""
+    norm, clipped = expected_of(whole, 1.5, p)
+    found = clip_grad_norm_(params, 1.5, p, **kwargs)
+    assert not isinstance(found, DTensor)
+    good = math.isclose(float(found), norm, rel_tol=1e-6)
+    for param, grad in zip(params, clipped, strict=True):
+        mine = local_part(param.grad).double()
+        own = local_part(cut_like(grad, param.grad)) if isinstance(param.grad, DTensor) else grad
+        good &= torch.allclose(mine, own, rtol=2e-6, atol=1e-7)
+    return good
+
+
+def mixed(p: float) -> bool:
+    """One mesh of three dims, its sub-meshes, and plain tensors, all in one call."""
+    mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("rep", "dp", "tp"))
+    where = [
+        (mesh, (R, S0, S1)),
+        (mesh["dp", "tp"], (S0, S0)),
+        (mesh["dp"], (S0,)),
+        (mesh, (R,) * 3),
+    ]
+    whole = tensors_like([*SHAPES, (4, 4)], 1)
+    params = []
+    for grad, place in zip(whole, [*where, None], strict=True):
+        param = nn.Parameter(torch.zeros_like(grad) if place is None else spread(grad, *place))
+        param.grad = grad.clone() if place is None else spread(grad, *place)
+        params.append(param)
+    return agrees(params, whole, p)
+
+
+@pytest.mark.parametrize("p", NORMS)
+def test_gradients_on_several_meshes_of_8_ranks(p):
+    assert all(run_threads(8, mixed, p))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.up = nn.Linear(8, 14, bias=True)
+        self.down = nn.Linear(14, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(self.norm(x)).relu())
+
+
+def fsdp_and_tp(p: float) -> tuple[bool, str]:
+    """The model that torch's own clipping refuses, with real gradients; and its refusal."""
+    torch.manual_seed(0)
+    model, plain = Block(), Block()
+    plain.load_state_dict(model.state_dict())
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    x = torch.randn(6, 8)
+    for net in (model, plain):
+        net(x).square().sum().backward()
+    refusal = ""
+    try:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9, p)
+    except Exception as error:
+        refusal = f"{type(error).__name__}: {error}"
+    good = agrees(list(model.parameters()), [q.grad for q in plain.parameters()], p)
+    return good, refusal
+
+
+@pytest.mark.parametrize("p", [2.0, math.inf])
+def test_the_model_that_torch_s_clipping_refuses(p):
+    for good, refusal in run_processes(4, fsdp_and_tp, p):
+        assert good
+        assert "mesh" in refusal.lower(), "torch clips this now: say so in the README"
+
+
+def experts_and_stages() -> bool:
+    """Two pipeline stages of two ranks: experts cut over them, a matrix cut otherwise."""
+    pp_mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "ep"))
+    stage = pp_mesh.get_local_rank("pp")
+    whole = [tensors_like([(4, 3, 5), (6, 4), (3,)], seed) for seed in range(2)]
+    params = []
+    for grad, placements in zip(whole[stage], ((S0,), (S1,), None), strict=True):
+        placed = grad if placements is None else spread(grad, pp_mesh["ep"], placements)
+        params.append(nn.Parameter(placed * 0))
+        params[-1].grad = placed.clone()
+    norm, _ = expected_of([*whole[0], *whole[1]], 1.0, 2.0)
+    found = clip_grad_norm_(params, 1.0, pp_group=pp_mesh.get_group("pp"))
+    alone, _ = expected_of([local_part(p.grad) for p in params], 1.0, 2.0)
+    return math.isclose(float(found), norm, rel_tol=1e-6) and alone < 1.0
+
+
+def test_experts_and_pipeline_stages():
+    assert all(run_processes(4, experts_and_stages))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("foreach", [None, False, True])
+def test_plain_tensors_as_torch_clips_them(p, foreach, dtype):
+    ours, theirs = ([nn.Parameter(torch.zeros(s, dtype=dtype)) for s in SHAPES] for _ in range(2))
+    for a, b, grad in zip(ours, theirs, tensors_like(SHAPES, 3, dtype), strict=True):
+        a.grad, b.grad = grad.clone(), grad.clone()
+    ours.append(nn.Parameter(torch.ones(3, dtype=dtype)))  # without a gradient
+    found = clip_grad_norm_(iter(ours), 0.7, p, foreach=foreach)
+    expected = torch.nn.utils.clip_grad_norm_(theirs, 0.7, p)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    for a, b in zip(ours, theirs, strict=False):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-8)
+
+
+def test_narrow_gradients_have_a_wide_norm():
+    param = nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16))
+    (param.grad,) = tensors_like([(64, 64)], 0, torch.bfloat16)
+    norm, _ = expected_of([param.grad], 1.0, 2.0)
+    found = clip_grad_norm_(param, 1.0)
+    assert found.dtype == torch.float32
+    assert math.isclose(float(found), norm, rel_tol=1e-6)
+    assert param.grad.dtype == torch.bfloat16
+
+
+def test_small_gradients_stay_and_none_is_zero():
+    param = nn.Parameter(torch.zeros(3))
+    assert float(clip_grad_norm_([param], 1.0)) == 0.0
+    assert float(clip_grad_norm_([], 1.0)) == 0.0
+    param.grad = torch.full((3,), 0.1)
+    clip_grad_norm_([param], 1.0)
+    assert torch.equal(param.grad, torch.full((3,), 0.1))
+    with pytest.raises(ValueError, match="norm_type must be above 0"):
+        clip_grad_norm_([param], 1.0, 0.0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_norms(bad):
+    param = nn.Parameter(torch.zeros(3))
+    param.grad = torch.tensor([1.0, bad, 2.0])
+    with pytest.raises(RuntimeError, match="nothing was clipped"):
+        clip_grad_norm_([param], 1.0, error_if_nonfinite=True)
+    assert param.grad[0] == 1.0
+    assert not clip_grad_norm_([param], 1.0).isfinite()
+
+
+def partial_and_missing() -> bool:
+    """A Partial gradient counts with its sum; a rank without a gradient takes part."""
+    mesh = mesh_of((4,))
+    param = nn.Parameter(spread(torch.zeros(4, 4), mesh, (R,)))
+    ones = torch.ones(4, 4)
+    param.grad = DTensor.from_local(ones, mesh, (Partial(),), run_check=False)
+    other = nn.Parameter(spread(torch.zeros(4, 4), mesh, (S0,)))
+    if dist.get_rank() != 2:
+        other.grad = spread(ones, mesh, (S0,))
+    found = clip_grad_norm_([param, other], 1e9)
+    return math.isclose(float(found), math.sqrt(16 * 16 + 12), rel_tol=1e-6)
+
+
+def test_partial_and_missing_gradients():
+    assert all(run_processes(4, partial_and_missing))

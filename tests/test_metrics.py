@@ -1,0 +1,199 @@
+"""`optimizer.metrics()`: numbers of one process, whatever the layout."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+
+from muon_dtensor import DistributedConfig, GroupOptionError, Muon, create_devicemesh_config
+from muon_dtensor.orthogonalize import newton_schulz
+from muon_dtensor.orthogonalize.residual import orthogonality_residual
+from tests.support.cases import mesh_of, spread, tensors_like
+from tests.support.pool import run_processes
+from tests.support.threads import run_threads
+
+R, S0, S1 = Replicate(), Shard(0), Shard(1)
+SHAPES = [(7, 5), (6, 12), (3, 4, 5), (9,)]
+
+
+def measured(layout: Any, **options: Any) -> tuple[dict[str, float], Any]:
+    """The metrics of the third step, and the optimizer."""
+    mesh = mesh_of(layout[0]) if layout else None
+
+    def placed(tensor: torch.Tensor) -> torch.Tensor:
+        return spread(tensor, mesh, layout[1]) if layout else tensor.clone()
+
+    params = [nn.Parameter(placed(w)) for w in tensors_like(SHAPES, 0)]
+    groups: list[dict[str, Any]] = [
+        {"params": params[:2], "lr": 0.1},
+        {"params": params[2:3], "lr": 0.2, "adjust_lr_fn": "match_rms_adamw"},
+        {"params": params[3:], "algorithm": "adamw", "lr": 0.3},
+    ]
+    optimizer = Muon(groups, **{"metrics_every": 2, **options})
+    for step in range(3):
+        for param, grad in zip(params, tensors_like(SHAPES, 1 + step), strict=True):
+            param.grad = placed(grad)
+        optimizer.step()
+    return optimizer.metrics(), optimizer
+
+
+def expected() -> dict[str, float]:
+    """By hand, on one process: torch's optimizers, and differences of parameters."""
+    weights = tensors_like(SHAPES, 0)
+    params = [nn.Parameter(w.clone()) for w in weights]
+    parts = [[nn.Parameter(m.clone()) for m in weights[2].unbind()]]
+    oracles: list[Any] = [
+        torch.optim.Muon(params[:2], lr=0.1),
+        torch.optim.Muon(parts[0], lr=0.2, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(params[3:], lr=0.3, weight_decay=0.1),
+    ]
+    for step in range(3):
+        grads = tensors_like(SHAPES, 1 + step)
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        for part, grad in zip(parts[0], grads[2].unbind(), strict=True):
+            part.grad = grad
+        groups = [params[:2], parts[0], params[3:]]
+        before = [[p.detach().clone() for p in group] for group in groups]
+        for oracle in oracles:
+            oracle.step()
+    found: dict[str, float] = {}
+    keys = ("momentum_buffer", "momentum_buffer", "exp_avg")
+    for index, (group, old, oracle, key) in enumerate(
+        zip(groups, before, oracles, keys, strict=True)
+    ):
+
+        def norm(tensors: list[torch.Tensor]) -> float:
+            return float(torch.cat([t.detach().double().flatten() for t in tensors]).norm())
+
+        found[f"group{index}/grad_norm"] = norm([p.grad for p in group])
+        found[f"group{index}/param_norm"] = norm(group)
+        found[f"group{index}/momentum_norm"] = norm([oracle.state[p][key] for p in group])
+        update = norm([p - q for p, q in zip(group, old, strict=True)])
+        found[f"group{index}/update_norm"] = update
+        numel = sum(p.numel() for p in group)
+        found[f"group{index}/update_rms"] = update / math.sqrt(numel)
+        found[f"group{index}/lr"] = 0.1 * (index + 1)
+    scale = (35 * math.sqrt(7 / 5) + 72) / (35 + 72)
+    found["group0/effective_lr"] = 0.1 * scale
+    found["group1/effective_lr"] = 0.2 * 0.2 * math.sqrt(5)
+    found["group2/effective_lr"] = 0.3
+    found["grad_norm"] = math.sqrt(sum(found[f"group{i}/grad_norm"] ** 2 for i in range(3)))
+    return found
+
+
+def agrees(found: dict[str, float], layout: Any) -> bool:
+    return all(math.isclose(found[key], value, rel_tol=2e-5) for key, value in expected().items())
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        None,
+        ((4,), (S0,)),
+        ((4,), (R,)),
+        ((2, 2), (R, S0)),
+        ((3,), (S0,)),
+    ],
+    ids=str,
+)
+def test_numbers_are_those_of_one_process(layout):
+    if layout is None:
+        assert agrees(measured(None)[0], None)
+        return
+    num_ranks = math.prod(layout[0])
+    for found, _ in run_threads(num_ranks, measured, layout):
+        assert agrees(found, layout)
+
+
+def plain_and_replicated() -> dict[str, float]:
+    """DDP's plain tensors, which a config replicates."""
+    config = create_devicemesh_config(mesh_of((4,)))
+    return measured(None, distributed_config=config)[0]
+
+
+def test_replicated_plain_tensors_count_once():
+    for found in run_threads(4, plain_and_replicated):
+        assert agrees(found, None)
+
+
+def bytes_and_seconds(layout: Any) -> tuple[dict[str, float], int]:
+    found, optimizer = measured(layout, strategy="owned")
+    cost = optimizer.plan.cost
+    return found, cost.sent_nbytes[torch.distributed.get_rank()]
+
+
+def test_bytes_and_seconds():
+    for found, planned in run_processes(4, bytes_and_seconds, ((2, 2), (R, S0))):
+        assert found["sent_nbytes"] == planned > 0
+        phases = {"unshard", "wait", "orthogonalize", "reshard", "apply"}
+        assert {key for key in found if key.startswith("seconds/")} == {
+            f"seconds/{phase}" for phase in phases
+        }
+        assert all(found[f"seconds/{phase}"] >= 0 for phase in phases)
+
+
+def residuals(layout: Any) -> list[float]:
+    """Of steps one by one."""
+    mesh = mesh_of(layout[0])
+    grads = tensors_like(SHAPES[:2], 1)
+    params = [nn.Parameter(spread(torch.zeros_like(g), mesh, layout[1])) for g in grads]
+    optimizer = Muon(params, metrics_every=1, strategy="owned", momentum=0.0, nesterov=False)
+    found = []
+    for _ in range(4):
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = spread(grad, mesh, layout[1])
+        optimizer.step()
+        found.append(optimizer.metrics()["orthogonality_residual"])
+    return found
+
+
+@pytest.mark.parametrize("layout", [((4,), (S0,)), ((2, 2), (R, S1)), ((4,), (R,))], ids=str)
+def test_every_rank_has_the_residual_of_one_matrix_and_they_take_turns(layout):
+    expected = {
+        round(float(orthogonality_residual(newton_schulz(grad))), 6)
+        for grad in tensors_like(SHAPES[:2], 1)
+    }
+    ranks = run_threads(4, residuals, layout)
+    assert all(found == ranks[0] for found in ranks)
+    assert {round(number, 6) for number in ranks[0]} == expected
+    assert ranks[0][:2] == ranks[0][2:]
+
+
+def test_orthogonality_residual():
+    q, _ = torch.linalg.qr(torch.randn(9, 4, dtype=torch.float64))
+    assert orthogonality_residual(q) < 1e-6
+    assert orthogonality_residual(q.T) < 1e-6
+    assert orthogonality_residual(2 * q) == pytest.approx(3.0)
+    assert orthogonality_residual(torch.zeros(3, 5)) == pytest.approx(1.0)
+
+
+def test_metrics_must_be_asked_for():
+    param = nn.Parameter(torch.ones(2, 2))
+    optimizer = Muon([param])
+    param.grad = torch.ones(2, 2)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="construct Muon with metrics_every"):
+        optimizer.metrics()
+    with pytest.raises(ValueError, match="metrics_every is a number of steps, got -1"):
+        Muon([param], metrics_every=-1)
+    config = DistributedConfig(lambda p, s: {0: 0}, lambda t, o, s: t, lambda t, o, s: t, {})
+    with pytest.raises(GroupOptionError, match="metrics_every needs a plan"):
+        Muon([param], metrics_every=1, distributed_config=config)
+
+
+def test_measuring_changes_nothing():
+    _, every = measured(None, metrics_every=1)
+    _, never = measured(None, metrics_every=1000)
+    for a, b in zip(every.param_groups, never.param_groups, strict=True):
+        assert all(map(torch.equal, a["params"], b["params"]))
+
+
+def test_a_trace_of_the_user_goes_on():
+    found, optimizer = measured(None, trace=True)
+    assert {span.step for span in optimizer.trace.spans} == {0, 1, 2}
+    whole = sum(s.stop - s.start for s in optimizer.trace.spans if s.step == 2)
+    assert sum(v for k, v in found.items() if k.startswith("seconds/")) == pytest.approx(whole)
