@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from muon_dtensor.full_state import load_full_state_dict
     from muon_dtensor.group_configs import create_auto_config, create_processgroup_config
     from muon_dtensor.grouping import group_parameters
+    from muon_dtensor.job_config import MuonConfig
     from muon_dtensor.optim import Muon
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "GroupOptionError",
     "MissingGradientError",
     "Muon",
+    "MuonConfig",
     "NonFiniteGradientError",
     "Plan",
     "PlanError",
@@ -53,6 +55,7 @@ __all__ = [
 _HOMES = {
     "DistributedConfig": ("config", "DistributedConfig"),
     "Muon": ("optim", "Muon"),
+    "MuonConfig": ("job_config", "MuonConfig"),
     "clip_grad_norm_": ("clipping", "clip_grad_norm_"),
     "create_auto_config": ("group_configs", "create_auto_config"),
     "create_devicemesh_config": ("config", "create_devicemesh_config"),

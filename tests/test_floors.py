@@ -46,6 +46,7 @@ MAY_REACH = {
         *("errors", "layout", "planning", "runtime", "options", "prepared"),
         *("config", "matrices", "orthogonalize", "settings", "state"),
     ),
+    "job_config": ("config", "grouping", "optim", "options", "orthogonalize"),
     "clipping": ("layout", "runtime"),
     "full_state": ("errors", "optim", "runtime"),
     "integrations": ("",),
@@ -62,7 +63,7 @@ ONLY_IN_DESCRIBE = (
     "._local_",
     "._profiler",
 )
-HOMES = ("runtime", "config", "cli", "integrations")
+HOMES = ("runtime", "config", "job_config", "cli", "integrations")
 ONLY_TYPES = (
     *("torch.distributed", "torch.distributed.device_mesh", "torch.distributed.tensor"),
     "torch.distributed.checkpoint.state_dict",

@@ -21,6 +21,7 @@ PUBLIC = {
     "GroupOptionError",
     "MissingGradientError",
     "Muon",
+    "MuonConfig",
     "NonFiniteGradientError",
     "Plan",
     "PlanError",

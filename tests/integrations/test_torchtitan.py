@@ -1,7 +1,10 @@
 """torchtitan 0.3's own optimizer container, scheduler and checkpoint code, on four gloo ranks."""
 
 import importlib.util
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +95,24 @@ def test_the_mixin_composes_with_torchft(titan):
     num_steps, moved, keys = titan.with_torchft()
     assert (num_steps, moved) == (1, True)
     assert all(key.startswith("param_groups.") for key in keys)
+
+
+def test_the_whole_trainer_trains_on_cpus(tmp_path):
+    """Five steps of torchtitan's smallest Llama under FSDP and TP, by `--override.imports`."""
+    script = Path(__file__).parent / "titan_trainer.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "4", str(script), str(tmp_path)]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["container"], report["optimizer"]) == ("MuonOptimizersContainer", "Muon")
+    assert len(report["losses"]) == 5
+    assert report["losses"][-1] < report["losses"][0] - 1
+    assert "mesh (fsdp=2, tp=2): 312 matrices" in report["plan"]
+    assert "rows over tp=2 then fsdp=2" in report["plan"]

@@ -1,0 +1,217 @@
+"""MuonConfig: TOML, YAML and command lines, and what is wrong in them."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from muon_dtensor import GroupOptionError, Muon, MuonConfig
+from tests.support.pool import run_processes
+from tests.support.threads import run_threads
+
+TOML = """
+[optimizer]
+name = "Muon"
+lr = 0.03
+nesterov = false
+adjust_lr_fn = "match_rms_adamw"
+momentum_dtype = "bfloat16"
+nonfinite = "skip"
+metrics_every = 2
+
+[optimizer.adamw]
+lr = 1e-3
+betas = [0.8, 0.99]
+
+[[optimizer.rules]]
+pattern = "qkv"
+split_sizes = [8, 4, 4]
+
+[parallelism]
+dp_replicate = 2
+dp_shard = -1
+tp = 1
+"""
+
+YAML = """
+optimizer:
+  name: Muon
+  lr: 0.03
+  nesterov: false
+  adjust_lr_fn: match_rms_adamw
+  momentum_dtype: bfloat16
+  nonfinite: skip
+  metrics_every: 2
+  adamw: {lr: 1.0e-3, betas: [0.8, 0.99]}
+  rules:
+    - {pattern: qkv, split_sizes: [8, 4, 4]}
+parallelism: {dp_replicate: 2, dp_shard: -1, tp: 1}
+"""
+
+
+@pytest.fixture
+def written(tmp_path) -> Any:
+    def write(text: str, name: str = "job.toml") -> Path:
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 4)
+        self.qkv = nn.Linear(4, 16, bias=True)
+        self.up = nn.Linear(4, 8, bias=False)
+
+
+def test_toml_and_yaml_say_the_same(written):
+    config = MuonConfig.from_toml(written(TOML))
+    assert config == MuonConfig.from_yaml(written(YAML, "job.yaml"))
+    assert config.optimizer.lr == 0.03
+    assert config.optimizer.adamw.betas == (0.8, 0.99)
+    assert config.sizes == {"dp_replicate": 2, "dp_shard": -1}
+    assert MuonConfig.from_yaml(written("", "empty.yaml")) == MuonConfig()
+
+
+def test_a_command_line_goes_over_a_file(written):
+    config = MuonConfig.from_toml(written(TOML))
+    args = ["--optimizer.lr", "0.5", "--parallelism.tp", "2", "--optimizer.adamw.eps", "1e-5"]
+    seen = MuonConfig.from_cli(args, default=config)
+    assert (seen.optimizer.lr, seen.parallelism.tp, seen.optimizer.adamw.eps) == (0.5, 2, 1e-5)
+    assert seen.optimizer.adamw.betas == (0.8, 0.99)
+    assert seen.optimizer.rules == config.optimizer.rules
+    assert MuonConfig.from_cli([]) == MuonConfig()
+    with pytest.raises(SystemExit):
+        MuonConfig.from_cli(["--optimizer.learning-rate", "1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[optimiser]\nlr = 1", r"unknown key 'optimiser'. Did you mean 'optimizer'\?"),
+        ("[optimizer]\nweight_decy = 1", "'optimizer.weight_decy'. Did you mean 'weight_decay'"),
+        ("[parallelism]\ndp_shards = 1", "'parallelism.dp_shards'. Did you mean 'dp_shard'"),
+        ("[parallelism]\nzzz = 1", "Keys are dp_replicate, dp_shard, cp, tp, pp, ep"),
+        ("[optimizer.adamw]\nbeta = 1", "'optimizer.adamw.beta'. Did you mean 'betas'"),
+        ("[optimizer]\nlr = 'fast'", "optimizer.lr is of type float, got 'fast'"),
+        ("[optimizer]\nlr = true", "optimizer.lr is of type float, got True"),
+        ("[optimizer]\nns_steps = 5.5", "optimizer.ns_steps is of type int, got 5.5"),
+        ("[optimizer]\nnesterov = 1", "optimizer.nesterov is of type bool, got 1"),
+        ("[optimizer]\nnonfinite = 'skp'", "one of raise, skip, propagate, got 'skp'. Did you"),
+        ("[optimizer]\nns_coefficients = [1.0, 2.0]", "is a list of 3"),
+        ("[optimizer.adamw]\nbetas = ['a', 0.5]", r"optimizer.adamw.betas\[0\] is of type float"),
+        ("optimizer = 3", r"\[optimizer\] is a section with keys, got 3"),
+        ("[[optimizer.rules]]\nlr = 0.1", "needs a pattern"),
+        ("[optimizer]\nname = 'AdamW'", "optimizer.name is one of Muon"),
+    ],
+)
+def test_what_is_wrong_is_named(written, text, message):
+    with pytest.raises(ValueError, match=message):
+        MuonConfig.from_toml(written(text))
+
+
+def test_rules_are_checked_when_they_are_read(written):
+    rule = "[[optimizer.rules]]\npattern = 'x'\nsplit_size = [1]"
+    with pytest.raises(GroupOptionError, match=r"'split_size'\. Did you mean 'split_sizes'"):
+        MuonConfig.from_toml(written(rule))
+
+
+def test_sections_of_others(written):
+    text = TOML + "\n[training]\nsteps = 5\n"
+    with pytest.raises(ValueError, match="unknown key 'training'"):
+        MuonConfig.from_toml(written(text))
+    assert MuonConfig.from_toml(written(text), others=("training",)).optimizer.lr == 0.03
+
+
+def test_an_optimizer_on_one_process(written):
+    optimizer = MuonConfig.from_toml(written(TOML)).build_optimizer(Net())
+    assert isinstance(optimizer, Muon)
+    by_name = {n: g for g in optimizer.param_groups for n in g["param_names"]}
+    assert by_name["qkv.weight"]["split_sizes"] == (8, 4, 4)
+    assert (by_name["up.weight"]["lr"], by_name["up.weight"]["nesterov"]) == (0.03, False)
+    assert by_name["embed.weight"]["betas"] == (0.8, 0.99)
+    weight = by_name["up.weight"]["params"][0]
+    assert optimizer.state[weight]["momentum_buffer"].dtype == torch.bfloat16
+
+
+def hsdp() -> tuple[str, str, bool]:
+    config = MuonConfig.from_dict({"parallelism": {"dp_replicate": 2, "dp_shard": -1}})
+    mesh = config.build_mesh()
+    model = Net()
+    fully_shard(model, mesh=mesh)
+    sharded = config.build_optimizer(model, mesh)
+    plain = config.build_optimizer(Net())
+    return str(sharded.plan), str(plain.plan), mesh.mesh_dim_names == ("dp_replicate", "dp_shard")
+
+
+def test_meshes_and_optimizers_on_four_ranks():
+    for sharded, plain, named in run_processes(4, hsdp):
+        assert named
+        assert "mesh (dp_replicate=2, dp_shard=2)" in sharded
+        assert "rows over dp_shard=2, replicated over dp_replicate=2" in sharded
+        assert "replicated over dp_replicate=2 x dp_shard=2" in plain
+
+
+def experts(sizes: dict[str, int]) -> tuple[Any, Any, bool]:
+    config = MuonConfig.from_dict({"parallelism": sizes})
+    mesh = config.build_expert_mesh()
+    weight = distribute_tensor(torch.ones(8, 4, 4), mesh["ep"], [Shard(0)], src_data_rank=None)
+    model = nn.Module()
+    model.experts = nn.Parameter(weight)
+    model.up = nn.Linear(4, 4, bias=False)
+    optimizer = config.build_optimizer(model)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    finite = all(
+        (p.to_local() if isinstance(p, DTensor) else p).isfinite().all() for p in model.parameters()
+    )
+    return mesh.mesh_dim_names, tuple(mesh.shape), bool(finite)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "names", "shape"),
+    [
+        ({"dp_shard": 4, "tp": 2, "ep": 4}, ("efsdp", "ep"), (2, 4)),
+        ({"dp_replicate": 2, "dp_shard": 4, "ep": 2}, ("dp_replicate", "efsdp", "ep"), (2, 2, 2)),
+    ],
+    ids=str,
+)
+def test_experts_have_a_mesh_of_their_own(sizes, names, shape):
+    for found in run_threads(8, experts, sizes):
+        assert found == (names, shape, True)
+
+
+def refused(sizes: dict[str, int]) -> str:
+    config = MuonConfig.from_dict({"parallelism": sizes})
+    try:
+        config.build_expert_mesh("cpu")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_sizes_that_do_not_fit():
+    for text in run_threads(4, refused, {"dp_shard": 4, "ep": 3}):
+        assert "ep=3 does not divide the 4 ranks" in text
+    for text in run_threads(4, refused, {"dp_shard": 3}):
+        assert "dp_shard=3 does not make the world size of 4" in text
+
+
+def one_rank() -> bool:
+    mesh = MuonConfig().build_mesh("cpu")
+    assert math.prod(mesh.shape) == dist.get_world_size() == 1
+    return MuonConfig().build_optimizer(Net()).plan is not None
+
+
+def test_one_rank():
+    assert run_threads(1, one_rank) == [True]
