@@ -3,26 +3,40 @@
     torchrun --nproc-per-node 4 examples/train_gpt.py --dp-shard 2 --tp 2
 
 runs on CPU (gloo) or GPUs (NCCL). Everything but `make_optimizer` is stock PyTorch: that function
-is all a training script changes to move to muon_dtensor.
+is all a training script changes to move to muon_dtensor. With `--checkpoint FOLDER` it saves every
+few steps, and goes on from the last whole checkpoint when it is started again, by torchrun
+(`--max-restarts 3`) or by you; `--tensorboard FOLDER` and `--wandb FOLDER` (offline) log.
 """
 
+import contextlib
+import copy
 import math
 import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from muon_dtensor import Muon, group_parameters
+from muon_dtensor import Muon, clip_grad_norm_, group_parameters
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,15 @@ class Config:
     """Learning rate of embeddings, head and norms beside Muon; best of 3e-3, 6e-3, 1.2e-2."""
     adamw_lr: float = 1.5e-3
     """Learning rate of AdamW alone; best of 5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 6e-3, 1.2e-2."""
+    clip: float = math.inf
+    """Most that the norm of all gradients may be."""
+    checkpoint: Path | None = None
+    """Folder of checkpoints; the last two are kept."""
+    checkpoint_every: int = 10
+    log_every: int = 10
+    """Steps between measurements of the optimizer, for the loggers."""
+    tensorboard: Path | None = None
+    wandb: Path | None = None
     warmup: int = 10
     val_batches: int = 8
     seed: int = 0
@@ -149,7 +172,11 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         adamw["lr"] = config.adamw_lr
         rules.append((".", {"algorithm": "adamw"}))
-    return Muon(group_parameters(model, lr=config.muon_lr, adamw=adamw, rules=rules))
+    is_logged = config.tensorboard is not None or config.wandb is not None
+    return Muon(
+        group_parameters(model, lr=config.muon_lr, adamw=adamw, rules=rules),
+        metrics_every=config.log_every if is_logged else 0,
+    )
 
 
 class Text:
@@ -190,6 +217,91 @@ def mean_over_ranks(value: Tensor) -> float:
     return value.item() / dist.get_world_size()
 
 
+def state_of(result: "Result", scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, Any]:
+    """All that a checkpoint holds: shards, each rank its own."""
+    return {
+        "model": get_model_state_dict(result.model),
+        "optimizer": get_optimizer_state_dict(result.model, result.optimizer),
+        "scheduler": scheduler.state_dict(),
+        "losses": torch.tensor(result.losses, dtype=torch.float64),
+        "step": len(result.losses),
+    }
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """Write aside, then rename: what bears its name is whole. Keeps the last two."""
+    path = folder / f"step-{state['step']}"
+    aside = path.with_suffix(".part")
+    dcp.save(state, checkpoint_id=aside)
+    if dist.get_rank() == 0:
+        shutil.rmtree(path, ignore_errors=True)
+        aside.rename(path)
+        for old in checkpoints_in(folder)[2:]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Whole checkpoints, the newest first."""
+    whole = [path for path in folder.glob("step-*") if not path.suffix]
+    return sorted(whole, key=lambda path: -int(path.name.split("-")[1]))
+
+
+def load_checkpoint(
+    folder: Path, result: "Result", scheduler: torch.optim.lr_scheduler.LRScheduler
+) -> None:
+    """Go on from the newest checkpoint that can be read; one that cannot changes nothing."""
+    for path in checkpoints_in(folder):
+        steps = int(path.name.split("-")[1])
+        # into copies: a damaged file must not leave half of itself in the optimizer
+        state = copy.deepcopy(state_of(result, scheduler))
+        state["losses"] = torch.zeros(steps, dtype=torch.float64)
+        try:
+            dcp.load(state, checkpoint_id=path)
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            if dist.get_rank() == 0:
+                why = str(error).strip().splitlines()[-1]
+                print(f"{path.name} cannot be read ({why}): taking the one before", flush=True)
+            continue
+        set_model_state_dict(result.model, state["model"])
+        set_optimizer_state_dict(result.model, result.optimizer, state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        result.losses = state["losses"].tolist()
+        if dist.get_rank() == 0:
+            print(f"going on from {path.name}", flush=True)
+        return
+
+
+@contextlib.contextmanager
+def loggers(config: Config) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """What takes (step, numbers) on rank 0, for TensorBoard and Weights & Biases (offline)."""
+    takers: list[Callable[[int, dict[str, float]], None]] = []
+    with contextlib.ExitStack() as stack:
+        if config.tensorboard and dist.get_rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(config.tensorboard)
+            stack.callback(writer.close)
+            takers.append(
+                lambda step, numbers: [
+                    writer.add_scalar(name, value, step) for name, value in numbers.items()
+                ]
+            )
+        if config.wandb and dist.get_rank() == 0:
+            import wandb
+
+            config.wandb.mkdir(parents=True, exist_ok=True)
+            run = wandb.init(mode="offline", dir=config.wandb, project="train_gpt")
+            stack.callback(run.finish)
+            takers.append(lambda step, numbers: run.log(numbers, step=step))
+
+        def take(step: int, numbers: dict[str, float]) -> None:
+            for taker in takers:
+                taker(step, numbers)
+
+        yield take
+
+
 @dataclass
 class Result:
     """What a run leaves behind."""
@@ -220,10 +332,15 @@ def train(
         return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(result.optimizer, scale)
-    for step in range(config.steps):
+    if config.checkpoint:
+        config.checkpoint.mkdir(parents=True, exist_ok=True)
+        load_checkpoint(config.checkpoint, result, scheduler)
+    for step in range(len(result.losses), config.steps):
         start = time.perf_counter()
         loss = loss_of(model, text.batch(text.train, seed=1 + step))
         loss.backward()
+        if config.clip < math.inf:
+            clip_grad_norm_(model.parameters(), config.clip)
         before = time.perf_counter()
         result.optimizer.step()
         result.optimizer_seconds.append(time.perf_counter() - before)
@@ -232,6 +349,8 @@ def train(
         result.losses.append(mean_over_ranks(loss))
         seconds = time.perf_counter() - start
         on_step(step + 1, result.losses[-1], config.batch * config.context / seconds)
+        if config.checkpoint and (step + 1) % config.checkpoint_every == 0:
+            save_checkpoint(config.checkpoint, state_of(result, scheduler))
     with torch.no_grad():
         losses = [
             loss_of(model, text.batch(text.val, seed=10**6 + index))
@@ -239,6 +358,15 @@ def train(
         ]
     result.val_loss = mean_over_ranks(torch.stack(losses).mean())
     return result
+
+
+def metrics_of(result: Result) -> dict[str, float]:
+    """What the optimizer measured; nothing after a restart in between."""
+    assert isinstance(result.optimizer, Muon)
+    try:
+        return result.optimizer.metrics()
+    except RuntimeError:
+        return {}
 
 
 def main() -> None:
@@ -255,15 +383,22 @@ def main() -> None:
     mesh = make_mesh(config, device)
     first = dist.get_rank() == 0
 
+    running: list[Result] = []
+
     def on_start(result: Result) -> None:
+        running.append(result)
         if first and config.optimizer == "muon":
             print(result.optimizer.plan, flush=True)
 
-    def on_step(step: int, loss: float, rate: float) -> None:
-        if first and (step % 10 == 0 or step in (1, config.steps)):
-            print(f"step {step}  loss {loss:.4f}  {rate:,.0f} tokens/s", flush=True)
+    with loggers(config) as log:
 
-    result = train(config, mesh, on_start, on_step)
+        def on_step(step: int, loss: float, rate: float) -> None:
+            if first and (step % 10 == 0 or step in (1, config.steps)):
+                print(f"step {step}  loss {loss:.4f}  {rate:,.0f} tokens/s", flush=True)
+            if (step - 1) % config.log_every == 0 and (config.tensorboard or config.wandb):
+                log(step, {"loss": loss, "tokens_per_second": rate, **metrics_of(running[0])})
+
+        result = train(config, mesh, on_start, on_step)
     if first:
         print(f"validation loss {result.val_loss:.4f}", flush=True)
     time.sleep(0.1)  # gloo's threads let go of the last tensors a moment after they arrived

@@ -166,7 +166,7 @@ class MuonConfig:
         """
         mesh = self.build_mesh(device_type)
         names = mesh.mesh_dim_names or ()
-        sizes = dict(zip(names, mesh.shape, strict=True))
+        sizes = {name: mesh.shape[index] for index, name in enumerate(names)}
         outer = {name: sizes[name] for name in ("pp", "dp_replicate") if name in sizes}
         inner = mesh.size()
         for size in outer.values():
@@ -174,7 +174,7 @@ class MuonConfig:
         ep = self.parallelism.ep
         if inner % ep:
             raise ValueError(f"ep={ep} does not divide the {inner} ranks of dp_shard, cp and tp")
-        dims = {**outer, "efsdp": inner // ep, "ep": ep}
+        dims: dict[str, int] = outer | {"efsdp": inner // ep, "ep": ep}
         return init_device_mesh(mesh.device_type, tuple(dims.values()), mesh_dim_names=tuple(dims))
 
     def build_optimizer(self, model: nn.Module, mesh: DeviceMesh | None = None) -> Muon:

@@ -24,12 +24,12 @@ from muon_dtensor.planning.ir import Plan
 from muon_dtensor.planning.render import headline
 from muon_dtensor.planning.topology import Topology
 from muon_dtensor.prepared import Prepared
-from muon_dtensor.runtime.describe import this_rank
+from muon_dtensor.runtime.describe import this_rank, uncompiled
 from muon_dtensor.runtime.muon_options import Orthogonalizer
 from muon_dtensor.runtime.plain import PlainTensors
 from muon_dtensor.runtime.trace import Trace
 from muon_dtensor.settings import Settings
-from muon_dtensor.state import check_loaded, keep_wide
+from muon_dtensor.state import check_loaded, follow_params, keep_wide
 
 logger = logging.getLogger("muon_dtensor")
 
@@ -268,6 +268,7 @@ class Muon(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of every parameter that has a gradient.
@@ -282,6 +283,9 @@ class Muon(Optimizer):
         self._ready.gate.read_past(
             capturable=all(group["capturable"] for group in self.param_groups)
         )
+        if not self._ready.holds(self.param_groups):
+            follow_params(self.state, self.param_groups)
+            self._prepare(exchange=True)
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -95,6 +95,8 @@ class Prepared:
             missing_grad=settings.missing_grad,
             nonfinite=settings.nonfinite,
         )
+        self._params = [entry.param for entry in census.entries]
+        self._devices = [local_part(param).device for param in self._params]
         devices = [local_part(entry.param).device for entry in census.muon]
         self.executor = Executor(self.plan, rank, process_groups, devices, trace)
         self._is_connected = False
@@ -106,6 +108,15 @@ class Prepared:
         if before and known and len(known) == len(params) and all(map(is_, known, params)):
             return before._owners
         return self.census.assigned(self._config, params)
+
+    def holds(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether these groups hold the parameters it was made for, where they were then."""
+        now = [param for group in groups for param in group["params"]]
+        return (
+            len(now) == len(self._params)
+            and all(map(is_, now, self._params))
+            and self._devices == [local_part(param).device for param in now]
+        )
 
     def make_state(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
         """What is missing of it, or kept in another dtype or place than wanted."""

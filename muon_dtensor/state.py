@@ -3,7 +3,7 @@
 Knows tensors and their placements. Does not step, and does not plan.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -128,6 +128,29 @@ def keep_wide(
             for key, dtype in (("momentum_buffer", momentum_dtype), (MOMENTS, torch.float32)):
                 if key in kept and dtype not in (None, param.dtype):
                     state[param][key] = kept[key].to(device=local_part(param).device, dtype=dtype)
+
+
+def follow_params(
+    state: MutableMapping[Tensor, dict[str, Any]], groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Let go of the state of parameters that somebody has replaced, and move what has moved.
+
+    Accelerate replaces them when it shards a model; `model.to(device)` moves them. Before the first
+    step nothing is lost. Raises RuntimeError where a momentum would be.
+    """
+    now = {param for group in groups for param in group["params"]}
+    gone = [param for param in state if param not in now]
+    if any(local_part(v).any() for param in gone for v in state[param].values() if v.ndim):
+        raise RuntimeError(
+            "parameters were replaced after the optimizer had stepped, and their momentum does not "
+            "fit the new ones. Take optimizer.state_dict() before, shard or move the model, make "
+            "the optimizer anew, and load."
+        )
+    for param in gone:
+        del state[param]
+    for param, kept in state.items():
+        for key, value in kept.items():
+            kept[key] = value.to(local_part(param).device)
 
 
 _CUT_AS_THEIR_PARAMETER = {"momentum_buffer", "exp_avg", "exp_avg_sq"}

@@ -62,6 +62,7 @@ ONLY_IN_DESCRIBE = (
     "._spec",
     "._local_",
     "._profiler",
+    "_disable_dynamo",
 )
 HOMES = ("runtime", "config", "job_config", "cli", "integrations")
 ONLY_TYPES = (

@@ -379,6 +379,10 @@ def range_of(name: str) -> AbstractContextManager[object]:
     return record_function(name) if is_on else nullcontext()
 
 
+uncompiled = torch._disable_dynamo  # type: ignore[attr-defined]
+"""Of a function that torch.compile leaves as it is; decides so without importing the compiler."""
+
+
 def on_host(tensor: Tensor) -> Tensor:
     """The same values in host memory that a GPU can copy from; a DTensor stays on its mesh."""
     local = local_part(tensor)

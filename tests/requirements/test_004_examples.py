@@ -5,11 +5,6 @@ say what the section is about.
 """
 
 import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,31 +15,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from muon_dtensor import Muon, create_auto_config
 from tests.requirements.models import batch, create_dummy_model, differences, whole_params
 from tests.support.pool import run_processes
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-SECONDS = 120
+from tests.support.torchrun import EXAMPLES, run_example
 
 P0, P1, P2 = pytest.mark.P0, pytest.mark.P1, pytest.mark.P2
-
-
-def run_example(name: str, num_ranks: int, *arguments: str) -> str:
-    """What the example prints, on all ranks. Its loss must fall."""
-    # 127.0.0.1 and a free port: torchrun's own choice under --standalone
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(num_ranks), str(EXAMPLES / f"{name}.py"), *arguments]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Warning" not in done.stderr, done.stderr
-    losses = re.findall(r"^loss (\S+) -> (\S+)$", done.stdout, re.MULTILINE)
-    assert losses, done.stdout
-    assert all(float(last) < float(first) for first, last in losses)
-    return done.stdout
 
 
 ROWS = [

@@ -1,0 +1,39 @@
+"""Muon in Hugging Face's Trainer: `Trainer(optimizer_cls_and_kwargs=(MuonFactory, {...}))`.
+
+Needs nothing of that package: the Trainer calls it with the model it has prepared.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from muon_dtensor.config import create_devicemesh_config
+from muon_dtensor.grouping import group_parameters
+from muon_dtensor.optim import Muon
+
+
+class MuonFactory:
+    """Makes the optimizer of a model when the Trainer has it where it trains.
+
+    Its keywords are those of `group_parameters` (`lr`, `adamw`, `rules`) and of `Muon`. Under DDP,
+    that is on several ranks without a DTensor, its ranks share the work. GPT-2's Conv1D stores
+    weights transposed: rules=[("c_(attn|fc|proj)", {"matrix": "i o -> o i"})].
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float = 0.02,
+        adamw: Mapping[str, Any] | None = None,
+        rules: Sequence[tuple[str, Mapping[str, Any]]] = (),
+        **options: Any,
+    ) -> Muon:
+        """Called by the Trainer. Raises what `group_parameters` and `Muon` raise."""
+        is_alone = not dist.is_initialized() or dist.get_world_size() == 1
+        if not is_alone and not any(isinstance(p, DTensor) for p in model.parameters()):
+            options.setdefault("distributed_config", create_devicemesh_config(dp_replicate=-1))
+        return Muon(group_parameters(model, lr=lr, adamw=adamw, rules=rules), **options)

@@ -1,0 +1,66 @@
+"""The examples of other people's stacks, run as their users run them."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.torchrun import EXAMPLES, SECONDS
+
+pytestmark = [pytest.mark.integrations]
+
+ROWS = [
+    pytest.param("hf_trainer", 1, "transformers", "mesh this rank alone: 14 matrices"),
+    pytest.param("hf_trainer", 2, "transformers", "mesh (dp_replicate=2): 14 matrices"),
+    pytest.param("accelerate_fsdp2", 4, "accelerate", "rows over dim0=4"),
+    pytest.param("lightning_module", 1, "lightning", "mesh this rank alone: 12 matrices"),
+    pytest.param("lightning_module", 2, "lightning", "mesh (dp_replicate=2): 12 matrices"),
+]
+
+
+def run(name: str, num_ranks: int, *arguments: str) -> str:
+    """What an example prints; these stacks also warn of themselves."""
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
+    if num_ranks > 1:
+        ranks = ["--standalone", "--nproc-per-node", str(num_ranks)]
+        command[1:1] = ["-m", "torch.distributed.run", *ranks]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_SILENT": "1"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(("name", "num_ranks", "package", "text"), ROWS)
+def test_an_example_of_a_stack_trains(name, num_ranks, package, text):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"no {package}")
+    output = run(name, num_ranks)
+    assert text in output
+    (losses,) = re.findall(r"^loss (\S+) -> (\S+)$", output, re.MULTILINE)
+    assert float(losses[1]) < float(losses[0])
+    if "resumed" in (EXAMPLES / f"{name}.py").read_text():
+        assert "resumed from step 3: the same bits" in output
+
+
+def test_tensorboard_and_wandb_get_the_metrics(tmp_path):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    pytest.importorskip("wandb")
+    small = ["--steps", "6", "--dim", "32", "--layers", "1", "--context", "16", "--log-every", "2"]
+    folders = ["--tensorboard", str(tmp_path / "board"), "--wandb", str(tmp_path / "wandb")]
+    run("train_gpt", 4, *small, *folders)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"loss", "grad_norm", "group0/update_rms", "group0/effective_lr", "sent_nbytes"} <= tags
+    assert [event.step for event in events.Scalars("grad_norm")] == [1, 3, 5]
+    assert list((tmp_path / "wandb" / "wandb").glob("offline-run-*/*.wandb"))
