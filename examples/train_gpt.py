@@ -5,7 +5,8 @@
 runs on CPU (gloo) or GPUs (NCCL). Everything but `make_optimizer` is stock PyTorch: that function
 is all a training script changes to move to muon_dtensor. With `--checkpoint FOLDER` it saves every
 few steps, and goes on from the last whole checkpoint when it is started again, by torchrun
-(`--max-restarts 3`) or by you; `--tensorboard FOLDER` and `--wandb FOLDER` (offline) log.
+(`--max-restarts 3`; with gloo under TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1) or by you;
+`--tensorboard FOLDER` and `--wandb FOLDER` (offline) log.
 """
 
 import contextlib
@@ -232,6 +233,9 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """Write aside, then rename: what bears its name is whole. Keeps the last two."""
     path = folder / f"step-{state['step']}"
     aside = path.with_suffix(".part")
+    if dist.get_rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+    dist.barrier()
     dcp.save(state, checkpoint_id=aside)
     if dist.get_rank() == 0:
         shutil.rmtree(path, ignore_errors=True)

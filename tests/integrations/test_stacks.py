@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.support.torchrun import EXAMPLES, SECONDS
+from tests.support.torchrun import ENVIRONMENT, EXAMPLES, SECONDS
 
 pytestmark = [pytest.mark.integrations]
 
@@ -29,7 +29,7 @@ def run(name: str, num_ranks: int, *arguments: str) -> str:
         command[1:1] = ["-m", "torch.distributed.run", *ranks]
     done = subprocess.run(
         command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_SILENT": "1"},
+        env={**os.environ, **ENVIRONMENT, "WANDB_SILENT": "1"},
         capture_output=True,
         text=True,
         timeout=SECONDS,

@@ -9,6 +9,13 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SECONDS = 120
 
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    # else restarted ranks of gloo find the addresses of those before them (torch 2.13)
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
+
 
 def torchrun(script: Path, num_ranks: int, *arguments: str, max_restarts: int = 0) -> str:
     """What a script prints, on all ranks. It must end well, and without a warning."""
@@ -17,7 +24,7 @@ def torchrun(script: Path, num_ranks: int, *arguments: str, max_restarts: int = 
     command += ["--nproc-per-node", str(num_ranks), "--max-restarts", str(max_restarts)]
     done = subprocess.run(
         [*command, str(script), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
         timeout=SECONDS,
