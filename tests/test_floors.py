@@ -47,6 +47,7 @@ MAY_REACH = {
         *("config", "matrices", "orthogonalize", "settings", "state"),
     ),
     "job_config": ("config", "grouping", "optim", "options", "orthogonalize"),
+    "qk_clip": ("runtime",),
     "clipping": ("layout", "runtime"),
     "full_state": ("errors", "optim", "runtime"),
     "integrations": ("",),

@@ -1,0 +1,184 @@
+"""QK-clip of MuonClip: shrinks the query and key weights of heads whose logits grow too large.
+
+A hook for after the step. Knows which rows are which head's; knows nothing of the optimizer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from muon_dtensor.runtime.collectives import maximum_of_all
+from muon_dtensor.runtime.describe import Describer, describe_layout, local_part, this_rank
+from muon_dtensor.runtime.groups import Groups
+
+TAU = 100.0
+"""The report's threshold of a logit."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRows:
+    """Rows of a weight [rows, ...] that belong to heads, and how much of a head's factor they get.
+
+    Head h has rows `start + h * stride` and the `size` from there on. They are multiplied by the
+    factor of the head to the power of `exponent`.
+    """
+
+    weight: Tensor
+    num_heads: int
+    stride: int
+    size: int
+    exponent: float
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        last = self.start + (self.num_heads - 1) * self.stride + self.size
+        if min(self.num_heads, self.stride, self.size) < 1 or self.start < 0 or last > len(self):
+            raise ValueError(
+                f"{self.num_heads} heads of {self.size} rows, each {self.stride} apart from row "
+                f"{self.start} on, are not in a weight of {len(self)} rows"
+            )
+
+    def __len__(self) -> int:
+        return int(self.weight.shape[0])
+
+    def factors(self, of_heads: Tensor) -> Tensor:
+        """One factor per row [rows], 1 for those of no head."""
+        rows = torch.ones(len(self), dtype=torch.float64, device=of_heads.device)
+        first = self.start + self.stride * torch.arange(self.num_heads, device=rows.device)
+        index = first[:, None] + torch.arange(self.size, device=rows.device)
+        rows[index] = (of_heads.double() ** self.exponent)[:, None]
+        return rows
+
+
+def multi_head(query: Tensor, key: Tensor, head_dim: int) -> list[HeadRows]:
+    """Query [heads * head_dim, model] and key weights of one layer.
+
+    With as many key heads as query heads each gets the root of the factor. With fewer, which
+    several query heads share, the query alone gets all of it: a shared key is left as it is, so
+    that one head does not shrink another (as the report leaves MLA's shared rotary key).
+    """
+    heads, key_heads = len(query) // head_dim, len(key) // head_dim
+    if heads * head_dim != len(query) or key_heads * head_dim != len(key) or heads % key_heads:
+        raise ValueError(
+            f"query and key have {len(query)} and {len(key)} rows: no heads of {head_dim} rows"
+        )
+    if key_heads < heads:
+        return [HeadRows(query, heads, head_dim, head_dim, 1.0)]
+    return [HeadRows(weight, heads, head_dim, head_dim, 0.5) for weight in (query, key)]
+
+
+def fused(wqkv: Tensor, num_heads: int, num_key_heads: int, head_dim: int) -> list[HeadRows]:
+    """One weight [(heads + 2 key heads) * head_dim, model] of query, key and value in turn."""
+    if len(wqkv) != (num_heads + 2 * num_key_heads) * head_dim:
+        raise ValueError(
+            f"{len(wqkv)} rows are not {num_heads} query and twice {num_key_heads} key heads of "
+            f"{head_dim} rows"
+        )
+    if num_key_heads < num_heads:
+        return [HeadRows(wqkv, num_heads, head_dim, head_dim, 1.0)]
+    starts = (0, num_heads * head_dim)
+    return [HeadRows(wqkv, num_heads, head_dim, head_dim, 0.5, start) for start in starts]
+
+
+def multi_head_latent(
+    query: Tensor, key_value: Tensor, num_heads: int, nope_dim: int, rope_dim: int, value_dim: int
+) -> list[HeadRows]:
+    """MLA's up-projections: query [heads * (nope + rope), q_rank], key and value [heads * (nope +
+    value), kv_rank]. The shared rotary key is not among them, and is left as it is."""
+    width = nope_dim + rope_dim
+    return [
+        HeadRows(query, num_heads, width, nope_dim, 0.5),
+        HeadRows(query, num_heads, width, rope_dim, 1.0, nope_dim),
+        HeadRows(key_value, num_heads, nope_dim + value_dim, nope_dim, 0.5),
+    ]
+
+
+class QKClip:
+    """Clips attention logits after each step, by the weights (Kimi K2, arXiv:2507.20534, sec. 2.1).
+
+    With S_h the largest logit q k / sqrt(d) of head h since the last step, over all ranks:
+
+        gamma_h = min(1, tau / S_h),   W_q^h <- gamma_h^(1/2) W_q^h,   W_k^h <- gamma_h^(1/2) W_k^h
+
+    so that the same inputs would give no logit above tau. Rotary parts of MLA's query get all of
+    gamma_h. Shards are scaled where they are: the one exchange is that of the maxima.
+
+        clip = QKClip([multi_head(b.wq.weight, b.wk.weight, 128) for b in model.layers])
+        optimizer.register_step_post_hook(clip)
+        # in the forward of layer i, with logits [batch, heads, queries, keys]:
+        clip.observe(i, logits.detach().amax((0, 2, 3)))
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Sequence[HeadRows]],
+        *,
+        tau: float = TAU,
+        mesh: DeviceMesh | None = None,
+    ) -> None:
+        """`layers`: of this rank's stage, in an order all ranks share. `mesh`: of all ranks that
+        hold them or see other data; default: that of the first weight that is a DTensor.
+
+        Raises ValueError for a tau that is not above 0, or heads that differ within a layer.
+        """
+        if not tau > 0:
+            raise ValueError(f"tau must be above 0, got {tau}")
+        if any(len({rows.num_heads for rows in layer}) != 1 for layer in layers):
+            raise ValueError("the weights of a layer have one number of heads")
+        self._layers, self._tau = [list(layer) for layer in layers], tau
+        weights = [rows.weight for layer in self._layers for rows in layer]
+        if mesh is None:
+            mesh = next((w.device_mesh for w in weights if isinstance(w, DTensor)), None)
+        self._describer = Describer()
+        self._mesh = None if mesh is None else self._describer.mesh(mesh)
+        self._groups = Groups(self._describer.device_meshes, this_rank())
+        self._heads = [layer[0].num_heads for layer in self._layers]
+        device = local_part(weights[0]).device if weights else torch.device("cpu")
+        self._seen = torch.zeros(len(layers), max(self._heads, default=0), device=device)
+
+    def observe(self, layer: int, max_logits: Tensor, first_head: int = 0) -> None:
+        """Note the largest logits [heads] of a forward pass; of several the largest counts.
+
+        `first_head`: of those this rank computes, under tensor parallelism.
+        """
+        end = first_head + len(max_logits)
+        if max_logits.ndim != 1 or not 0 <= first_head <= end <= self._heads[layer]:
+            raise ValueError(
+                f"layer {layer} has {self._heads[layer]} heads; got the logits of "
+                f"{list(max_logits.shape)} from head {first_head} on"
+            )
+        here = self._seen[layer, first_head:end]
+        torch.maximum(here, max_logits.detach().to(here), out=here)
+
+    @property
+    def max_logits(self) -> Tensor:
+        """[layers, heads]: the largest since the last step, on this rank."""
+        return self._seen
+
+    @torch.no_grad()
+    def __call__(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
+        """The hook: a collective of the mesh's ranks. Forgets what was observed."""
+        if self._mesh is not None:
+            for group in self._groups.along_each_dim(self._mesh):
+                maximum_of_all(self._seen.view(-1), group)
+        gammas = (self._tau / self._seen.double().clamp(min=self._tau)).nan_to_num(nan=1.0)
+        for layer, gamma in zip(self._layers, gammas, strict=True):
+            for rows in layer:
+                self._scale(rows, gamma[: rows.num_heads])
+        self._seen.zero_()
+
+    def _scale(self, rows: HeadRows, gamma: Tensor) -> None:
+        factors = rows.factors(gamma)
+        weight = rows.weight
+        if isinstance(weight, DTensor):
+            layout = describe_layout(weight, self._describer.mesh(weight.device_mesh))
+            region = layout.region(layout.mesh.position_of(this_rank()))
+            factors = factors[region.start[0] : region.stop[0]]
+        local = local_part(weight)
+        local.mul_(factors.to(local.dtype).view(-1, *[1] * (local.ndim - 1)))
