@@ -364,6 +364,23 @@ def train(
     return result
 
 
+@contextlib.contextmanager
+def progress_of(config: Config) -> Iterator[Callable[[int, str], None]]:
+    """What takes (step, text) and shows it on rank 0: a bar on a terminal, else every tenth."""
+    from rich.progress import Progress
+
+    with Progress(disable=dist.get_rank() != 0) as bar:
+        task = bar.add_task(config.optimizer, total=config.steps)
+
+        def advance(step: int, text: str) -> None:
+            bar.update(task, completed=step, description=text)
+            is_due = step % 10 == 0 or step in (1, config.steps)
+            if is_due and not bar.console.is_terminal and dist.get_rank() == 0:
+                print(f"step {step}  {text}", flush=True)
+
+        yield advance
+
+
 def metrics_of(result: Result) -> dict[str, float]:
     """What the optimizer measured; nothing after a restart in between."""
     assert isinstance(result.optimizer, Muon)
@@ -394,11 +411,10 @@ def main() -> None:
         if first and config.optimizer == "muon":
             print(result.optimizer.plan, flush=True)
 
-    with loggers(config) as log:
+    with loggers(config) as log, progress_of(config) as advance:
 
         def on_step(step: int, loss: float, rate: float) -> None:
-            if first and (step % 10 == 0 or step in (1, config.steps)):
-                print(f"step {step}  loss {loss:.4f}  {rate:,.0f} tokens/s", flush=True)
+            advance(step, f"loss {loss:.4f}  {rate:,.0f} tokens/s")
             if (step - 1) % config.log_every == 0 and (config.tensorboard or config.wandb):
                 log(step, {"loss": loss, "tokens_per_second": rate, **metrics_of(running[0])})
 

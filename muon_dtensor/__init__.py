@@ -11,8 +11,10 @@ from muon_dtensor.errors import (
     NonFiniteGradientError,
     PlanError,
     PlanMismatchError,
+    StepFailedError,
 )
 from muon_dtensor.planning.ir import Plan
+from muon_dtensor.version import __version__
 
 if TYPE_CHECKING:
     from muon_dtensor.clipping import clip_grad_norm_
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from muon_dtensor.job_config import MuonConfig
     from muon_dtensor.optim import Muon
 
-__version__ = "0.1.0"
-
 __all__ = [
     "AssignmentError",
     "CheckpointError",
@@ -41,6 +41,8 @@ __all__ = [
     "Plan",
     "PlanError",
     "PlanMismatchError",
+    "StepFailedError",
+    "__version__",
     "clip_grad_norm_",
     "create_auto_config",
     "create_devicemesh_config",

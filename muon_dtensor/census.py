@@ -29,13 +29,17 @@ from muon_dtensor.runtime.describe import (
     Describer,
     dtype_name,
     local_part,
+    placed,
     this_rank,
-    wrong_dtype,
 )
 from muon_dtensor.runtime.local_param import LocalParam
 from muon_dtensor.runtime.muon_options import MuonOptions, Orthogonalizer
 from muon_dtensor.runtime.plain import PlainTensors
 from muon_dtensor.state import MOMENTS
+from muon_dtensor.version import __version__
+
+VERSIONS = f"muon_dtensor {__version__}, torch {torch.__version__}"
+"""What ranks must have in common before they compare parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,9 @@ class Census:
         specs: list[ParamSpec] = []
         homes: dict[MeshSpec, torch.device] = {}
         for entry in self.muon:
+            if not entry.param.is_floating_point():
+                problems.append(_wrong_dtype(entry))
+                continue
             described = self.describer.param(
                 entry.name,
                 entry.param,
@@ -114,9 +121,7 @@ class Census:
         """Raise PlanError for parameters of one name, or of no real floating dtype."""
         problems = _same_names([entry.name for entry in self.entries])
         problems += [
-            wrong_dtype(entry.name, entry.param)
-            for entry in self.muon
-            if not entry.param.is_floating_point()
+            _wrong_dtype(entry) for entry in self.muon if not entry.param.is_floating_point()
         ]
         if problems:
             raise PlanError(problems, num_params=len(self.entries))
@@ -186,7 +191,7 @@ class Census:
             if mesh.dim_names and mesh.holds(this_rank()):
                 members.setdefault(mesh.rank_set, []).append((entry, mesh))
         for rank_set, found in members.items():
-            lines = tuple(self._line(entry, mesh) for entry, mesh in found)
+            lines = (VERSIONS, *(self._line(entry, mesh) for entry, mesh in found))
             # Several meshes may hold these ranks; all ranks must pick the same one to vote on.
             voting = min((mesh for _, mesh in found), key=lambda m: (m.dim_names, m.shape))
             yield Manifest(
@@ -295,3 +300,13 @@ def _same_names(names: list[str]) -> list[Problem]:
         for name, count in counts.items()
         if count > 1
     ]
+
+
+def _wrong_dtype(entry: Entry) -> Problem:
+    """What to say of a parameter that holds no real floating-point numbers."""
+    return Problem(
+        entry.name,
+        placed(entry.param),
+        f"Muon needs a real floating dtype; this is {dtype_name(entry.param.dtype)}.",
+        "Leave it out of the optimizer, or store it in a floating dtype.",
+    )

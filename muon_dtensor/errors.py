@@ -54,6 +54,10 @@ class PlanMismatchError(RuntimeError):
     """Ranks of one mesh hold different plans or hyperparameters. Raised on each of them."""
 
 
+class StepFailedError(RuntimeError):
+    """A step ended halfway: some parameters may be updated and others not. Load a checkpoint."""
+
+
 class MissingGradientError(RuntimeError):
     """A parameter has a gradient on some ranks of its mesh and none on others."""
 

@@ -276,13 +276,14 @@ class Muon(Optimizer):
         Raises:
             PlanMismatchError, MissingGradientError, NonFiniteGradientError: on every rank of
                 the meshes concerned, before anything has changed.
-            RuntimeError: a gradient that cannot be used (sparse, of another shape, dtype or
+            StepFailedError: it failed halfway, or an earlier one did and nothing was loaded since.
+            RuntimeError: ranks could not agree, for one has died or hangs; nothing has changed. Or
+                a gradient that cannot be used (sparse, of another shape, dtype or
                 mesh), on this rank or on another; a function of the user that returns what it
                 should not, on this rank.
         """
-        self._ready.gate.read_past(
-            capturable=all(group["capturable"] for group in self.param_groups)
-        )
+        self._ready.must_be_finished()
+        self._ready.gate.read_past(capturable=all(g["capturable"] for g in self.param_groups))
         if not self._ready.holds(self.param_groups):
             follow_params(self.state, self.param_groups)
             self._prepare(exchange=True)
@@ -310,8 +311,8 @@ class Muon(Optimizer):
         of all groups; `orthogonality_residual` of the polar factor of one matrix, another each
         time. Of this rank: `sent_nbytes` as planned, and `seconds/{phase}` by the host's clock.
 
-        No collective, and no cost; the measured step itself makes one small reduction more per mesh
-        dim, and holds a copy of this rank's shards.
+        No collective; the measured step makes one small reduction more per mesh dim, and holds a
+        copy of this rank's shards.
 
         Raises RuntimeError before the first measured step.
         """
@@ -325,6 +326,7 @@ class Muon(Optimizer):
         Warns once of shards that torch's distributed checkpoint would misplace; see
         `check_saveable`.
         """
+        self._ready.must_be_finished()
         self._ready.gate.read_past()
         self._settings.wait_for_momentum()
         if not self._has_told_of_shards and (misplaced := self._ready.census.misplaced()):
@@ -365,6 +367,7 @@ class Muon(Optimizer):
             super().load_state_dict(state_dict)
             keep_wide(self.state, seen[0], self.param_groups, self._settings.momentum_dtype)
             self._ready.make_state(self.state)
+            self._ready.is_unfinished = False
         except Exception:
             self.param_groups, self.state = groups, state
             self._prepare()
@@ -373,6 +376,7 @@ class Muon(Optimizer):
             hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._ready.must_be_finished()
         self._settings.wait_for_momentum()
         mine = {name: self.__dict__[name] for name in _PICKLED}
         return {**super().__getstate__(), **mine}

@@ -15,7 +15,7 @@ from torch import Tensor
 from muon_dtensor.adamw import adamw_step
 from muon_dtensor.census import Census
 from muon_dtensor.config import DistributedConfig
-from muon_dtensor.errors import GroupOptionError
+from muon_dtensor.errors import GroupOptionError, StepFailedError
 from muon_dtensor.metrics import Measurement
 from muon_dtensor.options import as_text
 from muon_dtensor.planning.moments import moment_layout
@@ -100,6 +100,7 @@ class Prepared:
         devices = [local_part(entry.param).device for entry in census.muon]
         self.executor = Executor(self.plan, rank, process_groups, devices, trace)
         self._is_connected = False
+        self.is_unfinished: bool = before is not None and before.is_unfinished
 
     def _assigned_by_hand(self, before: "Prepared | None") -> dict[str, int]:
         """Owners by the user's `assign_fn`."""
@@ -108,6 +109,15 @@ class Prepared:
         if before and known and len(known) == len(params) and all(map(is_, known, params)):
             return before._owners
         return self.census.assigned(self._config, params)
+
+    def must_be_finished(self) -> None:
+        """Raise StepFailedError where a step has failed, and nothing was loaded since."""
+        if self.is_unfinished:
+            raise StepFailedError(
+                "An earlier step failed halfway: some parameters and momenta may be updated and "
+                "others not. Load the last checkpoint into model and optimizer; if a rank has "
+                "died, start all of them again."
+            )
 
     def holds(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether these groups hold the parameters it was made for, where they were then."""
@@ -160,7 +170,9 @@ class Prepared:
         if not self._is_connected:
             self.executor.connect()
             self._is_connected = True
+        self.is_unfinished = not self._config.is_by_hand  # such functions see to that themselves
         self._step_all(grads, state, keep if isinstance(keep, Tensor) else None)
+        self.is_unfinished = False
 
     def _step_all(self, grads: dict[str, Tensor], state: State, mask: Tensor | None) -> None:
         config, settings = self._config, self._settings

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent / "muon_dtensor"
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 MAY_REACH = {
+    "version": (),
     "errors": (),
     "layout": (),
     "shards": ("errors", "layout"),
@@ -33,7 +34,7 @@ MAY_REACH = {
     "group_configs": ("assignment", "by_hand", "config", "runtime"),
     "census": (
         *("errors", "layout", "matrices", "options", "patterns", "planning", "runtime"),
-        *("adamw", "assignment", "config", "orthogonalize", "state"),
+        *("adamw", "assignment", "config", "orthogonalize", "state", "version"),
     ),
     "settings": ("errors", "options", "orthogonalize", "planning", "runtime"),
     "state": ("adamw", "errors", "layout", "options", "runtime"),
@@ -64,6 +65,7 @@ ONLY_IN_DESCRIBE = (
     "._local_",
     "._profiler",
     "_disable_dynamo",
+    "_get_default_group",
 )
 HOMES = ("runtime", "config", "job_config", "cli", "integrations")
 ONLY_TYPES = (

@@ -1,7 +1,9 @@
 """Options that save time or memory: what they keep, and what they change."""
 
+import copy
 import gc
 import logging
+import pickle
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -17,8 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from muon_dtensor import Muon, prepared
-from muon_dtensor.errors import GroupOptionError
+from muon_dtensor import GroupOptionError, Muon, StepFailedError, prepared
 from muon_dtensor.orthogonalize import bodies, newton_schulz
 from muon_dtensor.runtime.describe import on_host
 from tests.support.cases import mesh_of, spread, tensors_like
@@ -152,9 +153,14 @@ def failing_once(layout: Any) -> tuple[list[Tensor], list[Tensor], bool]:
             param.grad = spread(grad, mesh, layout[1])
         block = None
         if not found:
-            with pytest.raises(ArithmeticError):
+            saved = copy.deepcopy(optimizer.state_dict())
+            with pytest.raises(StepFailedError, match=r"phase O. \(orthogonalize\): once"):
                 optimizer.step()
             block = optimizer._ready.executor._buffers._block
+            for action in (optimizer.step, optimizer.state_dict, partial(pickle.dumps, optimizer)):
+                with pytest.raises(StepFailedError, match="failed halfway: some parameters"):
+                    action()
+            optimizer.load_state_dict(saved)
             for param, start in zip(params, tensors_like(SHAPES, 0), strict=True):
                 param.detach().to_local().copy_(spread(start, mesh, layout[1]).to_local())
         optimizer.step()

@@ -26,6 +26,8 @@ PUBLIC = {
     "Plan",
     "PlanError",
     "PlanMismatchError",
+    "StepFailedError",
+    "__version__",
     "DistributedConfig",
     "create_auto_config",
     "create_devicemesh_config",

@@ -92,3 +92,17 @@ def test_adjusted_lr_formulas():
     assert adjusted_lr(0.5, None, 8, 2) == adjusted_lr(0.5, "original", 8, 2) == 1.0
     assert adjusted_lr(0.5, None, 2, 8) == 0.5
     assert adjusted_lr(0.5, "match_rms_adamw", 2, 25) == pytest.approx(0.5)
+    assert adjusted_lr(0.5, "rms_norm", 2, 25) == adjusted_lr(0.5, "match_rms_adamw", 2, 25)
+    assert adjusted_lr(0.5, "spectral_norm", 2, 8) == pytest.approx(0.25)
+    assert adjusted_lr(0.5, "spectral_norm", 8, 2) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (7, 7)], ids=str)
+def test_spectral_norm_gives_an_rms_operator_norm_of_lr(shape):
+    """arXiv:2310.17813, condition 1: ||W||_2 sqrt(cols / rows) = lr for an exact polar factor."""
+    u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    update = adjusted_lr(0.3, "spectral_norm", *shape) * (u @ v)
+    operator_norm = torch.linalg.matrix_norm(update, 2) * math.sqrt(shape[1] / shape[0])
+    assert float(operator_norm) == pytest.approx(0.3)
+    update = adjusted_lr(0.3, "rms_norm", *shape) * (u @ v)
+    assert float(update.square().mean().sqrt()) == pytest.approx(0.3 * 0.2)

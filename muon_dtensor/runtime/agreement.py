@@ -3,12 +3,14 @@
 One small reduction per step. Casts the ballots and says who differs; updates nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from muon_dtensor.errors import MissingGradientError, PlanMismatchError
+from muon_dtensor.layout import MeshSpec
 from muon_dtensor.runtime.ballots import (
     Entry,
     Fault,
@@ -78,7 +80,8 @@ class Agreement:
         """The maxima over a mesh, by the groups of its own dims."""
         ballot = torch.tensor(values, dtype=torch.int64, device=device)
         for group in self._groups.along_each_dim(manifest.mesh):
-            maximum_of_all(ballot, group)
+            with _asking(manifest.mesh):
+                maximum_of_all(ballot, group)
         maxima: list[int] = ballot.tolist()
         return maxima
 
@@ -162,9 +165,23 @@ class Agreement:
         return torch.stack(outcomes)
 
     def _reduce(self, ballot: Tensor, manifest: Manifest) -> None:
-        maximum_of_all(ballot, self._groups.over(manifest.mesh, manifest.mesh.dim_names))
+        with _asking(manifest.mesh):
+            maximum_of_all(ballot, self._groups.over(manifest.mesh, manifest.mesh.dim_names))
 
     def _gather(self, manifest: Manifest, value: tuple[str, ...]) -> dict[int, tuple[str, ...]]:
         """A value of every rank of a manifest's mesh, by global rank."""
         groups = self._groups.along_each_dim(manifest.mesh)
-        return gather_from_mesh(value, groups, self._rank)
+        with _asking(manifest.mesh):
+            return gather_from_mesh(value, groups, self._rank)
+
+
+@contextmanager
+def _asking(mesh: MeshSpec) -> Iterator[None]:
+    """Say what was going on where torch says only that a rank cannot be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"Ranks of mesh {mesh} could not agree before the step, which has changed nothing: one "
+            f"has died, hangs, or did not call step(). {error}"
+        ) from error

@@ -67,8 +67,9 @@ def fingerprint(text: str) -> int:
 class Manifest:
     """What one set of ranks must have in common, as lines that an error can show.
 
-    `sometimes_empty`: those of `fqns` of which some rank holds no element without a DTensor to
-    say so. `groups`: indices of the param groups that hold any of its parameters.
+    `params`: versions, then a line per parameter. `sometimes_empty`: those of `fqns` of which some
+    rank holds no element without a DTensor to say so. `groups`: indices of the param groups that
+    hold any of its parameters.
     """
 
     mesh: MeshSpec

@@ -8,13 +8,18 @@ Note [Kept buffers]
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor
+from torch.distributed import Work
 
 from muon_dtensor.planning.arena import Chain, lifetimes, place
 from muon_dtensor.planning.ir import Action
 from muon_dtensor.planning.routes import Packing
+from muon_dtensor.runtime.collectives import finish
+from muon_dtensor.runtime.describe import range_of
 from muon_dtensor.runtime.packing import view_slots
 
 
@@ -70,3 +75,23 @@ class ExchangeBuffers:
         if key not in self._views:
             self._views[key] = view_slots(buffer, packing.slots)
         return self._views[key]
+
+
+@dataclass(slots=True)
+class Flight:
+    """What is live of one bucket between its phases; see Note [Three buffers].
+
+    `buffer` is what the next phase reads: `wholes`, later what a hop back has brought. `sending`
+    is what an unfinished work still reads.
+    """
+
+    buffer: Tensor
+    sending: Tensor | None = None
+    work: Work | None = None
+    patience: timedelta | None = None
+
+    def wait(self) -> None:
+        if self.work is not None:
+            with range_of("muon wait"):
+                finish(self.work, self.patience)
+        self.work = self.sending = None

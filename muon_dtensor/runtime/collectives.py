@@ -4,6 +4,7 @@ Knows how torch spells it. Knows neither plans nor parameters.
 """
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from muon_dtensor.planning.routes import RankCollective
+from muon_dtensor.runtime.describe import patience_of
 
 T = TypeVar("T")
 
@@ -39,6 +41,15 @@ def all_to_all(
     return work
 
 
+def finish(work: Work | None, patience: timedelta | None) -> None:
+    """Wait for a collective, no longer than `patience`. Raises RuntimeError after that."""
+    assert work is not None, "async_op=True returns a Work"
+    if patience is None:
+        work.wait()
+    else:
+        work.wait(patience)
+
+
 def barrier(group: ProcessGroup) -> None:
     """Wait until all ranks of a group are here."""
     dist.barrier(group=group)
@@ -55,18 +66,21 @@ def maximum_of_all(values: Tensor, group: ProcessGroup) -> None:
         return
     everywhere = values.repeat(dist.get_world_size(group))
     received = torch.empty_like(everywhere)
-    dist.all_to_all_single(received, everywhere, group=group)
+    work = dist.all_to_all_single(received, everywhere, group=group, async_op=True)
+    finish(work, patience_of(group))
     torch.amax(received.view(-1, values.numel()), dim=0, out=values)
 
 
 def all_reduce_max(values: Tensor, group: ProcessGroup) -> None:
     """The elementwise maximum over a group, in place."""
-    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group, async_op=True)
+    finish(work, patience_of(group))
 
 
 def all_reduce_sum(values: Tensor, group: ProcessGroup) -> None:
     """The elementwise sum over a group, in place."""
-    dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group)
+    work = dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group, async_op=True)
+    finish(work, patience_of(group))
 
 
 def all_gather_parts(everything: Tensor, part: Tensor, group: ProcessGroup) -> None:

@@ -6,6 +6,7 @@ The sole reader of torch's private classes, so one file follows torch's releases
 import gc
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,19 @@ def pretended_ranks(world_size: int) -> Iterator[None]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def patience_of(group: dist.ProcessGroup) -> timedelta | None:
+    """How long a rank waits for the others of a gloo group: the timeout of the default group.
+
+    Groups of a DeviceMesh's dims have torch's 30 minutes, whatever init_process_group was told.
+    None where the backend sees to it: NCCL's watchdog does.
+    """
+    if dist.get_backend(group) != "gloo":
+        return None
+    backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+    timeout: timedelta = backend.options._timeout
+    return timeout
 
 
 def device_type_of(group: dist.ProcessGroup) -> str:
@@ -305,8 +319,6 @@ class Describer:
         `has_moments`: NorMuon's, which only a DTensor can hold a part of.
         """
         seen = placed(tensor)
-        if not tensor.is_floating_point():
-            return wrong_dtype(fqn, tensor)
         try:
             layout = self.layout(tensor, plain)
             flat = plain.flat_shape(tensor)
@@ -345,16 +357,6 @@ def _is_misplaced(
         if size != stop - start or (size and offset != start):
             return True
     return False
-
-
-def wrong_dtype(fqn: str, tensor: Tensor) -> Problem:
-    """What to say of a parameter that holds no real floating-point numbers."""
-    return Problem(
-        fqn,
-        placed(tensor),
-        f"Muon needs a real floating dtype; this is {dtype_name(tensor.dtype)}.",
-        "Leave it out of the optimizer, or store it in a floating dtype.",
-    )
 
 
 def placed(tensor: Tensor) -> str:

@@ -7,18 +7,17 @@ groups, and reads no value from a device but a tensor lr.
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import assert_never
 
 import torch
 from torch import Tensor
-from torch.distributed import Work
 
+from muon_dtensor.errors import StepFailedError
 from muon_dtensor.orthogonalize.gram import gram_polar_factor
 from muon_dtensor.planning.arena import ChainHop
 from muon_dtensor.planning.ir import Action, Assignment, Gram, Phase, Plan, gram_segments
 from muon_dtensor.runtime.bucket_run import BucketRun, Run
-from muon_dtensor.runtime.buffers import ExchangeBuffers
+from muon_dtensor.runtime.buffers import ExchangeBuffers, Flight
 from muon_dtensor.runtime.collectives import barrier, issue
 from muon_dtensor.runtime.describe import range_of
 from muon_dtensor.runtime.groups import Groups
@@ -45,25 +44,6 @@ from muon_dtensor.update import (
 Look = Callable[[Assignment, Tensor], None]
 
 _Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
-
-
-@dataclass(slots=True)
-class _Flight:
-    """What is live of one bucket between its phases; see Note [Three buffers].
-
-    `buffer` is what the next phase reads: `wholes`, later what a hop back has brought. `sending`
-    is what an unfinished work still reads.
-    """
-
-    buffer: Tensor
-    sending: Tensor | None = None
-    work: Work | None = None
-
-    def wait(self) -> None:
-        if self.work is not None:
-            with range_of("muon wait"):
-                self.work.wait()
-        self.work = self.sending = None
 
 
 class Executor:
@@ -95,9 +75,10 @@ class Executor:
             {index: run.chain for index, run in self._runs.items()},
             {index: (run.dtype, run.device) for index, run in self._runs.items()},
         )
-        self._flights: dict[int, _Flight] = {}
+        self._flights: dict[int, Flight] = {}
         self._moments = RowMoments(plan, rank, groups)
         self._look: Look | None = None
+        self._now: Action | None = None
 
     @contextmanager
     def watched(self, trace: Trace, look: Look) -> Iterator[None]:
@@ -125,6 +106,8 @@ class Executor:
     ) -> None:
         """One step. `params` maps indices of `plan.params` to those that have a gradient.
 
+        Raises StepFailedError, which names the phase and the bucket, for whatever went wrong.
+
         Args:
             keep: a bool scalar on the device; where it is False all bytes move and nothing changes.
             meanwhile: other work of this rank, which is done while the first exchanges are in
@@ -132,10 +115,13 @@ class Executor:
         """
         try:
             self._walk(params, keep, meanwhile)
-        except BaseException:
+        except BaseException as error:
             # exchanges of this step may be in flight yet: the next one must not meet them
             self._flights.clear()
             self._buffers.forget()
+            if isinstance(error, Exception):
+                where = f"{now} ({now.phase.name.lower()})" if (now := self._now) else "row moments"
+                raise StepFailedError(f"The step failed in phase {where}: {error}") from error
             raise
         if self._trace is not None:
             self._trace.step += 1
@@ -147,6 +133,7 @@ class Executor:
         meanwhile: Callable[[], None] | None,
     ) -> None:
         for action in self.plan.schedule:
+            self._now = action
             if meanwhile is not None and action.phase is not Phase.UNSHARD:
                 meanwhile()
                 meanwhile = None
@@ -158,6 +145,7 @@ class Executor:
                     self._act(action, run, params, keep)
         if meanwhile is not None:
             meanwhile()
+        self._now = None
         kept = {index: p.moments for index, p in params.items() if p.moments is not None}
         self._moments.tell(kept)
 
@@ -189,7 +177,7 @@ class Executor:
 
     def _unshard(
         self, run: BucketRun, params: dict[int, LocalParam], keep: Tensor | None
-    ) -> _Flight:
+    ) -> Flight:
         away = {
             index: params[index]
             for index in run.local.shards
@@ -197,7 +185,7 @@ class Executor:
         }
         if away:
             params = {**params, **{index: local.with_momentum() for index, local in away.items()}}
-        flight = _Flight(self._buffers.take(run.index, 0))
+        flight = Flight(self._buffers.take(run.index, 0))
         views = self._buffers.views(run.index, 0, flight.buffer, run.local.pieces)
         for batch in run.packing:
             self._update_momenta(batch.runs, params, keep)
@@ -241,7 +229,7 @@ class Executor:
         for momentum, (momenta, grads) in groups.items():
             update_momentum(momenta, grads, momentum, keep)
 
-    def _begin(self, run: BucketRun, flight: _Flight, hop: ChainHop) -> None:
+    def _begin(self, run: BucketRun, flight: Flight, hop: ChainHop) -> None:
         """Issue a collective; what it brings becomes the flight's buffer."""
         if hop.moves is not None:
             send = self._buffers.take(run.index, hop.send)
@@ -252,8 +240,9 @@ class Executor:
         collective = hop.rank_collective
         group = self._groups.over(run.bucket.mesh, collective.collective.mesh_dims)
         flight.work = issue(collective, flight.sending, flight.buffer, group)
+        flight.patience = self._groups.patience(group)
 
-    def _finish(self, run: BucketRun, flight: _Flight, hops: Sequence[ChainHop]) -> None:
+    def _finish(self, run: BucketRun, flight: Flight, hops: Sequence[ChainHop]) -> None:
         """Wait for the first of the hops, and make the others."""
         flight.wait()
         for hop in hops[1:]:
@@ -263,7 +252,7 @@ class Executor:
     def _orthogonalize(
         self,
         run: BucketRun,
-        flight: _Flight,
+        flight: Flight,
         params: dict[int, LocalParam],
         keep: Tensor | None,
     ) -> None:
@@ -365,7 +354,7 @@ class Executor:
     def _apply(
         self,
         run: BucketRun,
-        flight: _Flight,
+        flight: Flight,
         params: dict[int, LocalParam],
         keep: Tensor | None,
     ) -> None:

@@ -4,6 +4,7 @@ Finds what exists, makes what is missing. Issues nothing.
 """
 
 from collections.abc import Mapping
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from muon_dtensor.layout import MeshSpec
+from muon_dtensor.runtime.describe import patience_of
 
 _made: dict[tuple[ProcessGroup, tuple[int, ...]], ProcessGroup] = {}
 
@@ -25,6 +27,7 @@ class Groups:
     def __init__(self, device_meshes: Mapping[MeshSpec, DeviceMesh], rank: int) -> None:
         self._device_meshes = device_meshes
         self._rank = rank
+        self._patience: dict[ProcessGroup, timedelta | None] = {}
         self._known: dict[tuple[MeshSpec, tuple[str, ...]], ProcessGroup] = {}
 
     def along_each_dim(self, mesh: MeshSpec) -> list[ProcessGroup]:
@@ -35,6 +38,12 @@ class Groups:
     def device(self, mesh: MeshSpec) -> torch.device:
         """Where tensors of a mesh live."""
         return torch.device(self._device_meshes[mesh].device_type)
+
+    def patience(self, group: ProcessGroup) -> timedelta | None:
+        """How long to wait for a group; see `describe.patience_of`, which this remembers."""
+        if group not in self._patience:
+            self._patience[group] = patience_of(group)
+        return self._patience[group]
 
     def over(self, mesh: MeshSpec, mesh_dims: tuple[str, ...]) -> ProcessGroup:
         """The group of all ranks that differ from this one along `mesh_dims` only."""
@@ -58,6 +67,8 @@ class Groups:
                 return group
         made = _made.get((world, ranks))
         if made is None:
-            made = dist.new_group(list(ranks), use_local_synchronization=True)
+            made = dist.new_group(
+                list(ranks), timeout=patience_of(world), use_local_synchronization=True
+            )
             _made[world, ranks] = made
         return made

@@ -10,16 +10,20 @@ from muon_dtensor.runtime.ballots import MISSING, NOTHING_HERE, PRESENT
 
 
 def first_difference(mesh: MeshSpec, params: Mapping[int, tuple[str, ...]]) -> str:
-    """Where the lists of parameters, by rank, first differ; or that the plans do."""
+    """Where the lists of versions and then parameters, by rank, first differ; or that plans do."""
     for index, told in _differing_lines(params, filler="no further parameter"):
+        if index == 0:
+            return (
+                f"Ranks of mesh {mesh} run different versions:{told}\nInstall one on all of them."
+            )
         return (
-            f"Ranks of mesh {mesh} hold different plans, from parameter {index} on:{told}\n"
+            f"Ranks of mesh {mesh} hold different plans, from parameter {index - 1} on:{told}\n"
             "Build the same model with the same parallelism on all of them, and hand its "
             "parameters to the optimizer in one order."
         )
     return (
-        f"Ranks of mesh {mesh} hold the same parameters and different plans: they run different "
-        "versions of muon_dtensor, or were given different plan options (bucket_mb, "
+        f"Ranks of mesh {mesh} hold the same parameters and different plans: they were given "
+        "different plan options (bucket_mb, "
         "prefetch_count, batched, strategy, exact, topology, ns_dtype, ns_steps, assign_fn)."
     )
 
