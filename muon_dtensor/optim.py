@@ -269,6 +269,7 @@ class Muon(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     @uncompiled
+    @torch.inference_mode(mode=False)  # else kept buffers could not be written to outside of it
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of every parameter that has a gradient.

@@ -4,6 +4,7 @@ Brings parameters, plan, agreement and executor together, and carries a step out
 parameters, and no value of a param group.
 """
 
+import logging
 from collections.abc import Mapping, MutableMapping, Sequence
 from functools import partial
 from operator import is_
@@ -30,6 +31,8 @@ from muon_dtensor.runtime.plain import PlainTensors
 from muon_dtensor.runtime.trace import Trace
 from muon_dtensor.settings import Settings
 from muon_dtensor.state import make_state
+
+logger = logging.getLogger("muon_dtensor")
 
 State = Mapping[Tensor, Mapping[str, Any]]
 """What an optimizer keeps of each parameter, by name."""
@@ -100,6 +103,7 @@ class Prepared:
         devices = [local_part(entry.param).device for entry in census.muon]
         self.executor = Executor(self.plan, rank, process_groups, devices, trace)
         self._is_connected = False
+        self._has_told = False
         self.is_unfinished: bool = before is not None and before.is_unfinished
 
     def _assigned_by_hand(self, before: "Prepared | None") -> dict[str, int]:
@@ -167,6 +171,12 @@ class Prepared:
         grads, keep = self.gate.admit(options)
         if keep is False:
             return
+        if not grads and self.census.entries and not self._has_told:
+            self._has_told = True
+            logger.warning(
+                "no parameter of this optimizer has a gradient, so nothing is stepped. If the "
+                "model was sharded (fully_shard) after the optimizer was made, make that last."
+            )
         if not self._is_connected:
             self.executor.connect()
             self._is_connected = True

@@ -147,7 +147,7 @@ def test_the_others_are_told_when_a_rank_is_lost(when, how):
         if when == "AGREEMENT":
             assert told.error == "RuntimeError"
             assert "could not agree before the step, which has changed nothing" in told.text
-            assert "one has died, hangs, or did not call step()" in told.text
+            assert "one has died, hangs, or did not call step()," in told.text
             assert told.same
             assert told.saving == "", "nothing has changed: what there is may be saved"
             continue

@@ -5,7 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support.torchrun import EXAMPLES, torchrun
+
+pytestmark = [pytest.mark.integrations]
 
 SCRIPT = Path(__file__).parent / "support" / "killed_training.py"
 CONFIG = {"steps": 60, "dim": 16, "layers": 1, "context": 8, "batch": 4, "val_batches": 1}

@@ -180,8 +180,8 @@ def _asking(mesh: MeshSpec) -> Iterator[None]:
     """Say what was going on where torch says only that a rank cannot be reached."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise RuntimeError(
             f"Ranks of mesh {mesh} could not agree before the step, which has changed nothing: one "
-            f"has died, hangs, or did not call step(). {error}"
+            f"has died, hangs, or did not call step(), or the process group was destroyed. {error}"
         ) from error

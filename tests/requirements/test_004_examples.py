@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from muon_dtensor import Muon, create_auto_config
+from tests.integrations import test_stacks
 from tests.requirements.models import batch, create_dummy_model, differences, whole_params
 from tests.support.pool import run_processes
 from tests.support.torchrun import EXAMPLES, run_example
@@ -123,7 +124,8 @@ def test_debug_mode_lets_one_rank_work_at_a_time(tmp_path):
 
 def test_every_example_is_run_here_and_says_how_to_run_it():
     names = {row.values[0]: row.values[1] for row in ROWS} | {"debug_mode": 4}
-    others = {"common", "train_gpt"}
+    elsewhere = {row.values[0] for row in test_stacks.ROWS}
+    others = {"common", "train_gpt"} | elsewhere
     assert {path.stem for path in EXAMPLES.glob("*.py")} == names.keys() | others
     for name, num_ranks in names.items():
         line = f"torchrun --nproc-per-node {num_ranks} examples/{name}.py"

@@ -1,0 +1,237 @@
+"""What people do wrong, or oddly, with an optimizer on several ranks: told on all, or harmless."""
+
+import multiprocessing
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from muon_dtensor import Muon, census
+from muon_dtensor.runtime.describe import local_part
+from tests.support.cases import mesh_of, spread, tensors_like
+from tests.support.pool import run_processes
+from tests.support.threads import run_threads
+
+R, S0 = Replicate(), Shard(0)
+SHAPES = [(8, 4), (4, 8)]
+Made = tuple[Any, list[nn.Parameter], Muon]
+
+
+def made(**options: Any) -> Made:
+    mesh = mesh_of((4,))
+    params = [nn.Parameter(spread(w, mesh, (S0,))) for w in tensors_like(SHAPES, 0)]
+    return mesh, params, Muon(params, lr=0.1, strategy="owned", **options)
+
+
+def set_grads(mesh: Any, params: list[nn.Parameter], step: int) -> None:
+    for param, grad in zip(params, tensors_like(SHAPES, 1 + step), strict=False):
+        param.grad = spread(grad, mesh, (S0,))
+
+
+def shards(params: list[nn.Parameter]) -> list[torch.Tensor]:
+    return [local_part(p.detach()).clone() for p in params]
+
+
+def told(step: Callable[[], Any], params: list[nn.Parameter]) -> tuple[str, str, bool]:
+    """Type and text of what a step raises, and whether parameters are as they were."""
+    before = shards(params)
+    try:
+        step()
+        name, text = "", ""
+    except Exception as error:
+        name, text = type(error).__name__, str(error)
+    return name, text, all(map(torch.equal, before, shards(params)))
+
+
+def in_inference_mode() -> bool:
+    """Buffers are kept between steps: they must not become inference tensors."""
+    mesh, params, optimizer = made()
+    _, others, oracle = made()
+    for step in range(3):
+        set_grads(mesh, params, step)
+        set_grads(mesh, others, step)
+        with torch.inference_mode(mode=step != 1):
+            optimizer.step()
+        oracle.step()
+    return all(map(torch.equal, shards(params), shards(others)))
+
+
+def test_a_step_in_inference_mode_is_a_step():
+    assert all(run_processes(4, in_inference_mode))
+
+
+def with_the_group_destroyed() -> tuple[str, str, bool]:
+    mesh, params, optimizer = made()
+    set_grads(mesh, params, 0)
+    optimizer.step()
+    dist.barrier()
+    dist.destroy_process_group()
+    return told(optimizer.step, params)
+
+
+def test_a_destroyed_process_group_is_told():
+    for name, text, same in run_processes(4, with_the_group_destroyed):
+        assert (name, same) == ("RuntimeError", True)
+        assert "or the process group was destroyed" in text
+
+
+def two_in_different_order() -> tuple[str, str, bool]:
+    mesh, params, first = made()
+    other = [nn.Parameter(spread(w, mesh, (S0,))) for w in tensors_like(SHAPES[:1], 7)]
+    second = Muon(other, lr=0.1, strategy="owned")
+    set_grads(mesh, params, 0)
+    set_grads(mesh, other, 0)
+    first.step()
+    second.step()
+    order = [first, second] if dist.get_rank() % 2 else [second, first]
+    return told(lambda: [optimizer.step() for optimizer in order], [*params, *other])
+
+
+def test_two_optimizers_in_different_order_are_told():
+    for name, text, same in run_processes(4, two_in_different_order):
+        assert (name, same) == ("PlanMismatchError", True)
+        assert "2 ranks (0, 2): no further parameter" in text
+
+
+def other_version() -> tuple[str, str, bool]:
+    version = census.VERSIONS if dist.get_rank() != 3 else "muon_dtensor 9.9, torch 2.13.0"
+    with mock.patch.object(census, "VERSIONS", version):
+        mesh, params, optimizer = made()
+        set_grads(mesh, params, 0)
+        return told(optimizer.step, params)
+
+
+def test_another_version_on_one_rank_is_told():
+    for name, text, same in run_processes(4, other_version):
+        assert (name, same) == ("PlanMismatchError", True)
+        assert "run different versions" in text
+        assert "rank 3: muon_dtensor 9.9, torch 2.13.0" in text
+
+
+def group_changed(how: str) -> tuple[str, str, bool]:
+    mesh, params, optimizer = made()
+    set_grads(mesh, params, 0)
+    optimizer.step()
+    if dist.get_rank() == 2:
+        if how == "requires_grad":
+            params[0].requires_grad_(False)
+            params[0].grad = None
+        else:
+            vector = nn.Parameter(spread(torch.ones(4), mesh, (S0,)))
+            vector.grad = spread(torch.ones(4), mesh, (S0,))
+            optimizer.add_param_group({"params": [vector], "algorithm": "adamw"})
+    for param, grad in zip(params, tensors_like(SHAPES, 1), strict=True):
+        if param.requires_grad:
+            param.grad = spread(grad, mesh, (S0,))
+    return told(optimizer.step, params)
+
+
+@pytest.mark.parametrize(
+    ("how", "error"), [("requires_grad", "RuntimeError"), ("added", "PlanMismatchError")]
+)
+def test_a_group_changed_on_one_rank_is_told_at_the_next_step(how, error):
+    answers = run_processes(4, group_changed, how)
+    assert all(same for _, _, same in answers)
+    assert {name for name, _, _ in answers} <= {error, "MissingGradientError"}
+    assert "" not in {name for name, _, _ in answers}
+
+
+def without_gradients() -> tuple[bool, bool]:
+    mesh, params, optimizer = made()
+    set_grads(mesh, params, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    before = shards(params)
+    optimizer.step()
+    optimizer.step()
+    return all(map(torch.equal, before, shards(params))), optimizer.state_dict() is not None
+
+
+def test_steps_without_gradients_change_nothing():
+    assert run_processes(4, without_gradients) == [(True, True)] * 4
+
+
+ODD_GRADIENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "zero": torch.zeros_like,
+    "huge": lambda g: g * 1e30,
+    "tiny": lambda g: g * 1e-30,
+    "strided": lambda g: g.mT.contiguous().mT,
+    "expanded": lambda g: g[:1].expand(g.shape),
+}
+
+
+def odd_gradient(kind: str) -> tuple[bool, bool]:
+    """Whether all is finite, and as a contiguous gradient gives it."""
+    results = []
+    for contiguous in (False, True):
+        _, params, optimizer = made()
+        for step in range(2):
+            for param, grad in zip(params, tensors_like(SHAPES, 1 + step), strict=True):
+                local = ODD_GRADIENTS[kind](local_part(spread(grad, param.device_mesh, (S0,))))
+                param.grad = DTensor.from_local(
+                    local.contiguous() if contiguous else local,
+                    param.device_mesh,
+                    (S0,),
+                    run_check=False,
+                    shape=param.shape,
+                    stride=param.stride(),
+                )
+            optimizer.step()
+        results.append(shards(params))
+    finite = all(p.isfinite().all() for p in results[0])
+    return bool(finite), all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("kind", ODD_GRADIENTS)
+def test_odd_gradients_are_gradients(kind):
+    assert run_processes(4, odd_gradient, kind) == [(True, True)] * 4
+
+
+def stepping_in_a_fork(optimizer: Muon, pipe: Any) -> None:
+    optimizer.step()
+    pipe.send(optimizer.param_groups[0]["params"][0].sum().item())
+
+
+def test_a_forked_worker_steps_a_copy_of_its_own():
+    """Data loaders fork; what they do must not reach the parent."""
+    param = nn.Parameter(torch.ones(3, 4))
+    optimizer = Muon([param], lr=0.1)
+    param.grad = torch.ones(3, 4)
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(
+        target=stepping_in_a_fork, args=(optimizer, there)
+    )
+    process.start()
+    assert here.poll(30)
+    assert here.recv() != 12.0
+    process.join(10)
+    assert torch.equal(param, torch.ones(3, 4))
+    optimizer.step()
+    assert not torch.equal(param, torch.ones(3, 4))
+
+
+def sharded_behind_its_back() -> tuple[str, bool]:
+    """fully_shard after the optimizer was made: it holds parameters that no one trains."""
+    model = nn.Sequential(nn.Linear(8, 4, bias=False))
+    optimizer = Muon(model.named_parameters(), lr=0.1)
+    fully_shard(model, mesh=mesh_of((2,)))
+    model(torch.ones(2, 8)).sum().backward()
+    before = local_part(model[0].weight.detach()).clone()
+    lines: list[str] = []
+    with mock.patch("muon_dtensor.prepared.logger.warning", lambda text, *_: lines.append(text)):
+        optimizer.step()
+        optimizer.step()
+    return "\n".join(lines), torch.equal(before, local_part(model[0].weight.detach()))
+
+
+def test_sharding_after_the_optimizer_was_made_is_told_once():
+    for text, same in run_threads(2, sharded_behind_its_back):
+        assert same
+        assert text.count("no parameter of this optimizer has a gradient") == 1
+        assert "fully_shard" in text
