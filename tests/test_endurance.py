@@ -1,0 +1,107 @@
+"""Long runs: memory, file handles, threads and process groups stay as many as they were."""
+
+import gc
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from muon_dtensor import Muon
+from muon_dtensor.runtime import groups
+from tests.support.cases import mesh_of, spread, tensors_like
+from tests.support.pool import run_processes
+from tests.support.torchrun import EXAMPLES, torchrun
+
+R, S0 = Replicate(), Shard(0)
+SHAPES = [(8, 6), (6, 12), (5, 5), (7, 3)]
+
+
+def held() -> dict[str, int]:
+    """What a process holds."""
+    gc.collect()
+    kinds = (torch.Tensor, nn.Parameter, DTensor)
+    tensors = [o for o in gc.get_objects() if type(o) in kinds]
+    status = Path("/proc/self/status").read_text()
+    resident = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+    return {
+        "file handles": len(os.listdir("/proc/self/fd")),
+        "threads": len(os.listdir("/proc/self/task")),
+        "Python threads": threading.active_count(),
+        "tensors": len(tensors),
+        "groups of torch": len(dist.distributed_c10d._world.pg_map),
+        "groups of ours": len(groups._made),
+        "kB resident": int(resident.split()[1]),
+    }
+
+
+def made(mesh: Any) -> tuple[list[nn.Parameter], Muon]:
+    params = [nn.Parameter(spread(w, mesh, (R, S0))) for w in tensors_like(SHAPES, 0)]
+    muon = {"params": params[:3], "normuon_beta": 0.9}
+    return params, Muon([muon, {"params": params[3:], "algorithm": "adamw"}], bucket_mb=1e-3)
+
+
+def step(mesh: Any, params: list[nn.Parameter], optimizer: Muon, grads: list[Any]) -> None:
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    optimizer.step()
+
+
+def growth_over(num_steps: int) -> dict[str, int]:
+    mesh = mesh_of((2, 2))
+    params, optimizer = made(mesh)
+    grads = [spread(g, mesh, (R, S0)) for g in tensors_like(SHAPES, 1)]
+    for _ in range(num_steps):  # the heap grows to its size
+        step(mesh, params, optimizer, grads)
+    before = held()
+    for _ in range(num_steps):
+        step(mesh, params, optimizer, grads)
+    after = held()
+    return {name: after[name] - before[name] for name in before}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_five_thousand_steps_leave_everything_as_it_was():
+    for _ in range(3):  # a job of the pool has a deadline
+        for more in run_processes(4, growth_over, 900):  # 1,800 steps with those before
+            resident = more.pop("kB resident")
+            assert not any(more.values()), more
+            assert resident < 1_000, "kB: about one a step would be a leak"
+
+
+def growth_over_optimizers(num: int) -> dict[str, int]:
+    """Optimizers that are made, stepped and dropped."""
+    mesh = mesh_of((2, 2))
+    grads = [spread(g, mesh, (R, S0)) for g in tensors_like(SHAPES, 1)]
+
+    def some(count: int) -> None:
+        for _ in range(count):
+            params, optimizer = made(mesh)
+            step(mesh, params, optimizer, grads)
+            del params, optimizer
+
+    some(num // 10)
+    before = held()
+    some(num)
+    after = held()
+    return {name: after[name] - before[name] for name in before}
+
+
+def test_two_hundred_optimizers_are_let_go():
+    for more in run_processes(4, growth_over_optimizers, 200):
+        resident = more.pop("kB resident")
+        assert not any(more.values()), more
+        assert resident < 20_000, "less than 100 kB each, and they hold 200"
+
+
+def test_a_step_under_torch_s_debugging_wrapper(monkeypatch):
+    """TORCH_DISTRIBUTED_DEBUG=DETAIL compares the collectives of all ranks, shapes and all."""
+    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
+    output = torchrun(EXAMPLES / "tp_hsdp.py", 8)
+    assert "loss" in output
