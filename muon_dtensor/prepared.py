@@ -158,17 +158,23 @@ class Prepared:
         """`step`, and its metrics; `number`, `trace`: see `Measurement`."""
         measurement = Measurement(self.plan, self.census, number, trace)
         with self.executor.watched(measurement.trace, measurement.look):
-            self.step(state, sweeps_twice)
+            self.step(state, sweeps_twice, is_measured=True)
         return measurement.finish(self._groups, state, self._process_groups)
 
-    def step(self, state: State, sweeps_twice: dict[frozenset[int], bool]) -> None:
+    def step(
+        self,
+        state: State,
+        sweeps_twice: dict[frozenset[int], bool],
+        *,
+        is_measured: bool = False,
+    ) -> None:
         """One step of every parameter that has a gradient.
 
         `sweeps_twice`: see `Agreement.prove_plan`. Raises what `Muon.step` raises.
         """
         self.agreement.prove_plan(self.gate.device, sweeps_twice)
         options = tuple(as_text(group) for group in self._groups)
-        grads, keep = self.gate.admit(options)
+        grads, keep = self.gate.admit(options, is_measured=is_measured)
         if keep is False:
             return
         if not grads and self.census.entries and not self._has_told:

@@ -185,6 +185,24 @@ def test_metrics_must_be_asked_for():
         Muon([param], metrics_every=1, distributed_config=config)
 
 
+def measured_on_some() -> str:
+    mesh = mesh_of((4,))
+    param = nn.Parameter(spread(torch.ones(8, 4), mesh, (S0,)))
+    optimizer = Muon([param], metrics_every=int(torch.distributed.get_rank() == 1))
+    param.grad = spread(torch.ones(8, 4), mesh, (S0,))
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return f"{type(error).__name__} {error}"
+    return ""
+
+
+def test_measuring_on_some_ranks_only_is_told():
+    for text in run_processes(4, measured_on_some):
+        assert text.startswith("PlanMismatchError")
+        assert "measured=True" in text
+
+
 def test_measuring_changes_nothing():
     _, every = measured(None, metrics_every=1)
     _, never = measured(None, metrics_every=1000)

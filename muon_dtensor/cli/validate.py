@@ -93,7 +93,7 @@ def compare(out: Path, model_name: str, tolerance: float) -> int:
         if not path.exists():
             print(f"muon-dtensor validate: no {path}; run --mode {mode} first", file=sys.stderr)
             return 2
-        found[mode] = torch.load(path)
+        found[mode] = torch.load(path, weights_only=True)
     baseline, distributed = found["baseline"], found["distributed"]
     table = Table("parameter", "shape", "largest difference", "result")
     num_failed = 0

@@ -181,9 +181,14 @@ def _sorted_out(
     configs: Sequence[ParamGroupConfig],
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The groups of Muon with all that is no matrix in an AdamW group; and their patterns."""
+    declared = [
+        ("^(" + "|".join(map(re.escape, group["param_names"])) + ")$", {"matrix": "as declared"})
+        for group in groups
+        if group.get("matrix") or group.get("split_sizes")
+    ]
     no_matrix = {
         id(param)
-        for group in group_parameters(model)
+        for group in group_parameters(model, rules=declared)  # warns of what is undeclared
         if group["algorithm"] == "adamw"
         for _, param in group["params"]
     }

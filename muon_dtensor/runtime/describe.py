@@ -69,7 +69,7 @@ def patience_of(group: dist.ProcessGroup) -> timedelta | None:
     Groups of a DeviceMesh's dims have torch's 30 minutes, whatever init_process_group was told.
     None where the backend sees to it: NCCL's watchdog does.
     """
-    if dist.get_backend(group) != "gloo":
+    if not dist.get_backend(group) == dist.get_backend() == "gloo":
         return None
     backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
     timeout: timedelta = backend.options._timeout

@@ -55,13 +55,16 @@ class GradientGate:
         self._has_settled = False
         self._told_of_zeros = False
 
-    def admit(self, options: tuple[str, ...]) -> tuple[dict[str, Tensor], Tensor | bool]:
+    def admit(
+        self, options: tuple[str, ...], *, is_measured: bool = False
+    ) -> tuple[dict[str, Tensor], Tensor | bool]:
         """Gradients by name of parameter, and whether to step with them.
 
         The answer is a bool, or a bool scalar on the device that nobody has read.
 
         Args:
             options: hyperparameters of each param group as text, for ranks to compare.
+            is_measured: whether ranks will reduce metrics after the step, which all must.
 
         Raises:
             PlanMismatchError, MissingGradientError, NonFiniteGradientError: on every rank.
@@ -72,6 +75,7 @@ class GradientGate:
         grads |= {name: torch.zeros_like(p) for name, p in empty.items() if name not in grads}
         faults = {name: _fault_of(name, self._params[name], grad) for name, grad in grads.items()}
         faulty = [name for name, fault in faults.items() if fault]
+        options = (*options, f"measured={is_measured}")
         votes = self._votes(options, grads, empty, faults[faulty[0]] if faulty else "")
         moved = [name for name in grads if _has_moved(self._params[name], grads[name])]
         flag = self._flag([grad for name, grad in grads.items() if not faults[name]])
@@ -124,7 +128,10 @@ class GradientGate:
         presence = tuple(
             tuple(state(name) for name in manifest.fqns) for manifest in self._agreement.manifests
         )
-        gate = f"optimizer: missing_grad={self._missing_grad}, nonfinite={self._nonfinite}"
+        gate = (
+            f"optimizer: missing_grad={self._missing_grad}, nonfinite={self._nonfinite}, "
+            f"{options[-1]}"
+        )
         hyperparameters = tuple(
             (
                 *(f"param group {n}: {options[group]}" for n, group in enumerate(manifest.groups)),

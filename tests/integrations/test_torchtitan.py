@@ -71,6 +71,13 @@ def test_a_sharded_step_is_that_of_one_process(titan):
     assert all(run_processes(4, titan.equals_one_process))
 
 
+def test_what_is_declared_is_not_warned_of(titan, caplog):
+    titan.pipeline_stage(False)
+    assert not [r for r in caplog.records if "looks like several matrices" in r.getMessage()]
+    titan.muon_optimizers().build(model_parts=[titan.Titan()])
+    assert [r for r in caplog.records if "looks like several matrices" in r.getMessage()]
+
+
 def test_pipeline_stages_without_some_kinds_of_parameters(titan):
     without = titan.pipeline_stage(False)
     assert "lm_head.weight" in without
