@@ -149,6 +149,17 @@ def everything(model: nn.Module, optimizer: Muon) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.parametrize(("source", "target"), [("fsdp-tp", "hsdp"), ("hsdp-tp", "plain")])
+def test_flattened_state_dicts_reshard_too(source, target, tmp_path):
+    """Two of the pairs; all of them are marked slow."""
+    num_ranks = BY_NAME[source].num_ranks
+    expected = run_processes(num_ranks, trained_and_saved, source, tmp_path, True)[0]
+    num_ranks = BY_NAME[target].num_ranks
+    for found in run_processes(num_ranks, loaded_and_trained, target, source, tmp_path, True):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
 def trained_and_saved(name: str, folder: Path, flat: bool) -> dict[str, Tensor]:
     model, optimizer = built(BY_NAME[name])
     scheduler = scheduled(optimizer)
@@ -183,7 +194,11 @@ def loaded_and_trained(name: str, source: str, folder: Path, flat: bool) -> dict
     return found | {f"later {k}": v for k, v in everything(model, optimizer).items()}
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["nested", "flat"])
+@pytest.fixture(
+    scope="module",
+    params=[False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["nested", "flat"],
+)
 def saves(request, tmp_path_factory) -> tuple[Path, bool, dict[str, dict[str, Tensor]]]:
     """A checkpoint of every layout, and what was in the optimizer then and two steps later."""
     folder = tmp_path_factory.mktemp("saves")
@@ -200,7 +215,7 @@ def saves(request, tmp_path_factory) -> tuple[Path, bool, dict[str, dict[str, Te
 def test_save_on_one_layout_and_load_on_another(saves, target):
     """Bitwise: parameters, momenta, row moments, AdamW state, and all of them two steps later."""
     folder, flat, seen = saves
-    for source in seen if not flat else ("hsdp-tp", "fsdp-2", "plain"):  # nested ones are a matrix
+    for source in seen:
         ranks = run_processes(
             BY_NAME[target].num_ranks, loaded_and_trained, target, source, folder, flat
         )

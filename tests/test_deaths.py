@@ -28,7 +28,7 @@ from muon_dtensor.runtime import agreement
 from muon_dtensor.runtime.executor import Executor
 from tests.support.cases import mesh_of, spread, tensors_like
 
-TIMEOUT, GRACE = 6.0, 5.0
+TIMEOUT, GRACE = 4.0, 5.0
 NUM_RANKS, VICTIM = 4, 1
 SHAPES = [(12, 8), (8, 12), (8, 8)]
 

@@ -263,7 +263,7 @@ def check_plan(case: Any, seed: int) -> None:
             Plan.from_json(changed.to_json())
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(random_params(), st.integers(0, 10**6))
 def test_any_plan_is_valid_and_no_changed_one_is(case, seed):
     check_plan(case, seed)
