@@ -104,5 +104,5 @@ def test_two_hundred_optimizers_are_let_go():
 def test_a_step_under_torch_s_debugging_wrapper(monkeypatch):
     """TORCH_DISTRIBUTED_DEBUG=DETAIL compares the collectives of all ranks, shapes and all."""
     monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
-    output = torchrun(EXAMPLES / "tp_hsdp.py", 8)
+    output = torchrun(EXAMPLES / "tp_fsdp.py", 4)
     assert "loss" in output
