@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -191,6 +192,46 @@ def odd_gradient(kind: str) -> tuple[bool, bool]:
 @pytest.mark.parametrize("kind", ODD_GRADIENTS)
 def test_odd_gradients_are_gradients(kind):
     assert run_processes(4, odd_gradient, kind) == [(True, True)] * 4
+
+
+def gradient_elsewhere() -> tuple[str, str, bool]:
+    """On one rank a gradient that lives on a mesh of other dims."""
+    mesh, params, optimizer = made()
+    other = init_device_mesh("cpu", (2, 2), mesh_dim_names=("x", "y"))
+    set_grads(mesh, params, 0)
+    if dist.get_rank() == 1:
+        (grad,) = tensors_like(SHAPES[:1], 1)
+        params[0].grad = spread(grad, other, (S0, S0))
+    return told(optimizer.step, params)
+
+
+def test_a_gradient_on_another_mesh_stops_all():
+    answers = run_processes(4, gradient_elsewhere)
+    assert all(name and same for name, _, same in answers), answers
+    assert all("param.0" in text for _, text, _ in answers)
+    assert "its gradient on" in answers[1][1]
+    assert "Redistribute the gradient" in answers[1][1]
+
+
+def without_synchronized_gradients() -> tuple[str, str, bool, bool]:
+    """FSDP2's way to accumulate: no gradient is there yet, so nothing is stepped."""
+    model = nn.Sequential(nn.Linear(8, 4, bias=False))
+    fully_shard(model, mesh=mesh_of((4,)))
+    params = list(model.parameters())
+    optimizer = Muon(model.named_parameters(), lr=0.1)
+    model.set_requires_gradient_sync(False)
+    model(torch.ones(2, 8)).sum().backward()
+    unsynchronized = told(optimizer.step, params)
+    model.set_requires_gradient_sync(True)
+    model(torch.ones(2, 8)).sum().backward()
+    before = shards(params)
+    optimizer.step()
+    return *unsynchronized, all(map(torch.equal, before, shards(params)))
+
+
+def test_a_step_before_gradients_are_synchronized_is_none():
+    for name, _, same, still_same in run_processes(4, without_synchronized_gradients):
+        assert (name, same, still_same) == ("", True, False)
 
 
 def stepping_in_a_fork(optimizer: Muon, pipe: Any) -> None:
