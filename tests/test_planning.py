@@ -457,6 +457,7 @@ def test_the_order_of_parameters_moves_no_owner(case, seed):
     assert plan_update(shuffled, options).owners == there
 
 
+@pytest.mark.slow
 def test_planning_thousands_of_ranks_takes_little_memory():
     tracemalloc.start()
     plan_update(llama3_70b(MeshSpec.of(dp_replicate=32, dp_shard=64, tp=8)))

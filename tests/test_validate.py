@@ -74,7 +74,9 @@ def test_the_three_modes_one_after_the_other(tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(("--setup", "fsdp1", "--precision", "mixed"), id="fsdp1-mixed"),
+        pytest.param(
+            ("--setup", "fsdp1", "--precision", "mixed"), id="fsdp1-mixed", marks=pytest.mark.slow
+        ),
         pytest.param(
             ("--setup", "ddp", "--precision", "bf16"), id="ddp-bf16", marks=pytest.mark.slow
         ),
