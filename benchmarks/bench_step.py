@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from benchmarks.common import layered, provenance, seeded
@@ -33,13 +33,12 @@ from muon_dtensor import Muon
 from muon_dtensor.cli.baselines import everyone_gathers
 from muon_dtensor.cli.calibrate_worker import readings_in_turns
 from muon_dtensor.cli.leaving import leave
-from muon_dtensor.layout import Region
 from muon_dtensor.orthogonalize import newton_schulz
 from muon_dtensor.planning.ir import Plan
 from muon_dtensor.runtime import agreement, executor
-from muon_dtensor.runtime.describe import describe_layout, describe_mesh, local_part
+from muon_dtensor.runtime.describe import local_part
 from muon_dtensor.runtime.muon_options import MuonOptions
-from muon_dtensor.runtime.packing import box_of, view_box
+from muon_dtensor.runtime.whole import cut_like
 from tests.support.meter import peak_nbytes_of
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
@@ -139,30 +138,9 @@ def parameters(layout: str, shapes: list[Shape]) -> list[nn.Parameter]:
             for w in weights
         ]
     for param, weight, grad in zip(params, weights, grads, strict=True):
-        local_part(param.detach()).copy_(own_part(weight, param))
-        param.grad = like(own_part(grad, param).clone(), param)
+        local_part(param.detach()).copy_(local_part(cut_like(weight, param)))
+        param.grad = cut_like(grad, param)
     return params
-
-
-def own_part(whole: Tensor, param: Tensor) -> Tensor:
-    """This rank's shard of a tensor that all ranks hold."""
-    assert isinstance(param, DTensor)
-    layout = describe_layout(param, describe_mesh(param.device_mesh))
-    region = layout.region(layout.mesh.position_of(dist.get_rank()))
-    return view_box(whole, box_of(region, Region.whole(layout.shape)))
-
-
-def like(local: Tensor, param: Tensor) -> DTensor:
-    """A DTensor that lies as a parameter does."""
-    assert isinstance(param, DTensor)
-    return DTensor.from_local(
-        local.contiguous(),
-        param.device_mesh,
-        param.placements,
-        run_check=False,
-        shape=param.shape,
-        stride=param.stride(),
-    )
 
 
 def is_exact(layout: str, shapes: list[Shape]) -> bool:
@@ -182,7 +160,7 @@ def is_exact(layout: str, shapes: list[Shape]) -> bool:
         for matrices, shape in zip(wholes, shapes, strict=True)
     ]
     same = all(
-        torch.equal(local_part(p.detach()), own_part(whole, p))
+        torch.equal(local_part(p.detach()), local_part(cut_like(whole, p)))
         for p, whole in zip(params, theirs, strict=True)
     )
     return bool(_reduced(float(same), dist.ReduceOp.MIN))

@@ -21,6 +21,7 @@ from muon_dtensor.runtime.trace import Trace
 from muon_dtensor.update import adjusted_lr
 
 State = Mapping[Tensor, Mapping[str, Any]]
+"""What an optimizer keeps of each parameter, by name."""
 
 SUMMED = ("grad", "momentum", "update", "param", "numel")
 """What is summed over the elements of a param group: squares, and how many there are."""

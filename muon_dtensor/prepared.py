@@ -17,7 +17,7 @@ from muon_dtensor.adamw import adamw_step
 from muon_dtensor.census import Census
 from muon_dtensor.config import DistributedConfig
 from muon_dtensor.errors import GroupOptionError, StepFailedError
-from muon_dtensor.metrics import Measurement
+from muon_dtensor.metrics import Measurement, State
 from muon_dtensor.options import as_text
 from muon_dtensor.planning.moments import moment_layout
 from muon_dtensor.planning.planner import plan_update
@@ -33,9 +33,6 @@ from muon_dtensor.settings import Settings
 from muon_dtensor.state import make_state
 
 logger = logging.getLogger("muon_dtensor")
-
-State = Mapping[Tensor, Mapping[str, Any]]
-"""What an optimizer keeps of each parameter, by name."""
 
 
 class Prepared:

@@ -83,7 +83,7 @@ class MuonOptimizersContainer(MuonMixin, OptimizersContainer):
 
     @dataclass(kw_only=True, slots=True)
     class Config(OptimizersContainer.Config):
-        pass
+        """torchtitan's, whose `build` makes this container."""
 
 
 def muon_optimizers(

@@ -1,6 +1,5 @@
 """torchtitan 0.3's own optimizer container, scheduler and checkpoint code, on four gloo ranks."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,10 +10,7 @@ import pytest
 
 from tests.support.pool import run_processes
 
-pytestmark = [
-    pytest.mark.integrations,
-    pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None, reason="no torchtitan"),
-]
+pytestmark = [pytest.mark.integrations]
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "torchtitan_keys.txt"
 

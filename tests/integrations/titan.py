@@ -25,7 +25,6 @@ from torchtitan.experiments.torchft import optimizer as torchft_optimizer
 
 from muon_dtensor.integrations.torchtitan import (
     MuonMixin,
-    MuonOptimizersContainer,
     muon_optimizers,
     use_muon,
 )
@@ -258,7 +257,7 @@ def with_torchft() -> tuple[int, bool, list[str]]:
     class Both(MuonMixin, base):  # type: ignore[misc, valid-type]
         @dataclass(kw_only=True, slots=True)
         class Config(base.Config):  # type: ignore[name-defined]
-            pass
+            """Whose `build` makes this class: torchtitan wires it to the class around it."""
 
     model = Titan()
     plain = muon_optimizers(splits=SPLITS)
@@ -272,6 +271,3 @@ def with_torchft() -> tuple[int, bool, list[str]]:
     container.step()
     moved = all(not torch.equal(before[n], p) for n, p in model.named_parameters())
     return container._ft_optimizer.num_steps, moved, sorted(container.state_dict())[:2]
-
-
-__all__ = ["MuonOptimizersContainer"]

@@ -65,7 +65,7 @@ class Words(BaseDataLoader):
 
     @dataclasses.dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
-        pass
+        """Whose `build` makes this class."""
 
     def __init__(
         self, config: Config, *, dp_rank: int, seq_len: int, local_batch_size: int, **_: Any
@@ -85,21 +85,21 @@ class Words(BaseDataLoader):
         assert not state_dict
 
 
-class NoTokenizer(BaseTokenizer):
-    """Nobody tokenizes."""
+class Bytes(BaseTokenizer):
+    """A token is a byte."""
 
     @dataclasses.dataclass(kw_only=True, slots=True)
     class Config(BaseTokenizer.Config):
-        pass
+        """Whose `build` makes this class."""
 
     def __init__(self, config: Config, *, tokenizer_path: str) -> None:
         super().__init__()
 
-    def encode(self, *args: Any, **kwargs: Any) -> list[int]:
-        raise NotImplementedError
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return list(text.encode())
 
-    def decode(self, *args: Any, **kwargs: Any) -> str:
-        raise NotImplementedError
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        return bytes(tokens).decode(errors="replace")
 
     def get_vocab_size(self) -> int:
         return VOCAB
@@ -124,7 +124,7 @@ def main(folder: str) -> None:
     for _, _, parent, attribute in config.model_spec.model.traverse(FlexAttention.Config):
         setattr(parent, attribute, ScaledDotProductAttention.Config())
     config.dump_folder = folder
-    config.dataloader, config.tokenizer = Words.Config(), NoTokenizer.Config()
+    config.dataloader, config.tokenizer = Words.Config(), Bytes.Config()
     config.training.steps, config.training.seq_len = STEPS, 32
     config.training.local_batch_size = 4
     config.training.disable_cuda_graphs = True
