@@ -277,10 +277,13 @@ class Census:
 
     @property
     def shared_device(self) -> torch.device:
-        """Where the parameters that a mesh holds live, or any; the host if there are none."""
-        alone = [e.param for e in self.entries]
-        shared = [param for param in alone if self.describer.home(param).dim_names]
-        return next((local_part(param).device for param in shared or alone), torch.device("cpu"))
+        """Where the parameters that a mesh holds live, or any; the host if there are none.
+
+        The meta device does not count: ballots need values.
+        """
+        real = [e.param for e in self.entries if not local_part(e.param).is_meta]
+        shared = [param for param in real if self.describer.home(param).dim_names]
+        return next((local_part(param).device for param in shared or real), torch.device("cpu"))
 
 
 def _entries(groups: Sequence[dict[str, Any]]) -> Iterator[Entry]:

@@ -33,6 +33,7 @@ from muon_dtensor.settings import Settings
 from muon_dtensor.state import make_state
 
 logger = logging.getLogger("muon_dtensor")
+META = torch.device("meta")
 
 
 class Prepared:
@@ -121,12 +122,16 @@ class Prepared:
             )
 
     def holds(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether these groups hold the parameters it was made for, where they were then."""
+        """Whether these groups hold the parameters it was made for, where they were then.
+
+        On the meta device there is nothing to prepare for: the gradient gate tells of those.
+        """
         now = [param for group in groups for param in group["params"]]
+        devices = (local_part(param).device for param in now)
         return (
             len(now) == len(self._params)
             and all(map(is_, now, self._params))
-            and self._devices == [local_part(param).device for param in now]
+            and all(d in (then, META) for d, then in zip(devices, self._devices, strict=True))
         )
 
     def make_state(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:

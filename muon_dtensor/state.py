@@ -136,9 +136,12 @@ def follow_params(
     """Let go of the state of parameters that somebody has replaced, and move what has moved.
 
     Accelerate replaces them when it shards a model; `model.to(device)` moves them. Before the first
-    step nothing is lost. Raises RuntimeError where a momentum would be.
+    step nothing is lost. Raises RuntimeError where a momentum would be. State made on the meta
+    device has no values: it is left for `make_state` to make anew.
     """
     now = {param for group in groups for param in group["params"]}
+    for param, kept in state.items():
+        state[param] = {key: v for key, v in kept.items() if not local_part(v).is_meta}
     gone = [param for param in state if param not in now]
     if any(local_part(v).any() for param in gone for v in state[param].values() if v.ndim):
         raise RuntimeError(

@@ -5,10 +5,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+import torch._dynamo  # torch's optimizers import it; here, so that forked ranks need not, each
 
 from tests.support.pool import close_pools
 
 torch.set_num_threads(1)  # one thread per rank; and a forked process must not inherit a team
+
+
+def _take_a_core() -> None:
+    """A core for each worker of pytest-xdist, its threads and its processes.
+
+    Where all cores are taken anyway, ranks that wake each other on another one only wait longer:
+    threads twice, exchanges of processes up to eight times on a virtual machine.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None or not hasattr(os, "sched_setaffinity"):  # macOS has none
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    if int(os.environ["PYTEST_XDIST_WORKER_COUNT"]) >= len(cores):
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+_take_a_core()
 
 
 @pytest.fixture(scope="session", autouse=True)

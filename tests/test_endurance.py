@@ -16,7 +16,7 @@ from muon_dtensor import Muon
 from muon_dtensor.runtime import groups
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
-from tests.support.torchrun import EXAMPLES, torchrun
+from tests.support.torchrun import run_example
 
 R, S0 = Replicate(), Shard(0)
 SHAPES = [(8, 6), (6, 12), (5, 5), (7, 3)]
@@ -101,8 +101,6 @@ def test_two_hundred_optimizers_are_let_go():
         assert resident < 20_000, "less than 100 kB each, and they hold 200"
 
 
-def test_a_step_under_torch_s_debugging_wrapper(monkeypatch):
+def test_a_step_under_torch_s_debugging_wrapper():
     """TORCH_DISTRIBUTED_DEBUG=DETAIL compares the collectives of all ranks, shapes and all."""
-    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
-    output = torchrun(EXAMPLES / "tp_fsdp.py", 4)
-    assert "loss" in output
+    run_example("tp_fsdp", 4, TORCH_DISTRIBUTED_DEBUG="DETAIL")

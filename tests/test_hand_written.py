@@ -145,7 +145,8 @@ def test_a_shard_of_another_shape_is_told():
 
 
 def test_an_owner_without_its_matrix_is_told():
-    text, unchanged = process_outcomes(WORLD, broken, "nothing gathered")[0][1]
+    outcomes = process_outcomes(WORLD, broken, "nothing gathered", collective_seconds=3)
+    text, unchanged = outcomes[0][1]
     assert "gather_fn returned None for p0 on its owner, rank 0" in text
     assert unchanged
 

@@ -156,6 +156,7 @@ def random_cases(draw) -> Case:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(random_cases())
 def test_any_case(case):

@@ -234,6 +234,82 @@ def test_a_step_before_gradients_are_synchronized_is_none():
         assert (name, same, still_same) == ("", True, False)
 
 
+def moved_away(movers: tuple[int, ...], masked: bool) -> tuple[str, str, bool, bool]:
+    """The model goes to the meta device, the one other device there always is, and comes back.
+
+    `masked`: as steps go on a GPU, where ballots are read at the next one.
+    """
+    mesh = mesh_of((4,))
+    torch.manual_seed(0)
+    model = fully_shard(nn.Linear(8, 4, bias=False), mesh=mesh)
+    optimizer = Muon(model.named_parameters(), lr=0.1)
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    weight, momentum = model.weight, optimizer.state[model.weight]["momentum_buffer"]
+    kept = [local_part(t.detach()).clone() for t in (weight, momentum)]
+    if masked:
+        optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
+    if dist.get_rank() in movers:
+        model.to("meta")
+    name, text, _ = told(optimizer.step, [])
+    assert model.weight is weight
+    if local_part(weight).is_meta:
+        model.to_empty(device="cpu")
+        model.weight.grad = None
+        local_part(model.weight.detach()).copy_(kept[0])
+    same = all(map(torch.equal, kept, [local_part(weight.detach()), local_part(momentum)]))
+    weight.grad = None
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    return name, text, same, bool(local_part(weight).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("movers", "masked"),
+    [((2,), False), ((0, 1, 2, 3), False), ((0, 1, 2, 3), True)],
+    ids=["one-rank", "all", "masked"],
+)
+def test_parameters_moved_to_another_device_are_told_and_may_come_back(movers, masked):
+    answers = run_processes(4, moved_away, movers, masked)
+    for rank, (name, text, same, finite) in enumerate(answers):
+        assert (name, same, finite) == ("RuntimeError", True, True)
+        expected = "weight is on the meta device and has no values" if rank in movers else "rank"
+        assert expected in text
+
+
+def made_on_the_meta_device() -> bool:
+    """Meta, sharded, optimizer, memory, values: planned anew where the parameters came to lie."""
+    mesh = mesh_of((4,))
+    with torch.device("meta"):
+        model = nn.Linear(8, 6)
+    fully_shard(model, mesh=mesh)
+    optimizer = Muon(_weight_and_bias(model), lr=0.1)
+    model.to_empty(device="cpu")
+    alone = nn.Linear(8, 6)
+    oracle = Muon(_weight_and_bias(alone), lr=0.1)
+    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        value, grad = tensors_like([tuple(theirs.shape)] * 2, 0)
+        with torch.no_grad():
+            local_part(ours).copy_(local_part(spread(value, mesh, (S0,))))
+            theirs.copy_(value)
+        ours.grad, theirs.grad = spread(grad, mesh, (S0,)), grad
+    optimizer.step()
+    oracle.step()
+    pairs = zip(model.parameters(), alone.parameters(), strict=True)
+    return all(torch.equal(ours.full_tensor(), theirs) for ours, theirs in pairs)
+
+
+def _weight_and_bias(model: nn.Linear) -> list[dict[str, Any]]:
+    return [
+        {"params": [("weight", model.weight)], "normuon_beta": 0.9},
+        {"params": [("bias", model.bias)], "algorithm": "adamw"},
+    ]
+
+
+def test_an_optimizer_made_on_the_meta_device_steps_where_its_parameters_come_to_lie():
+    assert all(run_processes(4, made_on_the_meta_device))
+
+
 def stepping_in_a_fork(optimizer: Muon, pipe: Any) -> None:
     optimizer.step()
     pipe.send(optimizer.param_groups[0]["params"][0].sum().item())

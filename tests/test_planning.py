@@ -164,6 +164,7 @@ def test_a_plan_for_8192_ranks_is_made_in_seconds():
     assert len({rank for ranks in plan.owners.values() for rank in ranks}) == 560
 
 
+@pytest.mark.slow
 def test_heads_of_8192_ranks_are_planned_in_seconds():
     """80 layers of 64 query heads, 2 x 8 key and value heads, and four matrices."""
     heads = {"wq": 64, "wk": 8, "wv": 8}

@@ -53,41 +53,45 @@ def forgets_to_synchronize(model: nn.Module) -> tuple[nn.Module, Any]:
     return model, None
 
 
-def test_the_three_modes_one_after_the_other(tmp_path):
-    assert validate(tmp_path, "--mode", "baseline") == (
-        0,
-        f"baseline: parameters saved to {tmp_path}/model_baseline_params.pt\n",
-    )
-    status, text = validate(tmp_path, "--mode", "compare")
-    assert status == 2
-    assert "run --mode distributed first" in text
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    script = ("--nproc-per-node", "2", "-m", "muon_dtensor.cli.main")
-    status, text = validate(tmp_path, "--mode", "distributed", prefix=(*torchrun, *script))
-    assert status == 0, text
-    status, text = validate(tmp_path, "--mode", "compare")
-    assert status == 0
-    assert text.count("PASS") == 5 + 1
-    assert "PASS: all 5 parameters match within 1e-05." in text
+THE_USER_S_OWN = (
+    *("--model", "tests.test_validate:transformer"),
+    *("--batch", "tests.test_validate:tokens"),
+    *("--setup", "tests.test_validate:hsdp", "--iteration-dtype", "bfloat16"),
+)
 
 
 @pytest.mark.parametrize(
+    ("flags", "num_params"),
+    [
+        pytest.param(THE_USER_S_OWN, 12, id="the-user-s-own"),
+        pytest.param((), 5, id="defaults", marks=pytest.mark.slow),
+    ],
+)
+def test_the_three_modes_one_after_the_other(tmp_path, flags, num_params):
+    assert validate(tmp_path, "--mode", "baseline", *flags) == (
+        0,
+        f"baseline: parameters saved to {tmp_path}/model_baseline_params.pt\n",
+    )
+    status, text = validate(tmp_path, "--mode", "compare", *flags)
+    assert status == 2
+    assert "run --mode distributed first" in text
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    prefix = (*torchrun, "--nproc-per-node", "2", "-m", "muon_dtensor.cli.main")
+    status, text = validate(tmp_path, "--mode", "distributed", *flags, prefix=prefix)
+    assert status == 0, text
+    status, text = validate(tmp_path, "--mode", "compare", *flags)
+    assert status == 0
+    assert text.count("PASS") == num_params + 1
+    assert f"PASS: all {num_params} parameters match within 1e-05." in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(
-            ("--setup", "fsdp1", "--precision", "mixed"), id="fsdp1-mixed", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            ("--setup", "ddp", "--precision", "bf16"), id="ddp-bf16", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            (
-                *("--model", "tests.test_validate:transformer"),
-                *("--batch", "tests.test_validate:tokens"),
-                *("--setup", "tests.test_validate:hsdp", "--iteration-dtype", "bfloat16"),
-            ),
-            id="the-user-s-own",
-        ),
+        pytest.param(("--setup", "fsdp1", "--precision", "mixed"), id="fsdp1-mixed"),
+        pytest.param(("--setup", "ddp", "--precision", "bf16"), id="ddp-bf16"),
+        pytest.param(THE_USER_S_OWN, id="the-user-s-own"),
     ],
 )
 def test_right_setups_pass(tmp_path, flags):

@@ -82,7 +82,12 @@ class GradientGate:
         if self._reads_now():
             return grads, self._settle(votes, grads, moved, flag)
         grads.update({name: torch.zeros_like(self._params[name]) for name in faulty})
-        return grads, self._mask(votes, grads, moved, flag)
+        mask = self._mask(votes, grads, moved, flag)
+        if any(local_part(self._params[name]).is_meta for name in faulty):
+            self._past.pop()  # what has no values cannot be stepped with zeros: told at once
+            fault, self._past_fault = self._past_fault, ""
+            raise RuntimeError(fault)
+        return grads, mask
 
     def read_past(self, *, capturable: bool = True) -> None:
         """Raise what a masked step of the past found; its ballots are long reduced.
@@ -219,6 +224,18 @@ def _has_moved(param: Tensor, grad: Tensor) -> bool:
 
 def _fault_of(name: str, param: Tensor, grad: Tensor) -> str:
     """Why this gradient cannot be used; empty if it can."""
+    if local_part(param).is_meta:
+        return (
+            f"{name} is on the meta device and has no values. Give the model memory "
+            "(model.to_empty(device=...)) and values (init_weights or a checkpoint) before the "
+            "step. If model.to('meta') was called, they are lost: load a checkpoint."
+        )
+    if local_part(param).device != local_part(grad).device:
+        return (
+            f"{name} is on {local_part(param).device} and its gradient on "
+            f"{local_part(grad).device}. Move the model before the backward, or clear its "
+            "gradients when it moves."
+        )
     if grad.layout != torch.strided:
         return (
             f"{name} has a sparse gradient ({grad.layout}); Muon needs a dense one. Construct "

@@ -1,10 +1,5 @@
 """000, "Integration Tests", and what real training does: accumulation is in `correctness`."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +19,7 @@ from tests.requirements.models import (
     whole_params,
 )
 from tests.support.pool import run_processes
+from tests.support.torchrun import forked_torchrun
 
 DIM = 32
 
@@ -60,6 +56,7 @@ class TestEndToEndTraining:
 
 
 SCRIPT = """
+import sys
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -76,7 +73,7 @@ for step in range(3):
     optimizer.zero_grad()
 params = whole_params(model)
 if dist.get_rank() == 0:
-    torch.save(params, "params.pt")
+    torch.save(params, sys.argv[1])
 dist.destroy_process_group()
 """
 
@@ -85,31 +82,9 @@ class TestMultiNode:
     @pytest.mark.P1
     def test_hsdp_across_nodes(self, tmp_path):
         """Two torchrun agents, as on two nodes, find each other and train HSDP."""
-        (tmp_path / "train.py").write_text(SCRIPT)
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        root = Path(__file__).parents[2]
-        nodes = [
-            subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"),
-                    *("--nproc-per-node", "2", "--node-rank", str(node)),
-                    *("--master-addr", "localhost", "--master-port", str(port), "train.py"),
-                ],
-                cwd=tmp_path,
-                env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for node in range(2)
-        ]
-        try:
-            told = [node.communicate(timeout=120)[1] for node in nodes]
-        finally:
-            for node in nodes:
-                node.kill()
-        assert [node.returncode for node in nodes] == [0, 0], told
+        script = tmp_path / "train.py"
+        script.write_text(SCRIPT)
+        forked_torchrun(script, 2, str(tmp_path / "params.pt"), num_nodes=2)
         model = TinyTransformer()
         optimizer = torch.optim.Muon(model.parameters())
         for step in range(3):

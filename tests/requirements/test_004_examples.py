@@ -1,7 +1,7 @@
 """004: every section of the document is a script in examples/, run here as its users run it.
 
-Each trains under torchrun on gloo: it must end well, the loss must fall, and what it prints must
-say what the section is about.
+Each trains under torchrun's agent on gloo: it must end well, the loss must fall, and what it prints
+must say what the section is about.
 """
 
 import json

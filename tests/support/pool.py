@@ -1,6 +1,7 @@
 """Ranks as forked gloo processes, reused between tests, with a fresh process group per job."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -17,6 +18,8 @@ import torch.distributed as dist
 
 COLLECTIVE_SECONDS = 40
 DEADLINE_SECONDS = 90
+MAX_THREADS = 16
+"""A rank with more after a job is replaced: gloo's threads wake a hundred times a second each."""
 
 
 class RankError(RuntimeError):
@@ -25,6 +28,7 @@ class RankError(RuntimeError):
 
 def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is not looked through after each job
     while True:
         try:
             job = connection.recv()
@@ -32,14 +36,14 @@ def _serve(connection: Connection) -> None:
             return
         if job is None:
             return
-        body, args, rank, num_ranks, store = job
+        body, args, rank, num_ranks, store, seconds = job
         try:
             dist.init_process_group(
                 "gloo",
                 init_method=f"file://{store}",
                 rank=rank,
                 world_size=num_ranks,
-                timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+                timeout=timedelta(seconds=seconds),
             )
             answer = (True, body(*args))
         except BaseException:
@@ -51,6 +55,9 @@ def _serve(connection: Connection) -> None:
         connection.recv()
         if dist.is_initialized():
             dist.destroy_process_group()
+        del job, body, args, answer
+        gc.collect()  # models hold meshes, meshes hold groups, and each holds three threads
+        connection.send(len(os.listdir("/proc/self/task")))
 
 
 class Pool:
@@ -68,7 +75,11 @@ class Pool:
         return [value for _, value in answers]
 
     def outcomes(
-        self, num_ranks: int, body: Callable[..., Any], *args: Any
+        self,
+        num_ranks: int,
+        body: Callable[..., Any],
+        *args: Any,
+        collective_seconds: int = COLLECTIVE_SECONDS,
     ) -> list[tuple[bool, Any]]:
         """Per rank (True, result) or (False, traceback text)."""
         context = multiprocessing.get_context("fork")
@@ -81,7 +92,8 @@ class Pool:
         with tempfile.TemporaryDirectory() as folder:
             store = str(Path(folder) / "store")
             for rank in range(num_ranks):
-                self._ranks[rank][1].send((body, args, rank, num_ranks, store))
+                job = (body, args, rank, num_ranks, store, collective_seconds)
+                self._ranks[rank][1].send(job)
             return self._collect(num_ranks)
 
     def _collect(self, num_ranks: int) -> list[tuple[bool, Any]]:
@@ -105,7 +117,8 @@ class Pool:
         for connection in rank_of:
             with contextlib.suppress(OSError):
                 connection.send("leave")
-        if any(value == "the process died" for _, value in answers.values()):
+        died = any(value == "the process died" for _, value in answers.values())
+        if died or not all(_has_left(connection) for connection in rank_of):
             self.close()
         return [answers[rank] for rank in range(num_ranks)]
 
@@ -119,6 +132,14 @@ class Pool:
         self._ranks.clear()
 
 
+def _has_left(connection: Connection) -> bool:
+    """Whether a rank has ended its job, is alive, and has let go of nearly all process groups."""
+    try:
+        return connection.poll(COLLECTIVE_SECONDS) and connection.recv() <= MAX_THREADS
+    except (EOFError, OSError):
+        return False
+
+
 _pools: dict[int, Pool] = {}
 
 
@@ -128,10 +149,17 @@ def run_processes(num_ranks: int, body: Callable[..., Any], *args: Any) -> list[
 
 
 def process_outcomes(
-    num_ranks: int, body: Callable[..., Any], *args: Any
+    num_ranks: int,
+    body: Callable[..., Any],
+    *args: Any,
+    collective_seconds: int = COLLECTIVE_SECONDS,
 ) -> list[tuple[bool, Any]]:
-    """As `run_processes`, with the traceback of a rank that raised."""
-    return _pools.setdefault(os.getpid(), Pool()).outcomes(num_ranks, body, *args)
+    """As `run_processes`, with the traceback of a rank that raised.
+
+    `collective_seconds`: the process group's timeout, short where a rank is to wait in vain.
+    """
+    pool = _pools.setdefault(os.getpid(), Pool())
+    return pool.outcomes(num_ranks, body, *args, collective_seconds=collective_seconds)
 
 
 def close_pools() -> None:

@@ -1,10 +1,21 @@
-"""Scripts under torchrun, as their users run them."""
+"""Scripts under torchrun, as their users run them, or under its agent in forked processes."""
 
+import multiprocessing
 import os
 import re
+import runpy
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SECONDS = 120
@@ -34,9 +45,81 @@ def torchrun(script: Path, num_ranks: int, *arguments: str, max_restarts: int = 
     return done.stdout
 
 
-def run_example(name: str, num_ranks: int, *arguments: str) -> str:
+def forked_torchrun(
+    script: Path, num_ranks: int, *arguments: str, num_nodes: int = 1, **environment: str
+) -> str:
+    """As `torchrun`, but neither its agents nor ranks start Python and import torch anew.
+
+    `num_ranks`: on each node; a node is an agent of its own, as with --nnodes.
+    """
+    context = multiprocessing.get_context("fork")
+    settings: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    if num_nodes > 1:
+        settings = {"rdzv_backend": "static", "rdzv_endpoint": f"localhost:{_free_port()}"}
+    with tempfile.TemporaryDirectory() as folder:
+        agents = []
+        for node in range(num_nodes):
+            config = LaunchConfig(
+                min_nodes=num_nodes,
+                max_nodes=num_nodes,
+                nproc_per_node=num_ranks,
+                run_id="none",
+                rdzv_configs={"rank": node},
+                start_method="fork",
+                **settings,
+            )
+            paths = [Path(folder) / f"{node}.{name}" for name in ("stdout", "stderr")]
+            told = (config, script, arguments, environment, paths)
+            agents.append(context.Process(target=_launch, args=told))
+            agents[-1].start()
+        for agent in agents:
+            agent.join(SECONDS)
+            if agent.is_alive():
+                os.killpg(agent.pid, signal.SIGKILL)
+                agent.join()
+        stdout, stderr = (
+            "".join(path.read_text() for path in sorted(Path(folder).glob(f"*.{name}")))
+            for name in ("stdout", "stderr")
+        )
+    assert [agent.exitcode for agent in agents] == [0] * num_nodes, stdout[-4000:] + stderr[-4000:]
+    assert "Warning" not in stderr, stderr
+    return stdout
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def _launch(
+    config: LaunchConfig,
+    script: Path,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    paths: Sequence[Path],
+) -> None:
+    """What torchrun's main does, on one node."""
+    os.setsid()  # so that it can be ended with all its ranks
+    for number, path in enumerate(paths, 1):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    os.environ.update(ENVIRONMENT | environment)
+    elastic_launch(config, _as_main)(str(script), *arguments)
+
+
+def _as_main(script: str, *arguments: str) -> None:
+    warnings.resetwarnings()  # pytest has made errors of them
+    dist.set_debug_level_from_env()  # read when torch was imported
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
+
+
+def run_example(name: str, num_ranks: int, *arguments: str, **environment: str) -> str:
     """What the example prints, on all ranks. Its loss must fall."""
-    output = torchrun(EXAMPLES / f"{name}.py", num_ranks, *arguments)
+    output = forked_torchrun(EXAMPLES / f"{name}.py", num_ranks, *arguments, **environment)
     losses = re.findall(r"^loss (\S+) -> (\S+)$", output, re.MULTILINE)
     assert losses, output
     assert all(float(last) < float(first) for first, last in losses)
