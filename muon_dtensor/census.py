@@ -279,11 +279,14 @@ class Census:
     def shared_device(self) -> torch.device:
         """Where the parameters that a mesh holds live, or any; the host if there are none.
 
-        The meta device does not count: ballots need values.
+        Ballots need values: for parameters on the meta device it is the device of their mesh.
         """
-        real = [e.param for e in self.entries if not local_part(e.param).is_meta]
-        shared = [param for param in real if self.describer.home(param).dim_names]
-        return next((local_part(param).device for param in shared or real), torch.device("cpu"))
+        alone = [e.param for e in self.entries]
+        shared = [param for param in alone if self.describer.home(param).dim_names]
+        first = next(iter(shared or alone), None)
+        if first is not None and not local_part(first).is_meta:
+            return local_part(first).device
+        return torch.device(first.device_mesh.device_type if isinstance(first, DTensor) else "cpu")
 
 
 def _entries(groups: Sequence[dict[str, Any]]) -> Iterator[Entry]:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 COLLECTIVE_SECONDS = 40
-DEADLINE_SECONDS = 90
+DEADLINE_SECONDS = 150
 MAX_THREADS = 16
 """A rank with more after a job is replaced: gloo's threads wake a hundred times a second each."""
 
