@@ -18,8 +18,11 @@ import torch.distributed as dist
 
 COLLECTIVE_SECONDS = 40
 DEADLINE_SECONDS = 150
-MAX_THREADS = 16
-"""A rank with more after a job is replaced: gloo's threads wake a hundred times a second each."""
+MAX_THREADS = 16 if torch.__version__ >= "2.11" else 0
+"""A rank with more after a job is replaced: gloo's threads wake a hundred times a second each.
+
+torch 2.9's tensor parallelism may wait forever in a process that had other groups before.
+"""
 
 
 class RankError(RuntimeError):
