@@ -50,6 +50,13 @@ def finish(work: Work | None, patience: timedelta | None) -> None:
         work.wait(patience)
 
 
+def connect_ranks(group: ProcessGroup, device: torch.device) -> None:
+    """One element from each rank of a group to each other, and wait for it."""
+    send = torch.zeros(dist.get_world_size(group), device=device)
+    work = dist.all_to_all_single(torch.empty_like(send), send, group=group, async_op=True)
+    finish(work, patience_of(group))
+
+
 def barrier(group: ProcessGroup) -> None:
     """Wait until all ranks of a group are here."""
     dist.barrier(group=group)

@@ -90,12 +90,12 @@ class Executor:
             self._trace, self._look = before, None
 
     def connect(self) -> None:
-        """Make every process group the plan needs, in plan order: a collective of its ranks."""
+        """Connect every process group the plan needs, in plan order: a collective of its ranks."""
         for run in self._runs.values():
             for collective in (*run.bucket.unshard, *run.bucket.reshard):
-                self._groups.over(run.bucket.mesh, collective.mesh_dims)
+                self._groups.connect(run.bucket.mesh, collective.mesh_dims)
             if isinstance(run.bucket.strategy, Gram):
-                self._groups.over(run.bucket.mesh, run.bucket.strategy.team_dims)
+                self._groups.connect(run.bucket.mesh, run.bucket.strategy.team_dims)
         self._moments.connect()
 
     def run(

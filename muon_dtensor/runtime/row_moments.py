@@ -61,9 +61,9 @@ class RowMoments:
                     self._owned.setdefault(a.param, []).append(a)
 
     def connect(self) -> None:
-        """Make every process group that `tell` needs: a collective of its ranks."""
+        """Connect every process group that `tell` needs: a collective of its ranks."""
         for reduction in self._reductions:
-            self._group(reduction)
+            self._groups.connect(reduction.mesh, reduction.mesh_dims)
 
     def _group(self, reduction: Reduction) -> ProcessGroup:
         return self._groups.over(reduction.mesh, reduction.mesh_dims)
