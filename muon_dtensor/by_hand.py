@@ -16,7 +16,7 @@ from muon_dtensor.layout import Layout
 from muon_dtensor.runtime.collectives import gather_from_mesh
 from muon_dtensor.runtime.describe import Describer, describe_layout, this_rank
 from muon_dtensor.runtime.grid import check_groups, mesh_of_groups
-from muon_dtensor.runtime.groups import Groups
+from muon_dtensor.runtime.groups import Groups, is_destroyed
 from muon_dtensor.runtime.plain import PlainRule
 from muon_dtensor.runtime.whole import Gathering, cut_out, learn_whole, scatter, start_gather
 from muon_dtensor.shards import layout_from_shards
@@ -24,7 +24,10 @@ from muon_dtensor.shards import layout_from_shards
 State = dict[str, Any]
 
 _meshes: dict[tuple[tuple[str, int], ...], tuple[State, DeviceMesh]] = {}
-"""Of bare states, by their groups, which are kept so that no other group gets their ids."""
+"""Of bare states, by their groups, which are kept so that no other group gets their ids.
+
+Entries of destroyed groups are dropped when another one is made.
+"""
 
 
 def assign_by_index(params: Sequence[Tensor], state: Mapping[str, Any]) -> dict[int, int]:
@@ -121,6 +124,9 @@ def _rule(state: State) -> PlainRule | None:
         return None
     known = tuple((name, id(group)) for name, group in given.items())
     if known not in _meshes:  # made once: later calls need not meet with other ranks for it
+        for key, (groups, _) in list(_meshes.items()):
+            if any(map(is_destroyed, groups.values())):
+                del _meshes[key]
         _meshes[known] = (given, mesh_of_groups(check_groups(given)))
     _, mesh = _meshes[known]
     return PlainRule(mesh, tuple((n, d) for n, d in cuts.items() if n in given))

@@ -328,7 +328,7 @@ class Muon(Optimizer):
         `check_saveable`.
         """
         self._ready.must_be_finished()
-        self._ready.gate.read_past()
+        self._ready.gate.read_past(forget=False)
         self._settings.wait_for_momentum()
         if not self._has_told_of_shards and (misplaced := self._ready.census.misplaced()):
             self._has_told_of_shards = True
@@ -369,6 +369,7 @@ class Muon(Optimizer):
             keep_wide(self.state, seen[0], self.param_groups, self._settings.momentum_dtype)
             self._ready.make_state(self.state)
             self._ready.is_unfinished = False
+            self._ready.gate.forget_past()
         except Exception:
             self.param_groups, self.state = groups, state
             self._prepare()

@@ -96,6 +96,8 @@ class Prepared:
             missing_grad=settings.missing_grad,
             nonfinite=settings.nonfinite,
         )
+        if before is not None:
+            self.gate.follow(before.gate)
         self._params = [entry.param for entry in census.entries]
         self._devices = [local_part(param).device for param in self._params]
         devices = [local_part(entry.param).device for entry in census.muon]

@@ -1,5 +1,6 @@
 """What ranks agree on before a step: every disagreement is told on every rank, nothing changes."""
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable
@@ -11,9 +12,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from muon_dtensor import Muon
 from muon_dtensor.errors import NonFiniteGradientError
+from muon_dtensor.runtime import gradients
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
 
@@ -287,6 +290,71 @@ def test_a_masked_step_changes_nothing_and_is_told_later(missing):
         assert "changed nothing" in second[1]
         assert third[0] == saved[0] == ""
         assert not third[2]
+
+
+def masked_and_saved_on_one_rank(then: str) -> Any:
+    params, optimizer, mesh = made((2, 2), (R, S0), adamw=True)
+    optimizer.step()
+    optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
+    give_gradients(params, mesh, (R, S0), seed=2)
+    if dist.get_rank() == 1:
+        local(params[0].grad).view(-1)[0] = math.nan
+    optimizer.step()
+    if then == "save":
+        told(optimizer, optimizer.state_dict) if dist.get_rank() == 0 else None
+    elif then == "add":
+        optimizer.add_param_group({"params": [("added", nn.Parameter(torch.ones(3, 3)))]})
+    elif then == "load":
+        with contextlib.suppress(NonFiniteGradientError):
+            optimizer.state_dict()
+        optimizer.load_state_dict(torch.optim.Optimizer.state_dict(optimizer))
+    give_gradients(params, mesh, (R, S0), seed=3)
+    return told(optimizer)[0]
+
+
+@pytest.mark.parametrize(
+    ("then", "name"),
+    [("save", "NonFiniteGradientError"), ("add", "NonFiniteGradientError"), ("load", "")],
+)
+def test_what_a_masked_step_found_is_raised_by_the_next_step_of_every_rank(then, name):
+    """Though one rank alone asked for its state dict, or a group was added; not after loading."""
+    assert run_processes(4, masked_and_saved_on_one_rank, then) == [name] * 4
+
+
+def flag_on_device(grads: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """What `non_finite_flag` does on a GPU: nothing is read."""
+    extremes = torch.stack([grad.abs().amax() for grad in grads])
+    return (~extremes.isfinite()).any().to(torch.int64)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts operators that make the host wait for a value of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "is_nonzero", "equal"):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("adamw", [False, True])
+def test_a_masked_step_reads_no_tensor_but_the_copy_of_the_last_outcome(adamw, monkeypatch):
+    """In a plain loop, without a state_dict() before the step that would empty the queue."""
+    monkeypatch.setattr(gradients, "non_finite_flag", flag_on_device)
+    params = [nn.Parameter(t) for t in tensors_like([(6, 4), (5, 7)], 0)]
+    groups: list[Any] = [{"params": params[:1]}, {"params": params[1:]}]
+    groups[1]["algorithm"] = "adamw" if adamw else "muon"
+    optimizer = Muon(groups)
+    optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
+    for step in range(3):
+        for param, grad in zip(params, tensors_like([(6, 4), (5, 7)], step), strict=True):
+            param.grad = grad
+        with HostReads() as reads:
+            optimizer.step()
+        assert reads.names == [], step
 
 
 def test_a_masked_step_may_be_skipped_silently():

@@ -334,7 +334,7 @@ def _by_ranks(
                 strategies = known[can] = tuple(
                     s for s in strategies_for(spec, matrix) if with_teams or not isinstance(s, Gram)
                 )
-            key = (id(spec.layout.mesh), spec.wire_dtype, strategies, index in owned)
+            key = (spec.layout.mesh, spec.wire_dtype, strategies, index in owned)
             transport = merged.get(key)
             if transport is None:
                 transport = merged[key] = Transport(

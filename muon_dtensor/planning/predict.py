@@ -103,8 +103,8 @@ class _Walk:
         self.compute: dict[int, float] = defaultdict(float)
         self.spans: list[PredictedSpan] = []
         self._index_of = {rank: index for index, rank in enumerate(ranks)}
-        self._orders: dict[int, list[int]] = {}
-        self._groups: dict[tuple[int, tuple[str, ...]], list[list[int]]] = {}
+        self._orders: dict[MeshSpec, list[int]] = {}
+        self._groups: dict[tuple[MeshSpec, tuple[str, ...]], list[list[int]]] = {}
 
     def run(self, actions: Iterable[Action]) -> float:
         """Seconds until the last rank is done."""
@@ -134,13 +134,13 @@ class _Walk:
 
     def _order(self, mesh: MeshSpec) -> list[int]:
         """Index of each position of a mesh."""
-        if id(mesh) not in self._orders:
-            self._orders[id(mesh)] = [self._index_of[rank] for rank in mesh.ranks]
-        return self._orders[id(mesh)]
+        if mesh not in self._orders:
+            self._orders[mesh] = [self._index_of[rank] for rank in mesh.ranks]
+        return self._orders[mesh]
 
     def _groups_of(self, mesh: MeshSpec, mesh_dims: tuple[str, ...]) -> list[list[int]]:
         """Positions of each group along some mesh dims."""
-        key = (id(mesh), mesh_dims)
+        key = (mesh, mesh_dims)
         if key not in self._groups:
             others = tuple(name for name in mesh.dim_names if name not in mesh_dims)
             groups: dict[int, list[int]] = defaultdict(list)

@@ -40,13 +40,7 @@ FORMAT = 2
 def to_json(plan: Plan) -> str:
     """The plan as JSON with sorted keys and no spaces: equal plans, equal text."""
     meshes = list(plan.meshes)
-    mesh_index = {id(mesh): index for index, mesh in enumerate(meshes)}
-
-    def index_of(mesh: MeshSpec) -> int:
-        known = mesh_index.get(id(mesh))
-        if known is None:
-            known = mesh_index[id(mesh)] = meshes.index(mesh)
-        return known
+    mesh_index = {mesh: index for index, mesh in enumerate(meshes)}
 
     return json.dumps(
         {
@@ -59,8 +53,8 @@ def to_json(plan: Plan) -> str:
                 {"dims": list(m.dim_names), "shape": list(m.shape), "ranks": list(m.ranks)}
                 for m in meshes
             ],
-            "params": [_param_to_json(s, index_of(s.layout.mesh)) for s in plan.params],
-            "buckets": [_bucket_to_json(b, index_of(b.mesh)) for b in plan.buckets],
+            "params": [_param_to_json(s, mesh_index[s.layout.mesh]) for s in plan.params],
+            "buckets": [_bucket_to_json(b, mesh_index[b.mesh]) for b in plan.buckets],
             "schedule": " ".join(map(str, plan.schedule)),
         },
         sort_keys=True,

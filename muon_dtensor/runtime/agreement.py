@@ -3,6 +3,7 @@
 One small reduction per step. Casts the ballots and says who differs; updates nothing.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from muon_dtensor.errors import MissingGradientError, PlanMismatchError
 from muon_dtensor.layout import MeshSpec
 from muon_dtensor.runtime.ballots import (
+    DeviceBallots,
     Entry,
     Fault,
     Manifest,
@@ -36,6 +38,7 @@ class Agreement:
         self._groups = groups
         self._rank = rank
         self._second_sweep: list[Manifest] = []
+        self._ballots = DeviceBallots()
 
     @property
     def manifests(self) -> Sequence[Manifest]:
@@ -101,7 +104,7 @@ class Agreement:
         missing: set[str] = set()
         for index, manifest in enumerate(self._manifests):
             carried = (bad, moved, fault)
-            ballot = ballot_of(manifest, (votes, index), carried, non_finite.device)
+            ballot = ballot_of(manifest, (votes, index), carried, non_finite.device, self._ballots)
             self._reduce(ballot, manifest)
             values = ballot.tolist()
             bad, moved = values[Entry.NON_FINITE], bool(values[Entry.MOVED])
@@ -122,13 +125,15 @@ class Agreement:
                     error, seen = MissingGradientError(text), max(seen, Fault.GRADIENTS)
             fault = max(fault, seen)
         for manifest in self._second_sweep:
-            ballot = ballot_of(manifest, None, (bad, moved, fault), non_finite.device)
+            ballot = ballot_of(
+                manifest, None, (bad, moved, fault), non_finite.device, self._ballots
+            )
             self._reduce(ballot, manifest)
             values = ballot.tolist()
             bad, moved = values[Entry.NON_FINITE], bool(values[Entry.MOVED])
             fault = Fault(values[Entry.FAULT])
-        if votes.fault:
-            raise RuntimeError(votes.fault)
+        if votes.fault is not None:
+            raise votes.fault
         if error is not None:
             raise error
         if fault is not Fault.NONE:
@@ -151,7 +156,7 @@ class Agreement:
         ]
         said += [(manifest, None) for manifest in self._second_sweep]
         for manifest, vote in said:
-            ballot = ballot_of(manifest, vote, (0, False, mine), non_finite.device)
+            ballot = ballot_of(manifest, vote, (0, False, mine), non_finite.device, self._ballots)
             ballot[Entry.NON_FINITE] = non_finite
             if before is not None:
                 found = torch.stack(
@@ -175,12 +180,25 @@ class Agreement:
             return gather_from_mesh(value, groups, self._rank)
 
 
+UNREACHABLE = re.compile(
+    r"timed?[ -]?out|timeout|connection|connect|closed|reset by|broken pipe|socket|peer|store"
+    r"|process group|communicator|nccl|gloo",
+    re.IGNORECASE,
+)
+"""What torch's backends say of a rank that cannot be reached, or of a destroyed group."""
+
+
 @contextmanager
 def _asking(mesh: MeshSpec) -> Iterator[None]:
-    """Say what was going on where torch says only that a rank cannot be reached."""
+    """Say what was going on where torch says only that a rank cannot be reached.
+
+    Other errors, such as those of memory or of a device, are left as they are.
+    """
     try:
         yield
     except (RuntimeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or not UNREACHABLE.search(str(error)):
+            raise
         raise RuntimeError(
             f"Ranks of mesh {mesh} could not agree before the step, which has changed nothing: one "
             f"has died, hangs, or did not call step(), or the process group was destroyed. {error}"

@@ -12,8 +12,9 @@ Note [Ballot]
     A parameter of which some rank holds no element, so that it perhaps never gets a gradient there
     (slices of FSDP1's flat parameters), has a pair of its own after the nine, and that rank
     abstains: it votes what is less than any other vote.
-    On a device the ballots stay there; the step is masked by them, and they are read when that
-    no longer costs a wait.
+    On a device the ballots stay there, and the step is masked by them. They are copied to pinned
+    host memory within the step and read by the next one, on all ranks by the same one: that copy
+    is queued before the next forward and backward, so the host does not wait for those.
 """
 
 import hashlib
@@ -21,13 +22,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from muon_dtensor.errors import MissingGradientError, NonFiniteGradientError, PlanMismatchError
 from muon_dtensor.layout import MeshSpec
+from muon_dtensor.runtime.describe import is_capturing
+
+NUM_RECENT_BALLOTS = 64
+"""Ballots on a device that are kept: those of a step that changes nothing but its gradients, and of
+a few learning rates."""
 
 
 class Entry(IntEnum):
@@ -90,13 +96,12 @@ class Votes:
     """What this rank has to say, per manifest: its hyperparameters, its gradients' state.
 
     `presence` holds one text per parameter of the manifest: MISSING, PRESENT, NOTHING_HERE, or
-    what else is particular about its gradient. `fault` says why this rank cannot step; empty if
-    it can.
+    what else is particular about its gradient. `fault` is why this rank cannot step.
     """
 
     hyperparameters: tuple[tuple[str, ...], ...]
     presence: tuple[tuple[str, ...], ...]
-    fault: str
+    fault: Exception | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +122,11 @@ def ballot_of(
     vote: tuple[Votes, int] | None,
     carried: tuple[int, bool, Fault],
     device: torch.device,
+    cache: "DeviceBallots",
 ) -> Tensor:
     """See Note [Ballot]. `vote`: votes and the index of the manifest; None in second sweeps.
 
-    `carried`: the last three of the nine entries.
+    `carried`: the last three of the nine entries. `cache`: of ballots on a GPU.
     """
     values, pairs = [0] * Entry.NON_FINITE, [0] * (2 * len(manifest.sometimes_empty))
     if vote is not None:
@@ -138,15 +144,35 @@ def ballot_of(
             for value in PAIR_OF.get(state, PAIR_OF[PRESENT])
         ]
     numbers = (*values, *map(int, carried), *pairs)
-    if device.type == "cuda":
-        return _on_device(numbers, device).clone()
-    return torch.tensor(numbers, dtype=torch.int64)
+    return cache.get(numbers, device) if device.type == "cuda" else _int64(numbers)
 
 
-@lru_cache(maxsize=64)
-def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Numbers that are often the same, by a copy that the host does not wait for."""
-    return torch.tensor(numbers, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
+def _int64(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+class DeviceBallots:
+    """Ballots on a device, by copies that the host does not wait for; the last few are kept.
+
+    What a CUDA graph reads, each time it is replayed, lives as long as this does.
+    """
+
+    def __init__(self) -> None:
+        self._recent: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._captured: list[tuple[Tensor, Tensor]] = []
+
+    def get(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
+        """A new int64 tensor of these numbers on `device`."""
+        pair = self._recent.pop(numbers, None)
+        if pair is None:
+            pinned = _int64(numbers).pin_memory()
+            pair = pinned, pinned.to(device, non_blocking=True)
+        self._recent[numbers] = pair
+        if len(self._recent) > NUM_RECENT_BALLOTS:
+            self._recent.pop(next(iter(self._recent)))
+        if is_capturing(device):
+            self._captured.append(pair)
+        return pair[1].clone()
 
 
 def differs(values: Sequence[int], entry: Entry) -> bool:
@@ -176,14 +202,14 @@ def fault_in(ballot: Tensor) -> Tensor:
     return worst
 
 
-def read(outcomes: Tensor, *, with_non_finite: bool) -> None:
-    """Raise what ballots of an earlier step say. Waits for the device; no communication.
+def read(outcomes: Sequence[tuple[int, int]], *, with_non_finite: bool) -> None:
+    """Raise what ballots of an earlier step say; no communication.
 
-    `outcomes`: of `Agreement.cast`.
+    `outcomes`: the values of `Agreement.cast`.
     """
-    if fault := Fault(int(outcomes[:, 0].max())):
+    if fault := Fault(max(fault for fault, _ in outcomes)):
         raise error_of(fault)
-    if with_non_finite and outcomes[:, 1].any():
+    if with_non_finite and any(non_finite for _, non_finite in outcomes):
         raise NonFiniteGradientError(
             "A gradient of an earlier step holds NaN or Inf on some rank. That step changed "
             'nothing. Lower the learning rate or clip gradients; nonfinite="skip" leaves such '

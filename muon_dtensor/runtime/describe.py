@@ -219,7 +219,7 @@ class Describer:
     def __init__(self, plain_mesh: DeviceMesh | None = None) -> None:
         """`plain_mesh`: where tensors that are no DTensors lie; None: on each rank alone."""
         self.device_meshes: dict[MeshSpec, DeviceMesh] = {}
-        self._meshes: dict[int, MeshSpec] = {}
+        self._meshes: dict[DeviceMesh, MeshSpec] = {}
         alone = MeshSpec((), (), (this_rank(),))
         self.plain_mesh = alone if plain_mesh is None else self.mesh(plain_mesh)
         self._layouts: dict[tuple[object, ...], Layout] = {}
@@ -234,12 +234,12 @@ class Describer:
 
     def mesh(self, mesh: DeviceMesh) -> MeshSpec:
         """`describe_mesh`, remembered, so that `device_meshes` leads back."""
-        spec = self._meshes.get(id(mesh))
+        spec = self._meshes.get(mesh)
         if spec is None:
             spec = describe_mesh(mesh)
             known = next((old for old in self.device_meshes if old == spec), None)
             spec = known if known is not None else spec
-            self._meshes[id(mesh)] = spec
+            self._meshes[mesh] = spec
             self.device_meshes.setdefault(spec, mesh)
         return spec
 
@@ -270,7 +270,7 @@ class Describer:
                 layout = Layout(self.plain_mesh, layout.shape, cuts)
         else:
             layout = plain.layout(tensor)
-        key = (id(layout.mesh), layout.shape, layout.cuts, layout.bounds)
+        key = (layout.mesh, layout.shape, layout.cuts, layout.bounds)
         return self._layouts.setdefault(key, layout)
 
     def is_misplaced(self, tensor: DTensor) -> bool:
@@ -373,6 +373,35 @@ def local_part(tensor: Tensor) -> Tensor:
     # what to_local gives without a graph, at a tenth of its time
     local: Tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     return local
+
+
+class HostCopy:
+    """The values of a small tensor, copied to the host in the device's own time.
+
+    `tolist` waits for the copy alone, not for what was queued on the device after it.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+        self._event: torch.Event | None = None
+        if values.device.type == "cpu" or is_capturing(values.device):
+            return
+        self._values = torch.empty_like(values, device="cpu", pin_memory=True)
+        self._values.copy_(values, non_blocking=True)
+        self._event = torch.Event(values.device.type)
+        self._event.record()
+
+    def tolist(self) -> list[Any]:
+        """The values as nested lists of numbers."""
+        if self._event is not None:
+            self._event.synchronize()
+        numbers: list[Any] = self._values.tolist()
+        return numbers
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph captures what this thread does on a device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def range_of(name: str) -> AbstractContextManager[object]:

@@ -21,7 +21,7 @@ from muon_dtensor.runtime.ballots import (
     non_finite_flag,
     read,
 )
-from muon_dtensor.runtime.describe import dtype_name, local_part
+from muon_dtensor.runtime.describe import HostCopy, dtype_name, local_part
 
 logger = logging.getLogger("muon_dtensor")
 
@@ -30,7 +30,7 @@ class GradientGate:
     """Lets the gradients of a step through, or stops it on every rank.
 
     On the host all is settled before anything changes. On a device `admit` waits for nothing:
-    it returns a mask, keeps the ballots, and `read_past` raises what they say when asked later.
+    it returns a mask, and the next step's `read_past` raises what the ballots said.
     """
 
     def __init__(
@@ -50,13 +50,17 @@ class GradientGate:
         self._nonfinite = nonfinite
         # a mask on one device cannot be read by kernels of another in time
         self._is_mixed = len({local_part(param).device for param in params.values()}) > 1
-        self._past: list[Tensor] = []
-        self._past_fault = ""
+        self._past: list[HostCopy] = []
+        self._past_fault: Exception | None = None
         self._has_settled = False
         self._told_of_zeros = False
 
     def admit(
-        self, options: tuple[str, ...], *, is_measured: bool = False
+        self,
+        options: tuple[str, ...],
+        *,
+        is_measured: bool = False,
+        fault: Exception | None = None,
     ) -> tuple[dict[str, Tensor], Tensor | bool]:
         """Gradients by name of parameter, and whether to step with them.
 
@@ -65,10 +69,12 @@ class GradientGate:
         Args:
             options: hyperparameters of each param group as text, for ranks to compare.
             is_measured: whether ranks will reduce metrics after the step, which all must.
+            fault: why this rank cannot step, whatever its gradients are.
 
         Raises:
             PlanMismatchError, MissingGradientError, NonFiniteGradientError: on every rank.
             RuntimeError: a gradient that cannot be used, on this rank or on another.
+            Exception: `fault`; other ranks get a RuntimeError.
         """
         grads = {name: p.grad for name, p in self._params.items() if p.grad is not None}
         empty = {name: param for name, param in self._params.items() if _is_empty(param)}
@@ -76,7 +82,9 @@ class GradientGate:
         faults = {name: _fault_of(name, self._params[name], grad) for name, grad in grads.items()}
         faulty = [name for name, fault in faults.items() if fault]
         options = (*options, f"measured={is_measured}")
-        votes = self._votes(options, grads, empty, faults[faulty[0]] if faulty else "")
+        if fault is None and faulty:
+            fault = RuntimeError(faults[faulty[0]])
+        votes = self._votes(options, grads, empty, fault)
         moved = [name for name in grads if _has_moved(self._params[name], grads[name])]
         flag = self._flag([grad for name, grad in grads.items() if not faults[name]])
         if self._reads_now():
@@ -84,16 +92,22 @@ class GradientGate:
         grads.update({name: torch.zeros_like(self._params[name]) for name in faulty})
         mask = self._mask(votes, grads, moved, flag)
         if any(local_part(self._params[name]).is_meta for name in faulty):
-            self._past.pop()  # what has no values cannot be stepped with zeros: told at once
-            fault, self._past_fault = self._past_fault, ""
-            raise RuntimeError(fault)
+            self._past.pop()  # what has no values cannot be stepped with zeros: raised now
+            self._past_fault = None
+            assert fault is not None, "a parameter on the meta device is a fault"
+            raise fault
         return grads, mask
 
-    def read_past(self, *, capturable: bool = True) -> None:
-        """Raise what a masked step of the past found; its ballots are long reduced.
+    def read_past(self, *, capturable: bool = True, forget: bool = True) -> None:
+        """Raise what the last masked step found; see Note [Ballot].
 
         While a CUDA graph is captured nothing can be read, and what was found waits; unless
         `capturable` that is a RuntimeError.
+
+        Args:
+            capturable: whether a CUDA graph may capture the caller.
+            forget: False outside of a step, where one rank may be alone: the next step raises it
+                again, on every rank.
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             if not capturable:
@@ -101,12 +115,21 @@ class GradientGate:
                     "a CUDA graph captures this step: construct Muon with capturable=True"
                 )
             return
-        past, self._past = self._past, []
-        fault, self._past_fault = self._past_fault, ""
-        if fault:
-            raise RuntimeError(fault)
+        past, fault = self._past, self._past_fault
+        if forget:
+            self.forget_past()
+        if fault is not None:
+            raise fault
         for outcomes in past:
-            read(outcomes, with_non_finite=self._nonfinite == "raise")
+            read(outcomes.tolist(), with_non_finite=self._nonfinite == "raise")
+
+    def follow(self, before: "GradientGate") -> None:
+        """Take over what masked steps of an earlier gate of this optimizer found."""
+        self._past, self._past_fault = before._past, before._past_fault
+
+    def forget_past(self) -> None:
+        """Drop what masked steps found: state was loaded since."""
+        self._past, self._past_fault = [], None
 
     def _reads_now(self) -> bool:
         """Whether to wait for the ballots: on the host, at first, and where the user asks."""
@@ -118,7 +141,7 @@ class GradientGate:
         options: tuple[str, ...],
         grads: Mapping[str, Tensor],
         empty: Collection[str],
-        fault: str,
+        fault: Exception | None,
     ) -> Votes:
         """What this rank says before the step. `empty`: what it holds no element of."""
 
@@ -180,7 +203,7 @@ class GradientGate:
             self._redistribute(moved, grads)
         else:
             grads.update({name: torch.zeros_like(self._params[name]) for name in moved})
-        self._past.append(outcomes)
+        self._past.append(HostCopy(outcomes))
         self._past_fault = votes.fault
         return keep & (outcomes[:, 1].amax() == 0)
 

@@ -33,6 +33,15 @@ _warm: WeakSet[ProcessGroup] = WeakSet()
 """Groups whose ranks are connected; see Note [Warm groups]."""
 
 
+def is_destroyed(group: ProcessGroup) -> bool:
+    """Whether `destroy_process_group` has ended this group."""
+    try:
+        dist.get_process_group_ranks(group)
+    except (KeyError, RuntimeError, ValueError):
+        return True
+    return False
+
+
 class Groups:
     """Process groups by mesh and mesh dims, seen from one rank.
 
