@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from muon_dtensor.adamw import AdamWLocal
 from muon_dtensor.assignment import validate_assignments
 from muon_dtensor.config import DistributedConfig
-from muon_dtensor.errors import PlanError, Problem
+from muon_dtensor.errors import GATHERED, PlanError, Problem
 from muon_dtensor.layout import Layout, MeshSpec, ParamSpec
 from muon_dtensor.options import declaration_of
 from muon_dtensor.orthogonalize.newton_schulz import Body
@@ -28,7 +28,9 @@ from muon_dtensor.runtime.by_functions import FunctionParam
 from muon_dtensor.runtime.describe import (
     Describer,
     dtype_name,
+    fsdp2_params,
     local_part,
+    num_ranks,
     placed,
     this_rank,
 )
@@ -44,22 +46,38 @@ VERSIONS = f"muon_dtensor {__version__}, torch {torch.__version__}"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One parameter with its name and its param group (number `group_index`)."""
+    """One parameter with its name and its param group (number `group_index`).
+
+    `given_name` is what the user calls it; `name` differs from that of every other parameter.
+    """
 
     name: str
+    given_name: str
     param: Tensor
     group: dict[str, Any]
     group_index: int
 
 
 class Census:
-    """The parameters of all param groups, in order; unnamed ones are numbered."""
+    """The parameters of all param groups, in order; unnamed ones are numbered.
 
-    def __init__(self, groups: Sequence[dict[str, Any]], plain: PlainTensors) -> None:
-        self.entries = tuple(_entries(groups))
+    `entries` are those that can train: they require gradients, have one, or have state because they
+    trained before. All others, such as the frozen base of an adapter, are neither planned nor given
+    state, and may have any shape and dtype.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        plain: PlainTensors,
+        state: Mapping[Tensor, Mapping[str, Any]],
+    ) -> None:
+        self.all_entries = tuple(_entries(groups))
+        self.entries = tuple(e for e in self.all_entries if can_train(e.param, state))
         self.muon = tuple(e for e in self.entries if e.group["algorithm"] == "muon")
         self.adamw = tuple(e for e in self.entries if e.group["algorithm"] == "adamw")
         self._plain = plain
+        self.stored_otherwise: dict[str, Problem] = {}
         self.describer = Describer(None if plain.rule is None else plain.rule.mesh)
 
     def specs(
@@ -79,14 +97,14 @@ class Census:
         """
         if whole is not None:
             self._must_lie_on(self.describer.mesh(whole))
-        named = [(entry.name, entry.param) for entry in self.entries]
+        named = [(entry.given_name, entry.param) for entry in self.all_entries]
         self._plain.learn(named, self.describer, exchange=exchange)
-        problems = _same_names([entry.name for entry in self.entries])
+        problems = [*self._problems(), *self._find_stored_otherwise()]
+        refused = {problem.fqn for problem in problems}
         specs: list[ParamSpec] = []
         homes: dict[MeshSpec, torch.device] = {}
         for entry in self.muon:
-            if not entry.param.is_floating_point():
-                problems.append(_wrong_dtype(entry))
+            if entry.name in refused:
                 continue
             described = self.describer.param(
                 entry.name,
@@ -118,13 +136,54 @@ class Census:
         return specs
 
     def must_be_real(self) -> None:
-        """Raise PlanError for parameters of one name, or of no real floating dtype."""
-        problems = _same_names([entry.name for entry in self.entries])
-        problems += [
-            _wrong_dtype(entry) for entry in self.muon if not entry.param.is_floating_point()
-        ]
-        if problems:
+        """Raise PlanError for parameters that nobody can step."""
+        if problems := self._problems():
             raise PlanError(problems, num_params=len(self.entries))
+
+    def _problems(self) -> list[Problem]:
+        """Parameters that nobody can step, whatever their layout."""
+        unsharded = {id(p.unsharded) for p in fsdp2_params() if p.unsharded is not None}
+        problems = []
+        for entry in self.entries:
+            if id(entry.param) in unsharded:
+                problems.append(_unsharded(entry))
+            elif any(
+                s == 0 for s, n in zip(*_strides_and_sizes(entry.param), strict=True) if n > 1
+            ):
+                problems.append(_overlapping(entry))
+            elif entry.group["algorithm"] == "muon" and not entry.param.is_floating_point():
+                problems.append(_wrong_dtype(entry))
+        return problems
+
+    def _find_stored_otherwise(self) -> list[Problem]:
+        """DTensors whose shard on this rank is not the one that their placements tell.
+
+        Those on a mesh of this rank alone. Of all others `stored_otherwise` says so, and all ranks
+        raise when they compare their plans: the shards of other ranks may be as they should.
+        """
+        alone = []
+        for entry in self.entries:
+            if not isinstance(entry.param, DTensor):
+                continue
+            mesh = self.describer.mesh(entry.param.device_mesh)
+            stored = tuple(local_part(entry.param).shape)
+            expected = self.describer.expected_shape(entry.param)
+            if not mesh.holds(this_rank()) or expected in (None, stored):
+                continue
+            problem = Problem(
+                entry.name,
+                placed(entry.param),
+                f"Rank {this_rank()} stores {list(stored)}, and a shard so placed is "
+                f"{list(expected or ())}.",
+                "Make DTensors by fully_shard, parallelize_module or distribute_tensor, or cut as "
+                "torch.chunk cuts before DTensor.from_local. Shards of other sizes can be plain "
+                "tensors under create_processgroup_config.",
+            )
+            if mesh.num_ranks == 1:
+                alone.append(problem)
+            else:
+                self.stored_otherwise[entry.name] = problem
+        return alone
 
     def _must_lie_on(self, whole: MeshSpec) -> None:
         for entry in self.entries:
@@ -158,7 +217,7 @@ class Census:
 
     def assigned(self, config: DistributedConfig, shown: Sequence[Tensor]) -> dict[str, int]:
         """What `assign_fn` makes of these tensors, one for each parameter of Muon, by name."""
-        world_size = config.state.get("world_size") or self.describer.world_size
+        world_size = config.state.get("world_size") or num_ranks()
         assignments = validate_assignments(config.assign_fn(shown, config.state), shown, world_size)
         return {self.muon[index].name: rank for index, rank in assignments.items()}
 
@@ -215,8 +274,10 @@ class Census:
         if not isinstance(param, DTensor) and self._plain.is_cut(param):
             shape, placed = list(self._plain.flat_shape(param) or ()) or "shards", "cut"
         declared = declaration_of(entry.group)
+        problem = self.stored_otherwise.get(entry.name)
+        stored = f", but stores {list(local_part(param).shape)}" if problem else ""
         return (
-            f"{entry.name} {shape} {dtype_name(param.dtype)} {placed} on {mesh}, "
+            f"{entry.name} {shape} {dtype_name(param.dtype)} {placed} on {mesh}{stored}, "
             f"{entry.group['algorithm']}{'' if declared == Declaration() else f', {declared}'}"
         )
 
@@ -224,18 +285,20 @@ class Census:
         self,
         grads: Mapping[str, Tensor],
         state: Mapping[Tensor, Mapping[str, Any]],
+        groups: Sequence[Mapping[str, Any]],
         custom: Orthogonalizer | None,
         body: Body,
     ) -> dict[int, LocalParam]:
         """The parameters of Muon that have a gradient, by index among them.
 
-        `custom`: the orthogonalizer of groups that name "custom"; `body`: of the iterations.
+        `groups`: what the param groups say; `custom`: the orthogonalizer of those that name
+        "custom"; `body`: of the iterations.
         """
         options: dict[int, MuonOptions] = {}
         found: dict[int, LocalParam] = {}
         for index, entry in enumerate(self.muon):
             if entry.group_index not in options:
-                options[entry.group_index] = MuonOptions.of(entry.group, custom, body)
+                options[entry.group_index] = MuonOptions.of(groups[entry.group_index], custom, body)
             if entry.name in grads:
                 kept = state[entry.param]
                 found[index] = LocalParam(
@@ -289,23 +352,47 @@ class Census:
         return torch.device(first.device_mesh.device_type if isinstance(first, DTensor) else "cpu")
 
 
+def can_train(param: Tensor, state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
+    """Whether a step may change a parameter: now, or as it did before it was frozen."""
+    return param.requires_grad or param.grad is not None or bool(state.get(param))
+
+
 def _entries(groups: Sequence[dict[str, Any]]) -> Iterator[Entry]:
+    """The n-th parameter of one name, n > 1, is called `n:name`: two pipeline chunks of a rank."""
     number = 0
+    counts: Counter[str] = Counter()
     for group_index, group in enumerate(groups):
         names = group.get("param_names")
         for index, param in enumerate(group["params"]):
-            yield Entry(names[index] if names else f"param.{number}", param, group, group_index)
+            given = names[index] if names else f"param.{number}"
+            counts[given] += 1
+            name = given if counts[given] == 1 else f"{counts[given]}:{given}"
+            yield Entry(name, given, param, group, group_index)
             number += 1
 
 
-def _same_names(names: list[str]) -> list[Problem]:
-    """A problem for every name that more than one parameter has."""
-    counts = Counter(names)
-    return [
-        Problem(name, f"{count} parameters", "They have one name.", "Pass names that differ.")
-        for name, count in counts.items()
-        if count > 1
-    ]
+def _strides_and_sizes(param: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    local = local_part(param)
+    return local.stride(), tuple(local.shape)
+
+
+def _overlapping(entry: Entry) -> Problem:
+    """What to say of a parameter that torch cannot update in place."""
+    return Problem(
+        entry.name,
+        placed(entry.param),
+        "Several of its elements share memory (it was made by expand), so no step can update it.",
+        "Give it memory of its own: nn.Parameter(tensor.clone()).",
+    )
+
+
+def _unsharded(entry: Entry) -> Problem:
+    """What to say of a whole tensor that FSDP2 frees again."""
+    return Problem(
+        entry.name,
+        placed(entry.param),
+        *GATHERED,
+    )
 
 
 def _wrong_dtype(entry: Entry) -> Problem:

@@ -7,6 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+def shortened(names: Sequence[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One parameter that cannot be planned: what was seen, why not, what to do instead."""
@@ -25,7 +31,21 @@ class RefusalError(ValueError):
 
     def __init__(self, reason: str, remedy: str) -> None:
         self.reason, self.remedy = reason, remedy
-        super().__init__(f"{reason} {remedy}")
+        super().__init__(reason, remedy)  # so that it pickles
+
+    def __str__(self) -> str:
+        return f"{self.reason} {self.remedy}"
+
+
+GATHERED = (
+    "FSDP2 has gathered it for the moment; the parameter that trains is its shard.",
+    "Make the optimizer before the first forward, or call module.reshard() on the FSDP module "
+    "first (the root stays gathered after a forward).",
+)
+"""Why a parameter that FSDP2 frees again cannot be stepped, and what to do."""
+
+NUM_SHOWN = 3
+"""How many parameters of one problem an error lists."""
 
 
 class PlanError(ValueError):
@@ -34,7 +54,14 @@ class PlanError(ValueError):
     def __init__(self, problems: Sequence[Problem], *, num_params: int) -> None:
         self.problems = tuple(problems)
         lines = [f"{len(self.problems)} of {num_params} parameters cannot be planned."]
-        lines += [f"  {problem}" for problem in self.problems]
+        alike: dict[tuple[str, str], list[Problem]] = {}
+        for problem in self.problems:
+            alike.setdefault((problem.reason, problem.remedy), []).append(problem)
+        for (reason, remedy), same in alike.items():
+            lines += [f"  {problem.fqn}  {problem.seen}" for problem in same[:NUM_SHOWN]]
+            if len(same) > NUM_SHOWN:
+                lines.append(f"  and {len(same) - NUM_SHOWN} more, for the same reason:")
+            lines += [f"    {reason}", f"    {remedy}"]
         super().__init__("\n".join(lines))
 
 

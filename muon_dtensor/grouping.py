@@ -1,139 +1,278 @@
-"""Which parameter of a model belongs to which algorithm.
+"""Which parameter of a model belongs to which algorithm, and which matrices a convolution holds.
 
-Module classes and names decide, never shapes alone. Builds param groups; plans nothing.
+Module classes decide first, then names; never shapes alone. Builds param groups; plans nothing.
 """
 
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils.parametrize import ParametrizationList
 
-from muon_dtensor.errors import GroupOptionError
-from muon_dtensor.runtime.describe import FlatSlices
+from muon_dtensor.errors import GATHERED, GroupOptionError, PlanError, Problem, shortened
+from muon_dtensor.options import ADAMW_DEFAULTS, DECLARED
+from muon_dtensor.runtime.describe import (
+    FlatSlices,
+    fsdp2_params,
+    placed,
+    warning_level,
+)
 
 logger = logging.getLogger("muon_dtensor")
+
+CLASSES = ("matrix", "embedding", "head", "norm", "bias", "other")
+"""What `weight_decay` of `group_parameters` may name. "other" is whatever else is no matrix:
+tokens, tables, gains, depthwise convolutions."""
+
+WITHOUT_DECAY = ("norm", "bias", "other")
+"""Classes that do not decay unless `weight_decay` says so, as in GPT-2's and nanoGPT's training."""
 
 EMBEDDING_NAME = re.compile(
     r"(^|[._])(embed|embeds|embedding|embeddings|wte|wpe|vocab)($|[._])", re.IGNORECASE
 )
+
 HEAD_NAME = re.compile(
-    r"(^|[._])(head|heads|output|classifier|score|unembed|unembedding|logits|proj_out)$",
+    r"(^|[._])(output|output_layer|score|unembed|unembedding|logits|proj_out|qa_outputs)$|^fc$",
     re.IGNORECASE,
 )
-"""Names of a model's last projection. Only outside numbered layers: a layer's own `output` or
-`head` is a hidden matrix."""
+"""Modules that are a model's last projection, outside numbered layers: a layer's own `output` is a
+hidden matrix."""
 
+HEAD_PART = re.compile(
+    r"^(?!.*multi_?head)(\w+_)?(heads?|classifiers?|generator|predictions)$", re.IGNORECASE
+)
+"""Parts of a module's path under which a model's last projections lie, outside numbered layers:
+`classifier.out_proj`, `v_head.summary`, `lm_heads.0`, `cls.predictions.decoder`."""
+
+NO_MATRIX = re.compile(
+    r"(^|_)(tokens?|table|scale|gamma|log|latents?|prompts?|mask|freqs?|temperature|position_bias)$"
+    r"|^(A_log|weight_g|cls|class_embedding|pos_emb\w*|\w*pos_embed\w*|rel_pos\w*)$"
+)
+"""Parameters that are stored with two and more tensor dims and multiply nothing as a matrix: class,
+register and mask tokens, relative positions, LayerScale, Mamba's A_log, weight_norm's g."""
 
 FUSED_NAME = re.compile(
-    r"(^|[._])(wqkv|qkv|qkv_proj|c_attn|in_proj_weight|query_key_value)($|[._])"
+    r"(^|[._])(w?qkv|Wqkv|qkv_proj|qkv_proj_weight|c_attn|query_key_value|linear_qkv"
+    r"|in_proj|in_proj_weight|in_proj_qkvz|in_proj_ba|gate_up_proj|gate_up|w13|w1_w3|linear_fc1"
+    r"|fc1_gate_up)($|[._])"
 )
-"""Weights that commonly hold the query, key and value matrices of attention in one."""
+"""Weights that commonly hold several matrices: query, key and value, or gate and up."""
 
 FOLDED_NAME = re.compile(r"(^|\.)\w*experts\w*$")
 """Parameters (not modules) that commonly hold all experts of a layer."""
 
-WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+EXPERTS = re.compile(r"expert", re.IGNORECASE)
+"""Classes and names of modules whose 3-D parameters are one matrix per expert."""
+
+WRAPPING = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 """What FSDP1, activation checkpointing and torch.compile put into the names of what they wrap."""
+
+DATA_PARALLEL = (DataParallel, DistributedDataParallel)
+"""What wraps a model as its `module`."""
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One parameter and where it goes."""
+    """One parameter and where it goes: `kind` is one of CLASSES, `options` declare its matrices."""
 
     fqn: str
     param: nn.Parameter
-    algorithm: str
+    shape: tuple[int, ...]
+    kind: str
     why: str
+    options: dict[str, Any] = field(default_factory=dict)
+    is_unknown: bool = False
+
+    @property
+    def algorithm(self) -> str:
+        return "muon" if self.kind == "matrix" else "adamw"
 
 
 def group_parameters(
     model: nn.Module,
     *,
     lr: float | None = None,
+    weight_decay: float | Mapping[str, float] | None = None,
     adamw: Mapping[str, Any] | None = None,
-    rules: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    rules: Sequence[tuple[str, Mapping[str, Any]]] | Mapping[str, Mapping[str, Any]] = (),
     show: bool = False,
 ) -> list[dict[str, Any]]:
     """Param groups of a whole model, for `Muon`.
 
-    Embeddings, output heads (also tied to an embedding), norms, biases and all with fewer than
-    two dims go to AdamW, the rest to Muon. Parameters without requires_grad are left out. Weights
-    whose names say that they are fused (wqkv, c_attn, ...) are told in a warning unless a rule
-    declares their matrices.
+    Muon gets the weights of Linear layers, of convolutions (flattened to one matrix `o (i k...)`,
+    one per group of a grouped convolution), of experts `[e, m, n]`, and other parameters with two
+    tensor dims. AdamW gets embeddings, output heads (also tied to an embedding), norms, biases,
+    vectors, depthwise convolutions, tokens and tables, and parameters with three and more tensor
+    dims of unknown modules, which one warning names. Parameters without requires_grad are left
+    out. Weights whose names say that they hold several matrices (wqkv, gate_up_proj, ...) are named
+    in a warning unless a rule declares their matrices.
 
     Args:
         model: plain, or after parallelize_module and fully_shard, or wrapped by FSDP1, DDP or
             torch.compile; what wrappers put into names is left out.
         lr: learning rate of the Muon groups; default: the optimizer's.
-        adamw: options of the AdamW groups (`lr`, `betas`, `eps`, `weight_decay`).
-        rules: (regex, options) pairs; the first whose regex is found in a parameter's name
-            overrides its options, and with `algorithm` its algorithm. So fused weights declare
-            their matrices, `(r"wqkv", {"split_sizes": (q, k, v)})`, and weights stored transposed
-            (GPT-2's Conv1D) their rows, `(r"c_fc", {"matrix": "i o -> o i"})`.
+        weight_decay: of the Muon groups; or of classes of parameters by name, `{"norm": 0.1}`:
+            "matrix", "embedding", "head", "norm", "bias", "other". Default: the optimizer's for
+            matrices, that of `adamw` for embeddings and heads, none for all others.
+        adamw: options of the AdamW groups (`lr`, `betas`, `eps`, `weight_decay`); default:
+            `options.ADAMW_DEFAULTS`, whatever `lr` is.
+        rules: (regex, options) pairs, or a dict of them; the first whose regex is found in a
+            parameter's name overrides its options, and with `algorithm` its algorithm. So fused
+            weights declare their matrices, `(r"wqkv", {"split_sizes": (q, k, v)})`, and weights
+            stored transposed (GPT-2's Conv1D) their rows, `(r"c_fc", {"matrix": "i o -> o i"})`.
+            Tokens, tables and parameters of unknown modules go to Muon if a rule declares their
+            matrices.
         show: print a table of all parameters, where they go and why.
 
     Returns:
         Groups of (name, parameter) pairs with equal options, in model order.
 
     Raises:
-        GroupOptionError: a rule that no parameter takes.
+        GroupOptionError: a rule that no parameter takes, or whose pattern is no regex; a class of
+            `weight_decay` that is none of those above.
+        PlanError: flat parameters of FSDP1 (use_orig_params=False), or FSDP2's while gathered.
     """
+    decays = _decays(weight_decay, adamw or {})
+    compiled = [(_regex(n, p), p, o) for n, (p, o) in enumerate(_pairs(rules))]
     entries = list(_classify(model))
     used: set[int] = set()
     groups: dict[str, dict[str, Any]] = {}
-    rows = []
+    rows, unknown = [], []
     for entry in entries:
-        algorithm, why, options = entry.algorithm, entry.why, {}
-        for number, (pattern, overrides) in enumerate(rules):
-            if re.search(pattern, entry.fqn):
+        algorithm, why, options = entry.algorithm, entry.why, dict(entry.options)
+        for number, (regex, pattern, overrides) in enumerate(compiled):
+            if regex.search(entry.fqn):
                 used.add(number)
-                options = dict(overrides)
+                if overrides.keys() & set(DECLARED):
+                    options = {}
+                    if entry.kind == "other" and len(entry.shape) > 1:
+                        algorithm = "muon"
+                options.update(overrides)
                 algorithm = options.pop("algorithm", algorithm)
                 why = f"rule {pattern!r}"
                 break
-        base: dict[str, Any] = {} if lr is None else {"lr": lr}
+        else:
+            unknown += [entry] if entry.is_unknown else []
+        base: dict[str, Any]
         if algorithm == "adamw":
-            base.update(adamw or {})
+            options = {k: v for k, v in options.items() if k not in DECLARED}
+            base = dict(adamw or {})
+            if entry.kind != "matrix":
+                base["weight_decay"] = decays[entry.kind]
+        else:
+            base = {} if lr is None else {"lr": lr}
+            if "matrix" in decays:
+                base["weight_decay"] = decays["matrix"]
         merged = {**base, **options, "algorithm": algorithm}
         group = groups.setdefault(repr(sorted(merged.items())), {"params": [], **merged})
         group["params"].append((entry.fqn, entry.param))
         rows.append((entry.fqn, str(list(entry.param.shape)), algorithm, why))
-    _check_rules(rules, used, [entry.fqn for entry in entries])
-    _tell_of_undeclared(groups.values())
+    _check_rules([pattern for _, pattern, _ in compiled], used, entries)
+    _warn_of_unknown(unknown)
+    _warn_of_undeclared(groups.values())
     if show:
         print(table(rows))
     return list(groups.values())
 
 
-def _tell_of_undeclared(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Log a warning for weights of Muon that look fused, and that no rule has split."""
+def is_embedding_or_head(fqn: str) -> bool:
+    """Whether a parameter's name says that it is an embedding or a model's last projection."""
+    path = ".".join(part for part in fqn.split(".")[:-1] if part not in WRAPPING)
+    if not path:
+        return False
+    is_head = HEAD_NAME.search(path) or HEAD_PART.search(path.rpartition(".")[2])
+    return bool(EMBEDDING_NAME.search(path) or (not _is_numbered(path) and is_head))
+
+
+def _pairs(
+    rules: Sequence[tuple[str, Mapping[str, Any]]] | Mapping[str, Mapping[str, Any]],
+) -> list[tuple[str, Mapping[str, Any]]]:
+    return list(rules.items()) if isinstance(rules, Mapping) else list(rules)
+
+
+def _regex(number: int, pattern: str) -> re.Pattern[str]:
+    """Raises GroupOptionError for what is no regex."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        glob = "" if "*" not in pattern else " As a regex, a glob's '*' is '.*'."
+        raise GroupOptionError(
+            f"the pattern of rule {number}, {pattern!r}, is no regular expression: {error}.{glob}"
+        ) from error
+
+
+def _decays(
+    weight_decay: float | Mapping[str, float] | None, adamw: Mapping[str, Any]
+) -> dict[str, float]:
+    """Weight decay by class, of those that do not take the optimizer's."""
+    of_tables = adamw.get("weight_decay", ADAMW_DEFAULTS["weight_decay"])
+    decays = {"embedding": of_tables, "head": of_tables} | dict.fromkeys(WITHOUT_DECAY, 0.0)
+    if isinstance(weight_decay, Mapping):
+        if wrong := weight_decay.keys() - set(CLASSES):
+            raise GroupOptionError(
+                f"weight_decay names {sorted(wrong)}; classes of parameters are "
+                f"{', '.join(CLASSES)}"
+            )
+        return decays | dict(weight_decay)
+    return decays if weight_decay is None else {**decays, "matrix": weight_decay}
+
+
+def _warn_of_unknown(entries: Sequence[_Entry]) -> None:
+    """Log parameters of three and more tensor dims that nobody claims."""
+    if entries:
+        logger.log(
+            warning_level(),
+            "%d parameters with three and more tensor dims belong to no convolution and no module "
+            "of experts, and go to AdamW: %s. If they hold matrices, say so: rules=[(r'%s', "
+            "{'matrix': 'batch rows cols -> batch rows cols'})].",
+            len(entries),
+            shortened([entry.fqn for entry in entries]),
+            re.escape(entries[0].fqn),
+        )
+
+
+def _warn_of_undeclared(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Log weights of Muon that look fused, and that no rule has split."""
     for group in groups:
         if group["algorithm"] != "muon" or group.get("split_sizes") or group.get("matrix"):
             continue
         for fqn, param in group["params"]:
             if param.ndim == 2 and FOLDED_NAME.search(fqn):
-                logger.warning(
+                logger.log(
+                    warning_level(),
                     "%s looks like experts folded into two tensor dims and is orthogonalized as "
                     "one matrix. If it is, say so: rules=[(r'%s', {'matrix': '(e m) n -> e m n', "
                     "'matrix_axes': {'e': number of experts}})].",
                     *(fqn, fqn.rpartition(".")[2]),
                 )
             elif name := FUSED_NAME.search(fqn):
-                logger.warning(
-                    "%s looks like several matrices in one and is orthogonalized as one. If it is "
-                    "fused, say so: rules=[(r'%s', {'split_sizes': (q, k, v)})]; if it is not, "
-                    "rules=[(r'%s', {'matrix': 'rows cols -> rows cols'})].",
-                    *(fqn, name.group(2), name.group(2)),
+                of_experts = param.ndim == 3
+                is_attention = re.search("qkv|attn|query|in_proj_weight", name.group(2))
+                logger.log(
+                    warning_level(),
+                    "%s looks like several matrices in one and is orthogonalized as one%s. If it "
+                    "is fused, say so: rules=[(r'%s', {'split_sizes': (%s)%s})]; "
+                    "if it is not, rules=[(r'%s', {'matrix': '%s'})].",
+                    fqn,
+                    " per expert" if of_experts else "",
+                    name.group(2),
+                    "q, k, v" if is_attention else "gate, up",
+                    ", 'split_dim': 1 or 2" if of_experts else "",
+                    name.group(2),
+                    "e rows cols -> e rows cols" if of_experts else "rows cols -> rows cols",
                 )
 
 
-def _check_rules(
-    rules: Sequence[tuple[str, Mapping[str, Any]]], used: set[int], fqns: Sequence[str]
-) -> None:
-    for number, (pattern, _) in enumerate(rules):
+def _check_rules(patterns: Sequence[str], used: set[int], entries: Sequence[_Entry]) -> None:
+    fqns = [entry.fqn for entry in entries]
+    for number, pattern in enumerate(patterns):
         if number in used:
             continue
         if any(re.search(pattern, fqn) for fqn in fqns):
@@ -154,31 +293,140 @@ def _classify(model: nn.Module) -> Iterator[_Entry]:
         if param.requires_grad:
             names.setdefault(param, []).append(fqn)
     slices = FlatSlices.of(names)
+    _refuse(names, slices)
     for param, found in names.items():
         # A tied parameter goes where the most particular of its uses sends it.
-        ndim = len(slices.shape_of(param) or param.shape)
-        reasons = [_reason_for_adamw(modules[fqn.rpartition(".")[0]], fqn, ndim) for fqn in found]
-        fqns = [WRAPPERS.sub("", fqn) for fqn in found]
-        why = next((reason for reason in reasons if reason), "")
-        if why and len(fqns) > 1:
+        shape = slices.shape_of(param) or tuple(param.shape)
+        uses = [_Use(modules, fqn).entry(param, shape) for fqn in found]
+        entry = next((use for use in uses if use.kind != "matrix"), uses[0])
+        fqns = [use.fqn for use in uses]
+        why = entry.why
+        if entry.kind != "matrix" and len(fqns) > 1:
             why += f", tied as {', '.join(fqns[1:])}"
-        yield _Entry(fqns[0], param, "adamw" if why else "muon", why or "matrix")
+        yield _Entry(fqns[0], param, shape, entry.kind, why, entry.options, entry.is_unknown)
 
 
-def _reason_for_adamw(module: nn.Module, fqn: str, ndim: int) -> str:
-    """Why a parameter of this module is not for Muon; empty if it is."""
-    path, _, name = WRAPPERS.sub("", fqn).rpartition(".")
-    classes = [cls.__name__ for cls in type(module).__mro__]
-    in_layers = any(part.isdecimal() for part in path.split("."))
-    if any("Embedding" in cls for cls in classes) or EMBEDDING_NAME.search(fqn):
-        return "embedding"
-    if any(cls.endswith("Norm") or "Norm1d" in cls or "Norm2d" in cls for cls in classes):
-        return "norm"
-    if not in_layers and HEAD_NAME.search(path):
-        return "output head"
-    if name == "bias" or name.endswith("_bias"):
-        return "bias"
-    return f"{ndim}-D" if ndim < 2 else ""
+def _refuse(names: Mapping[nn.Parameter, Sequence[str]], slices: FlatSlices) -> None:
+    """Raise PlanError for parameters that no optimizer of this package can step."""
+    gathered = {id(p.unsharded) for p in fsdp2_params() if p.unsharded is not None}
+    problems = []
+    for param, fqns in names.items():
+        if refusal := slices.refusal_of(param):
+            problems.append(Problem(fqns[0], placed(param), refusal.reason, refusal.remedy))
+        elif id(param) in gathered:
+            problems.append(Problem(fqns[0], placed(param), *GATHERED))
+    if problems:
+        raise PlanError(problems, num_params=len(names))
+
+
+class _Use:
+    """One place of a parameter in a model: the modules on its path, and its name there.
+
+    Without what FSDP1, activation checkpointing, torch.compile, DDP and parametrizations add.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], fqn: str) -> None:
+        path, _, self._name = fqn.rpartition(".")
+        self._is_gain = self._name == "weight_g"  # torch.nn.utils.weight_norm
+        module, parts = modules[""], path.split(".") if path else []
+        self._path: list[tuple[str, nn.Module]] = []
+        for depth, part in enumerate(parts, start=1):
+            outer, module = module, modules[".".join(parts[:depth])]
+            if isinstance(module, ParametrizationList):
+                is_weight_norm = type(module[0]).__name__ == "_WeightNorm"
+                self._is_gain = is_weight_norm and self._name == "original0"
+                self._path.pop()
+                self._name, module = part, self._path[-1][1] if self._path else modules[""]
+            elif part in WRAPPING or (part == "module" and isinstance(outer, DATA_PARALLEL)):
+                self._path[-1:] = [(name, module) for name, _ in self._path[-1:]]
+            else:
+                self._path.append((part, module))
+        self._module = module
+        self.fqn = ".".join([*(part for part, _ in self._path), self._name])
+
+    def entry(self, param: nn.Parameter, shape: tuple[int, ...]) -> _Entry:
+        """Where this use sends the parameter, of this whole shape."""
+        kind, why, options, is_unknown = self._kind(shape)
+        return _Entry(self.fqn, param, shape, kind, why, options, is_unknown)
+
+    def _kind(self, shape: tuple[int, ...]) -> tuple[str, str, dict[str, Any], bool]:
+        module = self._module
+        classes = [cls.__name__ for cls in type(module).__mro__]
+        if any("Embedding" in name for name in classes) or EMBEDDING_NAME.search(self.fqn):
+            return "embedding", "embedding", {}, False
+        if any(name.endswith("Norm") or re.search(r"Norm\dd", name) for name in classes):
+            return "norm", "norm", {}, False
+        if self._name == "bias" or self._name.endswith("_bias"):
+            return "bias", "bias", {}, False
+        if len(shape) < 2:
+            return "other", f"{len(shape)}-D", {}, False
+        if self._is_gain or any("LayerScale" in name for name in classes):
+            return "other", "gain", {}, False
+        if self._is_head():
+            return "head", "output head", {}, False
+        if isinstance(module, nn.Linear):
+            return "matrix", "matrix", {}, False
+        if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
+            return _of_convolution(module, shape)
+        if NO_MATRIX.search(self._name):
+            return "other", f"no matrix, by its name '{self._name}'", {}, False
+        if len(shape) == 2:
+            return "matrix", "matrix", {}, False
+        if len(shape) == 3 and (EXPERTS.search(self.fqn) or any(map(EXPERTS.search, classes))):
+            return "matrix", "experts", {}, False
+        return "other", f"{len(shape)}-D, of no known module", {}, True
+
+    def _is_head(self) -> bool:
+        """Whether it is of a last projection, by the names and classes on its path."""
+        for depth, (part, module) in enumerate(self._path):
+            if part.isdecimal():
+                return False
+            if HEAD_PART.search(part) or _is_head_class(module):
+                return self._is_last_below(depth)
+        return bool(HEAD_NAME.search(".".join(part for part, _ in self._path)))
+
+    def _is_last_below(self, depth: int) -> bool:
+        """Whether no projection follows below a head; in a Sequential the last one is it."""
+        below = zip(self._path[depth:], self._path[depth + 1 :], strict=False)
+        for (_, container), (_, inner) in below:
+            if isinstance(container, nn.Sequential):
+                children = list(container.children())
+                places = [n for n, child in enumerate(children) if inner in child.modules()]
+                later = (m for child in children[places[0] + 1 :] for m in child.modules())
+                if any(isinstance(m, (nn.Linear, *CONVOLUTIONS)) for m in later):
+                    return False
+        return True
+
+
+def _is_head_class(module: nn.Module | None) -> bool:
+    name = "" if module is None else type(module).__name__
+    return name.endswith(("Head", "Heads")) and not name.startswith(("Multi", "Attention"))
+
+
+def _is_numbered(path: str) -> bool:
+    """Whether a path leads into numbered layers."""
+    return any(part.isdecimal() for part in path.split("."))
+
+
+def _of_convolution(
+    module: nn.Module, shape: tuple[int, ...]
+) -> tuple[str, str, dict[str, Any], bool]:
+    """Of a weight [out, in / groups, k...], or of a transposed one [in, out / groups, k...].
+
+    One matrix per group, with the kernel flattened into the columns (Jordan 2024,
+    https://kellerjordan.github.io/posts/muon/, on convolutional filters).
+    """
+    groups: int = module.groups  # type: ignore[assignment]
+    kernel = " ".join(f"k{index}" for index in range(len(shape) - 2))
+    if groups == 1:
+        return "matrix", "convolution", {"matrix": f"o i {kernel} -> o (i {kernel})"}, False
+    if shape[1] == 1:
+        return "other", "depthwise convolution", {}, False
+    options = {
+        "matrix": f"(g o) i {kernel} -> g o (i {kernel})",
+        "matrix_axes": {"g": groups},
+    }
+    return "matrix", f"convolution in {groups} groups", options, False
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:

@@ -4,7 +4,7 @@ Sections and keys are torchtitan's, for people without torchtitan. Reads no mode
 """
 
 import dataclasses
-import difflib
+import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,21 +19,33 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from muon_dtensor.config import TITAN_DIMS, create_devicemesh_config
 from muon_dtensor.grouping import group_parameters
 from muon_dtensor.optim import Muon
-from muon_dtensor.options import complete
-from muon_dtensor.orthogonalize.newton_schulz import EPS, KELLER_JORDAN, NUM_ITERATIONS
+from muon_dtensor.options import ADAMW_DEFAULTS, DEFAULTS, complete, did_you_mean
 
 DType = Literal["bfloat16", "float32"]
 AdjustLr = Literal["original", "match_rms_adamw", "spectral_norm", "rms_norm"]
+
+
+EXTRA = "pip install 'muon_dtensor[cli]'"
+
+TITAN_DEGREES = {
+    "data_parallel_replicate_degree": "dp_replicate",
+    "data_parallel_shard_degree": "dp_shard",
+    "context_parallel_degree": "cp",
+    "tensor_parallel_degree": "tp",
+    "pipeline_parallel_degree": "pp",
+    "expert_parallel_degree": "ep",
+}
+"""torchtitan's keys of `[parallelism]`, and ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWSection:
     """`[optimizer.adamw]`: embeddings, heads, norms and biases."""
 
-    lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    lr: float = ADAMW_DEFAULTS["lr"]
+    betas: tuple[float, float] = ADAMW_DEFAULTS["betas"]
+    eps: float = ADAMW_DEFAULTS["eps"]
+    weight_decay: float = ADAMW_DEFAULTS["weight_decay"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +58,20 @@ class RuleSection:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSection:
-    """`[optimizer]`: the keywords of `Muon`, with its meaning; dtypes by name."""
+    """`[optimizer]`: the keywords of `Muon`, with its meaning and defaults; dtypes by name.
+
+    `class_weight_decay`: of classes of parameters by name; see `group_parameters`.
+    """
 
     name: Literal["Muon"] = "Muon"
-    lr: float = 0.02
-    weight_decay: float = 0.1
-    momentum: float = 0.95
-    nesterov: bool = True
-    ns_coefficients: tuple[float, float, float] = KELLER_JORDAN
-    eps: float = EPS
-    ns_steps: int = NUM_ITERATIONS
+    lr: float = DEFAULTS["lr"]
+    weight_decay: float = DEFAULTS["weight_decay"]
+    class_weight_decay: dict[str, float] = field(default_factory=dict)
+    momentum: float = DEFAULTS["momentum"]
+    nesterov: bool = DEFAULTS["nesterov"]
+    ns_coefficients: tuple[float, float, float] = DEFAULTS["ns_coefficients"]
+    eps: float = DEFAULTS["eps"]
+    ns_steps: int = DEFAULTS["ns_steps"]
     adjust_lr_fn: AdjustLr | None = None
     orthogonalizer: Literal["newton_schulz", "polar_express"] = "newton_schulz"
     normuon_beta: float | None = None
@@ -76,6 +92,8 @@ class OptimizerSection:
     capturable: bool = False
     metrics_every: int = 0
     trace: bool = False
+    async_gpu_parallelism: bool | None = None
+    check_replicas: bool = True
     adamw: AdamWSection = field(default_factory=AdamWSection)
     rules: tuple[RuleSection, ...] = ()
 
@@ -84,7 +102,8 @@ class OptimizerSection:
 class ParallelismSection:
     """`[parallelism]`: how many ranks each way; -1, for one of them, is what is left.
 
-    `ep` divides dp_shard x cp x tp: experts are cut over as many of those ranks.
+    torchtitan's keys (`data_parallel_shard_degree`, ...) are taken too. `ep` divides dp_shard x
+    cp x tp: experts are cut over as many of those ranks.
     """
 
     dp_replicate: int = 1
@@ -118,10 +137,24 @@ class MuonConfig:
 
     @classmethod
     def from_yaml(cls, path: str | Path, *, others: Sequence[str] = ()) -> "MuonConfig":
-        """Of a YAML file, by PyYAML's safe loader. `others`: see `from_toml`."""
-        import yaml
+        """Of a YAML file, by PyYAML's safe loader, to which 2e-2 is a number. `others`: as above.
 
-        return cls.from_dict(yaml.safe_load(Path(path).read_text()) or {}, others=others)
+        Raises ImportError without PyYAML.
+        """
+        try:
+            import yaml
+        except ImportError as error:
+            raise ImportError(f"YAML needs PyYAML: {EXTRA}") from error
+
+        class Loader(yaml.SafeLoader):  # type: ignore[misc]
+            """YAML 1.1 takes an exponent for a number only behind a decimal point and a sign."""
+
+        Loader.add_implicit_resolver(
+            "tag:yaml.org,2002:float",
+            re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"),
+            list("-+.0123456789"),
+        )
+        return cls.from_dict(yaml.load(Path(path).read_text(), Loader) or {}, others=others)
 
     @classmethod
     def from_cli(
@@ -129,9 +162,13 @@ class MuonConfig:
     ) -> "MuonConfig":
         """Of a command line, `--optimizer.lr 0.02 --parallelism.tp 2`, by tyro.
 
-        `default`: what it does not name, such as a file's; `args`: default sys.argv.
+        `default`: what it does not name, such as a file's; `args`: default sys.argv. Raises
+        ImportError without tyro.
         """
-        import tyro
+        try:
+            import tyro
+        except ImportError as error:
+            raise ImportError(f"a command line needs tyro: {EXTRA}") from error
 
         return tyro.cli(cls, args=args, default=default or cls())
 
@@ -188,11 +225,12 @@ class MuonConfig:
         groups = group_parameters(
             model,
             lr=section.lr,
+            weight_decay={"matrix": section.weight_decay, **section.class_weight_decay},
             adamw=dataclasses.asdict(section.adamw),
             rules=[(rule.pattern, rule.options) for rule in section.rules],
         )
         options = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
-        for name in ("name", "adamw", "rules"):
+        for name in ("name", "adamw", "rules", "class_weight_decay"):
             del options[name]
         for name in ("ns_dtype", "momentum_dtype"):
             options[name] = options[name] and getattr(torch, options[name])
@@ -209,12 +247,24 @@ def _section(cls: Any, values: object, where: str) -> Any:
     if cls is RuleSection:
         return _rule(values, where)
     hints = get_type_hints(cls)
+    if cls is ParallelismSection:
+        values = _with_short_names(values)
     for name in values:
         if name not in hints:
-            near = difflib.get_close_matches(str(name), hints, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else f" Keys are {', '.join(hints)}."
+            hint = did_you_mean(name, hints) or f" Keys are {', '.join(hints)}."
             raise ValueError(f"unknown key '{f'{where}.' * bool(where)}{name}'.{hint}")
     return cls(**{n: _value(hints[n], v, f"{where}.{n}".strip(".")) for n, v in values.items()})
+
+
+def _with_short_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """torchtitan's keys of `[parallelism]` by ours. Raises ValueError for a size given twice."""
+    short: dict[str, Any] = {}
+    for name, value in values.items():
+        known = TITAN_DEGREES.get(name, name)
+        if known in short:
+            raise ValueError(f"parallelism.{known} is given twice, once as '{name}'")
+        short[known] = value
+    return short
 
 
 def _rule(values: Mapping[str, Any], where: str) -> RuleSection:
@@ -225,7 +275,7 @@ def _rule(values: Mapping[str, Any], where: str) -> RuleSection:
     if not isinstance(pattern, str):
         raise ValueError(f"{where} needs a pattern, a regex of names; got {pattern!r}")
     options = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
-    complete(options, {})
+    complete(options, {}, is_ours=True)
     return RuleSection(pattern=pattern, options=options)
 
 
@@ -241,9 +291,12 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value in args:
             return value
-        near = difflib.get_close_matches(str(value), map(str, args), n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
+        hint = did_you_mean(value, map(str, args))
         raise ValueError(f"{where} is one of {', '.join(map(str, args))}, got {value!r}.{hint}")
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} is a table of numbers by name, got {value!r}")
+        return {name: _value(args[1], number, f"{where}.{name}") for name, number in value.items()}
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or (... not in args and len(value) != len(args)):
             raise ValueError(f"{where} is a list of {len(args)}, got {value!r}")

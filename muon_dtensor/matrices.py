@@ -8,7 +8,10 @@ from math import prod
 from muon_dtensor.errors import RefusalError
 from muon_dtensor.layout import Matrix, Region
 
-TO_ADAMW = "Give it to AdamW: a param group with algorithm='adamw'."
+TO_ADAMW = (
+    "Give it to AdamW: Muon(group_parameters(model)) sorts a whole model, or a param group with "
+    "algorithm='adamw'."
+)
 
 
 def matrices_of(shape: tuple[int, ...]) -> tuple[Matrix, ...]:

@@ -20,7 +20,7 @@ from muon_dtensor.runtime.totals import total_of
 from muon_dtensor.runtime.trace import Trace
 from muon_dtensor.update import adjusted_lr
 
-State = Mapping[Tensor, Mapping[str, Any]]
+State = Mapping[Tensor, dict[str, Any]]
 """What an optimizer keeps of each parameter, by name."""
 
 SUMMED = ("grad", "momentum", "update", "param", "numel")
@@ -60,10 +60,17 @@ class Measurement:
             self._residual = orthogonality_residual(polar_factor)
 
     def finish(
-        self, groups: Sequence[Mapping[str, Any]], state: State, process_groups: Groups
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        grads: Mapping[str, Tensor],
+        state: State,
+        process_groups: Groups,
     ) -> dict[str, float]:
-        """The numbers of the step; see `Muon.metrics`. A collective of all parameters' meshes."""
-        total = self._totals(len(groups), state, process_groups)
+        """The numbers of the step; see `Muon.metrics`. A collective of all parameters' meshes.
+
+        `grads`: those that the step used, by name of parameter, placed as their parameters.
+        """
+        total = self._totals(len(groups), grads, state, process_groups)
         numbers: dict[str, float] = {}
         every_grad = 0.0
         for index, group in enumerate(groups):
@@ -80,13 +87,19 @@ class Measurement:
             numbers["orthogonality_residual"] = total[-1]
         return {**numbers, **self._of_this_rank()}
 
-    def _totals(self, num_groups: int, state: State, process_groups: Groups) -> list[float]:
+    def _totals(
+        self,
+        num_groups: int,
+        grads: Mapping[str, Tensor],
+        state: State,
+        process_groups: Groups,
+    ) -> list[float]:
         """SUMMED of each param group one after the other, and the residual."""
         device, size = self._census.shared_device, num_groups * len(SUMMED) + 1
         values: list[tuple[Layout, Tensor]] = []
         for entry in self._census.entries:
             row = torch.zeros(size, dtype=torch.float64, device=device)
-            parts = [part.to(device) for part in self._squares(entry, state)]
+            parts = [part.to(device) for part in self._squares(entry, grads.get(entry.name), state)]
             first = entry.group_index * len(SUMMED)
             row[first : first + len(parts)] = torch.stack(parts)
             row[first + len(parts)] = local_part(entry.param).numel()
@@ -103,14 +116,15 @@ class Measurement:
         numbers: list[float] = total_of(values, process_groups, this_rank()).tolist()
         return numbers
 
-    def _squares(self, entry: Entry, state: State) -> Iterator[Tensor]:
+    def _squares(self, entry: Entry, grad: Tensor | None, state: State) -> Iterator[Tensor]:
         """Of this rank's gradient, momentum, update and parameter."""
-        grad, kept = entry.param.grad, state[entry.param]
+        kept = state[entry.param]
         momentum = kept["momentum_buffer" if entry.group["algorithm"] == "muon" else "exp_avg"]
         now = local_part(entry.param.detach())
         yield _square(now.new_empty(0) if grad is None else local_part(grad))
         yield _square(local_part(momentum))
-        yield _square(now.float() - self._before[entry.name].float())
+        wide = torch.promote_types(now.dtype, torch.float32)
+        yield _square(now.to(wide) - self._before[entry.name].to(wide))
         yield _square(now)
 
     def _effective_lr(self, index: int, group: Mapping[str, Any]) -> float:
@@ -139,5 +153,6 @@ def _square(part: Tensor) -> Tensor:
     """The sum of the squares, in float64."""
     if not part.numel():
         return torch.zeros((), dtype=torch.float64, device=part.device)
-    norm: Tensor = torch.linalg.vector_norm(part, dtype=torch.float32)
+    wide = torch.promote_types(part.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(part, dtype=wide)
     return norm.double().square()

@@ -4,27 +4,37 @@ Keeps torch's contract; leaves planning, moving and mathematics to those who kno
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import replace
+from inspect import GEN_CLOSED, getgeneratorstate
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from muon_dtensor.config import DistributedConfig, create_dtensor_config
-from muon_dtensor.errors import CheckpointError, GroupOptionError
+from muon_dtensor.errors import CheckpointError, GroupOptionError, PlanError, shortened
+from muon_dtensor.grouping import is_embedding_or_head
 from muon_dtensor.options import (
     DEFAULTS,
     complete,
     complete_loaded,
+    settle_numbers,
 )
 from muon_dtensor.planning.ir import Plan
 from muon_dtensor.planning.render import headline
 from muon_dtensor.planning.topology import Topology
 from muon_dtensor.prepared import Prepared
-from muon_dtensor.runtime.describe import this_rank, uncompiled
+from muon_dtensor.runtime.describe import (
+    num_ranks,
+    ordinary_mode,
+    this_rank,
+    uncompiled,
+    warning_level,
+)
 from muon_dtensor.runtime.muon_options import Orthogonalizer
 from muon_dtensor.runtime.plain import PlainTensors
 from muon_dtensor.runtime.trace import Trace
@@ -101,6 +111,10 @@ class Muon(Optimizer):
         normuon_beta: divide the rows of each update by the root of their second moments, which
             decay by this (the paper: 0.95); None for Muon. See `orthogonalize.normuon`.
         cautious_weight_decay: decay only what the update moves towards zero; see `update`.
+        async_gpu_parallelism: False lets ranks orthogonalize one after the other, to debug.
+            Default: that of `distributed_config`, or True.
+        check_replicas: before the first step, compare a few elements of every parameter between
+            its replicas; see `runtime.replicas`.
         metrics_every: measure the first step and every so many, for `metrics`; 0 for none.
         trace: record in `trace` when this rank began and ended each phase of each bucket of the
             plan; hand-written functions leave no trace.
@@ -155,7 +169,14 @@ class Muon(Optimizer):
         normuon_beta: float | None = None,
         cautious_weight_decay: bool = False,
         metrics_every: int = 0,
+        async_gpu_parallelism: bool | None = None,
+        check_replicas: bool = True,
     ) -> None:
+        if isinstance(params, Generator) and getgeneratorstate(params) == GEN_CLOSED:
+            raise ValueError(
+                "params is a generator that was used up before, so the optimizer would hold no "
+                "parameter. Call model.parameters() or model.named_parameters() anew."
+            )
         self._settings = Settings(
             ns_dtype=ns_dtype,
             bucket_mb=bucket_mb,
@@ -171,10 +192,13 @@ class Muon(Optimizer):
             kernels=kernels,
             custom=orthogonalizer if callable(orthogonalizer) else None,
             metrics_every=metrics_every,
+            check_replicas=check_replicas,
         )
         self._config = distributed_config or create_dtensor_config()
         if prefetch_count is not None:
             self._config = replace(self._config, prefetch_count=prefetch_count)
+        if async_gpu_parallelism is not None:
+            self._config = replace(self._config, async_gpu_parallelism=async_gpu_parallelism)
         if self._config.is_by_hand and offload_momentum:
             raise GroupOptionError("offload_momentum needs a plan; yours is a hand-written config")
         if self._config.is_by_hand and metrics_every:
@@ -186,6 +210,7 @@ class Muon(Optimizer):
         self._has_told_of_shards = False
         self._num_steps = 0
         self._metrics: dict[str, float] = {}
+        self._beta1s: list[float | None] = []
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -203,7 +228,9 @@ class Muon(Optimizer):
         complete({}, defaults)
         groups: Any = params if isinstance(params, Tensor) else list(params) or [{"params": []}]
         super().__init__(groups, defaults)
+        self._settle_numbers()
         self._prepare(exchange=True)
+        self._warn_of_params(has_config=distributed_config is not None)
         is_told = this_rank() == 0 and logger.isEnabledFor(logging.INFO)
         if is_told and not self._config.is_by_hand:
             logger.info("%s; print(optimizer.plan) says more", headline(self.plan))
@@ -211,12 +238,15 @@ class Muon(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does; its parameters are planned, and compared at the next step.
 
+        Parameters that do not require gradients are planned once they do.
+
         Under process groups a collective: all their ranks add a group at the same time.
 
         Raises what the constructor raises, and then adds nothing.
         """
         super().add_param_group(complete(param_group, self.defaults))
         if self._prepared is not None:
+            self._settle_numbers()
             try:
                 self._prepare(exchange=True)
             except Exception:
@@ -240,9 +270,43 @@ class Muon(Optimizer):
         return self._prepared
 
     @property
-    def trace(self) -> Trace | None:
-        """What this rank did when, if the constructor was told to record it."""
+    def trace(self) -> Trace:
+        """What this rank did when. Raises RuntimeError unless the constructor had `trace=True`."""
+        if self._trace is None:
+            raise RuntimeError("nothing was recorded: construct Muon with trace=True")
         return self._trace
+
+    def _settle_numbers(self) -> None:
+        """See `options.settle_numbers`, of all groups."""
+        known = [*self._beta1s, *[None] * len(self.param_groups)]
+        self._beta1s = [
+            settle_numbers(group, beta1)
+            for group, beta1 in zip(self.param_groups, known, strict=False)
+        ]
+
+    def _warn_of_params(self, *, has_config: bool) -> None:
+        """Log what is legal and probably meant otherwise."""
+        census = self._ready.census
+        named = [entry.name for entry in census.muon]
+        if dubious := [name for name in named if is_embedding_or_head(name)]:
+            logger.log(
+                warning_level(),
+                "%d embeddings or output heads, by their names, are stepped by Muon, which is "
+                "meant for hidden matrices: %s. group_parameters(model) gives them to AdamW.",
+                len(dubious),
+                shortened(dubious),
+            )
+        plain = [entry.name for entry in census.muon if not isinstance(entry.param, DTensor)]
+        if plain and not has_config and num_ranks() > 1:
+            logger.log(
+                warning_level(),
+                "%d plain tensors on %d ranks: each rank orthogonalizes all of its own (%s). If "
+                "they are replicas (DDP), share the work by distributed_config="
+                "create_devicemesh_config(mesh); if not, create_dtensor_config() ends this note.",
+                len(plain),
+                num_ranks(),
+                shortened(plain),
+            )
 
     def _prepare(self, *, exchange: bool = False) -> None:
         """Plan anew and make missing state; the next ballots compare the new plan.
@@ -256,6 +320,7 @@ class Muon(Optimizer):
             self._plain,
             self._config,
             self._settings,
+            self.state,
             trace=self._trace,
             before=self._prepared,
             exchange=exchange,
@@ -283,24 +348,38 @@ class Muon(Optimizer):
                 mesh), on this rank or on another; a function of the user that returns what it
                 should not, on this rank.
         """
-        self._ready.must_be_finished()
-        self._ready.gate.read_past(capturable=all(g["capturable"] for g in self.param_groups))
-        if not self._ready.holds(self.param_groups):
-            follow_params(self.state, self.param_groups)
-            self._prepare(exchange=True)
+        with ordinary_mode():
+            self._ready.must_be_finished()
+            self._ready.gate.read_past(capturable=all(g["capturable"] for g in self.param_groups))
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with ordinary_mode():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        self._settle_numbers()
+        fault: Exception | None = None
+        if not self._ready.holds(self.param_groups):
+            follow_params(self.state, self.param_groups)
+            self._prepare(exchange=True)
+        elif not self._ready.is_current(self.param_groups):
+            try:
+                self._prepare()
+            except (GroupOptionError, PlanError) as error:
+                fault = error
         every, number = self._settings.metrics_every, self._num_steps
         if every and number % every == 0:
             self._metrics = self._ready.measured_step(
-                self.state, self._sweeps_twice, number // every, self._trace
+                *(self.state, self._sweeps_twice, number // every, self._trace),
+                is_first=number == 0,
+                fault=fault,
             )
         else:
-            self._ready.step(self.state, self._sweeps_twice)
+            self._ready.step(self.state, self._sweeps_twice, is_first=number == 0, fault=fault)
         self._num_steps += 1
-        return loss
 
     def metrics(self) -> dict[str, float]:
         """Plain numbers of the last step that was measured: the first, and each `metrics_every`th.
@@ -329,10 +408,11 @@ class Muon(Optimizer):
         """
         self._ready.must_be_finished()
         self._ready.gate.read_past(forget=False)
+        self._settle_numbers()
         self._settings.wait_for_momentum()
         if not self._has_told_of_shards and (misplaced := self._ready.census.misplaced()):
             self._has_told_of_shards = True
-            logger.warning("%s", misplaced)
+            logger.log(warning_level(), "%s", misplaced)
         return super().state_dict()
 
     def check_saveable(self) -> None:
@@ -379,14 +459,20 @@ class Muon(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._ready.must_be_finished()
+        self._settle_numbers()
         self._settings.wait_for_momentum()
         mine = {name: self.__dict__[name] for name in _PICKLED}
-        return {**super().__getstate__(), **mine}
+        layouts = self._plain.of(self._all_params())
+        return {**super().__getstate__(), **mine, "_layouts": layouts}
+
+    def _all_params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by pickle and by `load_state_dict`: plan what the groups now say."""
         known = self.__dict__.get("param_groups", [])
-        super().__setstate__(state)
+        layouts = state.get("_layouts")
+        super().__setstate__({key: value for key, value in state.items() if key != "_layouts"})
         for index, group in enumerate(self.param_groups):
             complete_loaded(group, known[index] if index < len(known) else {})
         self.__dict__.setdefault("_sweeps_twice", {})
@@ -395,7 +481,13 @@ class Muon(Optimizer):
         self.__dict__.setdefault("_has_told_of_shards", False)
         self.__dict__.setdefault("_num_steps", 0)
         self.__dict__.setdefault("_metrics", {})
-        self._prepare()
+        self._beta1s = []
+        self._settle_numbers()
+        if layouts is not None:  # a copy: what other ranks told of the plain tensors is known
+            self._plain = PlainTensors(self._config.plain_rule)
+            self._plain.restore(self._all_params(), layouts)
+        with ordinary_mode():
+            self._prepare()
 
 
 _PICKLED = ("_settings", "_trace", "_config")

@@ -5,6 +5,7 @@ parameters, and no value of a param group.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
 from functools import partial
 from operator import is_
@@ -12,25 +13,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from muon_dtensor.adamw import adamw_step
-from muon_dtensor.census import Census
+from muon_dtensor.census import Census, can_train
 from muon_dtensor.config import DistributedConfig
-from muon_dtensor.errors import GroupOptionError, StepFailedError
+from muon_dtensor.errors import GroupOptionError, PlanError, PlanMismatchError, StepFailedError
 from muon_dtensor.metrics import Measurement, State
-from muon_dtensor.options import as_text
+from muon_dtensor.options import as_text, planned_options, validate
 from muon_dtensor.planning.moments import moment_layout
 from muon_dtensor.planning.planner import plan_update
 from muon_dtensor.runtime.agreement import Agreement
 from muon_dtensor.runtime.by_functions import ByFunctions
-from muon_dtensor.runtime.describe import local_part, this_rank
+from muon_dtensor.runtime.describe import (
+    fsdp2_params,
+    local_part,
+    this_rank,
+    warning_level,
+)
 from muon_dtensor.runtime.executor import Executor
 from muon_dtensor.runtime.gradients import GradientGate
 from muon_dtensor.runtime.groups import Groups
+from muon_dtensor.runtime.muon_options import check_orthogonalizer
 from muon_dtensor.runtime.plain import PlainTensors
+from muon_dtensor.runtime.replicas import differing_replicas
 from muon_dtensor.runtime.trace import Trace
 from muon_dtensor.settings import Settings
-from muon_dtensor.state import make_state
+from muon_dtensor.state import follow_grad_dtypes, make_state
 
 logger = logging.getLogger("muon_dtensor")
 META = torch.device("meta")
@@ -45,6 +54,7 @@ class Prepared:
         plain: PlainTensors,
         config: DistributedConfig,
         settings: Settings,
+        state: State,
         *,
         trace: Trace | None,
         before: "Prepared | None",
@@ -57,6 +67,7 @@ class Prepared:
             plain: what is known of plain tensors, under the rule of the config.
             config: how plain tensors lie, and how exchanges run.
             settings: the other options of the constructor.
+            state: of the optimizer; a parameter that has some can train.
             trace: what records the phases.
             before: what was prepared for the groups as they were; a user's `assign_fn` is asked
                 once for the same parameters.
@@ -71,7 +82,8 @@ class Prepared:
                 )
             if group["normuon_beta"] is not None and config.is_by_hand:
                 raise GroupOptionError("normuon_beta needs a plan; yours is a hand-written config")
-        self.census = census = Census(groups, plain)
+        self.census = census = Census(groups, plain, state)
+        self._check_orthogonalizer()
         if config.is_by_hand:
             census.must_be_real()
             specs = []
@@ -95,10 +107,15 @@ class Prepared:
             device=census.shared_device,
             missing_grad=settings.missing_grad,
             nonfinite=settings.nonfinite,
+            of_own_dtype=[entry.name for entry in census.adamw],
         )
         if before is not None:
             self.gate.follow(before.gate)
-        self._params = [entry.param for entry in census.entries]
+        self._params = [entry.param for entry in census.all_entries]
+        self._frozen = [e.param for e in census.all_entries if not can_train(e.param, state)]
+        self._planned = [planned_options(group) for group in groups]
+        self._texts: tuple[str, ...] = ()
+        self._valid = [dict(group) for group in groups]
         self._devices = [local_part(param).device for param in self._params]
         devices = [local_part(entry.param).device for entry in census.muon]
         self.executor = Executor(self.plan, rank, process_groups, devices, trace)
@@ -136,6 +153,12 @@ class Prepared:
             and all(d in (then, META) for d, then in zip(devices, self._devices, strict=True))
         )
 
+    def is_current(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether these groups declare what they declared then, and no parameter was unfrozen."""
+        return self._planned == [planned_options(group) for group in groups] and not any(
+            can_train(param, {}) for param in self._frozen
+        )
+
     def make_state(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
         """What is missing of it, or kept in another dtype or place than wanted."""
         settings = self._settings
@@ -158,12 +181,16 @@ class Prepared:
         sweeps_twice: dict[frozenset[int], bool],
         number: int,
         trace: Trace | None,
+        *,
+        is_first: bool,
+        fault: Exception | None,
     ) -> dict[str, float]:
         """`step`, and its metrics; `number`, `trace`: see `Measurement`."""
         measurement = Measurement(self.plan, self.census, number, trace)
         with self.executor.watched(measurement.trace, measurement.look):
-            self.step(state, sweeps_twice, is_measured=True)
-        return measurement.finish(self._groups, state, self._process_groups)
+            grads = self.step(state, sweeps_twice, is_measured=True, is_first=is_first, fault=fault)
+        self._settings.wait_for_momentum()
+        return measurement.finish(self._groups, grads, state, self._process_groups)
 
     def step(
         self,
@@ -171,32 +198,118 @@ class Prepared:
         sweeps_twice: dict[frozenset[int], bool],
         *,
         is_measured: bool = False,
-    ) -> None:
-        """One step of every parameter that has a gradient.
+        is_first: bool = False,
+        fault: Exception | None = None,
+    ) -> dict[str, Tensor]:
+        """One step of every parameter that has a gradient; the gradients it used, by name.
 
-        `sweeps_twice`: see `Agreement.prove_plan`. Raises what `Muon.step` raises.
+        Args:
+            state: of the optimizer, by parameter.
+            sweeps_twice: see `Agreement.prove_plan`.
+            is_measured: whether `measured_step` calls.
+            is_first: whether the optimizer has not stepped before, so that replicas are compared.
+            fault: why this rank cannot step; it is raised here, once all other ranks know.
+
+        Raises what `Muon.step` raises.
         """
-        self.agreement.prove_plan(self.gate.device, sweeps_twice)
-        options = tuple(as_text(group) for group in self._groups)
-        grads, keep = self.gate.admit(options, is_measured=is_measured)
+        stored_otherwise = list(self.census.stored_otherwise.values())
+        try:
+            self.agreement.prove_plan(self.gate.device, sweeps_twice)
+            if stored_otherwise:  # on every rank, for the lines that ranks compare say so
+                raise PlanMismatchError("Ranks store other shards than their placements tell.")
+        except PlanMismatchError as error:
+            if not stored_otherwise:
+                raise
+            raise PlanError(stored_otherwise, num_params=len(self._params)) from error
+        fault = fault or self._wrong_options()
+        if is_first and self._settings.check_replicas and not self._config.is_by_hand:
+            differ = self._differing_replicas()  # a collective: whatever this rank's fault is
+            fault = fault or differ
+        grads, keep = self.gate.admit(
+            tuple(as_text(group) for group in self._groups),
+            is_measured=is_measured,
+            fault=fault,
+        )
         if keep is False:
-            return
-        if not grads and self.census.entries and not self._has_told:
-            self._has_told = True
-            logger.warning(
-                "no parameter of this optimizer has a gradient, so nothing is stepped. If the "
-                "model was sharded (fully_shard) after the optimizer was made, make that last."
-            )
+            return grads
+        if not grads and self.census.entries:
+            self._tell_of_no_gradient()
         if not self._is_connected:
             self.executor.connect()
             self._is_connected = True
         self.is_unfinished = not self._config.is_by_hand  # such functions see to that themselves
         self._step_all(grads, state, keep if isinstance(keep, Tensor) else None)
         self.is_unfinished = False
+        return grads
+
+    def _check_orthogonalizer(self) -> None:
+        """Try the user's orthogonalizer where it will run. Raises GroupOptionError."""
+        settings = self._settings
+        if settings.custom is None:
+            return
+        of_custom = [e for e in self.census.muon if e.group["orthogonalizer"] == "custom"]
+        for device in sorted({local_part(e.param).device for e in of_custom} - {META}, key=str):
+            check_orthogonalizer(settings.custom, settings.ns_dtype, device)
+
+    def _wrong_options(self) -> Exception | None:
+        """What is wrong with a group that somebody has changed since the last step.
+
+        A masked step goes on with the options that were last right, and changes nothing.
+        """
+        texts = tuple(as_text(group) for group in self._groups)
+        if texts == self._texts:
+            return None
+        try:
+            for group in self._groups:
+                validate(group, reads_tensors=False)
+        except GroupOptionError as error:
+            return error
+        self._texts, self._valid = texts, [dict(group) for group in self._groups]
+        return None
+
+    def _differing_replicas(self) -> Exception | None:
+        """What to say of parameters whose replicas hold different values."""
+        shards = [
+            (entry.name, self.census.layout(entry), local_part(entry.param.detach()))
+            for entry in self.census.entries
+            if not local_part(entry.param).is_meta
+        ]
+        names = differing_replicas(shards, self._process_groups, this_rank())
+        if not names:
+            return None
+        return PlanMismatchError(
+            f"Replicas of {len(names)} parameters hold different values, as rank {this_rank()} and "
+            f"its replicas see: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}. Nothing "
+            "was changed. Seed all ranks alike, load one checkpoint, or broadcast the parameters; "
+            "Muon(..., check_replicas=False) leaves this check out."
+        )
+
+    def _tell_of_no_gradient(self) -> None:
+        """Raise RuntimeError if `fully_shard` came after the optimizer; else log it once."""
+        mine = {id(entry.param) for entry in self.census.all_entries}
+        shapes = Counter(p.shape for p in fsdp2_params() if id(p.sharded) not in mine)
+        plain = Counter(tuple(entry.param.shape) for entry in self.census.entries)
+        is_plain = not any(isinstance(entry.param, DTensor) for entry in self.census.entries)
+        if is_plain and plain <= shapes:
+            raise RuntimeError(
+                "no parameter of this optimizer has a gradient, and fully_shard has replaced "
+                "parameters of their shapes by sharded ones: the optimizer was made before "
+                "fully_shard, and would never train. Make it after."
+            )
+        if not self._has_told:
+            self._has_told = True
+            logger.log(
+                warning_level(),
+                "no parameter of this optimizer has a gradient, so nothing is stepped. If the "
+                "model was sharded after the optimizer was made, make the optimizer last.",
+            )
 
     def _step_all(self, grads: dict[str, Tensor], state: State, mask: Tensor | None) -> None:
         config, settings = self._config, self._settings
-        found = self.census.muon_params(grads, state, settings.custom, settings.body())
+        if settings.momentum_dtype is None:
+            muon = [entry for entry in self.census.muon if entry.name in grads]
+            follow_grad_dtypes([(state[e.param], grads[e.name]) for e in muon])
+        found = self.census.muon_params(grads, state, self._valid, settings.custom, settings.body())
         if not config.is_by_hand:
             local = {index: param.on_this_rank() for index, param in found.items()}
             self.executor.run(local, mask, partial(self._step_adamw, grads, state, mask))
@@ -213,5 +326,5 @@ class Prepared:
     def _step_adamw(self, grads: dict[str, Tensor], state: State, keep: Tensor | None) -> None:
         leaves = self.census.adamw_leaves(grads, state)
         found_inf = None if keep is None else (~keep).to(torch.float32)
-        for index, group in enumerate(self._groups):
+        for index, group in enumerate(self._valid):
             adamw_step(leaves.get(index, []), group, found_inf)

@@ -17,7 +17,7 @@ from muon_dtensor.orthogonalize.newton_schulz import Body
 from muon_dtensor.planning.ir import PlanOptions
 from muon_dtensor.planning.presets import PRESETS, topology_of
 from muon_dtensor.planning.topology import Topology
-from muon_dtensor.runtime.muon_options import Orthogonalizer, check_orthogonalizer
+from muon_dtensor.runtime.muon_options import Orthogonalizer
 
 WIRE_DTYPES = (torch.bfloat16, torch.float32)
 
@@ -45,6 +45,7 @@ class Settings:
     kernels: str
     custom: Orthogonalizer | None
     metrics_every: int
+    check_replicas: bool
 
     def __post_init__(self) -> None:
         one_of("ns_dtype", self.ns_dtype, WIRE_DTYPES)
@@ -53,8 +54,9 @@ class Settings:
         one_of("momentum_dtype", self.momentum_dtype, (None, torch.bfloat16, torch.float32))
         if not (isinstance(self.bucket_mb, (int, float)) and 0 < self.bucket_mb < math.inf):
             raise ValueError(f"bucket_mb must be a number above 0, got {self.bucket_mb!r}")
-        if type(self.offload_momentum) is not bool or type(self.compile) is not bool:
-            raise GroupOptionError("offload_momentum and compile are True or False")
+        for name in ("offload_momentum", "compile", "check_replicas"):
+            if type(getattr(self, name)) is not bool:
+                raise GroupOptionError(f"{name} is True or False, got {getattr(self, name)!r}")
         if type(self.metrics_every) is not int or self.metrics_every < 0:
             raise ValueError(f"metrics_every is a number of steps, got {self.metrics_every!r}")
         if self.exact and self.kernels != "torch":
@@ -62,13 +64,11 @@ class Settings:
                 f"kernels={self.kernels!r} round otherwise than torch.optim.Muon: say exact=False "
                 "as well"
             )
-        if self.custom is not None:
-            check_orthogonalizer(self.custom, self.ns_dtype)
-            if self.compile or self.kernels != "torch":
-                raise GroupOptionError(
-                    "compile and kernels are about the iterations of this package, not about an "
-                    "orthogonalizer of your own; compile that one yourself"
-                )
+        if self.custom is not None and (self.compile or self.kernels != "torch"):
+            raise GroupOptionError(
+                "compile and kernels are about the iterations of this package, not about an "
+                "orthogonalizer of your own; compile that one yourself"
+            )
         self.body()
         if self.topology is not None:
             object.__setattr__(self, "topology", topology_of(self.topology))

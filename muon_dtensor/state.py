@@ -3,7 +3,8 @@
 Knows tensors and their placements. Does not step, and does not plan.
 """
 
-from collections.abc import Mapping, MutableMapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,17 @@ from torch import Tensor
 from muon_dtensor.adamw import step_tensor
 from muon_dtensor.errors import CheckpointError
 from muon_dtensor.layout import Layout
-from muon_dtensor.options import complete_loaded, validate
-from muon_dtensor.runtime.describe import local_part, on_host, placed, this_rank
+from muon_dtensor.options import DECLARED, complete_loaded, declares_otherwise, validate
+from muon_dtensor.runtime.describe import (
+    local_part,
+    on_host,
+    placed,
+    this_rank,
+    warning_level,
+)
 from muon_dtensor.runtime.row_moments import zeros_beside
+
+logger = logging.getLogger("muon_dtensor")
 
 MOMENTS = "row_second_moment"
 """NorMuon's: one number per row of every matrix."""
@@ -32,14 +41,16 @@ def make_state(
     """Fill in what is missing of a parameter's state; made at once, so all ranks hold its keys.
 
     Muon keeps `momentum_buffer`, AdamW `step`, `exp_avg` and `exp_avg_sq`: tensors of the
-    parameter's shape, dtype and placements; NorMuon also `row_second_moment`, in float32, laid out
-    as `moments`. A momentum of another dtype, or one to be kept on the host, is brought there;
+    parameter's shape, dtype and placements (the momentum has the gradients' dtype, if `grad_dtype`
+    of the parameter names another one); NorMuon also `row_second_moment`, in float32, laid out as
+    `moments`. A momentum of another dtype, or one to be kept on the host, is brought there;
     torch's `load_state_dict` gives it back as the parameter is. Raises CheckpointError for moments
     that lie otherwise.
     """
     if algorithm == "muon":
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(param, requires_grad=False)
+            dtype = momentum_dtype or grad_dtype_of(param) or param.dtype
+            state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
         if momentum_dtype is not None:
             state["momentum_buffer"] = state["momentum_buffer"].to(momentum_dtype)
         if offload_momentum:
@@ -58,11 +69,28 @@ def make_state(
         state["exp_avg_sq"] = torch.zeros_like(param, requires_grad=False)
 
 
+def grad_dtype_of(param: Tensor) -> torch.dtype | None:
+    """The dtype that gradients of a parameter have; None where it may be any, or torch is old."""
+    return getattr(param, "grad_dtype", None) if param.is_leaf else None
+
+
+def follow_grad_dtypes(grads: Iterable[tuple[MutableMapping[str, Any], Tensor]]) -> None:
+    """Bring momenta to the dtype of their gradients, in which torch.optim.Muon keeps them.
+
+    `grads`: the state of parameters of Muon, and their gradients.
+    """
+    for kept, grad in grads:
+        if kept["momentum_buffer"].dtype != grad.dtype:
+            kept["momentum_buffer"] = kept["momentum_buffer"].to(grad.dtype)
+
+
 def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise for a state dict that does not fit these param groups, before anything is loaded.
 
-    State dicts of torch's Muon and AdamW may lack state, as those make it in their first step; ours
-    never do.
+    State dicts of torch's Muon and AdamW may lack state, as those make it in their first step. Ours
+    may lack that of frozen parameters, of those that this rank holds nothing of (FSDP1's), and by
+    names that of any: torch's set_optimizer_state_dict leaves out the state of frozen parameters,
+    and with strict=False of those that the checkpoint does not know. All of these start afresh.
 
     Raises:
         GroupOptionError: an option out of its range.
@@ -81,15 +109,27 @@ def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, An
             f"{sizes}. Make the groups as they were when it was saved, or load by name: "
             "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
         )
+    absent: list[str] = []
     for group, saved in zip(groups, saved_groups, strict=True):
         loaded = dict(saved)
         complete_loaded(loaded, group)
+        if declares_otherwise(saved, group):
+            logger.log(
+                warning_level(),
+                "the checkpoint declares other matrices (%s) than the optimizer (%s), which keeps "
+                "its own. To take those of the checkpoint, declare them before loading.",
+                *({name: of[name] for name in DECLARED} for of in (saved, group)),
+            )
         validate(loaded)
         names = group.get("param_names") or [f"parameter {n}" for n in saved["params"]]
         needed = _keys_of(loaded)
         for name, param, number in zip(names, group["params"], saved["params"], strict=True):
             kept = state_dict["state"].get(number, {})
-            if "format_version" in saved and (lacking := needed - kept.keys()):
+            if not kept and isinstance(number, str) and param.requires_grad:
+                absent.append(name)
+            may_be_absent = isinstance(number, str) or not param.requires_grad or not param.numel()
+            lacking = needed - kept.keys() if kept or not may_be_absent else set()
+            if "format_version" in saved and lacking:
                 raise CheckpointError(
                     f"the checkpoint is not whole: it has no {' and no '.join(sorted(lacking))} of "
                     f"{name}. Nothing was loaded; take an earlier checkpoint."
@@ -106,6 +146,13 @@ def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, An
                         f"'{key}' of {name} is {placed(kept[key])}, the parameter {placed(param)}. "
                         "Load with torch.distributed.checkpoint, which reshards."
                     )
+    if absent:
+        logger.log(
+            warning_level(),
+            "the checkpoint has no state of %d parameters, which start afresh: %s",
+            len(absent),
+            ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else ""),
+        )
 
 
 def keep_wide(
@@ -120,14 +167,32 @@ def keep_wide(
         state: of the optimizer, by parameter.
         state_dict: what was loaded.
         groups: of the optimizer.
-        momentum_dtype: what the momentum is kept in; None for the parameter's dtype.
+        momentum_dtype: what the momentum is kept in; None for the gradients' dtype.
+
+    Values made in inference mode are copied, for a step could not update them; AdamW's step counts
+    become tensors, as torch's own AdamW makes them.
     """
     for group, saved in zip(groups, state_dict["param_groups"], strict=True):
         for param, number in zip(group["params"], saved["params"], strict=True):
             kept = state_dict["state"].get(number, {})
-            for key, dtype in (("momentum_buffer", momentum_dtype), (MOMENTS, torch.float32)):
+            wide = momentum_dtype or grad_dtype_of(param)
+            for key, dtype in (("momentum_buffer", wide), (MOMENTS, torch.float32)):
                 if key in kept and dtype not in (None, param.dtype):
                     state[param][key] = kept[key].to(device=local_part(param).device, dtype=dtype)
+            loaded = state.get(param, {})
+            for key, value in loaded.items():
+                if isinstance(value, Tensor) and local_part(value).is_inference():
+                    loaded[key] = value.clone()
+            if "step" in loaded and not _is_step_tensor(loaded["step"], param):
+                loaded["step"] = step_tensor(param).fill_(float(loaded["step"]))
+
+
+def _is_step_tensor(step: object, param: Tensor) -> bool:
+    return (
+        isinstance(step, Tensor)
+        and (step.ndim, step.dtype) == (0, torch.float32)
+        and step.device == param.device
+    )
 
 
 def follow_params(

@@ -535,6 +535,7 @@ def warned(rows: int) -> list[str]:
 
 
 def test_state_dict_warns_once_of_misplaced_shards():
-    for lines in run_processes(6, warned, 13):
-        assert len(lines) == 1
-        assert "up.weight" in lines[0]
+    first, *others = run_processes(6, warned, 13)
+    assert len(first) == 1
+    assert "up.weight" in first[0]
+    assert others == [[]] * 5  # all would say the same

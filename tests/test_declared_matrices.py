@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from muon_dtensor import GroupOptionError, Muon, Plan, PlanError, group_parameters
 from muon_dtensor.layout import Layout, MeshSpec, ParamSpec, Region
+from muon_dtensor.options import DECLARED
 from muon_dtensor.patterns import Declaration
 from muon_dtensor.planning.check import check, check_routes
 from muon_dtensor.planning.planner import plan_update
@@ -408,13 +409,27 @@ def test_declarations_pass_through_dcp_s_state(flatten):
     assert run_processes(2, through_checkpoints, flatten) == [(True, True)] * 2
 
 
-def test_declarations_pass_through_the_state_dict():
-    optimizer, other = fused_optimizer(Fused()), fused_optimizer(Fused())
-    for group in other.param_groups:
-        group["matrix_axes"] = None
-    other.load_state_dict(optimizer.state_dict())
-    assert declared(other) == declared(optimizer)
-    assert other.plan.digest == optimizer.plan.digest
+@pytest.mark.parametrize("which", ["heads", "whole"])
+def test_the_live_declaration_wins_over_that_of_a_checkpoint(which, caplog):
+    """Whatever was declared when the checkpoint was made; one warning says so."""
+    group = fused_optimizer(Fused()).param_groups[0]
+    declaration = {name: group[name] for name in DECLARED}
+    heads = Muon([{"params": [Fused().wqkv.weight], **declaration}])
+    whole = Muon([Fused().wqkv.weight])
+    optimizer, other = (heads, whole) if which == "heads" else (whole, heads)
+    before, digest = declared(optimizer), optimizer.plan.digest
+    optimizer.load_state_dict(other.state_dict())
+    assert declared(optimizer) == before
+    assert optimizer.plan.digest == digest
+    assert caplog.text.count("the checkpoint declares other matrices") == 1
+    caplog.clear()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert "declares other matrices" not in caplog.text
+
+
+def test_declarations_pass_through_copies():
+    optimizer = fused_optimizer(Fused())
+    assert declared(copy.deepcopy(optimizer)) == declared(optimizer)
 
 
 def test_a_checkpoint_without_declarations_keeps_them():
@@ -431,14 +446,28 @@ def test_a_checkpoint_without_declarations_keeps_them():
 def test_a_declaration_that_does_not_fit_is_not_loaded():
     optimizer = fused_optimizer(Fused())
     before, digest = declared(optimizer), optimizer.plan.digest
-    saved = optimizer.state_dict()
-    for wrong in ({"split_sizes": (9, 9, 9)}, {"orthogonalizer": "custom"}):
-        broken = copy.deepcopy(saved)
-        broken["param_groups"][0].update(wrong)
-        with pytest.raises(ValueError, match=r"sum to 27|custom"):
-            optimizer.load_state_dict(broken)
-        assert declared(optimizer) == before
-        assert optimizer.plan.digest == digest
+    broken = copy.deepcopy(optimizer.state_dict())
+    broken["param_groups"][0].update({"orthogonalizer": "custom"})
+    with pytest.raises(ValueError, match="custom"):
+        optimizer.load_state_dict(broken)
+    assert declared(optimizer) == before
+    assert optimizer.plan.digest == digest
+
+
+def test_a_declaration_that_changes_between_steps_is_planned_anew():
+    ours, theirs = Fused(), Fused()
+    theirs.load_state_dict(ours.state_dict())
+    optimizer, oracle = Muon([ours.wqkv.weight]), fused_optimizer(theirs)
+    del oracle.param_groups[1:]
+    named = {name: oracle.param_groups[0][name] for name in DECLARED}
+    optimizer.param_groups[0].update(named)
+    for model, each in ((ours, optimizer), (theirs, oracle)):
+        model.wqkv.weight.grad = tensors_like([tuple(model.wqkv.weight.shape)], 1)[0]
+        for group in each.param_groups:
+            group["lr"] = 0.1
+        each.step()
+    assert torch.equal(ours.wqkv.weight, theirs.wqkv.weight)
+    assert optimizer.plan.cost.num_matrices == oracle.plan.cost.num_matrices > 1
 
 
 @pytest.mark.parametrize("pattern", ["tensor axis -> axis tensor", "in pattern -> pattern in"])

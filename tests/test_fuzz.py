@@ -76,7 +76,7 @@ def oracle_of(steps: Steps, weights: list[Tensor]) -> list[Tensor]:
         found = [nn.Parameter(piece.clone()) for piece in pieces]
         parts.append(found)
         if is_adamw:
-            known = {k: v for k, v in group.items() if k in ("lr", "weight_decay")}
+            known = {k: v for k, v in group.items() if k in ("lr", "betas", "weight_decay")}
             optimizers.append(torch.optim.AdamW(found, **known))
         elif weight.numel():
             optimizers.append(torch.optim.Muon(found, **group))
@@ -161,7 +161,7 @@ def random_steps(draw) -> Steps:
             "splits": draw(st.sampled_from([0, 0, 2, 3])),
         },
         {"lr": 0.05, "weight_decay": 0.1},
-        {"lr": 0.02, "weight_decay": 0.1, "algorithm": "adamw"},
+        {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1, "algorithm": "adamw"},
     ]
     side = st.one_of(st.integers(0, 9), st.integers(0, 70))
     params = []
@@ -197,7 +197,7 @@ HALF_DECAY = Steps((2,), (Param((33, 17), (S0,), 0),), MUON, torch.float16)
 TWICE_CUT = Steps((2, 2), (Param((13, 7), (S0, S0), 0), Param((5, 5), (S1, S0), 0)), MUON)
 EMPTY = Steps((4,), (Param((0, 3), (S0,), 0), Param((2, 3), (S0,), 0)), MUON)
 MISSING = Steps((3,), (Param((7, 5), (S1,), 0, (True, False)), Param((4, 4), (R,), 0)), MUON)
-ADAMW = ({"lr": 0.02, "weight_decay": 0.1, "algorithm": "adamw"},)
+ADAMW = ({"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1, "algorithm": "adamw"},)
 NAN_OF_BOTH = Steps((1, 1, 1), (Param((6, 29, 54), (R, R, R), 0),), ADAMW, torch.float16)
 
 

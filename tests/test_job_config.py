@@ -168,6 +168,7 @@ def experts(sizes: dict[str, int]) -> tuple[Any, Any, bool]:
     model = nn.Module()
     model.experts = nn.Parameter(weight)
     model.up = nn.Linear(4, 4, bias=False)
+    nn.init.ones_(model.up.weight)  # replicas hold equal values
     optimizer = config.build_optimizer(model)
     for param in model.parameters():
         param.grad = torch.ones_like(param)

@@ -48,7 +48,7 @@ def expected() -> dict[str, float]:
     oracles: list[Any] = [
         torch.optim.Muon(params[:2], lr=0.1),
         torch.optim.Muon(parts[0], lr=0.2, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(params[3:], lr=0.3, weight_decay=0.1),
+        torch.optim.AdamW(params[3:], lr=0.3, betas=(0.9, 0.95), weight_decay=0.1),
     ]
     for step in range(3):
         grads = tensors_like(SHAPES, 1 + step)

@@ -1,5 +1,6 @@
 """What people do wrong, or oddly, with an optimizer on several ranks: told on all, or harmless."""
 
+import logging
 import multiprocessing
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,6 @@ from muon_dtensor import Muon, census
 from muon_dtensor.runtime.describe import local_part
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
-from tests.support.threads import run_threads
 
 R, S0 = Replicate(), Shard(0)
 SHAPES = [(8, 4), (4, 8)]
@@ -333,22 +333,38 @@ def test_a_forked_worker_steps_a_copy_of_its_own():
     assert not torch.equal(param, torch.ones(3, 4))
 
 
-def sharded_behind_its_back() -> tuple[str, bool]:
+def sharded_behind_its_back() -> tuple[str, str, bool]:
     """fully_shard after the optimizer was made: it holds parameters that no one trains."""
     model = nn.Sequential(nn.Linear(8, 4, bias=False))
     optimizer = Muon(model.named_parameters(), lr=0.1)
     fully_shard(model, mesh=mesh_of((2,)))
     model(torch.ones(2, 8)).sum().backward()
-    before = local_part(model[0].weight.detach()).clone()
+    return told(optimizer.step, list(model.parameters()))
+
+
+def test_sharding_after_the_optimizer_was_made_is_an_error():
+    for name, text, same in run_processes(2, sharded_behind_its_back):
+        assert (name, same) == ("RuntimeError", True)
+        assert "the optimizer was made before fully_shard" in text
+
+
+def without_any_gradient() -> list[str]:
+    """Legal, as in torch; said once, and on rank 0 alone."""
+    _, _, optimizer = made()
     lines: list[str] = []
-    with mock.patch("muon_dtensor.prepared.logger.warning", lambda text, *_: lines.append(text)):
+
+    def log(level: int, text: str, *_: Any) -> None:
+        lines.extend([text] if level == logging.WARNING else [])
+
+    with mock.patch("muon_dtensor.prepared.logger.log", log):
         optimizer.step()
         optimizer.step()
-    return "\n".join(lines), torch.equal(before, local_part(model[0].weight.detach()))
+    return lines
 
 
-def test_sharding_after_the_optimizer_was_made_is_told_once():
-    for text, same in run_threads(2, sharded_behind_its_back):
-        assert same
-        assert text.count("no parameter of this optimizer has a gradient") == 1
-        assert "fully_shard" in text
+def test_a_step_without_gradients_is_logged_once():
+    first, *others = run_processes(4, without_any_gradient)
+    assert [line.split(",")[0] for line in first] == [
+        "no parameter of this optimizer has a gradient"
+    ]
+    assert others == [[], [], []]

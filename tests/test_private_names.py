@@ -18,6 +18,7 @@ from muon_dtensor.runtime import describe
 USED = {
     "torch._disable_dynamo": "keeps optimizer.step out of torch.compile",
     "torch.autograd._profiler_enabled": "no cost of named ranges where no profiler runs",
+    "torch.distributed._composable_state._module_state_mapping": "parameters of fully_shard",
     "torch.distributed.distributed_c10d._get_default_group": "the timeout of the default group",
     "torch.distributed.distributed_c10d._get_default_store": "how ranks tell of failed configs",
     "torch.distributed.tensor.placement_types._StridedShard": "the order in which dims were cut",
@@ -37,6 +38,9 @@ ATTRIBUTES = {
 OF_FSDP1 = {"_is_flat_param", "_fsdp_flattened", "_params", "_shapes", "_param_extensions"}
 OF_FSDP1 |= {"_shard_param_infos"}
 """Marks of FSDP1's flat parameters; tests/test_process_groups.py shards by it for real."""
+
+OF_FSDP2 = {"_orig_size", "_unsharded_param", "_fsdp_param_group", "_fsdp_param_groups"}
+"""What FSDP2 keeps of a parameter; tests/test_misuse.py makes optimizers at the wrong time."""
 
 OF_GROUPS = {"_get_backend", "_timeout"}
 """Of a gloo process group; tests/test_deaths.py lets it run out."""
@@ -68,8 +72,8 @@ def test_the_list_is_complete():
     own = {name for name in vars(describe) if name.startswith("_")}
     own |= {name for cls in vars(describe).values() if inspect.isclass(cls) for name in vars(cls)}
     own |= set(re.findall(r"self\.(_\w+)", code))
-    listed = {name.rpartition(".")[2] for name in USED} | ATTRIBUTES.keys() | OF_FSDP1 | OF_GROUPS
-    listed |= {"_internal", "_utils"}
+    listed = {name.rpartition(".")[2] for name in USED} | ATTRIBUTES.keys() | OF_FSDP1 | OF_FSDP2
+    listed |= OF_GROUPS | {"_internal", "_utils", "_composable_state"}
     assert found - own - listed == set()
 
 

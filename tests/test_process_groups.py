@@ -262,7 +262,7 @@ def fsdp1_with_adamw(dtype: torch.dtype) -> tuple[list[str], set[str], set[str]]
     others = [p for p in plain if p.ndim != 2]
     theirs: list[torch.optim.Optimizer] = [
         torch.optim.Muon(matrices, lr=1e-3),
-        torch.optim.AdamW(others, lr=2e-3, weight_decay=0.1),
+        torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     for step in range(4):
         grads = tensors_like([tuple(w.shape) for w in weights], 1 + step, dtype)

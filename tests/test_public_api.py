@@ -65,19 +65,19 @@ def test_group_keys_are_frozen():
 
 
 def weight(*shape: int, **kwargs) -> nn.Parameter:
-    return nn.Parameter(torch.ones(*shape, **kwargs), requires_grad=False)
+    return nn.Parameter(torch.ones(*shape, **kwargs))
 
 
 @pytest.mark.parametrize(
     ("param", "words"),
     [
         (weight(4), ["norm", "one tensor dim", "Give it to AdamW"]),
-        (nn.Parameter(torch.tensor(1.0)), ["norm", "no tensor dims", "Give it to AdamW"]),
+        (nn.Parameter(torch.tensor(1.0)), ["norm", "no tensor dims", "group_parameters(model)"]),
         (weight(2, 3, 4, 5), ["4 tensor dims", "[2, 3, 4, 5]", "Declare them", "AdamW"]),
         (weight(3, 3, dtype=torch.complex64), ["complex64", "real floating dtype"]),
-        (weight(3, 3, dtype=torch.int64), ["int64", "real floating dtype"]),
+        (nn.Parameter(torch.ones(3, 1).expand(3, 4)), ["share memory", "clone()"]),
     ],
-    ids=["1-D", "0-D", "4-D", "complex", "integer"],
+    ids=["1-D", "0-D", "4-D", "complex", "expanded"],
 )
 def test_parameters_that_muon_cannot_step(param, words):
     with pytest.raises(PlanError) as caught:
@@ -122,7 +122,7 @@ def test_all_bad_parameters_are_told_at_once():
         ({"ns_coefficients": (1.0, 2.0)}, "three numbers"),
         ({"ns_coefficients": [5, "b", 3]}, "three numbers"),
         ({"ns_coefficients": 5}, "three numbers"),
-        ({"lr": "fast"}, "lr must be 0 or more"),
+        ({"lr": "0.02"}, "lr must be a number, got '0.02', a str"),
         ({"ns_dtype": torch.int32}, "ns_dtype must be one of"),
         ({"missing_grad": "ignore"}, "missing_grad must be"),
         ({"nonfinite": "ignore"}, "nonfinite must be"),
@@ -147,9 +147,7 @@ def test_plan_options_out_of_range(options):
         Muon([weight(2, 2)], **options)
 
 
-def test_unknown_group_option_names_the_nearest():
-    with pytest.raises(GroupOptionError, match=r"'weight_decy'\. Did you mean 'weight_decay'"):
-        Muon([{"params": [weight(2, 2)], "weight_decy": 0.1}])
+def test_unknown_algorithms_are_refused():
     with pytest.raises(GroupOptionError, match="algorithm must be one of muon, adamw"):
         Muon([{"params": [weight(2, 2)], "algorithm": "sgd"}])
 
@@ -242,8 +240,11 @@ def test_resuming_is_bitwise():
 
 
 def test_a_step_with_lr_0_and_zero_gradients_changes_nothing():
+    """How torch's checkpoints and torchtitan make the state of an optimizer."""
     a, b = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3))
-    optimizer = Muon([{"params": [a]}, {"params": [b], "algorithm": "adamw"}], lr=0.0)
+    optimizer = Muon([{"params": [a]}, {"params": [b], "algorithm": "adamw"}])
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
     before = a.clone(), b.clone()
     a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
     optimizer.step()
@@ -266,14 +267,26 @@ def test_a_checkpoint_of_torch_s_muon_loads():
     assert torch.equal(ours, theirs)
 
 
-def test_names_must_differ():
-    with pytest.raises(PlanError, match="w  2 parameters"):
-        Muon(
-            [
-                {"params": [("w", weight(3))], "algorithm": "adamw"},
-                {"params": [("w", weight(2, 2))]},
-            ]
-        )
+def test_equal_names_are_told_apart():
+    """Two pipeline chunks on one rank may have equal names, which torch takes."""
+    params = [nn.Parameter(w) for w in tensors_like([(4, 3), (3,), (4, 3)], 0)]
+    optimizer = Muon(
+        [
+            {"params": [("w", params[0])], "lr": 0.1},
+            {"params": [("w", params[1])], "algorithm": "adamw"},
+            {"params": [("w", params[2])], "lr": 0.2},
+        ]
+    )
+    assert [spec.fqn for spec in optimizer.plan.params] == ["w", "3:w"]
+    assert [group["param_names"] for group in optimizer.param_groups] == [["w"]] * 3
+    theirs = [nn.Parameter(params[i].detach().clone()) for i in (0, 2)]
+    oracles = [torch.optim.Muon([p], lr=lr) for p, lr in zip(theirs, (0.1, 0.2), strict=True)]
+    for param in (*params, *theirs):
+        param.grad = torch.ones_like(param)
+    for each in (optimizer, *oracles):
+        each.step()
+    assert torch.equal(params[0], theirs[0])
+    assert torch.equal(params[2], theirs[1])
 
 
 def test_loading_keeps_the_algorithm_of_a_group():

@@ -24,7 +24,7 @@ from torchtitan.config import override
 from muon_dtensor.errors import GroupOptionError
 from muon_dtensor.grouping import group_parameters
 from muon_dtensor.optim import Muon
-from muon_dtensor.options import DEFAULTS
+from muon_dtensor.options import ADAMW_DEFAULTS, DEFAULTS
 
 logger = logging.getLogger("muon_dtensor")
 
@@ -33,9 +33,6 @@ NAME = "Muon"
 
 ADAMW_PATTERN = r"(^|\.)(tok_embeddings|embed\w*|lm_head|output|head)\.|norm|(^|\.|_)bias$"
 """Embeddings, output heads, norms and biases, by the names that torchtitan's models give them."""
-
-TITAN_ADAMW = {"lr": 8e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-"""What torchtitan's `default_adamw` sets."""
 
 
 class MuonMixin:
@@ -87,12 +84,12 @@ class MuonOptimizersContainer(MuonMixin, OptimizersContainer):
 
 
 def muon_optimizers(
-    lr: float = 0.02,
+    lr: float = DEFAULTS["lr"],
     *,
     adamw: Mapping[str, Any] | None = None,
     splits: Mapping[str, Mapping[str, Any]] | None = None,
     param_groups: Sequence[ParamGroupConfig] = (),
-    weight_decay: float = 0.1,
+    weight_decay: float = DEFAULTS["weight_decay"],
     adjust_lr_fn: str | None = "match_rms_adamw",
     **options: Any,
 ) -> MuonOptimizersContainer.Config:
@@ -100,7 +97,8 @@ def muon_optimizers(
 
     Args:
         lr: of the Muon groups.
-        adamw: `lr`, `betas`, `eps`, `weight_decay` of the AdamW group; default: torchtitan's own.
+        adamw: `lr`, `betas`, `eps`, `weight_decay` of the AdamW group; default:
+            `options.ADAMW_DEFAULTS`.
         splits: which matrices a weight holds, by regex of its name: `{"wqkv": {"matrix":
             "(head dim) model -> head dim model", "matrix_axes": {"dim": 128}}}` for torchtitan's
             fused attention. Any option of a group may be said here.
@@ -120,7 +118,7 @@ def muon_optimizers(
     groups = list(param_groups)
     for pattern, declared in (splits or {}).items():
         groups.append(_group(pattern, {**muon, **declared}))
-    adamw_options = {**TITAN_ADAMW, **(adamw or {}), "algorithm": "adamw"}
+    adamw_options = {**ADAMW_DEFAULTS, **(adamw or {}), "algorithm": "adamw"}
     groups.append(_group(ADAMW_PATTERN, adamw_options))
     groups.append(_group(".*", muon))
     return MuonOptimizersContainer.Config(
@@ -210,7 +208,7 @@ def _sorted_out(
         adamw = next((g for g, _ in kept if g.get("algorithm") == "adamw"), None)
         if adamw is None:
             said = [c for c in configs if c.optimizer_kwargs.get("algorithm") == "adamw"]
-            options = cast(dict[str, Any], said[0].optimizer_kwargs if said else TITAN_ADAMW)
+            options = cast(dict[str, Any], said[0].optimizer_kwargs if said else ADAMW_DEFAULTS)
             adamw = {"params": [], "param_names": [], **options, "algorithm": "adamw"}
             kept.append((adamw, "no matrices"))
         adamw["params"] += moved["params"]

@@ -13,12 +13,14 @@ from torch.distributed.tensor import DTensor
 from muon_dtensor.config import create_devicemesh_config
 from muon_dtensor.grouping import group_parameters
 from muon_dtensor.optim import Muon
+from muon_dtensor.options import DEFAULTS
 
 
 class MuonFactory:
     """Makes the optimizer of a model when the Trainer has it where it trains.
 
-    Its keywords are those of `group_parameters` (`lr`, `adamw`, `rules`) and of `Muon`. Under DDP,
+    Its keywords are those of `group_parameters` (`lr`, `weight_decay`, `adamw`, `rules`) and of
+    `Muon`. Under DDP,
     that is on several ranks without a DTensor, its ranks share the work. GPT-2's Conv1D stores
     weights transposed: rules=[("c_(attn|fc|proj)", {"matrix": "i o -> o i"})].
     """
@@ -27,7 +29,8 @@ class MuonFactory:
         self,
         model: nn.Module,
         *,
-        lr: float = 0.02,
+        lr: float = DEFAULTS["lr"],
+        weight_decay: float | Mapping[str, float] | None = None,
         adamw: Mapping[str, Any] | None = None,
         rules: Sequence[tuple[str, Mapping[str, Any]]] = (),
         **options: Any,
@@ -36,4 +39,5 @@ class MuonFactory:
         is_alone = not dist.is_initialized() or dist.get_world_size() == 1
         if not is_alone and not any(isinstance(p, DTensor) for p in model.parameters()):
             options.setdefault("distributed_config", create_devicemesh_config(dp_replicate=-1))
-        return Muon(group_parameters(model, lr=lr, adamw=adamw, rules=rules), **options)
+        groups = group_parameters(model, lr=lr, weight_decay=weight_decay, adamw=adamw, rules=rules)
+        return Muon(groups, **options)

@@ -4,8 +4,10 @@ The sole reader of torch's private classes, so one file follows torch's releases
 """
 
 import gc
+import logging
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
@@ -37,6 +40,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 def this_rank() -> int:
     """The global rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    """How many ranks the default process group has; 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def default_store() -> Any:
@@ -225,12 +233,8 @@ class Describer:
         self._layouts: dict[tuple[object, ...], Layout] = {}
         self._known_matrices: dict[object, tuple[Matrix, ...]] = {}
         self._misplaced: dict[object, bool] = {}
+        self._shard_shapes: dict[object, tuple[int, ...]] = {}
         self._sub_meshes: dict[MeshSpec, tuple[str, ...] | None] = {}
-
-    @property
-    def world_size(self) -> int:
-        """How many ranks there are at all."""
-        return dist.get_world_size() if dist.is_initialized() else 1
 
     def mesh(self, mesh: DeviceMesh) -> MeshSpec:
         """`describe_mesh`, remembered, so that `device_meshes` leads back."""
@@ -272,6 +276,20 @@ class Describer:
             layout = plain.layout(tensor)
         key = (layout.mesh, layout.shape, layout.cuts, layout.bounds)
         return self._layouts.setdefault(key, layout)
+
+    def expected_shape(self, tensor: DTensor) -> tuple[int, ...] | None:
+        """Of this rank's shard, by shape and placements; None where those tell no shards."""
+        mesh = self.mesh(tensor.device_mesh)
+        try:
+            layout = describe_layout(tensor, mesh)
+        except RefusalError:
+            return None
+        if not mesh.holds(this_rank()):
+            return None
+        key = (mesh, layout.shape, layout.cuts)
+        if key not in self._shard_shapes:
+            self._shard_shapes[key] = layout.region(mesh.position_of(this_rank())).shape
+        return self._shard_shapes[key]
 
     def is_misplaced(self, tensor: DTensor) -> bool:
         """Whether torch says of some rank's shard that it lies where it does not.
@@ -373,6 +391,55 @@ def local_part(tensor: Tensor) -> Tensor:
     # what to_local gives without a graph, at a tenth of its time
     local: Tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     return local
+
+
+@contextmanager
+def ordinary_mode() -> Iterator[None]:
+    """Without autocast, without a default device, outside of inference mode: whatever the caller's.
+
+    What this package computes, and the state it keeps, depend on none of them.
+    """
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(mode=False))
+        for device_type in ("cpu", "cuda", "xpu"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+def warning_level() -> int:
+    """Of a message that all ranks log alike: a warning on rank 0, information elsewhere."""
+    return logging.WARNING if this_rank() == 0 else logging.INFO
+
+
+@dataclass(frozen=True, slots=True)
+class FSDP2Param:
+    """One parameter that `fully_shard` manages in this process.
+
+    `sharded` is the DTensor; `unsharded` the whole tensor between all-gather and reshard, which
+    modules hold in its place meanwhile; `shape` that of the whole tensor.
+    """
+
+    sharded: Tensor
+    unsharded: Tensor | None
+    shape: tuple[int, ...]
+
+
+def fsdp2_params() -> list[FSDP2Param]:
+    """All parameters that `fully_shard` manages in this process."""
+    found = []
+    for reference in list(_module_state_mapping.values()):
+        state = reference()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # torch before 2.12 has one
+            groups = [group for group in [getattr(state, "_fsdp_param_group", None)] if group]
+        for param in (param for group in groups for param in group.fsdp_params):
+            unsharded = getattr(param, "_unsharded_param", None)
+            found.append(FSDP2Param(param.sharded_param, unsharded, tuple(param._orig_size)))
+    return found
 
 
 class HostCopy:

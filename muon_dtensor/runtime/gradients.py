@@ -41,10 +41,16 @@ class GradientGate:
         device: torch.device,
         missing_grad: Literal["raise", "zero"],
         nonfinite: Literal["raise", "skip", "propagate"],
+        of_own_dtype: Collection[str] = (),
     ) -> None:
-        """`device`: where ballots live; that of the parameters that a mesh holds."""
+        """`device`: where ballots live; that of the parameters that a mesh holds.
+
+        `of_own_dtype`: parameters whose gradients must have their dtype.
+        """
         self.device = device
         self._params = params
+        self._of_own_dtype = frozenset(of_own_dtype)
+        self._shapes = {name: local_part(param).shape for name, param in params.items()}
         self._agreement = agreement
         self._missing_grad = missing_grad
         self._nonfinite = nonfinite
@@ -79,7 +85,7 @@ class GradientGate:
         grads = {name: p.grad for name, p in self._params.items() if p.grad is not None}
         empty = {name: param for name, param in self._params.items() if _is_empty(param)}
         grads |= {name: torch.zeros_like(p) for name, p in empty.items() if name not in grads}
-        faults = {name: _fault_of(name, self._params[name], grad) for name, grad in grads.items()}
+        faults = {name: self._fault_of(name, grad) for name, grad in grads.items()}
         faulty = [name for name, fault in faults.items() if fault]
         options = (*options, f"measured={is_measured}")
         if fault is None and faulty:
@@ -97,6 +103,29 @@ class GradientGate:
             assert fault is not None, "a parameter on the meta device is a fault"
             raise fault
         return grads, mask
+
+    def _fault_of(self, name: str, grad: Tensor) -> str:
+        """Why this gradient cannot be used; empty if it can."""
+        param = self._params[name]
+        local = local_part(param)
+        if local.shape != self._shapes[name] and not local.is_meta:
+            return (
+                f"{name} stored {list(self._shapes[name])} on this rank when the optimizer was "
+                f"made, and {list(local.shape)} now. Make the optimizer last: after the model was "
+                "wrapped (FSDP1 changes parameters in place) or resized."
+            )
+        if local.is_inference():
+            return (
+                f"{name} was made in torch.inference_mode(), so nothing can update it outside of "
+                "it. Make the model outside, or clone its parameters there."
+            )
+        if grad.dtype != param.dtype and name in self._of_own_dtype:
+            return (
+                f"{name} is {dtype_name(param.dtype)} and its gradient {dtype_name(grad.dtype)}: "
+                "torch's AdamW takes none of another dtype. Cast the gradient first, or leave "
+                "grad_dtype alone."
+            )
+        return _fault_of(name, param, grad)
 
     def read_past(self, *, capturable: bool = True, forget: bool = True) -> None:
         """Raise what the last masked step found; see Note [Ballot].
@@ -151,6 +180,8 @@ class GradientGate:
             grad = grads.get(name)
             if isinstance(grad, DTensor) and _has_moved(self._params[name], grad):
                 return str(grad.placements)
+            if grad is not None and grad.dtype != self._params[name].dtype:
+                return f"a {dtype_name(grad.dtype)} gradient"
             return MISSING if grad is None else PRESENT
 
         presence = tuple(
@@ -269,10 +300,10 @@ def _fault_of(name: str, param: Tensor, grad: Tensor) -> str:
             f"{name} is {list(param.shape)} and its gradient {list(grad.shape)}. A backward under "
             "no_sync() leaves FSDP1's gradients whole: end with one outside of it."
         )
-    if grad.dtype != param.dtype:
+    if not grad.is_floating_point():
         return (
             f"{name} is {dtype_name(param.dtype)} and its gradient {dtype_name(grad.dtype)}. "
-            "Cast the gradient first."
+            "Cast the gradient to a floating dtype first."
         )
     if isinstance(param, DTensor) != isinstance(grad, DTensor):
         kinds = ["a DTensor" if isinstance(t, DTensor) else "a plain tensor" for t in (param, grad)]

@@ -21,17 +21,21 @@ Orthogonalizer = Callable[[Tensor], Tensor]
 """[*batch, rows, cols] to the same: what the user may bring."""
 
 
-def check_orthogonalizer(function: Orthogonalizer, dtype: torch.dtype) -> None:
+def check_orthogonalizer(
+    function: Orthogonalizer, dtype: torch.dtype, device: torch.device
+) -> None:
     """Raise GroupOptionError unless a user's function keeps the shape of matrices of this dtype.
 
-    Asked on every rank when the optimizer is made: in a step the owner alone would be told.
+    Called on every rank when the optimizer is made, with matrices on the device of parameters: in a
+    step the owner alone would raise.
     """
     for shape in ((2, 3), (3, 2), (1, 2, 3)):
         try:
-            result = function(torch.eye(*shape[-2:], dtype=dtype).expand(shape).contiguous())
+            eye = torch.eye(*shape[-2:], dtype=dtype, device=device)
+            result = function(eye.expand(shape).contiguous())
         except Exception as error:
             raise GroupOptionError(
-                f"the orthogonalizer fails on {list(shape)} of {dtype}: {error!r}"
+                f"the orthogonalizer fails on {list(shape)} of {dtype} on {device}: {error!r}"
             ) from error
         if not isinstance(result, Tensor) or result.shape != shape:
             seen = list(result.shape) if isinstance(result, Tensor) else repr(result)

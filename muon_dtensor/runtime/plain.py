@@ -3,13 +3,14 @@
 Learns the sizes of their shards from all ranks, once. Knows no plan.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from muon_dtensor.errors import PlanMismatchError, RefusalError
 from muon_dtensor.layout import Layout, MeshSpec
@@ -120,14 +121,13 @@ class _Shard:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What was worked out of one tensor; the tensor itself keeps its id from being used again.
+    """What was worked out of one tensor.
 
     `flat`: its whole shape, if it is stored flat. `by_the_rule`: whether a rule for all plain
     tensors alike said what cuts it. `sometimes_empty`: whether some rank holds no element of
     it.
     """
 
-    tensor: Tensor
     layout: Layout | RefusalError
     flat: tuple[int, ...] | None = None
     by_the_rule: bool = False
@@ -135,11 +135,14 @@ class _Found:
 
 
 class PlainTensors:
-    """Layouts of plain tensors by the rule of a config; without one each is its rank's own."""
+    """Layouts of plain tensors by the rule of a config; without one each is its rank's own.
+
+    Tensors are held weakly: who replaces parameters frees the old ones (FSDP2 does).
+    """
 
     def __init__(self, rule: PlainRule | None) -> None:
         self.rule = rule
-        self._found: dict[int, _Found] = {}
+        self._found: MutableMapping[Tensor, _Found] = WeakTensorKeyDictionary()
         self._is_mixed = False
 
     def learn(
@@ -163,12 +166,12 @@ class PlainTensors:
         new = [
             (index, name, tensor)
             for index, (name, tensor) in enumerate(named)
-            if not isinstance(tensor, DTensor) and id(tensor) not in self._found
+            if not isinstance(tensor, DTensor) and tensor not in self._found
         ]
         if self.rule is None or not self.rule.real_cuts:
             for _, _, tensor in new:
                 layout = _whole_everywhere(tensor, slices, describer)
-                self._found[id(tensor)] = _Found(tensor, layout)
+                self._found[tensor] = _Found(layout)
             return
         for mesh_dim, dims in self.rule.real_cuts:
             if isinstance(dims, Sequence) and len(dims) > len(named):
@@ -192,9 +195,9 @@ class PlainTensors:
                     raise refusal
                 found = self._find(mesh, tensor, shards, (name, index))
             except RefusalError as error:
-                found = _Found(tensor, error)
+                found = _Found(error)
             empty = any(0 in shard.shape for shard in shards.values())
-            self._found[id(tensor)] = replace(found, sometimes_empty=empty)
+            self._found[tensor] = replace(found, sometimes_empty=empty)
 
     def _find(
         self,
@@ -219,9 +222,9 @@ class PlainTensors:
         if whole is None:
             cuts = self.rule.cuts_of(*named, tensor.ndim)
             layout = layout_from_shards(mesh, cuts, shapes)
-            return _Found(tensor, layout, by_the_rule=self.rule.is_for_all())
+            return _Found(layout, by_the_rule=self.rule.is_for_all())
         if all(shape == whole for shape in shapes.values()):  # NO_SHARD
-            return _Found(tensor, layout_from_shards(mesh, ((),) * len(whole), shapes))
+            return _Found(layout_from_shards(mesh, ((),) * len(whole), shapes))
         cutting = [mesh_dim for mesh_dim, _ in self.rule.real_cuts]
         if len(cutting) != 1:
             raise RefusalError(
@@ -231,11 +234,19 @@ class PlainTensors:
             )
         slices = {position: (shard.start, prod(shard.shape)) for position, shard in shards.items()}
         layout = flat_layout_from_shards(mesh, cutting[0], whole, slices)
-        return _Found(tensor, layout, flat=whole)
+        return _Found(layout, flat=whole)
+
+    def of(self, tensors: Sequence[Tensor]) -> list[_Found | None]:
+        """What is known of each tensor, for `restore` in a copy; None of what was not learned."""
+        return [self._found.get(tensor) for tensor in tensors]
+
+    def restore(self, tensors: Sequence[Tensor], found: Sequence[_Found | None]) -> None:
+        """Take over what `of` gave of the tensors that these are copies of; asks no other rank."""
+        self._found.update({t: f for t, f in zip(tensors, found, strict=True) if f is not None})
 
     def layout(self, tensor: Tensor) -> Layout:
         """The layout of a tensor that was learned. Raises RefusalError if it has none."""
-        found = self._found[id(tensor)]
+        found = self._found[tensor]
         if isinstance(found.layout, RefusalError):
             raise found.layout
         if found.by_the_rule and self._is_mixed:
@@ -250,19 +261,19 @@ class PlainTensors:
 
     def flat_shape(self, tensor: Tensor) -> tuple[int, ...] | None:
         """The shape of a tensor that is stored flat; None for any other."""
-        found = self._found.get(id(tensor))
+        found = self._found.get(tensor)
         return None if found is None else found.flat
 
     def is_cut(self, tensor: Tensor) -> bool:
         """Whether ranks hold, or may hold, different parts of it."""
-        found = self._found.get(id(tensor))
+        found = self._found.get(tensor)
         return (
             found is None or isinstance(found.layout, RefusalError) or bool(found.layout.cut_dims)
         )
 
     def is_sometimes_empty(self, tensor: Tensor) -> bool:
         """Whether some rank may hold no element of it, and so perhaps never a gradient."""
-        found = self._found.get(id(tensor))
+        found = self._found.get(tensor)
         return found is None or found.sometimes_empty
 
 
