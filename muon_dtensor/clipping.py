@@ -4,32 +4,53 @@ torch's own `clip_grad_norm_` stacks norms, and fails where they live on differe
 of a norm's weight and of a matrix under TP do (torch 2.13). Changes gradients only.
 """
 
+import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.optim import Optimizer
 
 from muon_dtensor.layout import Layout
 from muon_dtensor.runtime.collectives import all_reduce_max, all_reduce_sum
-from muon_dtensor.runtime.describe import Describer, describe_layout, local_part, this_rank
+from muon_dtensor.runtime.describe import (
+    Describer,
+    describe_layout,
+    local_part,
+    ordinary_mode,
+    this_rank,
+    warning_level,
+)
 from muon_dtensor.runtime.groups import Groups
 from muon_dtensor.runtime.totals import total_of
+
+logger = logging.getLogger("muon_dtensor")
+
+MILD = 1e-3
+"""A factor above this is what clipping is for."""
+
+NEAR_EPS = 100.0
+"""A gradient's norm is near eps below this many times eps."""
 
 EPS = 1e-6
 """Added to the norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does."""
 
 
+@ordinary_mode()
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Tensor | Iterable[Tensor],
+    parameters: Tensor | Iterable[Tensor] | Iterable[dict[str, Any]] | Optimizer,
     max_norm: float,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
     *,
+    algorithm: Literal["muon", "adamw"] | None = None,
     pp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Scale all gradients in place so that their norm, taken as one vector, is at most `max_norm`.
@@ -40,11 +61,15 @@ def clip_grad_norm_(
     parameters, with gradients or without.
 
     Args:
-        parameters: those whose gradients are clipped.
+        parameters: those whose gradients are clipped; or an optimizer, or its param groups.
         max_norm: the most the norm may be.
         norm_type: p of the p-norm, above 0; may be inf.
         error_if_nonfinite: raise where the norm is NaN or Inf. Waits for the device.
         foreach: False for one tensor after the other; else all at once.
+        algorithm: clip, and take the norm of, the groups of this algorithm alone; needs an
+            optimizer or param groups. Muon's update does not depend on the scale of its gradients,
+            so "adamw" is what clipping is about; of all groups, a large gradient of an embedding
+            scales Muon's down as well.
         pp_group: the ranks that hold the pipeline's other stages, if the model is one: the norm is
             of all stages.
 
@@ -53,12 +78,12 @@ def clip_grad_norm_(
         device, the same on every rank. (torch returns a DTensor here, and in the gradients' dtype.)
 
     Raises:
-        ValueError: a norm_type that is none.
+        ValueError: a norm_type that is 0 or less; an `algorithm` without param groups.
         RuntimeError: a norm of NaN or Inf, with `error_if_nonfinite`; gradients are as they were.
     """
     if not norm_type > 0:
         raise ValueError(f"norm_type must be above 0 or inf, got {norm_type}")
-    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    params, eps_of = _params_of(parameters, algorithm)
     total = _total_norm(params, float(norm_type), pp_group)
     if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(
@@ -66,6 +91,8 @@ def clip_grad_norm_(
             "clipped. Pass error_if_nonfinite=False to scale by it all the same."
         )
     factor = (max_norm / (total + EPS)).clamp(max=1.0)
+    if eps_of and total.device.type == "cpu":
+        _warn_near_eps(eps_of, float(factor))
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for param in params:
         if param.grad is not None:
@@ -79,6 +106,61 @@ def clip_grad_norm_(
         else:
             torch._foreach_mul_(grads, here)
     return total
+
+
+def _params_of(
+    parameters: Tensor | Iterable[Tensor] | Iterable[dict[str, Any]] | Optimizer,
+    algorithm: str | None,
+) -> tuple[list[Tensor], list[tuple[Tensor, float]]]:
+    """The parameters to clip, and those of Muon among them with their `eps`, as far as known."""
+    given: list[Any]
+    if isinstance(parameters, Tensor):
+        given = [parameters]
+    elif isinstance(parameters, Optimizer):
+        given = list(parameters.param_groups)
+    else:
+        given = list(parameters)
+    groups = [group for group in given if isinstance(group, Mapping)]
+    if not groups:
+        if algorithm is not None:
+            raise ValueError(
+                f"algorithm={algorithm!r} needs an optimizer, or its param_groups: parameters do "
+                "not say what steps them"
+            )
+        return given, []
+    if algorithm not in (None, "muon", "adamw"):
+        raise ValueError(f"algorithm must be 'muon', 'adamw' or None, got {algorithm!r}")
+    wanted = [g for g in groups if algorithm in (None, g.get("algorithm", "muon"))]
+    params = [param for group in wanted for param in group["params"]]
+    muon = [group for group in wanted if group.get("algorithm", "muon") == "muon"]
+    return params, [(param, group["eps"]) for group in muon for param in group["params"]]
+
+
+def _warn_near_eps(eps_of: Sequence[tuple[Tensor, float]], factor: float) -> None:
+    """Log once if a factor leaves Muon no gradient well above eps; on the host, where it is known.
+
+    torch.optim.Muon's update shrinks there (DeepSpeed#8439), ours does not, but a narrow dtype
+    rounds such gradients to zero.
+    """
+    if factor > MILD:
+        return
+    norms = [
+        (float(local_part(p.grad).float().norm()), eps) for p, eps in eps_of if p.grad is not None
+    ]
+    norms = [(norm, eps) for norm, eps in norms if norm]
+    if norms and all(norm * factor < NEAR_EPS * eps for norm, eps in norms):
+        _log_near_eps(factor)
+
+
+@cache
+def _log_near_eps(factor: float) -> None:
+    logger.log(
+        warning_level(),
+        "clipping scales gradients by %.1e, and leaves all of Muon's near eps, where "
+        "torch.optim.Muon's update shrinks and narrow dtypes round to zero. Muon does not need "
+        "clipping: clip_grad_norm_(optimizer, max_norm, algorithm='adamw') clips the others alone.",
+        factor,
+    )
 
 
 def _total_norm(params: Sequence[Tensor], p: float, pp_group: ProcessGroup | None) -> Tensor:

@@ -19,7 +19,7 @@ from muon_dtensor.by_hand import (
     gather_to_one,
     scatter_from_one,
 )
-from muon_dtensor.runtime.describe import device_type_of, this_rank
+from muon_dtensor.runtime.describe import device_type_of, ordinary_mode, this_rank
 from muon_dtensor.runtime.plain import PlainRule
 
 TITAN_DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -115,6 +115,7 @@ def base_state(rule: PlainRule | None) -> dict[str, Any]:
     }
 
 
+@ordinary_mode()
 def create_devicemesh_config(
     mesh: DeviceMesh | None = None,
     mesh_dim_names: Sequence[str] | None = None,

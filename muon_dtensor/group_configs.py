@@ -17,10 +17,12 @@ from muon_dtensor.by_hand import (
     scatter_from_one,
 )
 from muon_dtensor.config import DistributedConfig, GatherFn, RedistributeFn, base_state
+from muon_dtensor.runtime.describe import ordinary_mode
 from muon_dtensor.runtime.grid import check_groups, mesh_of_groups
 from muon_dtensor.runtime.plain import PlainRule, TensorDim
 
 
+@ordinary_mode()
 def create_processgroup_config(
     *,
     fsdp_pg: ProcessGroup | None = None,
@@ -72,6 +74,7 @@ def create_processgroup_config(
     )
 
 
+@ordinary_mode()
 def create_auto_config(
     *,
     fsdp_process_group: ProcessGroup | None = None,

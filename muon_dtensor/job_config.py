@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from muon_dtensor.config import TITAN_DIMS, create_devicemesh_config
+from muon_dtensor.config import TITAN_DIMS, DistributedConfig, create_devicemesh_config
 from muon_dtensor.grouping import group_parameters
 from muon_dtensor.optim import Muon
 from muon_dtensor.options import ADAMW_DEFAULTS, DEFAULTS, complete, did_you_mean
@@ -214,12 +214,18 @@ class MuonConfig:
         dims: dict[str, int] = outer | {"efsdp": inner // ep, "ep": ep}
         return init_device_mesh(mesh.device_type, tuple(dims.values()), mesh_dim_names=tuple(dims))
 
-    def build_optimizer(self, model: nn.Module, mesh: DeviceMesh | None = None) -> Muon:
+    def build_optimizer(
+        self,
+        model: nn.Module,
+        mesh: DeviceMesh | None = None,
+        *,
+        distributed_config: DistributedConfig | None = None,
+    ) -> Muon:
         """The optimizer of a model, sharded or not; under DDP its replicas share the work.
 
         Parameters that are no DTensors are taken to be replicated over all of the mesh but pp; with
         one rank, or none but pipeline stages, they are each rank's own. `mesh`: what `build_mesh`
-        has returned; default: another like it.
+        has returned; default: another like it. `distributed_config`: in place of all that.
         """
         section = self.optimizer
         groups = group_parameters(
@@ -234,8 +240,8 @@ class MuonConfig:
             del options[name]
         for name in ("ns_dtype", "momentum_dtype"):
             options[name] = options[name] and getattr(torch, options[name])
-        config = None
-        if dist.is_initialized() and any(name != "pp" for name in self.sizes):
+        config = distributed_config
+        if config is None and dist.is_initialized() and any(name != "pp" for name in self.sizes):
             config = create_devicemesh_config(mesh or self.build_mesh())
         return Muon(groups, distributed_config=config, **options)
 

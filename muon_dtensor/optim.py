@@ -137,6 +137,7 @@ class Muon(Optimizer):
             the constructor, if they hand over different plain tensors under process groups.
     """
 
+    @ordinary_mode()
     def __init__(
         self,
         params: Params,
@@ -235,6 +236,7 @@ class Muon(Optimizer):
         if is_told and not self._config.is_by_hand:
             logger.info("%s; print(optimizer.plan) says more", headline(self.plan))
 
+    @ordinary_mode()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does; its parameters are planned, and compared at the next step.
 
@@ -268,6 +270,11 @@ class Muon(Optimizer):
     def _ready(self) -> Prepared:
         assert self._prepared is not None, "the constructor prepares"
         return self._prepared
+
+    @property
+    def has_custom_transport(self) -> bool:
+        """Whether functions of the user move matrices, so that there is no plan."""
+        return self._config.is_by_hand
 
     @property
     def trace(self) -> Trace:
@@ -425,6 +432,7 @@ class Muon(Optimizer):
         if misplaced := self._ready.census.misplaced():
             raise CheckpointError(misplaced)
 
+    @ordinary_mode()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's, for state of this optimizer, torch.optim.Muon or torch.optim.AdamW.
 
@@ -468,6 +476,7 @@ class Muon(Optimizer):
     def _all_params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
+    @ordinary_mode()
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by pickle and by `load_state_dict`: plan what the groups now say."""
         known = self.__dict__.get("param_groups", [])
@@ -486,8 +495,7 @@ class Muon(Optimizer):
         if layouts is not None:  # a copy: what other ranks told of the plain tensors is known
             self._plain = PlainTensors(self._config.plain_rule)
             self._plain.restore(self._all_params(), layouts)
-        with ordinary_mode():
-            self._prepare()
+        self._prepare()
 
 
 _PICKLED = ("_settings", "_trace", "_config")

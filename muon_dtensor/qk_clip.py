@@ -14,7 +14,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from muon_dtensor.runtime.collectives import maximum_of_all
-from muon_dtensor.runtime.describe import Describer, describe_layout, local_part, this_rank
+from muon_dtensor.runtime.describe import (
+    Describer,
+    describe_layout,
+    local_part,
+    ordinary_mode,
+    this_rank,
+)
 from muon_dtensor.runtime.groups import Groups
 
 TAU = 100.0
@@ -161,6 +167,7 @@ class QKClip:
         """[layers, heads]: the largest since the last step, on this rank."""
         return self._seen
 
+    @ordinary_mode()
     @torch.no_grad()
     def __call__(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
         """The hook: a collective of the mesh's ranks. Forgets what was observed."""

@@ -1,6 +1,7 @@
 """`muon-dtensor validate`: a right setup passes, a wrong one fails, by exit status and by name."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
 
-from muon_dtensor import DistributedConfig, create_devicemesh_config
+from muon_dtensor import DistributedConfig, Muon, create_devicemesh_config, group_parameters
 from muon_dtensor.cli.validate import TOLERANCES
 from tests.requirements.models import TinyTransformer, batch
 
@@ -47,16 +54,79 @@ def hsdp(model: nn.Module) -> tuple[nn.Module, DistributedConfig]:
     return model, create_devicemesh_config(mesh)
 
 
-def forgets_to_synchronize(model: nn.Module) -> tuple[nn.Module, Any]:
-    """Replicas that see other data than the baseline, and never average their gradients."""
+def other_data(model: nn.Module) -> tuple[nn.Module, Any]:
+    """Averages as it should, over other data than the baseline's."""
     model.register_forward_pre_hook(lambda _, args: (args[0] + dist.get_rank() + 1,))
-    return model, None
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
+    return DistributedDataParallel(model), create_devicemesh_config(mesh)
 
 
 THE_USER_S_OWN = (
     *("--model", "tests.test_validate:transformer"),
     *("--batch", "tests.test_validate:tokens"),
-    *("--setup", "tests.test_validate:hsdp", "--iteration-dtype", "bfloat16"),
+    *("--setup", "tests.test_validate:hsdp"),
+)
+
+
+def odd_batch(model: nn.Module, step: int) -> torch.Tensor:
+    return torch.ones(3, 48)
+
+
+def not_parallel(model: nn.Module) -> tuple[nn.Module, None]:
+    return model, None
+
+
+def not_averaged(model: nn.Module) -> tuple[nn.Module, DistributedConfig]:
+    """Replicas on all ranks that share the work, whose gradients nobody averages."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
+    return model, create_devicemesh_config(mesh)
+
+
+class TokenModel(nn.Module):
+    """Refuses token ids that are no integers; its head is a matrix of AdamW."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.wqkv = nn.Linear(8, 24, bias=False)
+        self.out = nn.Linear(24, 8, bias=False)
+        self.lm_head = nn.Linear(8, 11, bias=False)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        assert tokens.dtype == targets.dtype == torch.int64
+        return self.lm_head(self.out(self.wqkv(self.embed(tokens))))
+
+
+def token_batch(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(11, (8, 6), generator=torch.Generator().manual_seed(step))
+    return {"tokens": tokens, "targets": tokens.roll(-1, dims=1)}
+
+
+def next_token_loss(output: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return nn.functional.cross_entropy(output.flatten(0, 1), batch["targets"].flatten())
+
+
+def tensor_parallel(model: nn.Module) -> tuple[nn.Module, None]:
+    """Both ranks see the same samples, which the name of the mesh dim tells."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    plan = {"wqkv": ColwiseParallel(), "out": RowwiseParallel()}
+    return parallelize_module(model, mesh, plan), None
+
+
+def polar_express(model: nn.Module, config: DistributedConfig | None) -> Muon:
+    groups = group_parameters(model, lr=0.02, rules=[("wqkv", {"split_sizes": (8, 8, 8)})])
+    return Muon(
+        groups,
+        distributed_config=config,
+        orthogonalizer="polar_express",
+        ns_dtype=torch.float32,
+    )
+
+
+TOKENS = (
+    *("--model", "tests.test_validate:TokenModel"),
+    *("--batch", "tests.test_validate:token_batch"),
+    *("--loss", "tests.test_validate:next_token_loss"),
 )
 
 
@@ -91,6 +161,7 @@ def test_the_three_modes_one_after_the_other(tmp_path, flags, num_params):
     [
         pytest.param(("--setup", "fsdp1", "--precision", "mixed"), id="fsdp1-mixed"),
         pytest.param(("--setup", "ddp", "--precision", "bf16"), id="ddp-bf16"),
+        pytest.param(("--setup", "fsdp", "--precision", "fp16"), id="fsdp-fp16"),
         pytest.param(THE_USER_S_OWN, id="the-user-s-own"),
     ],
 )
@@ -101,20 +172,55 @@ def test_right_setups_pass(tmp_path, flags):
 
 
 def test_a_wrong_setup_fails(tmp_path):
-    status, text = validate(tmp_path, "--setup", "tests.test_validate:forgets_to_synchronize")
+    status, text = validate(tmp_path, "--setup", "tests.test_validate:other_data")
     assert status == 1
     assert "up.weight" in text
     assert "FAIL: 5 of 5 parameters differ by more than 1e-05." in text
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_setup_that_averages_nothing_fails(tmp_path, precision):
+    flags = ("--setup", "tests.test_validate:not_averaged", "--precision", precision)
+    status, text = validate(tmp_path, *flags)
+    assert status == 1
+    assert re.search(r"FAIL: [345] of 5 parameters", text), text
+
+
+def test_a_setup_that_is_not_parallel_is_refused(tmp_path):
+    status, text = validate(tmp_path, "--setup", "tests.test_validate:not_parallel")
+    assert status == 2
+    assert "its plan says 'this rank alone' of every matrix" in text
+    assert "PASS" not in text
+
+
+def test_token_ids_a_loss_and_an_optimizer_of_the_user_s(tmp_path):
+    flags = ("--optimizer", "tests.test_validate:polar_express")
+    status, text = validate(tmp_path, *TOKENS, *flags)
+    assert status == 0, text
+    assert "PASS: all 4 parameters match within 1e-05." in text
+
+
+def test_a_config_file_and_ranks_that_see_the_same_data(tmp_path):
+    path = tmp_path / "job.toml"
+    path.write_text(
+        "[optimizer]\nlr = 0.02\nns_dtype = 'float32'\n"
+        "[[optimizer.rules]]\npattern = 'wqkv'\nsplit_sizes = [8, 8, 8]\n"
+    )
+    flags = ("--setup", "tests.test_validate:tensor_parallel", "--optimizer", str(path))
+    status, text = validate(tmp_path, *TOKENS, *flags)
+    assert status == 0, text
+    assert "PASS: all 4 parameters match within 1e-05." in text
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
+        (("--batch", "tests.test_validate:odd_batch"), "does not divide over 2 data ranks"),
         (("--model", "tests.test_validate:nothing"), "names no function"),
         (("--model", "tests.test_validate:transformer"), "has no input_dim"),
         (("--num-steps", "0"), "must be 1 or more"),
     ],
-    ids=["no-function", "no-batch", "no-steps"],
+    ids=["odd-batch", "no-function", "no-batch", "no-steps"],
 )
 def test_what_cannot_run_is_told(tmp_path, flags, told):
     status, text = validate(tmp_path, *flags)

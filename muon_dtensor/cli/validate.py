@@ -30,6 +30,8 @@ def validate(
     lr: float = 0.02,
     precision: Precision = "fp32",
     iteration_dtype: Literal["float32", "bfloat16"] = "float32",
+    loss: str = "muon_dtensor.cli.validate_worker:mean_square",
+    optimizer: str | None = None,
     ranks: int = 4,
     out: Path = Path("validate-out"),
 ) -> int:
@@ -43,15 +45,23 @@ def validate(
         mode: baseline (one process), distributed, compare, or all three one after the other.
         model: `pkg.mod:fn` that returns the model; called with no arguments, seed 42.
         setup: fsdp (fully_shard), fsdp1, ddp, or `pkg.mod:fn` that takes the model and returns
-            (wrapped model, DistributedConfig or None).
-        batch: `pkg.mod:fn` that takes (model, step) and returns the input; the loss is the mean
-            square of the output.
+            (wrapped model, DistributedConfig or None), and as a third value, where not all ranks
+            see other data, the DeviceMesh of those that do. Without it these are all ranks, but
+            those along mesh dims called tp, cp, ep and pp.
+        batch: `pkg.mod:fn` that takes (model, step) and returns the whole batch, the same on every
+            rank: a tensor, or a tuple or dict of them, samples along dim 0. In parallel each data
+            rank trains on its share of it, so that gradients nobody averages show (in narrow
+            precisions on all of it, with another weight of the loss).
         model_name: begins the names of the files.
         num_steps: optimizer steps.
-        lr: learning rate of all parameters.
+        lr: learning rate of all parameters, unless `optimizer` is given.
         precision: of the model, and with it the tolerance; mixed is float32 under bf16 autocast.
         iteration_dtype: of Newton-Schulz. bfloat16, as training uses it, may turn a difference in
-            a gradient's last bit (tensor parallelism) into one over the tolerance.
+            a gradient's last bit (its sum over ranks) into one over the tolerance.
+        loss: `pkg.mod:fn` that takes (output, batch) and returns a scalar, the mean over samples;
+            default: the mean square of the output.
+        optimizer: `pkg.mod:fn` that takes (model, DistributedConfig or None) and returns the
+            optimizer; or a TOML or YAML file of MuonConfig, with rules and options.
         ranks: processes to start.
         out: folder for the parameters.
     """
@@ -60,6 +70,7 @@ def validate(
         return 2
     out.mkdir(parents=True, exist_ok=True)
     told = [model, setup, batch, model_name, str(num_steps), str(lr), precision, iteration_dtype]
+    told += [loss, optimizer or ""]
     worker = ("-m", "muon_dtensor.cli.validate_worker")
     runs: dict[str, list[str]] = {"baseline": [sys.executable, *worker, "baseline"]}
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -76,6 +76,9 @@ def iterate(
     Raises:
         ValueError: x has fewer than two dims, or the dtype is another.
     """
+    if torch.is_autocast_enabled(x.device.type):  # which would iterate in its own dtype
+        with torch.autocast(x.device.type, enabled=False):
+            return iterate(x, coefficients, eps=eps, dtype=dtype, body=body)
     if x.ndim < 2:
         raise ValueError(f"a matrix has two dims, got a tensor of shape {tuple(x.shape)}")
     if dtype not in DTYPES:

@@ -311,7 +311,7 @@ class Plan:
         return summary(self)
 
     def explain(self, fqn: str) -> str:
-        """All that happens to one parameter. Raises KeyError for an unknown name."""
+        """All that happens to one parameter. Raises ValueError for an unknown name."""
         from muon_dtensor.planning.render import explain
 
         return explain(self, fqn)

@@ -3,6 +3,7 @@
 Formats what is there. Decides and computes nothing about the step itself.
 """
 
+import difflib
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -313,8 +314,19 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def explain(plan: Plan, fqn: str) -> str:
-    """All that happens to one parameter, matrix by matrix. Raises KeyError for other names."""
-    index = {spec.fqn: i for i, spec in enumerate(plan.params)}[fqn]
+    """All that happens to one parameter, matrix by matrix.
+
+    Raises ValueError for a name that the plan does not hold, and says which one is near.
+    """
+    names = {spec.fqn: i for i, spec in enumerate(plan.params)}
+    if fqn not in names:
+        near = difflib.get_close_matches(fqn, names, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ValueError(
+            f"the plan holds no parameter {fqn!r}, but {len(names)} others.{hint} AdamW's and "
+            "frozen parameters are in no plan."
+        )
+    index = names[fqn]
     spec = plan.params[index]
     lines = [
         f"{fqn}  {shape_text(spec)} {spec.dtype} on {spec.layout.mesh}",

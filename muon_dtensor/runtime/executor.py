@@ -79,6 +79,7 @@ class Executor:
         self._moments = RowMoments(plan, rank, groups)
         self._look: Look | None = None
         self._now: Action | None = None
+        self._is_meanwhile = False
 
     @contextmanager
     def watched(self, trace: Trace, look: Look) -> Iterator[None]:
@@ -110,7 +111,7 @@ class Executor:
 
         Args:
             keep: a bool scalar on the device; where it is False all bytes move and nothing changes.
-            meanwhile: other work of this rank, which is done while the first exchanges are in
+            meanwhile: AdamW's work of this rank, which is done while the first exchanges are in
                 flight, and in any case.
         """
         try:
@@ -120,11 +121,17 @@ class Executor:
             self._flights.clear()
             self._buffers.forget()
             if isinstance(error, Exception):
-                where = f"{now} ({now.phase.name.lower()})" if (now := self._now) else "row moments"
-                raise StepFailedError(f"The step failed in phase {where}: {error}") from error
+                raise StepFailedError(f"The step failed in {self._where()}: {error}") from error
             raise
         if self._trace is not None:
             self._trace.step += 1
+
+    def _where(self) -> str:
+        if self._is_meanwhile:
+            return "AdamW's groups"
+        if (now := self._now) is None:
+            return "the row moments of NorMuon"
+        return f"phase {now} ({now.phase.name.lower()})"
 
     def _walk(
         self,
@@ -132,10 +139,11 @@ class Executor:
         keep: Tensor | None,
         meanwhile: Callable[[], None] | None,
     ) -> None:
+        self._is_meanwhile = False
         for action in self.plan.schedule:
             self._now = action
             if meanwhile is not None and action.phase is not Phase.UNSHARD:
-                meanwhile()
+                self._do(meanwhile)
                 meanwhile = None
             if action.bucket in self._runs:
                 run = self._runs[action.bucket]
@@ -144,10 +152,15 @@ class Executor:
                 else:
                     self._act(action, run, params, keep)
         if meanwhile is not None:
-            meanwhile()
+            self._do(meanwhile)
         self._now = None
         kept = {index: p.moments for index, p in params.items() if p.moments is not None}
         self._moments.tell(kept)
+
+    def _do(self, meanwhile: Callable[[], None]) -> None:
+        self._is_meanwhile = True
+        meanwhile()
+        self._is_meanwhile = False
 
     def _act(
         self,
