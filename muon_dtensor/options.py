@@ -190,9 +190,9 @@ def complete_loaded(group: dict[str, Any], known: Mapping[str, Any]) -> None:
     """Fill in, in place, what a checkpoint does not name.
 
     `known`: the group that is loaded into. It keeps what checkpoints of torch's Muon and AdamW
-    cannot say, such as its algorithm, and the matrices it declares, whatever the checkpoint
-    declares. What they say and no group of ours holds is left out. Raises GroupOptionError for what
-    cannot be done.
+    cannot say, such as its algorithm, and its own names of parameters and declarations of matrices,
+    whatever the checkpoint says of those. What they say and no group of ours holds is left out.
+    Raises GroupOptionError for what cannot be done.
     """
     if asked := [name for name in NOT_OFFERED if group.get(name)]:
         raise GroupOptionError(f"the loaded group has {asked[0]}=True, which Muon's AdamW has not")
@@ -203,7 +203,7 @@ def complete_loaded(group: dict[str, Any], known: Mapping[str, Any]) -> None:
     for name, value in {**_defaults_of(algorithm, DEFAULTS), **kept}.items():
         group.setdefault(name, value)
     if known:
-        group.update({name: known[name] for name in DECLARED})
+        group.update({name: known[name] for name in (*DECLARED, "param_names") if name in known})
     if group["algorithm"] == "adamw" and group["betas"]:
         group["momentum"] = group["betas"][0]
 
