@@ -322,7 +322,8 @@ def _refuse(names: Mapping[nn.Parameter, Sequence[str]], slices: FlatSlices) -> 
 class _Use:
     """One place of a parameter in a model: the modules on its path, and its name there.
 
-    Without what FSDP1, activation checkpointing, torch.compile, DDP and parametrizations add.
+    Without the modules that FSDP1, activation checkpointing, torch.compile and DDP add. A
+    parametrized weight is of the module that it parametrizes.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], fqn: str) -> None:
@@ -330,19 +331,21 @@ class _Use:
         self._is_gain = self._name == "weight_g"  # torch.nn.utils.weight_norm
         module, parts = modules[""], path.split(".") if path else []
         self._path: list[tuple[str, nn.Module]] = []
+        own_name = self._name
         for depth, part in enumerate(parts, start=1):
             outer, module = module, modules[".".join(parts[:depth])]
             if isinstance(module, ParametrizationList):
                 is_weight_norm = type(module[0]).__name__ == "_WeightNorm"
                 self._is_gain = is_weight_norm and self._name == "original0"
                 self._path.pop()
+                own_name = f"parametrizations.{part}.{self._name}"
                 self._name, module = part, self._path[-1][1] if self._path else modules[""]
             elif part in WRAPPING or (part == "module" and isinstance(outer, DATA_PARALLEL)):
                 self._path[-1:] = [(name, module) for name, _ in self._path[-1:]]
             else:
                 self._path.append((part, module))
         self._module = module
-        self.fqn = ".".join([*(part for part, _ in self._path), self._name])
+        self.fqn = ".".join([*(part for part, _ in self._path), own_name])
 
     def entry(self, param: nn.Parameter, shape: tuple[int, ...]) -> _Entry:
         """Where this use sends the parameter, of this whole shape."""

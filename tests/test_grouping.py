@@ -1,10 +1,19 @@
 """Names and classes decide which algorithm a parameter gets; rules override them."""
 
+import logging
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
-from muon_dtensor import GroupOptionError, Muon, group_parameters
+from muon_dtensor import GroupOptionError, Muon, PlanError, group_parameters
+from muon_dtensor.integrations.transformers import MuonFactory
+from tests.support.cases import mesh_of, tensors_like
+from tests.support.pool import run_processes
 
 
 class RMSNorm(nn.Module):
@@ -140,3 +149,332 @@ def test_the_table(capsys):
         "layers.1.norm.weight    [4]        adamw      norm",
     ):
         assert line in printed
+
+
+def nested(path: str, module: nn.Module) -> nn.Module:
+    """A model that holds a module at a path; numbers are members of a ModuleList."""
+    for part in reversed(path.split(".")):
+        outer: Any = nn.ModuleList([module]) if part == "0" else nn.Module()
+        if part != "0":
+            outer.add_module(part, module)
+        module = outer
+    return module
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("output_layer", "qa_outputs", "v_head.summary", "classifier.out_proj", "fc", "head.fc"),
+        *("cls.predictions.decoder", "generator", "generator.proj", "lm_heads.0", "heads.0"),
+        *("model.lm_head", "mlm_head.dense", "score", "proj_out", "unembed"),
+    ],
+)
+def test_output_heads_by_any_name_go_to_adamw(path):
+    model = nested(path, nn.Linear(4, 7, bias=False))
+    assert algorithms(group_parameters(model)) == {f"{path}.weight": "adamw"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("layers.0.output", "blocks.0.sa.heads.0.key", "encoder.layer.0.output.dense"),
+        *("fc1", "multi_head.proj", "multihead_attn.out_proj", "layers.0.fc", "h.0.mlp.c_proj"),
+        *("layers.0.classifier", "decoder.layers.0.fc2"),
+    ],
+)
+def test_hidden_matrices_with_such_names_stay_with_muon(path):
+    model = nested(path, nn.Linear(4, 7, bias=False))
+    assert algorithms(group_parameters(model)) == {f"{path}.weight": "muon"}
+
+
+class RobertaClassificationHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out_proj = nn.Linear(4, 2, bias=False)
+
+
+def test_a_head_is_known_by_its_class_too_and_in_a_sequential_the_last_is_it():
+    model = nn.Module()
+    model.task = RobertaClassificationHead()
+    model.classifier = nn.Sequential(
+        nn.Linear(8, 6, bias=False), nn.ReLU(), nn.Dropout(), nn.Linear(6, 3, bias=False)
+    )
+    assert algorithms(group_parameters(model)) == {
+        "task.out_proj.weight": "adamw",
+        "classifier.0.weight": "muon",
+        "classifier.3.weight": "adamw",
+    }
+
+
+class LayerScale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(4, 1, 1))
+
+
+class NoMatrices(nn.Module):
+    """Parameters with two and more tensor dims that multiply nothing as a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.ones(1, 1, 4))
+        self.register_tokens = nn.Parameter(torch.ones(1, 4, 4))
+        self.mask_token = nn.Parameter(torch.ones(1, 4))
+        self.pos_embed = nn.Parameter(torch.ones(1, 9, 4))
+        self.relative_position_bias_table = nn.Parameter(torch.ones(9, 2))
+        self.A_log = nn.Parameter(torch.ones(8, 4))
+        self.dt_bias = nn.Parameter(torch.ones(2, 4))
+        self.class_embedding = nn.Parameter(torch.ones(1, 4))
+        self.scale = LayerScale()
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6, bias=False))
+        self.depthwise = nn.Conv1d(8, 8, 3, groups=8, bias=False)
+
+
+def test_what_is_no_matrix_goes_to_adamw():
+    found = algorithms(group_parameters(NoMatrices()))
+    assert {name for name, algorithm in found.items() if algorithm == "muon"} == {
+        "normed.parametrizations.weight.original1"
+    }
+    assert found.keys() == dict(NoMatrices().named_parameters()).keys()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_older_weight_norm_too():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 6, bias=False)))
+    assert algorithms(group_parameters(model)) == {"0.weight_g": "adamw", "0.weight_v": "muon"}
+
+
+CONVOLUTIONS: dict[str, tuple[nn.Module, list[tuple[int, int]]]] = {
+    "1d": (nn.Conv1d(4, 6, 3, bias=False), [(6, 12)]),
+    "2d": (nn.Conv2d(4, 6, 3, bias=False), [(6, 36)]),
+    "3d": (nn.Conv3d(2, 3, 2, bias=False), [(3, 16)]),
+    "2d-grouped": (nn.Conv2d(8, 6, 3, groups=2, bias=False), [(3, 36)] * 2),
+    "2d-transposed": (nn.ConvTranspose2d(4, 6, 3, bias=False), [(4, 54)]),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_is_one_matrix_per_group(name):
+    """Bitwise torch.optim.Muon on the flattened kernels."""
+    module, shapes = CONVOLUTIONS[name]
+    weight = module.weight
+    optimizer = Muon(group_parameters(nn.Sequential(module), lr=0.1))
+    assert [(m.rows, m.cols) for m in optimizer.plan.params[0].matrices] == shapes
+    parts = weight.detach().clone().reshape(len(shapes), *shapes[0])
+    theirs = [nn.Parameter(part.clone()) for part in parts]
+    oracle = torch.optim.Muon(theirs, lr=0.1)
+    for step in range(2):
+        weight.grad = tensors_like([tuple(weight.shape)], step)[0]
+        for part, grad in zip(theirs, weight.grad.reshape(parts.shape), strict=True):
+            part.grad = grad.clone()
+        optimizer.step()
+        oracle.step()
+    assert torch.equal(weight.reshape(parts.shape), torch.stack(theirs))
+
+
+def test_rules_go_over_what_a_convolution_declares():
+    conv = nn.Conv2d(4, 6, 3, bias=False)
+    model = nn.Sequential(conv)
+    faster = group_parameters(model, rules=[("0", {"lr": 0.5})])[0]
+    assert (faster["lr"], faster["matrix"]) == (0.5, "o i k0 k1 -> o (i k0 k1)")
+    other = group_parameters(model, rules=[("0", {"matrix": "o i h w -> (h w) o i"})])[0]
+    assert other["matrix"] == "o i h w -> (h w) o i"
+    adamw = group_parameters(model, rules=[("0", {"algorithm": "adamw"})])[0]
+    assert adamw.get("matrix") is None
+    Muon(group_parameters(model, rules={"0": {"algorithm": "adamw"}}))
+
+
+class Unknown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.filters = nn.Parameter(torch.ones(2, 3, 4))
+        self.kernel = nn.Parameter(torch.ones(2, 3, 4, 5))
+
+
+class GptOssExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.ones(2, 4, 6))
+        self.down_proj = nn.Parameter(torch.ones(2, 3, 4))
+        self.down_proj_bias = nn.Parameter(torch.ones(2, 4))
+
+
+def test_an_unknown_tensor_with_three_dims_goes_to_adamw_with_one_warning(caplog):
+    model = nn.Sequential(Unknown(), Unknown())
+    assert set(algorithms(group_parameters(model)).values()) == {"adamw"}
+    assert caplog.text.count("WARNING") == 1
+    assert "4 parameters with three and more tensor dims" in caplog.text
+    assert "0.filters" in caplog.text
+    caplog.clear()
+    rules = [
+        ("filters", {"matrix": "b r c -> b r c"}),
+        ("kernel", {"algorithm": "adamw", "lr": 0.1}),
+    ]
+    found = algorithms(group_parameters(model, rules=rules))
+    assert found["0.filters"] == "muon"
+    assert found["0.kernel"] == "adamw"
+    assert caplog.text == ""
+
+
+def test_experts_are_known_by_class_and_by_name(caplog):
+    model = nn.Module()
+    model.mlp = GptOssExperts()
+    model.experts_w1 = nn.Parameter(torch.ones(2, 3, 4))
+    assert algorithms(group_parameters(model)) == {
+        "experts_w1": "muon",
+        "mlp.gate_up_proj": "muon",
+        "mlp.down_proj": "muon",
+        "mlp.down_proj_bias": "adamw",
+    }
+    assert caplog.text.count("WARNING") == 1
+    assert "mlp.gate_up_proj looks like several matrices in one" in caplog.text
+    assert "'split_dim': 1 or 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("w13", "gate_up_proj", "linear_fc1", "in_proj", "in_proj_qkvz", "qkv", "c_attn", "wqkv"),
+        *("Wqkv", "query_key_value", "linear_qkv"),
+    ],
+)
+def test_undeclared_fusions_draw_a_warning(name, caplog):
+    model = nested(f"layers.0.{name}", nn.Linear(4, 12, bias=False))
+    groups = group_parameters(model)
+    assert caplog.text.count("looks like several matrices in one") == 1
+    caplog.clear()
+    group_parameters(model, rules=[(name, {"split_sizes": (4, 8)})])
+    assert caplog.text == ""
+    assert algorithms(groups) == {f"layers.0.{name}.weight": "muon"}
+
+
+def test_the_attention_of_torch_is_fused_too(caplog):
+    group_parameters(nn.Sequential(nn.MultiheadAttention(4, 2, bias=False)))
+    assert "0.in_proj_weight looks like several matrices in one" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([("*.weight", {})], r"rule 0, '\*\.weight', is no regular expression.* '\.\*'"),
+        ([("(", {})], "is no regular expression"),
+        ({"nowhere": {}}, "rule 0, 'nowhere', matches no parameter"),
+    ],
+)
+def test_patterns_that_are_none(rules, message):
+    with pytest.raises(GroupOptionError, match=message):
+        group_parameters(Llama(), rules=rules)
+
+
+def under_wrappers() -> tuple[list[str], list[str]]:
+    """Names, and what a rule that is anchored at the start of a name takes."""
+    model = Llama()
+    wrapped = torch.compile(DistributedDataParallel(model))
+    bare = [name for g in group_parameters(model) for name, _ in g["params"]]
+    groups = group_parameters(wrapped, rules=[(r"^layers\.0\.wqkv\.weight$", {"lr": 0.5})])
+    taken = [name for g in groups if g.get("lr") == 0.5 for name, _ in g["params"]]
+    names = [name for g in groups for name, _ in g["params"]]
+    return [name for name in names if name not in bare], taken
+
+
+def test_what_wrappers_put_into_names_is_left_out_before_rules_match():
+    for strange, taken in run_processes(2, under_wrappers):
+        assert strange == []
+        assert taken == ["layers.0.wqkv.weight"]
+
+
+def test_a_module_that_the_user_calls_module_keeps_its_name():
+    model = nested("module.up", nn.Linear(4, 4, bias=False))
+    assert algorithms(group_parameters(model)) == {"module.up.weight": "muon"}
+
+
+def flat_parameters() -> list[tuple[str, str]]:
+    model = FullyShardedDataParallel(nn.Linear(4, 6), device_id=torch.device("cpu"))
+    found = []
+    for make in (
+        group_parameters,
+        lambda m: MuonFactory()(m),
+        lambda m: Muon(m.parameters()),
+    ):
+        try:
+            make(model)
+        except PlanError as error:
+            found.append((type(error).__name__, str(error)))
+    return found
+
+
+def test_flat_parameters_of_fsdp1_are_refused_by_every_door():
+    for found in run_processes(2, flat_parameters):
+        assert len(found) == 3
+        for _, text in found:
+            assert "It is a flat parameter of FSDP1" in text
+            assert "use_orig_params=True" in text
+
+
+def while_gathered() -> list[str]:
+    """After a forward the root of FSDP2 stays gathered: its modules hold whole tensors."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    mesh = mesh_of((2,))
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model(torch.ones(2, 8))
+    found = []
+    for make in (
+        lambda: Muon(model.parameters()),
+        lambda: Muon([{"params": model.parameters(), "algorithm": "adamw"}]),
+        lambda: group_parameters(model),
+    ):
+        try:
+            make()
+            found.append("")
+        except PlanError as error:
+            found.append(str(error))
+    model.reshard()
+    found.append(str(Muon(model.named_parameters()).plan))
+    dist.barrier()
+    return found
+
+
+def test_an_optimizer_of_gathered_parameters_is_refused():
+    for *refused, plan in run_processes(2, while_gathered):
+        for text in refused:
+            assert "1 of 2 parameters cannot be planned" in text
+            assert "FSDP2 has gathered it for the moment" in text
+            assert "module.reshard()" in text
+        assert "rows over a=2" in plan
+
+
+def one_warning() -> list[str]:
+    lines: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    ear = Ear(logging.WARNING)
+    logging.getLogger("muon_dtensor").addHandler(ear)
+    try:
+        Muon(group_parameters(nn.Sequential(Unknown(), nested("wqkv", nn.Linear(4, 4)))))
+    finally:
+        logging.getLogger("muon_dtensor").removeHandler(ear)
+    return lines
+
+
+def test_what_all_ranks_see_is_logged_by_one():
+    first, *others = run_processes(3, one_warning)
+    assert len(first) == 3, "unknown, fused, and plain tensors on several ranks"
+    assert "plain tensors on 3 ranks: each rank orthogonalizes all of its own" in first[-1]
+    assert others == [[], []]
+
+
+def tied_heads() -> Tensor:
+    """A head tied to an embedding, both ways around, is one parameter of AdamW."""
+    model = Llama(tied=True)
+    groups = group_parameters(model)
+    params = [p for g in groups for _, p in g["params"]]
+    assert len(params) == len({id(p) for p in params})
+    return torch.tensor(sum(p is model.output.weight for p in params))
+
+
+def test_a_tied_head_is_one_parameter():
+    assert tied_heads() == 1
