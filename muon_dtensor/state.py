@@ -176,6 +176,8 @@ def keep_wide(
         for param, number in zip(group["params"], saved["params"], strict=True):
             kept = state_dict["state"].get(number, {})
             wide = momentum_dtype or grad_dtype_of(param)
+            if wide is None and param.is_leaf and hasattr(param, "grad_dtype"):  # it may be any
+                wide = getattr(kept.get("momentum_buffer"), "dtype", None)
             for key, dtype in (("momentum_buffer", wide), (MOMENTS, torch.float32)):
                 if key in kept and dtype not in (None, param.dtype):
                     state[param][key] = kept[key].to(device=local_part(param).device, dtype=dtype)

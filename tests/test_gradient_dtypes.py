@@ -1,0 +1,129 @@
+"""Gradients of another dtype than their parameters (`grad_dtype`) are stepped as by torch."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, Shard
+
+from muon_dtensor import Muon
+from muon_dtensor.runtime.describe import local_part
+from tests.support.cases import mesh_of, spread, tensors_like
+from tests.support.pool import run_processes
+from tests.support.threads import run_threads
+
+R, S0, S1 = Replicate(), Shard(0), Shard(1)
+SHAPES = [(8, 6), (7, 12), (9, 9)]
+DTYPES = [
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float32, torch.float64),
+    (torch.float64, torch.float32),
+]
+OPTIONS: list[dict[str, Any]] = [{}, {"nesterov": False}, {"momentum": 0.0}]
+
+CASES = [
+    (dtypes, options)
+    for dtypes in DTYPES
+    for options in OPTIONS
+    # torch up to 2.14 overwrites a bfloat16 momentum without nesterov; see CHANGELOG.md
+    if dtypes[1] != torch.bfloat16 or options.get("nesterov", True)
+]
+
+
+def weights_of(
+    dtype: torch.dtype, grad_dtype: torch.dtype | None, place: Any
+) -> list[nn.Parameter]:
+    params = [nn.Parameter(place(w)) for w in tensors_like(SHAPES, 0, dtype)]
+    for param in params:
+        param.grad_dtype = grad_dtype
+    return params
+
+
+def stepped(
+    layout: Any, dtype: torch.dtype, grad_dtype: torch.dtype, options: dict[str, Any], when: str
+) -> list[str]:
+    """Steps beside the oracle; names of what differs, in parameters or momenta."""
+    mesh = mesh_of(layout[0])
+
+    def place(tensor: Tensor) -> Tensor:
+        return spread(tensor, mesh, layout[1])
+
+    early = grad_dtype if when == "before" else None
+    params = weights_of(dtype, early, place)
+    theirs = weights_of(dtype, None, lambda tensor: tensor)
+    if when == "after":  # the dtype is known with the first gradient only
+        for param in params:
+            param.grad_dtype = None
+    optimizer = Muon(params, lr=0.1, strategy="owned", **options)
+    oracle = torch.optim.Muon(theirs, lr=0.1, **options)
+    for step in range(3):
+        for a, b, grad in zip(params, theirs, tensors_like(SHAPES, 1 + step), strict=True):
+            a.grad, b.grad = place(grad.to(grad_dtype)), grad.to(grad_dtype)
+        optimizer.step()
+        oracle.step()
+        if step == 1:
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer.load_state_dict(saved)
+    wrong = []
+    for index, (a, b) in enumerate(zip(params, theirs, strict=True)):
+        momentum = optimizer.state[a]["momentum_buffer"]
+        expected = oracle.state[b]["momentum_buffer"]
+        assert momentum.dtype == expected.dtype == grad_dtype
+        pairs = {"parameter": (a.detach(), b.detach()), "momentum": (momentum, expected)}
+        wrong += [
+            f"{name} {index}"
+            for name, (mine, other) in pairs.items()
+            if not torch.equal(local_part(mine), local_part(place(other)))
+        ]
+    return wrong
+
+
+LAYOUTS = [((1,), (S0,)), ((4,), (S0,)), ((2, 2), (R, S1)), ((2, 2), (S0, S1)), ((4,), (R,))]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("dtypes", "options"), CASES, ids=str)
+def test_steps_are_bitwise_torch_s(dtypes, options, when):
+    for layout in LAYOUTS:
+        num_ranks = torch.Size(layout[0]).numel()
+        found = run_threads(num_ranks, stepped, layout, *dtypes, options, when)
+        assert found == [[]] * num_ranks, layout
+
+
+def other_dtype_on_one_rank() -> tuple[str, str, bool]:
+    mesh = mesh_of((2,))
+    param = nn.Parameter(spread(torch.ones(4, 4, dtype=torch.bfloat16), mesh, (S0,)))
+    param.grad_dtype = None
+    optimizer = Muon([("w", param)])
+    dtype = torch.float32 if dist.get_rank() else torch.bfloat16
+    param.grad = spread(torch.ones(4, 4, dtype=dtype), mesh, (S0,))
+    before = local_part(param.detach()).clone()
+    try:
+        optimizer.step()
+    except Exception as error:
+        same = torch.equal(before, local_part(param.detach()))
+        return type(error).__name__, str(error), same
+    return "", "", False
+
+
+def test_another_dtype_on_one_rank_is_an_error_on_all():
+    for name, text, same in run_processes(2, other_dtype_on_one_rank):
+        assert (name, same) == ("MissingGradientError", True)
+        assert "a float32 gradient on rank 1" in text
+
+
+def test_adamw_refuses_what_torch_s_adamw_refuses():
+    param = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    param.grad_dtype = torch.float32
+    param.grad = torch.ones(4)
+    with pytest.raises(RuntimeError):
+        torch.optim.AdamW([param]).step()
+    optimizer = Muon([{"params": [("w", param)], "algorithm": "adamw"}])
+    with pytest.raises(RuntimeError, match="w is bfloat16 and its gradient float32: torch's AdamW"):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(4, dtype=torch.bfloat16))

@@ -1,0 +1,272 @@
+"""Parameters that are not what they seem: odd shards, replicas that differ, stale tensors."""
+
+import copy
+import gc
+import logging
+import pickle
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from muon_dtensor import Muon, create_devicemesh_config, create_processgroup_config
+from muon_dtensor.runtime.describe import local_part
+from tests.support.cases import mesh_of, spread, tensors_like
+from tests.support.pool import run_processes
+
+R, S0, S1 = Replicate(), Shard(0), Shard(1)
+
+
+def outcome(optimizer: Muon, params: list[nn.Parameter]) -> tuple[str, str, bool]:
+    """Type and text of what a step raises, and whether parameters and state stay as they were."""
+
+    def values() -> list[Tensor]:
+        states = [v for p in params for v in optimizer.state[p].values()]
+        return [local_part(v.detach()).clone() for v in (*params, *states)]
+
+    before = values()
+    try:
+        optimizer.step()
+    except Exception as error:
+        return type(error).__name__, str(error), all(map(torch.equal, before, values()))
+    return "", "", False
+
+
+def ragged(sizes: tuple[int, ...], algorithm: str) -> tuple[str, str, bool]:
+    """A DTensor of 12 rows whose ranks store other pieces than torch.chunk's."""
+    mesh = mesh_of((4,))
+    rows = sizes[dist.get_rank()]
+
+    def made(value: float) -> DTensor:
+        return DTensor.from_local(
+            torch.full((rows, 4), value), mesh, (S0,), run_check=False, shape=(12, 4), stride=(4, 1)
+        )
+
+    param = nn.Parameter(made(1.0))
+    other = nn.Parameter(spread(torch.ones(8, 4), mesh, (S0,)))
+    optimizer = Muon([{"params": [("odd", param), ("even", other)], "algorithm": algorithm}])
+    param.grad, other.grad = made(2.0), spread(torch.ones(8, 4), mesh, (S0,))
+    return outcome(optimizer, [param, other])
+
+
+@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+@pytest.mark.parametrize("sizes", [(6, 2, 2, 2), (4, 2, 3, 3), (0, 6, 3, 3)], ids=str)
+def test_ragged_shards_are_an_error_on_all_ranks_before_anything_changes(sizes, algorithm):
+    """Also on the ranks whose own shard is as it should be."""
+    found = run_processes(4, ragged, sizes, algorithm)
+    for rank, (name, text, same) in enumerate(found):
+        assert same
+        if sizes[rank] == 3:
+            assert name == "PlanMismatchError"
+            assert f"but stores [{sizes[1]}, 4]" in text
+        else:
+            assert name == "PlanError"
+            assert f"Rank {rank} stores [{sizes[rank]}, 4], and a shard so placed is [3, 4]" in text
+            assert "create_processgroup_config" in text
+
+
+def ragged_plain(sizes: tuple[int, ...]) -> bool:
+    """What the message advises: the same shards as plain tensors, bitwise torch's Muon."""
+    whole, grad = tensors_like([(12, 4), (12, 4)], 3)
+    rank = dist.get_rank()
+    config = create_processgroup_config(fsdp_pg=dist.group.WORLD)
+    param = nn.Parameter(whole.split(sizes)[rank].clone())
+    optimizer = Muon([("odd", param)], lr=0.1, distributed_config=config)
+    param.grad = grad.split(sizes)[rank].clone()
+    optimizer.step()
+    expected = nn.Parameter(whole.clone())
+    expected.grad = grad
+    torch.optim.Muon([expected], lr=0.1).step()
+    return torch.equal(param, expected.detach().split(sizes)[rank])
+
+
+def test_ragged_plain_shards_are_stepped():
+    assert all(run_processes(4, ragged_plain, (6, 2, 2, 2)))
+
+
+def on_one_rank() -> str:
+    mesh = mesh_of((1,))
+    odd = DTensor.from_local(
+        torch.ones(2, 4), mesh, (S0,), run_check=False, shape=(3, 4), stride=(4, 1)
+    )
+    try:
+        Muon([nn.Parameter(odd)])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_on_a_mesh_of_one_rank_the_constructor_raises():
+    (text,) = run_processes(1, on_one_rank)
+    assert "Rank 0 stores [2, 4], and a shard so placed is [3, 4]" in text
+
+
+def other_replicas(layout: Any, odd: int, check: bool) -> tuple[str, str, bool]:
+    """One rank holds other values, as after a seed of its own."""
+    mesh = init_device_mesh("cpu", layout[0], mesh_dim_names=("a", "b", "c")[: len(layout[0])])
+    params = [nn.Parameter(spread(w, mesh, layout[1])) for w in tensors_like([(8, 6), (4, 9)], 0)]
+    vector = nn.Parameter(spread(torch.ones(8), mesh, layout[1]))
+    if dist.get_rank() == odd:
+        local_part(params[1].detach()).add_(1e-3)
+    groups: list[Any] = [
+        {"params": [("first", params[0]), ("second", params[1])]},
+        {"params": [("third", vector)], "algorithm": "adamw"},
+    ]
+    optimizer = Muon(groups, check_replicas=check)
+    for param in (*params, vector):
+        param.grad = spread(torch.ones(param.shape), mesh, layout[1])
+    return outcome(optimizer, [*params, vector])
+
+
+@pytest.mark.parametrize(
+    "layout", [((4,), (R,)), ((2, 2), (R, S0)), ((2, 2), (S0, R)), ((2, 2), (R, R))], ids=str
+)
+def test_replicas_that_differ_are_an_error_on_all_ranks(layout):
+    found = run_processes(4, other_replicas, layout, 3, True)
+    assert [same for _, _, same in found] == [True] * 4
+    names = {name for name, _, _ in found}
+    assert "PlanMismatchError" in names
+    assert names <= {"PlanMismatchError", "RuntimeError"}
+    seen = [text for name, text, _ in found if name == "PlanMismatchError"]
+    assert all("Replicas of 1 parameters" in text and "second" in text for text in seen)
+    assert all("Another rank" in t for name, t, _ in found if name == "RuntimeError")
+
+
+def test_the_check_of_replicas_can_be_left_out():
+    for name, _, _ in run_processes(4, other_replicas, ((4,), (R,)), 3, False):
+        assert name == ""
+
+
+def equal_replicas(dtype: torch.dtype) -> str:
+    """Equal ones pass in every dtype, with NaN, empty shards, and scalars of AdamW."""
+    mesh = mesh_of((2, 2))
+    shapes = [(1, 4), (5, 3)]
+    params = [nn.Parameter(spread(w, mesh, (R, S0))) for w in tensors_like(shapes, 0, dtype)]
+    with torch.no_grad():
+        local_part(params[1]).fill_(float("nan"))
+    scalar = nn.Parameter(spread(torch.ones((), dtype=dtype), mesh, (R, R)))
+    groups: list[Any] = [{"params": params}, {"params": [scalar], "algorithm": "adamw"}]
+    optimizer = Muon(groups)
+    for param in (*params, scalar):
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    return "stepped"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_replicas_that_are_equal_pass(dtype):
+    assert run_processes(4, equal_replicas, dtype) == ["stepped"] * 4
+
+
+def plain_replicas() -> tuple[str, str, bool]:
+    """Plain tensors that a config calls replicas (DDP)."""
+    param = nn.Parameter(torch.full((4, 4), 1.0 + dist.get_rank()))
+    config = create_devicemesh_config(mesh_of((2,)))
+    optimizer = Muon([("w", param)], distributed_config=config)
+    param.grad = torch.ones(4, 4)
+    return outcome(optimizer, [param])
+
+
+def test_plain_replicas_that_differ_are_an_error():
+    for name, text, same in run_processes(2, plain_replicas):
+        assert (name, same) == ("PlanMismatchError", True)
+        assert "Replicas of 1 parameters hold different values" in text
+
+
+def wrapped_afterwards() -> tuple[str, str, bool]:
+    """FSDP1 changes the parameters of an optimizer that was made before it, in place."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    optimizer = Muon(model.named_parameters())
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    wrapped(torch.ones(2, 8)).sum().backward()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return outcome(optimizer, params)
+
+
+def test_a_parameter_that_changed_its_shape_is_an_error_before_anything_changes():
+    for name, text, same in run_processes(2, wrapped_afterwards):
+        assert (name, same) == ("RuntimeError", True)
+        assert "stored [8, 8] on this rank when the optimizer was made" in text
+
+
+def replaced() -> tuple[bool, int]:
+    """Whether old parameters are alive after the step that follows new ones, as in Accelerate."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    config = create_devicemesh_config(mesh_of((2,)))
+    optimizer = Muon(model.parameters(), distributed_config=config)
+    old = [weakref.ref(param) for param in model.parameters()]
+    mesh = mesh_of((2,))
+    fully_shard(model, mesh=mesh)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    del param
+    optimizer.step()
+    gc.collect()
+    return any(reference() is not None for reference in old), len(optimizer.state)
+
+
+def test_replaced_parameters_are_let_go():
+    assert run_processes(2, replaced) == [(False, 2)] * 2
+
+
+def test_the_table_of_plain_tensors_holds_none():
+    """On one process too, where a plain parameter is replaced by another."""
+    first, second = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+    optimizer = Muon([first])
+    optimizer.param_groups[0]["params"] = [second]
+    second.grad = torch.ones(3, 3)
+    optimizer.step()
+    reference = weakref.ref(first)
+    del first
+    gc.collect()
+    assert reference() is None
+
+
+def copied_on_one_rank() -> str:
+    """A copy under process groups asks no other rank for what the original knows."""
+    config = create_processgroup_config(fsdp_pg=dist.group.WORLD)
+    shard = torch.ones(4 + dist.get_rank(), 6)
+    optimizer = Muon([("w", nn.Parameter(shard))], distributed_config=config)
+    text = "not copied"
+    if dist.get_rank() == 0:
+        twin = copy.deepcopy(optimizer)
+        twin = pickle.loads(pickle.dumps(twin))
+        text = str(twin.plan) == str(optimizer.plan) and "copied"
+    dist.barrier()
+    return str(text)
+
+
+def test_a_copy_on_one_rank_does_not_wait_for_the_others():
+    assert run_processes(2, copied_on_one_rank) == ["copied", "not copied"]
+
+
+def plain_without_config(config: bool) -> list[str]:
+    lines: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    ear = Ear(logging.WARNING)
+    logging.getLogger("muon_dtensor").addHandler(ear)
+    try:
+        made = create_devicemesh_config(mesh_of((2,))) if config else None
+        Muon([("w", nn.Parameter(torch.ones(3, 3)))], distributed_config=made)
+    finally:
+        logging.getLogger("muon_dtensor").removeHandler(ear)
+    return lines
+
+
+def test_plain_tensors_on_several_ranks_without_a_config_are_told_by_one_rank():
+    first, second = run_processes(2, plain_without_config, False)
+    assert len(first) == 1
+    assert "create_devicemesh_config(mesh)" in first[0]
+    assert second == []
+    assert run_processes(2, plain_without_config, True) == [[], []]
