@@ -268,7 +268,7 @@ def _with_short_names(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         known = TITAN_DEGREES.get(name, name)
         if known in short:
-            raise ValueError(f"parallelism.{known} is given twice, once as '{name}'")
+            raise ValueError(f"parallelism.{known} is given twice, by two names")
         short[known] = value
     return short
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from muon_dtensor import clip_grad_norm_
+from muon_dtensor import Muon, clip_grad_norm_, clipping
 from muon_dtensor.runtime.describe import local_part
 from muon_dtensor.runtime.whole import cut_like
 from tests.support.cases import mesh_of, spread, tensors_like
@@ -191,3 +191,74 @@ def partial_and_missing() -> bool:
 
 def test_partial_and_missing_gradients():
     assert all(run_processes(4, partial_and_missing))
+
+
+def matrices_and_vectors() -> Muon:
+    params = [nn.Parameter(w) for w in tensors_like([(6, 4), (5,), (3, 7)], 0)]
+    optimizer = Muon(
+        [
+            {"params": [params[0]]},
+            {"params": [params[1]], "algorithm": "adamw"},
+            {"params": [params[2]]},
+        ]
+    )
+    for param, grad in zip(params, tensors_like([(6, 4), (5,), (3, 7)], 1), strict=True):
+        param.grad = 10 * grad
+    return optimizer
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "muon", None])
+@pytest.mark.parametrize("as_groups", [False, True])
+def test_one_algorithm_s_gradients_are_clipped_alone(algorithm, as_groups):
+    optimizer = matrices_and_vectors()
+    groups = optimizer.param_groups
+    mine = [p for g in groups if algorithm in (None, g["algorithm"]) for p in g["params"]]
+    rest = [p for g in groups if algorithm not in (None, g["algorithm"]) for p in g["params"]]
+    others = [p.grad.clone() for p in rest]
+    norm, expected = expected_of([p.grad for p in mine], 1.0, 2.0)
+    found = clip_grad_norm_(groups if as_groups else optimizer, 1.0, algorithm=algorithm)
+    assert math.isclose(float(found), norm, rel_tol=1e-6)
+    for param, grad in zip(mine, expected, strict=True):
+        torch.testing.assert_close(param.grad, grad.to(param.grad))
+    assert all(map(torch.equal, [p.grad for p in rest], others))
+
+
+def test_an_algorithm_needs_param_groups():
+    optimizer = matrices_and_vectors()
+    params = [p for g in optimizer.param_groups for p in g["params"]]
+    with pytest.raises(ValueError, match="needs an optimizer, or its param_groups"):
+        clip_grad_norm_(params, 1.0, algorithm="adamw")
+    with pytest.raises(ValueError, match="must be 'muon', 'adamw' or None"):
+        clip_grad_norm_(optimizer, 1.0, algorithm="sgd")
+
+
+def adamw_alone_on_ranks() -> bool:
+    mesh = mesh_of((4,))
+    matrix = nn.Parameter(spread(torch.zeros(8, 4), mesh, (S0,)))
+    vector = nn.Parameter(spread(torch.zeros(8), mesh, (S0,)))
+    optimizer = Muon([{"params": [matrix]}, {"params": [vector], "algorithm": "adamw"}])
+    matrix.grad = spread(torch.full((8, 4), 100.0), mesh, (S0,))
+    vector.grad = spread(torch.full((8,), 3.0), mesh, (S0,))
+    norm = clip_grad_norm_(optimizer, 1.0, algorithm="adamw")
+    same = torch.equal(matrix.grad.to_local(), torch.full((2, 4), 100.0))
+    return same and math.isclose(float(norm), math.sqrt(72), rel_tol=1e-6)
+
+
+def test_adamw_alone_on_four_ranks():
+    assert all(run_processes(4, adamw_alone_on_ranks))
+
+
+def test_clipping_that_leaves_muon_next_to_nothing_is_told_once(caplog):
+    clipping._log_near_eps.cache_clear()
+    optimizer = matrices_and_vectors()
+    clip_grad_norm_(optimizer, 1.0)
+    assert caplog.text == ""
+    optimizer.param_groups[1]["params"][0].grad[0] = 1e10  # one embedding row runs away
+    clip_grad_norm_(optimizer, 1.0)
+    assert "leaves all of Muon's near eps" in caplog.text
+    assert "algorithm='adamw'" in caplog.text
+    optimizer = matrices_and_vectors()
+    optimizer.param_groups[1]["params"][0].grad[0] = 1e10
+    caplog.clear()
+    clip_grad_norm_(optimizer, 1.0, algorithm="adamw")
+    assert caplog.text == ""

@@ -1,6 +1,7 @@
 """MuonConfig: TOML, YAML and command lines, and what is wrong in them."""
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,9 @@ def test_a_command_line_goes_over_a_file(written):
         ("[optimizer]\nweight_decy = 1", "'optimizer.weight_decy'. Did you mean 'weight_decay'"),
         ("[parallelism]\ndp_shards = 1", "'parallelism.dp_shards'. Did you mean 'dp_shard'"),
         ("[parallelism]\nzzz = 1", "Keys are dp_replicate, dp_shard, cp, tp, pp, ep"),
+        ("[optimizer]\nlearning_rate = 1", "'optimizer.learning_rate'. Did you mean 'lr'"),
+        ("[optimizer]\nwd = 1", "'optimizer.wd'. Did you mean 'weight_decay'"),
+        ("[optimizer]\nclass_weight_decay = 1", "is a table of numbers by name, got 1"),
         ("[optimizer.adamw]\nbeta = 1", "'optimizer.adamw.beta'. Did you mean 'betas'"),
         ("[optimizer]\nlr = 'fast'", "optimizer.lr is of type float, got 'fast'"),
         ("[optimizer]\nlr = true", "optimizer.lr is of type float, got True"),
@@ -123,6 +127,47 @@ def test_rules_are_checked_when_they_are_read(written):
     rule = "[[optimizer.rules]]\npattern = 'x'\nsplit_size = [1]"
     with pytest.raises(GroupOptionError, match=r"'split_size'\. Did you mean 'split_sizes'"):
         MuonConfig.from_toml(written(rule))
+
+
+@pytest.mark.parametrize("number", ["2e-2", "2E-2", "+2e-2", ".2e-1", "2.e-2", "2.0e-02", "0.02"])
+def test_numbers_in_yaml_are_numbers(written, number):
+    """YAML 1.1 takes 2e-2 for text, which PyYAML reads."""
+    text = f"""
+optimizer:
+  lr: {number}
+  rules: [{{pattern: up, lr: {number}}}]
+  adamw: {{betas: [{number}, 0.9]}}
+"""
+    config = MuonConfig.from_yaml(written(text, "job.yaml"))
+    assert config.optimizer.lr == 0.02
+    assert config.optimizer.rules[0].options == {"lr": 0.02}
+    assert config.optimizer.adamw.betas == (0.02, 0.9)
+    named = MuonConfig.from_yaml(written("optimizer: {topology: 'e5-2e3'}", "job.yaml"))
+    assert named.optimizer.topology == "e5-2e3"
+
+
+def test_torchtitan_s_names_of_degrees(written):
+    text = """
+[parallelism]
+data_parallel_replicate_degree = 2
+data_parallel_shard_degree = -1
+tensor_parallel_degree = 4
+pipeline_parallel_degree = 1
+context_parallel_degree = 1
+expert_parallel_degree = 2
+"""
+    found = MuonConfig.from_toml(written(text)).parallelism
+    assert (found.dp_replicate, found.dp_shard, found.tp, found.ep) == (2, -1, 4, 2)
+    with pytest.raises(ValueError, match=r"parallelism\.tp is given twice, by two names"):
+        MuonConfig.from_toml(written(text + "tp = 2"))
+
+
+@pytest.mark.parametrize(("module", "read"), [("yaml", "from_yaml"), ("tyro", "from_cli")])
+def test_a_missing_extra_is_named(written, monkeypatch, module, read):
+    monkeypatch.setitem(sys.modules, module, None)
+    argument: Any = written("", "job.yaml") if read == "from_yaml" else []
+    with pytest.raises(ImportError, match=r"pip install 'muon_dtensor\[cli\]'"):
+        getattr(MuonConfig, read)(argument)
 
 
 def test_sections_of_others(written):

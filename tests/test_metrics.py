@@ -2,15 +2,18 @@
 
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from muon_dtensor import DistributedConfig, GroupOptionError, Muon, create_devicemesh_config
+from muon_dtensor.metrics import Measurement
 from muon_dtensor.orthogonalize import newton_schulz
 from muon_dtensor.orthogonalize.residual import orthogonality_residual
+from muon_dtensor.settings import Settings
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads
@@ -215,3 +218,71 @@ def test_a_trace_of_the_user_goes_on():
     assert {span.step for span in optimizer.trace.spans} == {0, 1, 2}
     whole = sum(s.stop - s.start for s in optimizer.trace.spans if s.step == 2)
     assert sum(v for k, v in found.items() if k.startswith("seconds/")) == pytest.approx(whole)
+
+
+def with_partial_gradients() -> dict[str, float]:
+    """Each rank holds a part of the sum, as tensor parallelism leaves it."""
+    mesh = mesh_of((2,))
+    param = nn.Parameter(spread(torch.zeros(4, 6), mesh, (R,)))
+    optimizer = Muon([param], metrics_every=1)
+    part = torch.ones(4, 6) * (1 + torch.distributed.get_rank())
+    param.grad = DTensor.from_local(part, mesh, (Partial(),), run_check=False)
+    optimizer.step()
+    return optimizer.metrics()
+
+
+def test_partial_gradients_count_with_their_sum():
+    for found in run_threads(2, with_partial_gradients):
+        assert found["grad_norm"] == pytest.approx(3 * math.sqrt(24))
+        assert found["group0/grad_norm"] == found["grad_norm"]
+
+
+def with_moved_and_missing_gradients() -> float:
+    """A gradient on the mesh of its parameter, placed otherwise; another on one rank only."""
+    mesh = mesh_of((2,))
+    params = [nn.Parameter(spread(torch.zeros(4, 6), mesh, (S0,))) for _ in range(2)]
+    optimizer = Muon(params, metrics_every=1, missing_grad="zero")
+    params[0].grad = spread(torch.ones(4, 6), mesh, (R,))
+    if torch.distributed.get_rank() == 0:
+        params[1].grad = spread(torch.ones(4, 6), mesh, (S0,))
+    optimizer.step()
+    return optimizer.metrics()["grad_norm"]
+
+
+def test_gradients_count_as_the_step_uses_them():
+    for found in run_threads(2, with_moved_and_missing_gradients):
+        assert found == pytest.approx(math.sqrt(24 + 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_every_dtype_is_measured(dtype):
+    param = nn.Parameter(tensors_like([(4, 6)], 0, dtype)[0])
+    optimizer = Muon([param], metrics_every=1, lr=0.1, weight_decay=0.0)
+    (param.grad,) = tensors_like([(4, 6)], 1, dtype)
+    before = param.detach().double().clone()
+    optimizer.step()
+    found = optimizer.metrics()
+    assert found["grad_norm"] == pytest.approx(float(param.grad.double().norm()))
+    change = float((param.detach().double() - before).norm())
+    assert found["group0/update_norm"] == pytest.approx(change)
+
+
+def test_metrics_wait_for_momenta_on_their_way_to_the_host():
+    param = nn.Parameter(torch.ones(4, 6))
+    optimizer = Muon([param], metrics_every=1, offload_momentum=True)
+    param.grad = torch.ones(4, 6)
+    order: list[str] = []
+
+    def wait(_: Settings) -> None:
+        order.append("wait")
+
+    def read(*_: Any) -> dict[str, float]:
+        order.append("read")
+        return {}
+
+    with (
+        mock.patch.object(Settings, "wait_for_momentum", wait),
+        mock.patch.object(Measurement, "finish", read),
+    ):
+        optimizer.step()
+    assert order == ["wait", "read"]

@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import threading
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -14,10 +15,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from muon_dtensor import Muon, census
+from muon_dtensor import Muon, StepFailedError, census
+from muon_dtensor.runtime import agreement
 from muon_dtensor.runtime.describe import local_part
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
+from tests.support.threads import run_threads
 
 R, S0 = Replicate(), Shard(0)
 SHAPES = [(8, 4), (4, 8)]
@@ -368,3 +371,56 @@ def test_a_step_without_gradients_is_logged_once():
         "no parameter of this optimizer has a gradient"
     ]
     assert others == [[], [], []]
+
+
+def test_a_failure_of_adamw_is_told_as_such():
+    """It steps while the first exchanges are in flight: no phase of the plan is at fault."""
+    matrix, vector = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3))
+    optimizer = Muon([{"params": [matrix]}, {"params": [vector], "algorithm": "adamw"}])
+    matrix.grad, vector.grad = torch.ones(3, 3), torch.ones(3)
+    failing = mock.patch("muon_dtensor.prepared.adamw_step", side_effect=RuntimeError("no room"))
+    with failing, pytest.raises(StepFailedError, match=r"failed in AdamW's groups: no room"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_renamed"),
+    [
+        (RuntimeError("Timed out waiting 40000ms for recv operation to complete"), True),
+        (RuntimeError("Connection closed by peer [127.0.0.1]:1"), True),
+        (ValueError("Invalid process group specified"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB"), False),
+        (RuntimeError("output tensor must have the same type as input tensor"), False),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_only_a_rank_that_cannot_be_reached_is_called_dead(error, is_renamed):
+    for name, text in run_threads(2, with_failing_reduction, error):
+        assert name == (RuntimeError.__name__ if is_renamed else type(error).__name__)
+        assert ("one has died, hangs" in text) == is_renamed
+        assert str(error) in text
+
+
+def with_failing_reduction(error: Exception) -> tuple[str, str]:
+    mesh = mesh_of((2,))
+    params = [nn.Parameter(spread(w, mesh, (S0,))) for w in tensors_like(SHAPES, 0)]
+    optimizer = Muon(params, lr=0.1, strategy="owned")
+    set_grads(mesh, params, 0)
+    with FAILING_LOCK:
+        before = agreement.maximum_of_all
+
+        def fail(*_: Any) -> None:
+            raise error
+
+        agreement.maximum_of_all = fail
+        try:
+            optimizer.step()
+        except Exception as raised:
+            return type(raised).__name__, str(raised)
+        finally:
+            agreement.maximum_of_all = before
+    return "", ""
+
+
+FAILING_LOCK = threading.Lock()

@@ -246,3 +246,21 @@ def test_any_callable_will_do():
     param.grad = torch.randn(4, 4)
     optimizer.step()
     assert not torch.equal(param, torch.ones(4, 4))
+
+
+def only_on_meta(x: torch.Tensor) -> torch.Tensor:
+    """As a Triton kernel, which refuses tensors of the host."""
+    if x.device.type != "meta":
+        raise RuntimeError("needs a device")
+    return torch.empty_like(x)
+
+
+def test_an_orthogonalizer_is_tried_where_it_will_run(monkeypatch):
+    """A kernel of a device is not refused because it fails on the host."""
+    monkeypatch.setattr("muon_dtensor.prepared.META", torch.device("cuda"))  # meta stands for it
+    param = nn.Parameter(torch.ones(4, 4, device="meta"))
+    assert Muon([param], orthogonalizer=only_on_meta).plan.params
+    with pytest.raises(GroupOptionError, match=r"fails on \[2, 3\] of torch.bfloat16 on cpu"):
+        Muon([nn.Parameter(torch.ones(4, 4))], orthogonalizer=only_on_meta)
+    vector = nn.Parameter(torch.ones(4))
+    Muon([{"params": [vector], "algorithm": "adamw"}], orthogonalizer=only_on_meta)

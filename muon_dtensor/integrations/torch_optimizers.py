@@ -176,7 +176,8 @@ def _merged(
         if kept.keys() >= set(KEYS[algorithm]):
             new_state[numbers[name]] = {
                 key: _placed(f"{key} of {name}", kept[key], live.get(key))
-                for key in kept.keys() & {*KEYS[algorithm], *live}
+                for key in kept
+                if key in KEYS[algorithm] or key in live
             }
         else:
             fresh.append(name)
