@@ -58,6 +58,9 @@ class Muon(Optimizer):
         O  = approximate polar factor of the whole matrix D, by `orthogonalizer`
         W <- (1 - lr weight_decay) W - lr s O,   s from adjust_lr_fn
 
+    A bfloat16 or float16 parameter that is not stored row-major (channels_last, transposed) may
+    differ from torch by one rounding; see `update`, Note [Where torch rounds].
+
     A 2-D parameter is one matrix, a 3-D parameter `[e, m, n]` is e matrices, unless its group
     declares others. Each is brought together, on one rank unless `plan` says otherwise,
     orthogonalized, and handed back. All ranks of a parameter's mesh must construct the optimizer
@@ -123,13 +126,18 @@ class Muon(Optimizer):
     `normuon_beta`, `cautious_weight_decay`, and which matrices its parameters hold: `matrix`,
     `matrix_axes`, `split_sizes`, `split_dim`, see `patterns.Declaration`. With
     `algorithm="adamw"` and `betas`, `eps`, `weight_decay`, `lr` torch's own AdamW steps a group, of
-    any shape. Where a group names no `lr` or `weight_decay`, it takes the ones above, as any group
-    of an optimizer does.
+    any shape. One that does not name them has `options.ADAMW_DEFAULTS`, for the ones above are
+    Muon's. Its `momentum` is another name of betas[0], which cyclic schedulers write. Other keys
+    are carried, and not looked at.
+
+    Parameters that do not require gradients, have none and never trained are left out: they are in
+    no plan and have no state, until they begin to train.
 
     Raises:
-        GroupOptionError: an option that is unknown or out of range.
-        ValueError: `bucket_mb`, `prefetch_count`, `strategy` or `topology` is out of range, or a
-            DTensor lives on ranks that the mesh of `distributed_config` does not hold.
+        GroupOptionError: an option that is out of range.
+        ValueError: a generator of parameters that was used up before; `bucket_mb`,
+            `prefetch_count`, `strategy` or `topology` is out of range, or a DTensor lives on ranks
+            that the mesh of `distributed_config` does not hold.
         AssignmentError: the user's `assign_fn` does not assign each parameter once, to a rank
             that can own it.
         PlanError: parameters that Muon cannot step, all of them told at once.
@@ -372,7 +380,7 @@ class Muon(Optimizer):
         if not self._ready.holds(self.param_groups):
             follow_params(self.state, self.param_groups)
             self._prepare(exchange=True)
-        elif not self._ready.is_current(self.param_groups):
+        elif not self._ready.is_current(self.param_groups, self.state):
             try:
                 self._prepare()
             except (GroupOptionError, PlanError) as error:

@@ -153,10 +153,14 @@ class Prepared:
             and all(d in (then, META) for d, then in zip(devices, self._devices, strict=True))
         )
 
-    def is_current(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether these groups declare what they declared then, and no parameter was unfrozen."""
-        return self._planned == [planned_options(group) for group in groups] and not any(
-            can_train(param, {}) for param in self._frozen
+    def is_current(self, groups: Sequence[Mapping[str, Any]], state: State) -> bool:
+        """Whether these groups declare what they did, and all that can train was planned and has
+        state (which `optimizer.state.clear()` takes away).
+        """
+        return (
+            self._planned == [planned_options(group) for group in groups]
+            and not any(can_train(param, {}) for param in self._frozen)
+            and all(state.get(entry.param) for entry in self.census.entries)
         )
 
     def make_state(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:

@@ -305,3 +305,17 @@ def test_a_step_count_that_is_a_number_is_taken(caplog):
     assert torch.equal(ours, theirs)
     assert isinstance(optimizer.state[ours]["step"], Tensor)
     assert local_part(optimizer.state[ours]["step"]) == 2
+
+
+def test_state_that_the_user_clears_starts_afresh():
+    """As in torch: `optimizer.state.clear()` is how people reset an optimizer."""
+    ours, theirs = two_layers()
+    optimizer = Muon(ours.parameters(), lr=0.1)
+    oracle = torch.optim.Muon(theirs.parameters(), lr=0.1)
+    for step in range(3):
+        train_layer(ours, optimizer, [0, 1], step)
+        train_layer(theirs, oracle, [0, 1], step)
+        optimizer.state.clear()
+        oracle.state.clear()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.weight, b.weight)

@@ -25,6 +25,7 @@ from muon_dtensor.errors import GroupOptionError
 from muon_dtensor.grouping import group_parameters
 from muon_dtensor.optim import Muon
 from muon_dtensor.options import ADAMW_DEFAULTS, DEFAULTS
+from muon_dtensor.runtime.describe import warning_level
 
 logger = logging.getLogger("muon_dtensor")
 
@@ -164,7 +165,8 @@ def _taking(configs: Sequence[ParamGroupConfig], names: Sequence[str]) -> list[P
         if mine:
             found.append(config)
         else:
-            logger.warning(
+            logger.log(
+                warning_level(),
                 "no parameter of this model part is left for the pattern %r of param_groups",
                 config.pattern,
             )

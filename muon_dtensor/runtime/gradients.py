@@ -21,7 +21,7 @@ from muon_dtensor.runtime.ballots import (
     non_finite_flag,
     read,
 )
-from muon_dtensor.runtime.describe import HostCopy, dtype_name, local_part
+from muon_dtensor.runtime.describe import HostCopy, dtype_name, local_part, warning_level
 
 logger = logging.getLogger("muon_dtensor")
 
@@ -248,7 +248,8 @@ class GradientGate:
             grads[name] = torch.zeros_like(self._params[name])
         if incomplete and not self._told_of_zeros:
             self._told_of_zeros = True
-            logger.warning(
+            logger.log(
+                warning_level(),
                 "no gradient on some ranks, counted as zero there, now and from here on "
                 "without a further word: %s",
                 ", ".join(sorted(incomplete)),
