@@ -228,7 +228,7 @@ def _warn_of_unknown(entries: Sequence[_Entry]) -> None:
     """Log parameters of three and more tensor dims that nobody claims."""
     if entries:
         logger.log(
-            warning_level(),
+            warning_level(entry.param for entry in entries),
             "%d parameters with three and more tensor dims belong to no convolution and no module "
             "of experts, and go to AdamW: %s. If they hold matrices, say so: rules=[(r'%s', "
             "{'matrix': 'batch rows cols -> batch rows cols'})].",
@@ -246,7 +246,7 @@ def _warn_of_undeclared(groups: Iterable[Mapping[str, Any]]) -> None:
         for fqn, param in group["params"]:
             if param.ndim == 2 and FOLDED_NAME.search(fqn):
                 logger.log(
-                    warning_level(),
+                    warning_level([param]),
                     "%s looks like experts folded into two tensor dims and is orthogonalized as "
                     "one matrix. If it is, say so: rules=[(r'%s', {'matrix': '(e m) n -> e m n', "
                     "'matrix_axes': {'e': number of experts}})].",
@@ -256,7 +256,7 @@ def _warn_of_undeclared(groups: Iterable[Mapping[str, Any]]) -> None:
                 of_experts = param.ndim == 3
                 is_attention = re.search("qkv|attn|query|in_proj_weight", name.group(2))
                 logger.log(
-                    warning_level(),
+                    warning_level([param]),
                     "%s looks like several matrices in one and is orthogonalized as one%s. If it "
                     "is fused, say so: rules=[(r'%s', {'split_sizes': (%s)%s})]; "
                     "if it is not, rules=[(r'%s', {'matrix': '%s'})].",

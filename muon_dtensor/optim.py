@@ -305,7 +305,7 @@ class Muon(Optimizer):
         named = [entry.name for entry in census.muon]
         if dubious := [name for name in named if is_embedding_or_head(name)]:
             logger.log(
-                warning_level(),
+                warning_level(self._all_params()),
                 "%d embeddings or output heads, by their names, are stepped by Muon, which is "
                 "meant for hidden matrices: %s. group_parameters(model) gives them to AdamW.",
                 len(dubious),
@@ -427,7 +427,7 @@ class Muon(Optimizer):
         self._settings.wait_for_momentum()
         if not self._has_told_of_shards and (misplaced := self._ready.census.misplaced()):
             self._has_told_of_shards = True
-            logger.log(warning_level(), "%s", misplaced)
+            logger.log(warning_level(self._all_params()), "%s", misplaced)
         return super().state_dict()
 
     def check_saveable(self) -> None:

@@ -303,7 +303,7 @@ class Prepared:
         if not self._has_told:
             self._has_told = True
             logger.log(
-                warning_level(),
+                warning_level(self._params),
                 "no parameter of this optimizer has a gradient, so nothing is stepped. If the "
                 "model was sharded after the optimizer was made, make the optimizer last.",
             )

@@ -115,7 +115,7 @@ def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, An
         complete_loaded(loaded, group)
         if declares_otherwise(saved, group):
             logger.log(
-                warning_level(),
+                warning_level(group["params"]),
                 "the checkpoint declares other matrices (%s) than the optimizer (%s), which keeps "
                 "its own. To take those of the checkpoint, declare them before loading.",
                 *({name: of[name] for name in DECLARED} for of in (saved, group)),
@@ -148,7 +148,7 @@ def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, An
                     )
     if absent:
         logger.log(
-            warning_level(),
+            warning_level(param for group in groups for param in group["params"]),
             "the checkpoint has no state of %d parameters, which start afresh: %s",
             len(absent),
             ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else ""),

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -465,6 +466,27 @@ def test_what_all_ranks_see_is_logged_by_one():
     assert len(first) == 3, "unknown, fused, and plain tensors on several ranks"
     assert "plain tensors on 3 ranks: each rank orthogonalizes all of its own" in first[-1]
     assert others == [[], []]
+
+
+def warned_of_a_stage() -> list[int]:
+    """Which ranks of two pipeline stages warn of their own fused weights."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    stage = nested("wqkv", nn.Linear(4, 12, bias=False))
+    fully_shard(stage, mesh=mesh["dp"])
+    levels: list[int] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: levels.append(record.levelno)  # type: ignore[method-assign]
+    logging.getLogger("muon_dtensor").addHandler(handler)
+    try:
+        group_parameters(stage)
+    finally:
+        logging.getLogger("muon_dtensor").removeHandler(handler)
+    return levels
+
+
+def test_the_first_rank_of_each_stage_is_heard():
+    warning = [logging.WARNING]
+    assert run_processes(4, warned_of_a_stage) == [warning, [], warning, []]
 
 
 def tied_heads() -> Tensor:

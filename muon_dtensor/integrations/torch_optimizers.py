@@ -183,7 +183,7 @@ def _merged(
             fresh.append(name)
     if fresh:
         logger.log(
-            warning_level(),
+            warning_level(param for _, param, _ in _named(optimizer)),
             "%d parameters start without state, for none of their algorithm was saved: %s",
             len(fresh),
             shortened(fresh),

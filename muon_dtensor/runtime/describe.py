@@ -410,9 +410,15 @@ def ordinary_mode() -> Iterator[None]:
         yield
 
 
-def warning_level() -> int:
-    """Of a message that all ranks log alike: a warning on rank 0, information elsewhere."""
-    return logging.WARNING if this_rank() == 0 else logging.INFO
+def warning_level(tensors: Iterable[Tensor] = ()) -> int:
+    """Of a message about these tensors that all their ranks log: a warning on the first of them.
+
+    Information on all others. The first rank is the lowest on the meshes of the DTensors (so that a
+    pipeline stage is heard), and 0 where there is none.
+    """
+    meshes = {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
+    first = min((int(mesh.mesh.min()) for mesh in meshes), default=0)
+    return logging.WARNING if this_rank() == first else logging.INFO
 
 
 @dataclass(frozen=True, slots=True)

@@ -249,7 +249,7 @@ class GradientGate:
         if incomplete and not self._told_of_zeros:
             self._told_of_zeros = True
             logger.log(
-                warning_level(),
+                warning_level(self._params[name] for name in incomplete),
                 "no gradient on some ranks, counted as zero there, now and from here on "
                 "without a further word: %s",
                 ", ".join(sorted(incomplete)),
