@@ -146,10 +146,8 @@ class Census:
         problems = []
         for entry in self.entries:
             if id(entry.param) in unsharded:
-                problems.append(_unsharded(entry))
-            elif any(
-                s == 0 for s, n in zip(*_strides_and_sizes(entry.param), strict=True) if n > 1
-            ):
+                problems.append(Problem(entry.name, placed(entry.param), *GATHERED))
+            elif _shares_memory(local_part(entry.param)):
                 problems.append(_overlapping(entry))
             elif entry.group["algorithm"] == "muon" and not entry.param.is_floating_point():
                 problems.append(_wrong_dtype(entry))
@@ -371,9 +369,11 @@ def _entries(groups: Sequence[dict[str, Any]]) -> Iterator[Entry]:
             number += 1
 
 
-def _strides_and_sizes(param: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    local = local_part(param)
-    return local.stride(), tuple(local.shape)
+def _shares_memory(tensor: Tensor) -> bool:
+    """Whether several elements lie in one place, as `expand` makes them."""
+    return any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
 
 
 def _overlapping(entry: Entry) -> Problem:
@@ -383,15 +383,6 @@ def _overlapping(entry: Entry) -> Problem:
         placed(entry.param),
         "Several of its elements share memory (it was made by expand), so no step can update it.",
         "Give it memory of its own: nn.Parameter(tensor.clone()).",
-    )
-
-
-def _unsharded(entry: Entry) -> Problem:
-    """What to say of a whole tensor that FSDP2 frees again."""
-    return Problem(
-        entry.name,
-        placed(entry.param),
-        *GATHERED,
     )
 
 

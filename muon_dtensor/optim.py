@@ -280,11 +280,6 @@ class Muon(Optimizer):
         return self._prepared
 
     @property
-    def has_custom_transport(self) -> bool:
-        """Whether functions of the user move matrices, so that there is no plan."""
-        return self._config.is_by_hand
-
-    @property
     def trace(self) -> Trace:
         """What this rank did when. Raises RuntimeError unless the constructor had `trace=True`."""
         if self._trace is None:
@@ -388,12 +383,10 @@ class Muon(Optimizer):
         every, number = self._settings.metrics_every, self._num_steps
         if every and number % every == 0:
             self._metrics = self._ready.measured_step(
-                *(self.state, self._sweeps_twice, number // every, self._trace),
-                is_first=number == 0,
-                fault=fault,
+                self.state, self._sweeps_twice, number // every, self._trace, fault
             )
         else:
-            self._ready.step(self.state, self._sweeps_twice, is_first=number == 0, fault=fault)
+            self._ready.step(self.state, self._sweeps_twice, fault=fault)
         self._num_steps += 1
 
     def metrics(self) -> dict[str, float]:

@@ -121,6 +121,10 @@ class Prepared:
         self.executor = Executor(self.plan, rank, process_groups, devices, trace)
         self._is_connected = False
         self._has_told = False
+        skips_replicas = config.is_by_hand or not settings.check_replicas
+        self.has_compared_replicas: bool = (
+            skips_replicas if before is None else before.has_compared_replicas
+        )
         self.is_unfinished: bool = before is not None and before.is_unfinished
 
     def _assigned_by_hand(self, before: "Prepared | None") -> dict[str, int]:
@@ -185,14 +189,12 @@ class Prepared:
         sweeps_twice: dict[frozenset[int], bool],
         number: int,
         trace: Trace | None,
-        *,
-        is_first: bool,
         fault: Exception | None,
     ) -> dict[str, float]:
-        """`step`, and its metrics; `number`, `trace`: see `Measurement`."""
+        """`step`, and its metrics; `number`, `trace`: see `Measurement`, `fault`: see `step`."""
         measurement = Measurement(self.plan, self.census, number, trace)
         with self.executor.watched(measurement.trace, measurement.look):
-            grads = self.step(state, sweeps_twice, is_measured=True, is_first=is_first, fault=fault)
+            grads = self.step(state, sweeps_twice, is_measured=True, fault=fault)
         self._settings.wait_for_momentum()
         return measurement.finish(self._groups, grads, state, self._process_groups)
 
@@ -202,7 +204,6 @@ class Prepared:
         sweeps_twice: dict[frozenset[int], bool],
         *,
         is_measured: bool = False,
-        is_first: bool = False,
         fault: Exception | None = None,
     ) -> dict[str, Tensor]:
         """One step of every parameter that has a gradient; the gradients it used, by name.
@@ -211,7 +212,6 @@ class Prepared:
             state: of the optimizer, by parameter.
             sweeps_twice: see `Agreement.prove_plan`.
             is_measured: whether `measured_step` calls.
-            is_first: whether the optimizer has not stepped before, so that replicas are compared.
             fault: why this rank cannot step; it is raised here, once all other ranks know.
 
         Raises what `Muon.step` raises.
@@ -226,8 +226,9 @@ class Prepared:
                 raise
             raise PlanError(stored_otherwise, num_params=len(self._params)) from error
         fault = fault or self._wrong_options()
-        if is_first and self._settings.check_replicas and not self._config.is_by_hand:
-            differ = self._differing_replicas()  # a collective: whatever this rank's fault is
+        if not self.has_compared_replicas:
+            self.has_compared_replicas = True  # by all ranks, however their step ends
+            differ = self._differing_replicas()
             fault = fault or differ
         grads, keep = self.gate.admit(
             tuple(as_text(group) for group in self._groups),
@@ -242,7 +243,9 @@ class Prepared:
             self.executor.connect()
             self._is_connected = True
         self.is_unfinished = not self._config.is_by_hand  # such functions see to that themselves
-        self._step_all(grads, state, keep if isinstance(keep, Tensor) else None)
+        # a masked step of a rank at fault goes on with the options that were last right
+        groups = self._groups if fault is None else self._valid
+        self._step_all(grads, state, groups, keep if isinstance(keep, Tensor) else None)
         self.is_unfinished = False
         return grads
 
@@ -256,10 +259,7 @@ class Prepared:
             check_orthogonalizer(settings.custom, settings.ns_dtype, device)
 
     def _wrong_options(self) -> Exception | None:
-        """What is wrong with a group that somebody has changed since the last step.
-
-        A masked step goes on with the options that were last right, and changes nothing.
-        """
+        """What is wrong with a group that somebody has changed since the last step."""
         texts = tuple(as_text(group) for group in self._groups)
         if texts == self._texts:
             return None
@@ -308,15 +308,21 @@ class Prepared:
                 "model was sharded after the optimizer was made, make the optimizer last.",
             )
 
-    def _step_all(self, grads: dict[str, Tensor], state: State, mask: Tensor | None) -> None:
+    def _step_all(
+        self,
+        grads: dict[str, Tensor],
+        state: State,
+        groups: Sequence[Mapping[str, Any]],
+        mask: Tensor | None,
+    ) -> None:
         config, settings = self._config, self._settings
         if settings.momentum_dtype is None:
             muon = [entry for entry in self.census.muon if entry.name in grads]
             follow_grad_dtypes([(state[e.param], grads[e.name]) for e in muon])
-        found = self.census.muon_params(grads, state, self._valid, settings.custom, settings.body())
+        found = self.census.muon_params(grads, state, groups, settings.custom, settings.body())
         if not config.is_by_hand:
             local = {index: param.on_this_rank() for index, param in found.items()}
-            self.executor.run(local, mask, partial(self._step_adamw, grads, state, mask))
+            self.executor.run(local, mask, partial(self._step_adamw, grads, state, groups, mask))
             return
         moved = self.census.function_params(found, self._owners)
         rank = config.state.get("rank", this_rank())
@@ -325,10 +331,16 @@ class Prepared:
         )
         detect_misuse = mask is None and settings.nonfinite != "propagate"
         by_functions.run(moved, mask, detect_misuse=detect_misuse)
-        self._step_adamw(grads, state, mask)
+        self._step_adamw(grads, state, groups, mask)
 
-    def _step_adamw(self, grads: dict[str, Tensor], state: State, keep: Tensor | None) -> None:
+    def _step_adamw(
+        self,
+        grads: dict[str, Tensor],
+        state: State,
+        groups: Sequence[Mapping[str, Any]],
+        keep: Tensor | None,
+    ) -> None:
         leaves = self.census.adamw_leaves(grads, state)
         found_inf = None if keep is None else (~keep).to(torch.float32)
-        for index, group in enumerate(self._valid):
+        for index, group in enumerate(groups):
             adamw_step(leaves.get(index, []), group, found_inf)

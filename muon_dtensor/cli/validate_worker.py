@@ -172,9 +172,12 @@ def optimizer_of(
 
 def _must_be_parallel(optimizer: Optimizer) -> None:
     """Raise ValueError where every rank steps all matrices on its own."""
-    if not isinstance(optimizer, Muon) or optimizer.has_custom_transport:
+    if not isinstance(optimizer, Muon):
         return
-    params = optimizer.plan.params
+    try:
+        params = optimizer.plan.params
+    except RuntimeError:  # functions of the user's move matrices, without a plan
+        return
     if params and not any(spec.layout.mesh.dim_names for spec in params):
         raise ValueError(
             "the setup is not parallel to the optimizer: its plan says 'this rank alone' of every "

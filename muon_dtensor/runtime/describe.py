@@ -437,8 +437,8 @@ class FSDP2Param:
 def fsdp2_params() -> list[FSDP2Param]:
     """All parameters that `fully_shard` manages in this process."""
     found = []
-    for reference in list(_module_state_mapping.values()):
-        state = reference()
+    for module in (reference() for reference in _module_state_mapping.keyrefs()):
+        state = module is not None and _module_state_mapping[module]()
         groups = getattr(state, "_fsdp_param_groups", None)
         if groups is None:  # torch before 2.12 has one
             groups = [group for group in [getattr(state, "_fsdp_param_group", None)] if group]
