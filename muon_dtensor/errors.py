@@ -54,10 +54,10 @@ class PlanError(ValueError):
     def __init__(self, problems: Sequence[Problem], *, num_params: int) -> None:
         self.problems = tuple(problems)
         lines = [f"{len(self.problems)} of {num_params} parameters cannot be planned."]
-        alike: dict[tuple[str, str], list[Problem]] = {}
+        by_cause: dict[tuple[str, str], list[Problem]] = {}
         for problem in self.problems:
-            alike.setdefault((problem.reason, problem.remedy), []).append(problem)
-        for (reason, remedy), same in alike.items():
+            by_cause.setdefault((problem.reason, problem.remedy), []).append(problem)
+        for (reason, remedy), same in by_cause.items():
             lines += [f"  {problem.fqn}  {problem.seen}" for problem in same[:NUM_SHOWN]]
             if len(same) > NUM_SHOWN:
                 lines.append(f"  and {len(same) - NUM_SHOWN} more, for the same reason:")

@@ -259,7 +259,7 @@ class Prepared:
             check_orthogonalizer(settings.custom, settings.ns_dtype, device)
 
     def _wrong_options(self) -> Exception | None:
-        """What is wrong with a group that somebody has changed since the last step."""
+        """What is wrong with a group that was changed since the last step."""
         texts = tuple(as_text(group) for group in self._groups)
         if texts == self._texts:
             return None

@@ -5,7 +5,6 @@ Ranks are processes; models are sharded by parallelize_module and fully_shard.
 
 import copy
 import itertools
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ from muon_dtensor.integrations import dion
 from muon_dtensor.runtime.describe import local_part
 from muon_dtensor.runtime.whole import cut_like
 from tests.support.cases import mesh_of, spread, tensors_like
+from tests.support.logs import logged
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads
 
@@ -517,20 +517,10 @@ def test_shards_that_torch_places_right_are_saveable(rows):
 
 
 def warned(rows: int) -> list[str]:
-    lines: list[str] = []
-
-    class Ear(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    ear = Ear(logging.WARNING)
-    logging.getLogger("muon_dtensor").addHandler(ear)
-    try:
+    with logged() as lines:
         _, optimizer = uneven_model(rows)
         optimizer.state_dict()
         optimizer.state_dict()
-    finally:
-        logging.getLogger("muon_dtensor").removeHandler(ear)
     return lines
 
 

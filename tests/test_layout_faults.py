@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import logging
 import pickle
 import weakref
 from typing import Any
@@ -18,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from muon_dtensor import Muon, create_devicemesh_config, create_processgroup_config
 from muon_dtensor.runtime.describe import local_part
 from tests.support.cases import mesh_of, spread, tensors_like
+from tests.support.logs import logged
 from tests.support.pool import run_processes
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
@@ -248,19 +248,9 @@ def test_a_copy_on_one_rank_does_not_wait_for_the_others():
 
 
 def plain_without_config(config: bool) -> list[str]:
-    lines: list[str] = []
-
-    class Ear(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    ear = Ear(logging.WARNING)
-    logging.getLogger("muon_dtensor").addHandler(ear)
-    try:
+    with logged() as lines:
         made = create_devicemesh_config(mesh_of((2,))) if config else None
         Muon([("w", nn.Parameter(torch.ones(3, 3)))], distributed_config=made)
-    finally:
-        logging.getLogger("muon_dtensor").removeHandler(ear)
     return lines
 
 
