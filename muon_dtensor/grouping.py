@@ -135,8 +135,8 @@ def group_parameters(
         Groups of (name, parameter) pairs with equal options, in model order.
 
     Raises:
-        GroupOptionError: a rule that no parameter takes, or whose pattern is no regex; an unknown class in
-            `weight_decay`.
+        GroupOptionError: a rule that no parameter takes, or whose pattern is no regex; an unknown
+            class in `weight_decay`.
         PlanError: flat parameters of FSDP1 (use_orig_params=False), or FSDP2's while gathered.
     """
     decays = _decays(weight_decay, adamw or {})
