@@ -166,12 +166,12 @@ def test_cyclic_momentum_moves_both_algorithms_as_torch_s_own(name):
 
 
 def test_the_value_of_the_report():
-    """Five steps of OneCycleLR over 20 bring beta1 from 0.95 to 0.9217."""
+    """Five steps of OneCycleLR over 50 bring beta1 from 0.95 to 0.9217, as with torch's own."""
     param = params_and_grads()[1]
     optimizer = Muon([{"params": [param], "algorithm": "adamw"}])
-    cycle = schedulers.OneCycleLR(optimizer, 0.1, total_steps=20)
+    cycle = schedulers.OneCycleLR(optimizer, 0.1, total_steps=50)
     theirs = torch.optim.AdamW([params_and_grads()[1]])
-    other = schedulers.OneCycleLR(theirs, 0.1, total_steps=20)
+    other = schedulers.OneCycleLR(theirs, 0.1, total_steps=50)
     for _ in range(5):
         optimizer.step()
         theirs.step()
@@ -179,7 +179,7 @@ def test_the_value_of_the_report():
         other.step()
     optimizer.step()
     found = optimizer.param_groups[0]["betas"][0]
-    assert found == theirs.param_groups[0]["betas"][0] != 0.9
+    assert found == theirs.param_groups[0]["betas"][0] == pytest.approx(0.9217, abs=1e-4)
 
 
 def test_momentum_of_an_adamw_group_is_its_beta1():
