@@ -74,6 +74,7 @@ class Census:
     ) -> None:
         self.all_entries = tuple(_entries(groups))
         self.entries = tuple(e for e in self.all_entries if can_train(e.param, state))
+        self._active = {entry.name for entry in self.entries}
         self.muon = tuple(e for e in self.entries if e.group["algorithm"] == "muon")
         self.adamw = tuple(e for e in self.entries if e.group["algorithm"] == "adamw")
         self._plain = plain
@@ -240,10 +241,24 @@ class Census:
             "muon_dtensor.load_full_state_dict; or choose sizes that divide."
         )
 
+    def without_state(self, state: Mapping[Tensor, Mapping[str, Any]]) -> list[int]:
+        """Numbers, in a state dict, of parameters that hold no state because they never trained.
+
+        But for slices of FSDP1, which gathers what all ranks hold.
+        """
+        return [
+            number
+            for number, entry in enumerate(self.all_entries)
+            if not state.get(entry.param) and self._plain.flat_shape(entry.param) is None
+        ]
+
     def manifests(self, plan: Plan) -> Iterator[Manifest]:
-        """What each set of ranks must have in common: its part of the plan, its parameters."""
+        """What each set of ranks must have in common: its part of the plan, its parameters.
+
+        Also of frozen ones, whose ranks compare, and find each other, before any is unfrozen.
+        """
         members: dict[frozenset[int], list[tuple[Entry, MeshSpec]]] = {}
-        for entry in self.entries:
+        for entry in self.all_entries:
             mesh = self.describer.home(entry.param)
             if mesh.dim_names and mesh.holds(this_rank()):
                 members.setdefault(mesh.rank_set, []).append((entry, mesh))
@@ -255,11 +270,12 @@ class Census:
                 mesh=voting,
                 digest=restrict(plan, rank_set).digest,
                 params=lines,
-                fqns=tuple(entry.name for entry, _ in found),
+                fqns=tuple(entry.name for entry, _ in found if entry.name in self._active),
                 sometimes_empty=frozenset(
                     entry.name
                     for entry, _ in found
-                    if not isinstance(entry.param, DTensor)
+                    if entry.name in self._active
+                    and not isinstance(entry.param, DTensor)
                     and self._plain.is_sometimes_empty(entry.param)
                 ),
                 groups=tuple(sorted({entry.group_index for entry, _ in found})),
@@ -272,6 +288,8 @@ class Census:
         if not isinstance(param, DTensor) and self._plain.is_cut(param):
             shape, placed = list(self._plain.flat_shape(param) or ()) or "shards", "cut"
         declared = declaration_of(entry.group)
+        if entry.name not in self._active:
+            return f"{entry.name} {shape} {dtype_name(param.dtype)} {placed} on {mesh}, frozen"
         problem = self.stored_otherwise.get(entry.name)
         stored = f", but stores {list(local_part(param).shape)}" if problem else ""
         return (

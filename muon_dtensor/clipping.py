@@ -130,10 +130,28 @@ def _params_of(
         return given, []
     if algorithm not in (None, "muon", "adamw"):
         raise ValueError(f"algorithm must be 'muon', 'adamw' or None, got {algorithm!r}")
-    wanted = [g for g in groups if algorithm in (None, g.get("algorithm", "muon"))]
-    params = [param for group in wanted for param in group["params"]]
-    muon = [group for group in wanted if group.get("algorithm", "muon") == "muon"]
-    return params, [(param, group["eps"]) for group in muon for param in group["params"]]
+    kinds = [_algorithm_of(group) for group in groups]
+    if algorithm is not None and None in kinds:
+        raise ValueError(
+            f"algorithm={algorithm!r}, and param group {kinds.index(None)} does not say what steps "
+            "it: neither Muon nor AdamW"
+        )
+    params: list[Tensor] = []
+    eps_of: list[tuple[Tensor, float]] = []
+    for group, kind in zip(groups, kinds, strict=True):
+        if algorithm in (None, kind):
+            own = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+            params += own
+            if kind == "muon" and "eps" in group:
+                eps_of += [(param, group["eps"]) for param in own]
+    return params, eps_of
+
+
+def _algorithm_of(group: Mapping[str, Any]) -> str | None:
+    """What steps a param group, ours or one of torch's optimizers; None for what is neither."""
+    if "algorithm" in group or "ns_steps" in group:
+        return str(group.get("algorithm", "muon"))
+    return "adamw" if "betas" in group else None
 
 
 def _warn_near_eps(eps_of: Sequence[tuple[Tensor, float]], factor: float) -> None:

@@ -49,18 +49,27 @@ HEAD_PART = re.compile(
 `classifier.out_proj`, `v_head.summary`, `lm_heads.0`, `cls.predictions.decoder`."""
 
 NO_MATRIX = re.compile(
-    r"(^|_)(tokens?|table|scale|gamma|log|latents?|prompts?|mask|freqs?|temperature|position_bias)$"
-    r"|^(A_log|weight_g|cls|class_embedding|pos_emb\w*|\w*pos_embed\w*|rel_pos\w*)$"
+    r"(^|_)(tokens?|table|scales?|scale_inv|gamma|log|latents?|prompts?|mask|freqs?|temperature"
+    r"|position_bias|codebooks?|queue|null_kv)$"
+    r"|^(A_log|weight_g|cls|class_embedding|pos_emb\w*|\w*pos_embed\w*|rel_pos\w*|time_\w+)$"
 )
 """Parameters that are stored with two and more tensor dims and multiply nothing as a matrix: class,
-register and mask tokens, relative positions, LayerScale, Mamba's A_log, weight_norm's g."""
+register and mask tokens, relative positions, LayerScale, Mamba's A_log, RWKV's decays, codebooks,
+scales of quantized weights, weight_norm's g."""
 
 FUSED_NAME = re.compile(
     r"(^|[._])(w?qkv|Wqkv|qkv_proj|qkv_proj_weight|c_attn|query_key_value|linear_qkv"
-    r"|in_proj|in_proj_weight|in_proj_qkvz|in_proj_ba|gate_up_proj|gate_up|w13|w1_w3|linear_fc1"
-    r"|fc1_gate_up)($|[._])"
+    r"|in_proj_weight|in_proj_qkvz|in_proj_ba|in_proj|gate_up_proj|gate_up|w13|w1_w3|linear_fc1"
+    r"|fc1_gate_up|weight_[ih]h|weight_[ih]h_l\d+\w*)($|[._])"
 )
-"""Weights that commonly hold several matrices: query, key and value, or gate and up."""
+"""Weights that commonly hold several matrices: query, key, value; gate and up; gates of LSTMs."""
+
+BLOCKS = (("qkv|c_attn|query|in_proj_weight", "q, k, v"), ("gate_up|w13|w1_w3|fc1", "gate, up"))
+"""Parts of fused names, and what their blocks are."""
+
+MOST_IN_A_HEAD = 2
+"""A module with a head's name and more projections than a hidden one and the last is a model of its
+own: a GAN's `generator`."""
 
 FOLDED_NAME = re.compile(r"(^|\.)\w*experts\w*$")
 """Parameters (not modules) that commonly hold all experts of a layer."""
@@ -70,6 +79,9 @@ EXPERTS = re.compile(r"expert", re.IGNORECASE)
 
 WRAPPING = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 """What FSDP1, activation checkpointing and torch.compile put into the names of what they wrap."""
+
+MANY = (nn.ModuleList, nn.ModuleDict)
+"""Containers of heads rather than a head."""
 
 DATA_PARALLEL = (DataParallel, DistributedDataParallel)
 """What wraps a model as its `module`."""
@@ -254,7 +266,10 @@ def _warn_of_undeclared(groups: Iterable[Mapping[str, Any]]) -> None:
                 )
             elif name := FUSED_NAME.search(fqn):
                 of_experts = param.ndim == 3
-                is_attention = re.search("qkv|attn|query|in_proj_weight", name.group(2))
+                blocks = next(
+                    (text for part, text in BLOCKS if re.search(part, name.group(2))),
+                    "sizes of its blocks",
+                )
                 logger.log(
                     warning_level([param]),
                     "%s looks like several matrices in one and is orthogonalized as one%s. If it "
@@ -263,7 +278,7 @@ def _warn_of_undeclared(groups: Iterable[Mapping[str, Any]]) -> None:
                     fqn,
                     " per expert" if of_experts else "",
                     name.group(2),
-                    "q, k, v" if is_attention else "gate, up",
+                    blocks,
                     ", 'split_dim': 1 or 2" if of_experts else "",
                     name.group(2),
                     "e rows cols -> e rows cols" if of_experts else "rows cols -> rows cols",
@@ -327,25 +342,32 @@ class _Use:
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], fqn: str) -> None:
-        path, _, self._name = fqn.rpartition(".")
-        self._is_gain = self._name == "weight_g"  # torch.nn.utils.weight_norm
-        module, parts = modules[""], path.split(".") if path else []
+        path, _, name = fqn.rpartition(".")
+        parts = path.split(".") if path else []
+        own_names = [name]
+        self._name = name
+        self._is_gain = name == "weight_g"  # torch.nn.utils.weight_norm
+        self._model = module = modules[""]
         self._path: list[tuple[str, nn.Module]] = []
-        own_name = self._name
         for depth, part in enumerate(parts, start=1):
             outer, module = module, modules[".".join(parts[:depth])]
             if isinstance(module, ParametrizationList):
-                is_weight_norm = type(module[0]).__name__ == "_WeightNorm"
-                self._is_gain = is_weight_norm and self._name == "original0"
-                self._path.pop()
-                own_name = f"parametrizations.{part}.{self._name}"
-                self._name, module = part, self._path[-1][1] if self._path else modules[""]
-            elif part in WRAPPING or (part == "module" and isinstance(outer, DATA_PARALLEL)):
-                self._path[-1:] = [(name, module) for name, _ in self._path[-1:]]
+                self._path.pop()  # `parametrizations`
+                own_names = [*parts[depth - 2 :], name]
+                if depth == len(parts):  # `original`, or `original0` and on, of that weight
+                    is_weight_norm = type(module[0]).__name__ == "_WeightNorm"
+                    self._is_gain = is_weight_norm and name == "original0"
+                    self._name = part
+                    module = self._path[-1][1] if self._path else self._model
+                else:  # a parameter of the parametrization itself
+                    module = modules[path]
+                break
+            if part in WRAPPING or (part == "module" and isinstance(outer, DATA_PARALLEL)):
+                self._path[-1:] = [(last, module) for last, _ in self._path[-1:]]
             else:
                 self._path.append((part, module))
         self._module = module
-        self.fqn = ".".join([*(part for part, _ in self._path), own_name])
+        self.fqn = ".".join([*(part for part, _ in self._path), *own_names])
 
     def entry(self, param: nn.Parameter, shape: tuple[int, ...]) -> _Entry:
         """Where this use sends the parameter, of this whole shape."""
@@ -385,8 +407,19 @@ class _Use:
             if part.isdecimal():
                 return False
             if HEAD_PART.search(part) or _is_head_class(module):
-                return self._is_last_below(depth)
+                inner = self._path[depth + 1 :]
+                root = inner[0][1] if inner and isinstance(module, MANY) else module
+                if isinstance(root, nn.Sequential) or _num_projections(root) <= MOST_IN_A_HEAD:
+                    return self._is_last_below(depth)
+        if self._path and self._path[-1][0] == "fc" and self._is_last_of_its_parent():
+            return True
         return bool(HEAD_NAME.search(".".join(part for part, _ in self._path)))
+
+    def _is_last_of_its_parent(self) -> bool:
+        """Whether other modules with parameters come before it, and none after: a ResNet's `fc`."""
+        parent = self._path[-2][1] if len(self._path) > 1 else self._model
+        children = [c for c in parent.children() if next(c.parameters(), None) is not None]
+        return len(children) > 1 and children[-1] is self._path[-1][1]
 
     def _is_last_below(self, depth: int) -> bool:
         """Whether no projection follows below a head; in a Sequential the last one is it."""
@@ -399,6 +432,10 @@ class _Use:
                 if any(isinstance(m, (nn.Linear, *CONVOLUTIONS)) for m in later):
                     return False
         return True
+
+
+def _num_projections(module: nn.Module) -> int:
+    return sum(isinstance(m, (nn.Linear, *CONVOLUTIONS)) for m in module.modules())
 
 
 def _is_head_class(module: nn.Module | None) -> bool:

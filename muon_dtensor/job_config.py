@@ -151,7 +151,7 @@ class MuonConfig:
 
         Loader.add_implicit_resolver(
             "tag:yaml.org,2002:float",
-            re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"),
+            re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
             list("-+.0123456789"),
         )
         return cls.from_dict(yaml.load(Path(path).read_text(), Loader) or {}, others=others)

@@ -16,13 +16,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from muon_dtensor.config import DistributedConfig, create_dtensor_config
-from muon_dtensor.errors import CheckpointError, GroupOptionError, PlanError, shortened
+from muon_dtensor.errors import CheckpointError, GroupOptionError, shortened
 from muon_dtensor.grouping import is_embedding_or_head
 from muon_dtensor.options import (
     DEFAULTS,
     complete,
     complete_loaded,
     settle_numbers,
+    validate,
 )
 from muon_dtensor.planning.ir import Plan
 from muon_dtensor.planning.render import headline
@@ -377,17 +378,19 @@ class Muon(Optimizer):
             self._prepare(exchange=True)
         elif not self._ready.is_current(self.param_groups, self.state):
             try:
+                for group in self.param_groups:
+                    validate(group, reads_tensors=False)
                 self._prepare()
-            except (GroupOptionError, PlanError) as error:
+            except ValueError as error:
                 fault = error
         every, number = self._settings.metrics_every, self._num_steps
+        self._num_steps += 1  # however it ends: ranks measure the same steps
         if every and number % every == 0:
             self._metrics = self._ready.measured_step(
                 self.state, self._sweeps_twice, number // every, self._trace, fault
             )
         else:
             self._ready.step(self.state, self._sweeps_twice, fault=fault)
-        self._num_steps += 1
 
     def metrics(self) -> dict[str, float]:
         """Plain numbers of the last step that was measured: the first, and each `metrics_every`th.
@@ -411,6 +414,8 @@ class Muon(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict: `momentum_buffer`, or AdamW's state, per parameter.
 
+        Of a parameter that never trained it says that there is none: `{}`.
+
         Warns once of shards that torch's distributed checkpoint would misplace; see
         `check_saveable`.
         """
@@ -421,7 +426,10 @@ class Muon(Optimizer):
         if not self._has_told_of_shards and (misplaced := self._ready.census.misplaced()):
             self._has_told_of_shards = True
             logger.log(warning_level(self._all_params()), "%s", misplaced)
-        return super().state_dict()
+        saved = super().state_dict()
+        for number in self._ready.census.without_state(self.state):
+            saved["state"].setdefault(number, {})  # frozen, not lost
+        return saved
 
     def check_saveable(self) -> None:
         """Raise CheckpointError if `torch.distributed.checkpoint` would misplace shards.

@@ -13,6 +13,7 @@ import difflib
 import logging
 import re
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from copy import copy
 from numbers import Integral, Real
 from typing import Any
 
@@ -343,9 +344,9 @@ def declares_otherwise(saved: Mapping[str, Any], group: Mapping[str, Any]) -> bo
 
 
 def planned_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a plan depends on; another value needs another plan."""
+    """What a plan depends on, as it is now; another value needs another plan."""
     names = ("algorithm", "orthogonalizer", *DECLARED)
-    return (*(group[name] for name in names), group["normuon_beta"] is None)
+    return (*(copy(group[name]) for name in names), group["normuon_beta"] is None)
 
 
 def as_text(group: Mapping[str, Any]) -> str:
@@ -355,8 +356,12 @@ def as_text(group: Mapping[str, Any]) -> str:
         value: Any = group[name]
         if isinstance(value, list):
             value = tuple(value)
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.numel() == 1:
             stays = group["capturable"] and value.device.type != "cpu"
             value = "a tensor" if stays else float(value)
         parts.append(f"{name}={value!r}")
-    return ", ".join([*parts, str(declaration_of(group))])
+    try:
+        declared = str(declaration_of(group))
+    except GroupOptionError as error:  # ranks compare first, and raise after
+        declared = str(error)
+    return ", ".join([*parts, declared])

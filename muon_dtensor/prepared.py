@@ -26,6 +26,7 @@ from muon_dtensor.planning.planner import plan_update
 from muon_dtensor.runtime.agreement import Agreement
 from muon_dtensor.runtime.by_functions import ByFunctions
 from muon_dtensor.runtime.describe import (
+    are_in_modules,
     fsdp2_params,
     local_part,
     this_rank,
@@ -125,6 +126,11 @@ class Prepared:
         self.has_compared_replicas: bool = (
             skips_replicas if before is None else before.has_compared_replicas
         )
+        # what all ranks hold while this is not yet compared: it was made for the groups before
+        self._agreed: Prepared | None = None
+        self._is_agreed: bool = False
+        if before is not None:
+            self._agreed = before if before._is_agreed else before._agreed
         self.is_unfinished: bool = before is not None and before.is_unfinished
 
     def _assigned_by_hand(self, before: "Prepared | None") -> dict[str, int]:
@@ -196,7 +202,7 @@ class Prepared:
         with self.executor.watched(measurement.trace, measurement.look):
             grads = self.step(state, sweeps_twice, is_measured=True, fault=fault)
         self._settings.wait_for_momentum()
-        return measurement.finish(self._groups, grads, state, self._process_groups)
+        return measurement.finish(self._valid, grads, state, self._process_groups)
 
     def step(
         self,
@@ -235,6 +241,11 @@ class Prepared:
             is_measured=is_measured,
             fault=fault,
         )
+        if isinstance(keep, Tensor) and self._agreed is not None and self.gate.found_fault():
+            # other ranks hold the plan of before: their exchanges are met, and change nothing
+            self._agreed._step_all(grads, state, self._agreed._valid, keep)
+            return grads
+        self._agreed, self._is_agreed = None, True
         if keep is False:
             return grads
         if not grads and self.census.entries:
@@ -294,7 +305,7 @@ class Prepared:
         shapes = Counter(p.shape for p in fsdp2_params() if id(p.sharded) not in mine)
         plain = Counter(tuple(entry.param.shape) for entry in self.census.entries)
         is_plain = not any(isinstance(entry.param, DTensor) for entry in self.census.entries)
-        if is_plain and plain <= shapes:
+        if is_plain and plain <= shapes and not are_in_modules(self._params):
             raise RuntimeError(
                 "no parameter of this optimizer has a gradient, and fully_shard has replaced "
                 "parameters of their shapes by sharded ones: the optimizer was made before "

@@ -43,10 +43,13 @@ def make_state(
     Muon keeps `momentum_buffer`, AdamW `step`, `exp_avg` and `exp_avg_sq`: tensors of the
     parameter's shape, dtype and placements (the momentum has the gradients' dtype, if `grad_dtype`
     of the parameter names another one); NorMuon also `row_second_moment`, in float32, laid out as
-    `moments`. A momentum of another dtype, or one to be kept on the host, is brought there;
-    torch's `load_state_dict` gives it back as the parameter is. Raises CheckpointError for moments
-    that lie otherwise.
+    `moments`. What another algorithm kept is dropped. A momentum of another dtype, or one to be
+    kept on the host, is brought there; torch's `load_state_dict` gives it back as the parameter is.
+    Raises CheckpointError for moments that lie otherwise.
     """
+    needed = _keys_of({"algorithm": algorithm, "normuon_beta": moments})
+    for key in _KNOWN - needed:
+        state.pop(key, None)  # of another algorithm, before the group changed
     if algorithm == "muon":
         if "momentum_buffer" not in state:
             dtype = momentum_dtype or grad_dtype_of(param) or param.dtype
@@ -88,9 +91,10 @@ def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, An
     """Raise for a state dict that does not fit these param groups, before anything is loaded.
 
     State dicts of torch's Muon and AdamW may lack state, as those make it in their first step. Ours
-    may lack that of frozen parameters, of those that this rank holds nothing of (FSDP1's), and by
-    names that of any: torch's set_optimizer_state_dict leaves out the state of frozen parameters,
-    and with strict=False of those that the checkpoint does not know. All of these start afresh.
+    may lack that of frozen parameters, of those that were frozen when it was saved (theirs is there
+    and empty), of those that this rank holds nothing of (FSDP1's), and by names that of any:
+    torch's set_optimizer_state_dict leaves out the state of frozen parameters, and with
+    strict=False of those that the checkpoint does not know. All of these start afresh.
 
     Raises:
         GroupOptionError: an option out of its range.
@@ -125,9 +129,11 @@ def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, An
         needed = _keys_of(loaded)
         for name, param, number in zip(names, group["params"], saved["params"], strict=True):
             kept = state_dict["state"].get(number, {})
-            if not kept and isinstance(number, str) and param.requires_grad:
+            # what is there and empty was frozen when it was saved
+            may_be_absent = isinstance(number, str) or number in state_dict["state"]
+            if not kept and may_be_absent and param.requires_grad:
                 absent.append(name)
-            may_be_absent = isinstance(number, str) or not param.requires_grad or not param.numel()
+            may_be_absent |= not param.requires_grad or not param.numel()
             lacking = needed - kept.keys() if kept or not may_be_absent else set()
             if "format_version" in saved and lacking:
                 raise CheckpointError(
@@ -222,6 +228,8 @@ def follow_params(
         for key, value in kept.items():
             kept[key] = value.to(local_part(param).device)
 
+
+_KNOWN = {"momentum_buffer", "step", "exp_avg", "exp_avg_sq", MOMENTS}
 
 _CUT_AS_THEIR_PARAMETER = {"momentum_buffer", "exp_avg", "exp_avg_sq"}
 

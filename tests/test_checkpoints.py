@@ -281,8 +281,8 @@ def damaged(kind: str) -> dict[str, Any]:
     _, _, optimizer = stepped_pair()
     saved = copy.deepcopy(optimizer.state_dict())
     match kind:
-        case "no momentum":
-            del saved["state"][0]["momentum_buffer"]
+        case "half a state":
+            del saved["state"][1]["exp_avg"]
         case "no parameter":
             del saved["state"][1]
         case "another shape":
@@ -306,7 +306,7 @@ def damaged(kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "error", "text"),
     [
-        ("no momentum", CheckpointError, "not whole: it has no momentum_buffer of a. Nothing was"),
+        ("half a state", CheckpointError, "not whole: it has no exp_avg of b. Nothing was"),
         ("no parameter", CheckpointError, "no exp_avg and no exp_avg_sq and no step of b"),
         ("another shape", CheckpointError, r"'momentum_buffer' of a is \[4, 6\]"),
         ("fewer groups", CheckpointError, r"groups of \[1\] parameters, the optimizer of \[1, 1\]"),

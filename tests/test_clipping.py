@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from muon_dtensor import Muon, clip_grad_norm_, clipping
+from muon_dtensor import Muon, clip_grad_norm_, clipping, group_parameters
 from muon_dtensor.runtime.describe import local_part
 from muon_dtensor.runtime.whole import cut_like
 from tests.support.cases import mesh_of, spread, tensors_like
@@ -262,3 +262,19 @@ def test_clipping_that_leaves_muon_next_to_nothing_is_told_once(caplog):
     caplog.clear()
     clip_grad_norm_(optimizer, 1.0, algorithm="adamw")
     assert caplog.text == ""
+
+
+def test_groups_of_other_optimizers_say_what_steps_them():
+    layer = nn.Linear(4, 4)
+    for param in layer.parameters():
+        param.grad = torch.full_like(param, 10.0)
+    norm, _ = expected_of([p.grad for p in layer.parameters()], 1.0, 2.0)
+    theirs = torch.optim.AdamW(layer.parameters())
+    assert math.isclose(float(clip_grad_norm_(theirs, 1e9, algorithm="adamw")), norm, rel_tol=1e-6)
+    muon = torch.optim.Muon([layer.weight])
+    assert float(clip_grad_norm_(muon, 1e9, algorithm="adamw")) == 0.0
+    sgd = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="neither Muon nor AdamW"):
+        clip_grad_norm_(sgd, 1.0, algorithm="adamw")
+    for groups in (sgd, group_parameters(layer)):
+        assert math.isclose(float(clip_grad_norm_(groups, 1e9)), norm, rel_tol=1e-6)

@@ -468,6 +468,13 @@ def test_a_declaration_that_changes_between_steps_is_planned_anew():
         each.step()
     assert torch.equal(ours.wqkv.weight, theirs.wqkv.weight)
     assert optimizer.plan.cost.num_matrices == oracle.plan.cost.num_matrices > 1
+    axes = {"head": 2}
+    heads = Muon(
+        [{"params": [theirs.wqkv.weight], "matrix": "(head d) m -> head d m", "matrix_axes": axes}]
+    )
+    heads.param_groups[0]["matrix_axes"]["head"] = 4  # in place
+    heads.step()
+    assert heads.plan.cost.num_matrices == 4
 
 
 @pytest.mark.parametrize("pattern", ["tensor axis -> axis tensor", "in pattern -> pattern in"])

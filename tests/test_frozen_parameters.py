@@ -18,12 +18,17 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Replicate, Shard
 
 from muon_dtensor import CheckpointError, Muon, create_auto_config, group_parameters
 from muon_dtensor.runtime.describe import local_part
-from tests.support.cases import mesh_of, tensors_like
+from muon_dtensor.runtime.gradients import GradientGate
+from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
+
+R, S0 = Replicate(), Shard(0)
 
 
 class LoRALinear(nn.Module):
@@ -319,3 +324,137 @@ def test_state_that_the_user_clears_starts_afresh():
         oracle.state.clear()
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a.weight, b.weight)
+
+
+def frozen_then(path: str) -> Any:
+    """Saved while a layer was frozen, loaded once it trains: by number, as torch.save keeps it."""
+    layers, twins = two_layers()
+    layers[0].weight.requires_grad_(False)
+    optimizer = Muon(layers.parameters(), lr=0.1)
+    train_layer(layers, optimizer, [1], 0)
+    torch.save(optimizer.state_dict(), path)
+    other = Muon(twins.parameters(), lr=0.1)
+    other.load_state_dict(torch.load(path))
+    return optimizer, other, layers, twins
+
+
+def test_a_layer_that_was_frozen_when_it_was_saved_starts_afresh(tmp_path, caplog):
+    optimizer, other, layers, twins = frozen_then(str(tmp_path / "state.pt"))
+    assert "the checkpoint has no state of 1 parameters, which start afresh" in caplog.text
+    assert not other.state[twins[0].weight]["momentum_buffer"].any()
+    mine, theirs = other.state[twins[1].weight], optimizer.state[layers[1].weight]
+    assert torch.equal(mine["momentum_buffer"], theirs["momentum_buffer"])
+    train_layer(twins, other, [0, 1], 1)
+
+
+def test_state_follows_a_change_of_algorithm(caplog):
+    """And can be saved and loaded after it."""
+    layers, _ = two_layers()
+    optimizer = Muon(layers.parameters(), lr=0.1, normuon_beta=0.9)
+    train_layer(layers, optimizer, [0, 1], 0)
+    for changes, keys in (
+        ({"normuon_beta": None}, {"momentum_buffer"}),
+        ({"algorithm": "adamw"}, {"step", "exp_avg", "exp_avg_sq"}),
+        ({"algorithm": "muon"}, {"momentum_buffer"}),
+    ):
+        optimizer.param_groups[0].update(changes)
+        train_layer(layers, optimizer, [0, 1], 1)
+        assert optimizer.state[layers[0].weight].keys() == keys
+        optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["algorithm"] = "sgd"
+    with pytest.raises(ValueError, match="algorithm must be one of"):
+        train_layer(layers, optimizer, [0, 1], 2)
+    assert optimizer.state[layers[0].weight].keys() == {"momentum_buffer"}
+
+
+def changed_on_one_rank(how: str, masked: bool) -> list[str]:
+    """What each of three steps raises after rank 0 alone has changed something."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    weight = nn.Parameter(spread(torch.ones(8, 8), mesh, (R, S0)))
+    expert = nn.Parameter(spread(torch.ones(8, 8), mesh["ep"], (S0,)), requires_grad=False)
+    optimizer = Muon([("w", weight), ("e", expert)], strategy="owned")
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    if masked:
+        GradientGate._reads_now = lambda gate: not gate._has_settled  # type: ignore[method-assign]
+    if dist.get_rank() == 0:
+        match how:
+            case "unfreeze":
+                expert.requires_grad_(True)
+            case "matrix":
+                optimizer.param_groups[0]["split_sizes"] = (4, 4)
+            case "no pattern":
+                optimizer.param_groups[0]["matrix"] = 5
+            case "two learning rates":
+                optimizer.param_groups[0]["lr"] = torch.tensor([0.1, 0.2])
+            case "clear":
+                optimizer.state.clear()
+    before = local_part(weight.detach()).clone()
+    raised = []
+    for _ in range(3):
+        try:
+            optimizer.step()
+            raised.append("")
+        except Exception as error:
+            raised.append(type(error).__name__)
+    if how != "clear":
+        assert torch.equal(before, local_part(weight.detach()))
+    return raised
+
+
+ON_ONE_RANK = ["unfreeze", "matrix", "no pattern", "two learning rates", "clear"]
+
+
+def changes_on_one_rank(how: str, masked: bool) -> list[str]:
+    original = GradientGate._reads_now
+    try:
+        return changed_on_one_rank(how, masked)
+    finally:
+        GradientGate._reads_now = original  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("how", ON_ONE_RANK)
+def test_a_change_on_one_rank_stops_all_or_none(how, masked):
+    """Nobody waits for the timeout, also on the road of a GPU, where a bad step is masked."""
+    for rank, raised in enumerate(run_processes(4, changes_on_one_rank, how, masked)):
+        if how == "clear":
+            assert raised == [""] * 3
+        else:
+            own = {"GroupOptionError", "PlanMismatchError"} if rank == 0 else {"PlanMismatchError"}
+            errors = {*own, "RuntimeError"}
+            if masked:  # what one step finds the next one raises, before it compares anything
+                assert (raised[0], raised[2]) == ("", "")
+                assert raised[1] in errors
+            else:
+                assert set(raised) <= errors
+
+
+def unfrozen_on_all(masked: bool) -> bool:
+    """Under a mask too the new plan is taken in the step that all ranks change it in."""
+    mesh = mesh_of((2, 2))
+    params = [nn.Parameter(spread(w, mesh, (R, S0))) for w in tensors_like([(8, 6)] * 2, 0)]
+    twins = [nn.Parameter(p.full_tensor().detach().clone()) for p in params]
+    params[0].requires_grad_(False)
+    optimizer, oracle = Muon(params, lr=0.1), torch.optim.Muon(twins, lr=0.1)
+    original = GradientGate._reads_now
+    try:
+        for step in range(4):
+            if masked and step:
+                GradientGate._reads_now = lambda g: not g._has_settled  # type: ignore[method-assign]
+            params[0].requires_grad_(step >= 2)
+            for index in (0, 1) if step >= 2 else (1,):
+                grad = tensors_like([(8, 6)], 10 * step + index)[0]
+                params[index].grad, twins[index].grad = spread(grad, mesh, (R, S0)), grad
+            optimizer.step()
+            oracle.step()
+        optimizer.state_dict()
+    finally:
+        GradientGate._reads_now = original  # type: ignore[method-assign]
+    pairs = zip(params, twins, strict=True)
+    return all(torch.equal(p.full_tensor(), t) for p, t in pairs)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_unfreezing_on_all_ranks_loses_no_step(masked):
+    assert all(run_processes(4, unfrozen_on_all, masked))

@@ -127,3 +127,49 @@ def test_adamw_refuses_what_torch_s_adamw_refuses():
     with pytest.raises(RuntimeError, match="w is bfloat16 and its gradient float32: torch's AdamW"):
         optimizer.step()
     assert torch.equal(param, torch.ones(4, dtype=torch.bfloat16))
+
+
+def masked_fault() -> tuple[bool, bool]:
+    """A step that is masked on all ranks leaves momenta in their dtype, bit for bit."""
+    mesh = mesh_of((2,))
+    param = nn.Parameter(spread(torch.ones(16, 8).bfloat16(), mesh, (S0,)))
+    param.grad_dtype = None
+    optimizer = Muon([("w", param)], lr=0.1)
+    param.grad = spread(tensors_like([(16, 8)], 1)[0], mesh, (S0,))
+    optimizer.step()
+    optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
+    before = local_part(optimizer.state[param]["momentum_buffer"]).clone()
+    placements = (R,) if dist.get_rank() == 0 else (S0,)
+    param.grad = spread(tensors_like([(16, 8)], 2)[0], mesh, placements)
+    optimizer.step()
+    after = local_part(optimizer.state[param]["momentum_buffer"])
+    return after.dtype == torch.float32, torch.equal(before, after)
+
+
+def test_a_masked_step_leaves_the_dtype_of_momenta():
+    assert run_processes(2, masked_fault) == [(True, True)] * 2
+
+
+def missing_on_one_rank() -> tuple[torch.dtype, bool]:
+    """Counted as zero, in the dtype that gradients have."""
+    mesh = mesh_of((2,))
+    params = [nn.Parameter(spread(torch.ones(16, 8).bfloat16(), mesh, (S0,))) for _ in range(2)]
+    optimizers = []
+    for explicit, param in enumerate(params):
+        param.grad_dtype = None
+        optimizers.append(Muon([("w", param)], lr=0.1, missing_grad="zero"))
+        for step in range(2):
+            grad = spread(tensors_like([(16, 8)], step)[0], mesh, (S0,))
+            param.grad = grad
+            if step and dist.get_rank():
+                param.grad = torch.zeros_like(grad) if explicit else None
+            optimizers[-1].step()
+    momenta = [
+        local_part(o.state[p]["momentum_buffer"]) for o, p in zip(optimizers, params, strict=True)
+    ]
+    same = torch.equal(*momenta) and torch.equal(*(local_part(p.detach()) for p in params))
+    return momenta[0].dtype, same
+
+
+def test_a_missing_gradient_counts_as_zero_in_any_dtype():
+    assert run_processes(2, missing_on_one_rank) == [(torch.float32, True)] * 2

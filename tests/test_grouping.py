@@ -483,3 +483,71 @@ def tied_heads() -> Tensor:
 
 def test_a_tied_head_is_one_parameter():
     assert tied_heads() == 1
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = (nn.Linear(4, 4, bias=False) for _ in range(3))
+
+
+class Backbone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, bias=False)
+        self.fc = nn.Linear(8, 10, bias=False)
+
+
+def test_a_model_with_a_head_s_name_is_a_model():
+    """A GAN's generator; and the last layer of a backbone that stands inside another module."""
+    model = nn.Module()
+    model.generator, model.discriminator, model.classifier = Stack(), Stack(), Backbone()
+    model.model = Backbone()
+    found = algorithms(group_parameters(model))
+    for part in ("generator", "discriminator"):
+        assert {found[f"{part}.fc{n}.weight"] for n in (1, 2, 3)} == {"muon"}
+    assert (found["model.conv1.weight"], found["model.fc.weight"]) == ("muon", "adamw")
+
+
+def test_many_heads_in_one_container_are_heads():
+    model = nn.Module()
+    model.heads = nn.ModuleDict({n: nn.Linear(4, 2, bias=False) for n in ("a", "b", "c", "d")})
+    assert set(algorithms(group_parameters(model)).values()) == {"adamw"}
+
+
+@pytest.mark.parametrize(
+    "name", ["codebook", "queue", "null_kv", "time_faaaa", "scales", "weight_scale_inv"]
+)
+def test_more_parameters_that_are_no_matrix(name):
+    model = nn.Module()
+    setattr(model, name, nn.Parameter(torch.ones(4, 3)))
+    assert algorithms(group_parameters(model)) == {name: "adamw"}
+
+
+def test_the_gates_of_recurrent_layers_are_fused(caplog):
+    group_parameters(nn.Sequential(nn.LSTM(4, 3, bias=False), nn.GRUCell(4, 3, bias=False)))
+    for name in ("0.weight_ih_l0", "0.weight_hh_l0", "1.weight_ih", "1.weight_hh"):
+        assert f"{name} looks like several matrices in one" in caplog.text
+
+
+def test_the_advice_names_the_blocks(caplog):
+    group_parameters(nn.Sequential(nn.MultiheadAttention(4, 2, bias=False)))
+    assert "{'split_sizes': (q, k, v)}" in caplog.text
+
+
+class LowRank(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora_a = nn.Parameter(torch.zeros(2, 4))
+        self.lora_b = nn.Parameter(torch.zeros(4, 2))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.lora_b @ self.lora_a
+
+
+def test_parametrizations_keep_their_names():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    nn.utils.parametrize.register_parametrization(model[0], "weight", LowRank())
+    found = algorithms(group_parameters(model))
+    assert found.keys() == dict(model.named_parameters()).keys()
+    assert set(found.values()) == {"muon"}

@@ -142,8 +142,9 @@ optimizer:
     assert config.optimizer.lr == 0.02
     assert config.optimizer.rules[0].options == {"lr": 0.02}
     assert config.optimizer.adamw.betas == (0.02, 0.9)
-    named = MuonConfig.from_yaml(written("optimizer: {topology: 'e5-2e3'}", "job.yaml"))
-    assert named.optimizer.topology == "e5-2e3"
+    text = "optimizer: {topology: 3e9f1c}\nwandb: {id: 1e5-2}"
+    named = MuonConfig.from_yaml(written(text, "job.yaml"), others=["wandb"])
+    assert named.optimizer.topology == "3e9f1c", "a name that begins as a number does"
 
 
 def test_torchtitan_s_names_of_degrees(written):

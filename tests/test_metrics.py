@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -286,3 +287,28 @@ def test_metrics_wait_for_momenta_on_their_way_to_the_host():
     ):
         optimizer.step()
     assert order == ["wait", "read"]
+
+
+def wrong_when_measured() -> list[str]:
+    """Rank 0 cannot step, under a mask, when all measure: ranks measure the same steps after it."""
+    mesh = mesh_of((2, 2))
+    param = nn.Parameter(spread(torch.ones(16, 8), mesh, (R, S0)))
+    optimizer = Muon([("w", param)], lr=0.1, metrics_every=2)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
+    raised = []
+    for step in range(7):
+        optimizer.param_groups[0]["lr"] = "x" if step == 1 and dist.get_rank() == 0 else 0.1
+        try:
+            optimizer.step()
+            raised.append("")
+        except Exception as error:
+            raised.append(type(error).__name__)
+    return raised
+
+
+def test_a_fault_at_a_measured_step_leaves_ranks_together():
+    for rank, raised in enumerate(run_processes(4, wrong_when_measured)):
+        error = "GroupOptionError" if rank == 0 else "RuntimeError"
+        assert raised == ["", "", error, "", "", "", ""]

@@ -424,3 +424,24 @@ def with_failing_reduction(error: Exception) -> tuple[str, str]:
 
 
 FAILING_LOCK = threading.Lock()
+
+
+def beside_a_sharded_teacher() -> tuple[str, str, bool]:
+    """A plain student without gradients, legal in torch, beside a sharded model of its shapes."""
+    teacher, student = nn.Linear(8, 4, bias=False), nn.Linear(8, 4, bias=False)
+    fully_shard(teacher, mesh=mesh_of((2,)))
+    optimizer = Muon(student.named_parameters())
+    return told(optimizer.step, list(student.parameters()))
+
+
+def test_a_step_without_gradients_beside_a_sharded_model_is_harmless():
+    for name, _, same in run_processes(2, beside_a_sharded_teacher):
+        assert (name, same) == ("", True)
+
+
+def test_complex_parameters_are_refused_by_name():
+    param = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+    param.grad = torch.ones_like(param)
+    optimizer = Muon([{"params": [("w", param)], "algorithm": "adamw"}])
+    with pytest.raises(RuntimeError, match="w is complex; this package steps real parameters"):
+        optimizer.step()

@@ -95,10 +95,6 @@ def test_a_pair_goes_on_bitwise(how):
     optimizer = ours(twin)
     converted = convert_state_dict(optimizer, *saved)
     optimizer.load_state_dict(converted)
-    if how == "flattened":  # names the options of each parameter, which are not taken over
-        for group in optimizer.param_groups:
-            given = ADAMW if group["algorithm"] == "adamw" else {"lr": 0.05, "momentum": 0.9}
-            group.update(given)
     assert optimizer.param_groups[0]["format_version"] == 1
     train(model, optimizers, 2)
     train(twin, [optimizer], 2)
@@ -192,3 +188,15 @@ def test_jobs_go_on_through_a_sharded_checkpoint(tmp_path, kind, apart):
     for wrong, text in run_processes(4, through_dcp, str(tmp_path / "a"), kind, apart):
         assert wrong == []
         assert "has no state under 'nowhere'" in text
+
+
+def test_options_that_mean_the_same_come_along():
+    """The scale of the learning rate is one of them."""
+    model, _ = job(torch_pair)
+    options = {"lr": 3e-3, "adjust_lr_fn": "match_rms_adamw", "momentum": 0.8, "nesterov": False}
+    muon = torch.optim.Muon([("up.weight", model.up.weight)], **options)
+    model.up.weight.grad = torch.ones_like(model.up.weight)
+    muon.step()
+    optimizer = Muon([("up.weight", model.up.weight)], lr=0.5)
+    optimizer.load_state_dict(convert_state_dict(optimizer, muon.state_dict()))
+    assert {name: optimizer.param_groups[0][name] for name in options} == options

@@ -25,7 +25,10 @@ KEYS = {"muon": ("momentum_buffer",), "adamw": ("step", "exp_avg", "exp_avg_sq")
 """What torch's optimizers keep of a parameter, by the algorithm that can go on with it."""
 
 SHARED_OPTIONS = {
-    "muon": ("lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps"),
+    "muon": (
+        *("lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps"),
+        "adjust_lr_fn",
+    ),
     "adamw": ("lr", "betas", "eps", "weight_decay"),
 }
 """Options that mean the same here and there."""
@@ -122,7 +125,9 @@ def _by_names(
 ) -> tuple[dict[str, Mapping[str, Any]], list[tuple[list[str], Mapping[str, Any]]]]:
     """State by name, and param groups with the names that they hold."""
     if "state" not in saved:
-        return _unflattened(saved), []
+        return _unflattened(saved, "state."), [
+            ([name], group) for name, group in _unflattened(saved, "param_groups.").items()
+        ]
     groups = []
     name_of: dict[object, str] = {}
     for group in saved["param_groups"]:
@@ -143,16 +148,16 @@ def _by_names(
     return {name_of[number]: values for number, values in saved["state"].items()}, groups
 
 
-def _unflattened(saved: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """State by name of keys like `state.layers.0.weight.exp_avg`."""
-    state: dict[str, Mapping[str, Any]] = {}
+def _unflattened(saved: Mapping[str, Any], prefix: str) -> dict[str, Mapping[str, Any]]:
+    """By name what keys like `state.layers.0.weight.exp_avg` hold, of those with this prefix."""
+    by_name: dict[str, Mapping[str, Any]] = {}
     for key, value in saved.items():
-        if key.startswith("state."):
-            name, _, kept = key.removeprefix("state.").rpartition(".")
-            state[name] = {**state.get(name, {}), kept: value}
-    if not state:
+        if key.startswith(prefix):
+            name, _, kept = key.removeprefix(prefix).rpartition(".")
+            by_name[name] = {**by_name.get(name, {}), kept: value}
+    if not by_name:
         raise CheckpointError(f"no state of an optimizer: its keys are {shortened([*saved])}")
-    return state
+    return by_name
 
 
 def _merged(

@@ -51,6 +51,14 @@ class Entry(IntEnum):
 MISSING, PRESENT, NOTHING_HERE = "", "yes", "nothing here"
 """What `Votes.presence` says of a gradient; NOTHING_HERE abstains."""
 
+OF_DTYPE = " gradient"
+
+
+def of_dtype(name: str) -> str:
+    """What `Votes.presence` says of a gradient in another dtype than its parameter's."""
+    return f"a {name}{OF_DTYPE}"
+
+
 PAIR_OF = {PRESENT: (1, -1), MISSING: (0, 0), NOTHING_HERE: (-2, -2)}
 
 

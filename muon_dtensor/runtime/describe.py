@@ -448,6 +448,13 @@ def fsdp2_params() -> list[FSDP2Param]:
     return found
 
 
+def are_in_modules(params: Iterable[Tensor]) -> bool:
+    """Whether some module of this process holds any of these parameters. Searches all objects."""
+    wanted = {id(param) for param in params}
+    modules = (found for found in gc.get_objects() if isinstance(found, nn.Module))
+    return any(id(param) in wanted for m in modules for param in m.parameters(recurse=False))
+
+
 class HostCopy:
     """The values of a small tensor, copied to the host in the device's own time.
 

@@ -19,6 +19,7 @@ from muon_dtensor.runtime.ballots import (
     PRESENT,
     Votes,
     non_finite_flag,
+    of_dtype,
     read,
 )
 from muon_dtensor.runtime.describe import HostCopy, dtype_name, local_part, warning_level
@@ -51,6 +52,7 @@ class GradientGate:
         self._params = params
         self._of_own_dtype = frozenset(of_own_dtype)
         self._shapes = {name: local_part(param).shape for name, param in params.items()}
+        self._dtypes: dict[str, torch.dtype] = {}
         self._agreement = agreement
         self._missing_grad = missing_grad
         self._nonfinite = nonfinite
@@ -84,9 +86,10 @@ class GradientGate:
         """
         grads = {name: p.grad for name, p in self._params.items() if p.grad is not None}
         empty = {name: param for name, param in self._params.items() if _is_empty(param)}
-        grads |= {name: torch.zeros_like(p) for name, p in empty.items() if name not in grads}
+        grads |= {name: self._zeros(name) for name in empty if name not in grads}
         faults = {name: self._fault_of(name, grad) for name, grad in grads.items()}
         faulty = [name for name, fault in faults.items() if fault]
+        self._dtypes.update({name: g.dtype for name, g in grads.items() if not faults[name]})
         options = (*options, f"measured={is_measured}")
         if fault is None and faulty:
             fault = RuntimeError(faults[faulty[0]])
@@ -95,7 +98,7 @@ class GradientGate:
         flag = self._flag([grad for name, grad in grads.items() if not faults[name]])
         if self._reads_now():
             return grads, self._settle(votes, grads, moved, flag)
-        grads.update({name: torch.zeros_like(self._params[name]) for name in faulty})
+        grads.update({name: self._zeros(name) for name in faulty})
         mask = self._mask(votes, grads, moved, flag)
         if any(local_part(self._params[name]).is_meta for name in faulty):
             self._past.pop()  # what has no values cannot be stepped with zeros: raised now
@@ -153,8 +156,20 @@ class GradientGate:
             read(outcomes.tolist(), with_non_finite=self._nonfinite == "raise")
 
     def follow(self, before: "GradientGate") -> None:
-        """Take over what masked steps of an earlier gate of this optimizer found."""
+        """Take over what an earlier gate of this optimizer knows, so that ranks go on as one."""
         self._past, self._past_fault = before._past, before._past_fault
+        self._has_settled = before._has_settled
+        self._told_of_zeros = before._told_of_zeros
+        self._dtypes = {name: d for name, d in before._dtypes.items() if name in self._params}
+
+    def found_fault(self) -> bool:
+        """Whether ranks disagree about the masked step that was admitted last. Waits for it."""
+        return any(fault for fault, _ in self._past[-1].tolist())
+
+    def _zeros(self, name: str) -> Tensor:
+        """In place of a gradient, and of the dtype that its gradients have."""
+        param = self._params[name]
+        return torch.zeros_like(param, dtype=self._dtypes.get(name, param.dtype))
 
     def forget_past(self) -> None:
         """Drop what masked steps found: state was loaded since."""
@@ -181,7 +196,7 @@ class GradientGate:
             if isinstance(grad, DTensor) and _has_moved(self._params[name], grad):
                 return str(grad.placements)
             if grad is not None and grad.dtype != self._params[name].dtype:
-                return f"a {dtype_name(grad.dtype)} gradient"
+                return of_dtype(dtype_name(grad.dtype))
             return MISSING if grad is None else PRESENT
 
         presence = tuple(
@@ -233,7 +248,7 @@ class GradientGate:
         if moved and keep.item():  # with equal ballots, all ranks of the mesh have moved the same
             self._redistribute(moved, grads)
         else:
-            grads.update({name: torch.zeros_like(self._params[name]) for name in moved})
+            grads.update({name: self._zeros(name) for name in moved})
         self._past.append(HostCopy(outcomes))
         self._past_fault = votes.fault
         return keep & (outcomes[:, 1].amax() == 0)
@@ -245,7 +260,7 @@ class GradientGate:
 
     def _count_as_zero(self, incomplete: frozenset[str], grads: dict[str, Tensor]) -> None:
         for name in incomplete - grads.keys():
-            grads[name] = torch.zeros_like(self._params[name])
+            grads[name] = self._zeros(name)
         if incomplete and not self._told_of_zeros:
             self._told_of_zeros = True
             logger.log(
@@ -301,6 +316,8 @@ def _fault_of(name: str, param: Tensor, grad: Tensor) -> str:
             f"{name} is {list(param.shape)} and its gradient {list(grad.shape)}. A backward under "
             "no_sync() leaves FSDP1's gradients whole: end with one outside of it."
         )
+    if grad.is_complex():
+        return f"{name} is complex; this package steps real parameters. Store its real view."
     if not grad.is_floating_point():
         return (
             f"{name} is {dtype_name(param.dtype)} and its gradient {dtype_name(grad.dtype)}. "

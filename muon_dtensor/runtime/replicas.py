@@ -66,4 +66,5 @@ def _sample(shard: Tensor) -> Tensor:
     indices = torch.linspace(0, shard.numel() - 1, NUM_SAMPLES, dtype=torch.float64).long()
     unraveled = torch.unravel_index(indices.to(shard.device), shard.shape)
     values = shard[unraveled] if shard.ndim else shard.expand(NUM_SAMPLES).contiguous()
+    values = values.real.contiguous() if values.is_complex() else values
     return values.view(_BITS[values.element_size()]).to(torch.int64)

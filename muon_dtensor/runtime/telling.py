@@ -6,7 +6,7 @@ Takes what was gathered from all ranks. Sends nothing.
 from collections.abc import Iterator, Mapping, Sequence
 
 from muon_dtensor.layout import MeshSpec
-from muon_dtensor.runtime.ballots import MISSING, NOTHING_HERE, PRESENT
+from muon_dtensor.runtime.ballots import MISSING, NOTHING_HERE, OF_DTYPE, PRESENT
 
 
 def first_difference(mesh: MeshSpec, params: Mapping[int, tuple[str, ...]]) -> str:
@@ -61,7 +61,8 @@ def who_misses(
                 states.setdefault(present[index], []).append(rank)
         if len(states) <= 1:
             continue
-        if states.keys() == {MISSING, PRESENT}:
+        present_states = [s for s in states if s == PRESENT or s.endswith(OF_DTYPE)]
+        if MISSING in states and len(states) == 2 and present_states:
             missing.add(fqn)
             lines.append(f"\n  {fqn}: no gradient on {_ranks(states[MISSING])}")
             continue
