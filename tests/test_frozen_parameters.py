@@ -389,6 +389,10 @@ def changed_on_one_rank(how: str, masked: bool) -> list[str]:
                 optimizer.param_groups[0]["lr"] = torch.tensor([0.1, 0.2])
             case "clear":
                 optimizer.state.clear()
+            case "add":
+                more = nn.Parameter(spread(torch.ones(6, 8), mesh, (R, S0)))
+                more.grad = torch.ones_like(more)
+                optimizer.add_param_group({"params": [("more", more)]})
     before = local_part(weight.detach()).clone()
     raised = []
     for _ in range(3):
@@ -402,7 +406,7 @@ def changed_on_one_rank(how: str, masked: bool) -> list[str]:
     return raised
 
 
-ON_ONE_RANK = ["unfreeze", "matrix", "no pattern", "two learning rates", "clear"]
+ON_ONE_RANK = ["unfreeze", "matrix", "no pattern", "two learning rates", "clear", "add"]
 
 
 def changes_on_one_rank(how: str, masked: bool) -> list[str]:
