@@ -23,6 +23,7 @@ from muon_dtensor.errors import GroupOptionError
 from muon_dtensor.orthogonalize import ORTHOGONALIZERS
 from muon_dtensor.orthogonalize.newton_schulz import EPS, KELLER_JORDAN, NUM_ITERATIONS
 from muon_dtensor.patterns import Declaration
+from muon_dtensor.runtime.describe import warning_level
 from muon_dtensor.update import ADJUST_LR_FNS
 
 logger = logging.getLogger("muon_dtensor")
@@ -122,8 +123,10 @@ def complete(
             hint = did_you_mean(name, DEFAULTS) or f" Options are {', '.join(DEFAULTS)}."
             raise GroupOptionError(f"unknown param group option '{name}'.{hint}")
         if hint := did_you_mean(name, DEFAULTS, cutoff=NEAR):
-            logger.warning(
-                "'%s' in a param group is no option, and is carried without effect.%s", name, hint
+            logger.log(
+                warning_level(),
+                "'%s' in a param group is no option, and is carried without effect.%s",
+                *(name, hint),
             )
     completed = {**_defaults_of(group.get("algorithm", "muon"), defaults), **group}
     if completed["algorithm"] == "adamw":

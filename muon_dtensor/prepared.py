@@ -40,7 +40,7 @@ from muon_dtensor.runtime.plain import PlainTensors
 from muon_dtensor.runtime.replicas import differing_replicas
 from muon_dtensor.runtime.trace import Trace
 from muon_dtensor.settings import Settings
-from muon_dtensor.state import follow_grad_dtypes, make_state
+from muon_dtensor.state import drop_stale, follow_grad_dtypes, make_state
 
 logger = logging.getLogger("muon_dtensor")
 META = torch.device("meta")
@@ -117,6 +117,7 @@ class Prepared:
         self._planned = [planned_options(group) for group in groups]
         self._texts: tuple[str, ...] = ()
         self._valid = [dict(group) for group in groups]
+        self._read: Sequence[Mapping[str, Any]] = groups
         self._devices = [local_part(param).device for param in self._params]
         devices = [local_part(entry.param).device for entry in census.muon]
         self.executor = Executor(self.plan, rank, process_groups, devices, trace)
@@ -202,7 +203,7 @@ class Prepared:
         with self.executor.watched(measurement.trace, measurement.look):
             grads = self.step(state, sweeps_twice, is_measured=True, fault=fault)
         self._settings.wait_for_momentum()
-        return measurement.finish(self._valid, grads, state, self._process_groups)
+        return measurement.finish(self._read, grads, state, self._process_groups)
 
     def step(
         self,
@@ -241,24 +242,36 @@ class Prepared:
             is_measured=is_measured,
             fault=fault,
         )
+        planned, self._read = self, self._groups
         if isinstance(keep, Tensor) and self._agreed is not None and self.gate.found_fault():
             # other ranks hold the plan of before: their exchanges are met, and change nothing
-            self._agreed._step_all(grads, state, self._agreed._valid, keep)
-            return grads
-        self._agreed, self._is_agreed = None, True
+            planned, self._read = self._agreed, self._agreed._valid
+        else:
+            self._agree(state)
+            if fault is not None:  # a masked step goes on with the options that were last right
+                self._read = self._valid
         if keep is False:
             return grads
         if not grads and self.census.entries:
             self._tell_of_no_gradient()
+        planned._connect()
+        self.is_unfinished = not self._config.is_by_hand  # such functions see to that themselves
+        planned._step_all(grads, state, self._read, keep if isinstance(keep, Tensor) else None)
+        self.is_unfinished = False
+        return grads
+
+    def _agree(self, state: State) -> None:
+        """All ranks hold this plan: that of before, and state that only it needs, can go."""
+        if not self._is_agreed:
+            self._agreed, self._is_agreed = None, True
+            for entry in self.census.entries:
+                drop_stale(state[entry.param], entry.group)
+
+    def _connect(self) -> None:
+        """Connect all ranks of the plan, before its first step."""
         if not self._is_connected:
             self.executor.connect()
             self._is_connected = True
-        self.is_unfinished = not self._config.is_by_hand  # such functions see to that themselves
-        # a masked step of a rank at fault goes on with the options that were last right
-        groups = self._groups if fault is None else self._valid
-        self._step_all(grads, state, groups, keep if isinstance(keep, Tensor) else None)
-        self.is_unfinished = False
-        return grads
 
     def _check_orthogonalizer(self) -> None:
         """Try the user's orthogonalizer where it will run. Raises GroupOptionError."""

@@ -43,13 +43,10 @@ def make_state(
     Muon keeps `momentum_buffer`, AdamW `step`, `exp_avg` and `exp_avg_sq`: tensors of the
     parameter's shape, dtype and placements (the momentum has the gradients' dtype, if `grad_dtype`
     of the parameter names another one); NorMuon also `row_second_moment`, in float32, laid out as
-    `moments`. What another algorithm kept is dropped. A momentum of another dtype, or one to be
-    kept on the host, is brought there; torch's `load_state_dict` gives it back as the parameter is.
-    Raises CheckpointError for moments that lie otherwise.
+    `moments`. A momentum of another dtype, or one to be kept on the host, is brought there;
+    torch's `load_state_dict` gives it back as the parameter is. Raises CheckpointError for moments
+    that lie otherwise.
     """
-    needed = _keys_of({"algorithm": algorithm, "normuon_beta": moments})
-    for key in _KNOWN - needed:
-        state.pop(key, None)  # of another algorithm, before the group changed
     if algorithm == "muon":
         if "momentum_buffer" not in state:
             dtype = momentum_dtype or grad_dtype_of(param) or param.dtype
@@ -70,6 +67,12 @@ def make_state(
         state["step"] = step_tensor(param)
         state["exp_avg"] = torch.zeros_like(param, requires_grad=False)
         state["exp_avg_sq"] = torch.zeros_like(param, requires_grad=False)
+
+
+def drop_stale(state: MutableMapping[str, Any], group: Mapping[str, Any]) -> None:
+    """Drop what another algorithm, or NorMuon, kept before the group of a parameter changed."""
+    for key in _KNOWN - _keys_of(group):
+        state.pop(key, None)
 
 
 def grad_dtype_of(param: Tensor) -> torch.dtype | None:

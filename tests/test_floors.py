@@ -26,7 +26,7 @@ MAY_REACH = {
         "update",
         "runtime",
     ),
-    "options": ("errors", "orthogonalize", "patterns", "update"),
+    "options": ("errors", "orthogonalize", "patterns", "runtime", "update"),
     "grouping": ("errors", "options", "runtime"),
     "assignment": ("errors",),
     "by_hand": ("assignment", "layout", "shards", "runtime"),

@@ -389,11 +389,16 @@ def changed_on_one_rank(how: str, masked: bool) -> list[str]:
                 optimizer.param_groups[0]["lr"] = torch.tensor([0.1, 0.2])
             case "clear":
                 optimizer.state.clear()
+            case "algorithm":
+                optimizer.param_groups[0]["algorithm"] = "adamw"
             case "add":
                 more = nn.Parameter(spread(torch.ones(6, 8), mesh, (R, S0)))
                 more.grad = torch.ones_like(more)
                 optimizer.add_param_group({"params": [("more", more)]})
     before = local_part(weight.detach()).clone()
+    momentum = None
+    if how != "clear":
+        momentum = local_part(optimizer.state[weight]["momentum_buffer"]).clone()
     raised = []
     for _ in range(3):
         try:
@@ -401,12 +406,21 @@ def changed_on_one_rank(how: str, masked: bool) -> list[str]:
             raised.append("")
         except Exception as error:
             raised.append(type(error).__name__)
-    if how != "clear":
+    if momentum is not None:
         assert torch.equal(before, local_part(weight.detach()))
+        assert torch.equal(momentum, local_part(optimizer.state[weight]["momentum_buffer"]))
     return raised
 
 
-ON_ONE_RANK = ["unfreeze", "matrix", "no pattern", "two learning rates", "clear", "add"]
+ON_ONE_RANK = [
+    "unfreeze",
+    "matrix",
+    "no pattern",
+    "two learning rates",
+    "clear",
+    "add",
+    "algorithm",
+]
 
 
 def changes_on_one_rank(how: str, masked: bool) -> list[str]:
