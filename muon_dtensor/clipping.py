@@ -148,7 +148,7 @@ def _params_of(
 
 
 def _algorithm_of(group: Mapping[str, Any]) -> str | None:
-    """What steps a param group, ours or one of torch's optimizers; None for what is neither."""
+    """The algorithm that steps a param group, "muon" or "adamw"; None if unknown."""
     if "algorithm" in group or "ns_steps" in group:
         return str(group.get("algorithm", "muon"))
     return "adamw" if "betas" in group else None

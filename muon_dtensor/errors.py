@@ -38,7 +38,7 @@ class RefusalError(ValueError):
 
 
 GATHERED = (
-    "FSDP2 has gathered it for the moment; the parameter that trains is its shard.",
+    "It is FSDP2's temporary unsharded parameter; the one that trains is the sharded parameter.",
     "Make the optimizer before the first forward, or call module.reshard() on the FSDP module "
     "first (the root stays gathered after a forward).",
 )

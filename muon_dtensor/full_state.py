@@ -15,6 +15,7 @@ from muon_dtensor.errors import CheckpointError
 from muon_dtensor.optim import Muon
 from muon_dtensor.runtime.describe import local_part
 from muon_dtensor.runtime.whole import cut_like
+from muon_dtensor.state import CUT_AS_THEIR_PARAMETER
 
 
 def load_full_state_dict(
@@ -67,7 +68,7 @@ def _numbered(optimizer: Muon, saved: Mapping[str, Any]) -> dict[str, Any]:
         numbers = range(number, number + len(names))
         for name, param, each in zip(names, group["params"], numbers, strict=True):
             state[each] = {
-                key: _cut(f"{key} of {name}", value, optimizer.state[param].get(key, value))
+                key: _cut(f"{key} of {name}", value, _live(optimizer, param, key))
                 for key, value in saved["state"].get(name, {}).items()
             }
         if names:
@@ -76,6 +77,12 @@ def _numbered(optimizer: Muon, saved: Mapping[str, Any]) -> dict[str, Any]:
             groups.append({**group, "params": []})
         number += len(names)
     return {"state": state, "param_groups": groups}
+
+
+def _live(optimizer: Muon, param: Tensor, key: str) -> Any:
+    """What a value is placed as: the live one, or its parameter if that is frozen and has none."""
+    live = optimizer.state.get(param, {}).get(key)
+    return param if live is None and key in CUT_AS_THEIR_PARAMETER else live
 
 
 def _cut(name: str, whole: Any, live: Any) -> Any:

@@ -194,6 +194,13 @@ def group_parameters(
     return list(groups.values())
 
 
+def clean_names(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a model by the names that they have without wrappers around it."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for fqn, param in model.named_parameters():
+        yield _Use(modules, fqn).fqn, param
+
+
 def is_embedding_or_head(fqn: str) -> bool:
     """Whether a parameter's name says that it is an embedding or a model's last projection."""
     path = ".".join(part for part in fqn.split(".")[:-1] if part not in WRAPPING)

@@ -128,8 +128,8 @@ class Muon(Optimizer):
     `matrix_axes`, `split_sizes`, `split_dim`, see `patterns.Declaration`. With
     `algorithm="adamw"` and `betas`, `eps`, `weight_decay`, `lr` torch's own AdamW steps a group, of
     any shape. One that does not name them has `options.ADAMW_DEFAULTS`, for the ones above are
-    Muon's. Its `momentum` is another name of betas[0], which cyclic schedulers write. Other keys
-    are carried, and not looked at.
+    Muon's. Its `momentum` is another name of betas[0], which cyclic schedulers write. Unknown
+    keys are kept in the group, and ignored by `step`.
 
     Parameters that do not require gradients, have none and never trained are left out: they are in
     no plan and have no state, until they begin to train.
@@ -414,7 +414,7 @@ class Muon(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict: `momentum_buffer`, or AdamW's state, per parameter.
 
-        Of a parameter that never trained it says that there is none: `{}`.
+        A parameter that never trained has the entry `{}`.
 
         Warns once of shards that torch's distributed checkpoint would misplace; see
         `check_saveable`.

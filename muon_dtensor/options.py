@@ -167,10 +167,13 @@ def _name_beta1(completed: dict[str, Any], said: Mapping[str, Any]) -> None:
 
 
 def settle_numbers(group: MutableMapping[str, Any], known: float | None) -> float | None:
-    """Make numbers Python's own, and see to Note [Momentum of AdamW]; the group's beta1, if any.
+    """Make numbers Python's own, restore options that were deleted, and see to Note [Momentum of
+    AdamW]. Returns the group's beta1; None for Muon.
 
     `known`: what this returned last.
     """
+    for name, value in _defaults_of(group.get("algorithm", "muon"), DEFAULTS).items():
+        group.setdefault(name, value)
     for name in ("lr", "weight_decay", "momentum", "eps"):
         group[name] = plain_number(group[name])
     if group["algorithm"] != "adamw" or not _are_numbers(group["betas"], 2):
@@ -246,10 +249,9 @@ def validate(group: Mapping[str, Any], *, reads_tensors: bool = True) -> None:
         raise GroupOptionError(f"normuon_beta must be None or in [0, 1), got {beta!r}")
     if group["algorithm"] == "adamw" and (beta is not None or group["cautious_weight_decay"]):
         raise GroupOptionError("normuon_beta and cautious_weight_decay are for Muon's groups only")
-    if type(group["cautious_weight_decay"]) is not bool:
-        raise GroupOptionError(
-            f"cautious_weight_decay is True or False, got {group['cautious_weight_decay']!r}"
-        )
+    for name in ("nesterov", "cautious_weight_decay", "capturable"):
+        if type(group[name]) is not bool:
+            raise GroupOptionError(f"{name} is True or False, got {group[name]!r}")
     if group["format_version"] != FORMAT_VERSION:
         raise GroupOptionError(
             f"format_version must be {FORMAT_VERSION}, got {group['format_version']!r}: this "
@@ -267,8 +269,6 @@ def validate(group: Mapping[str, Any], *, reads_tensors: bool = True) -> None:
             f"orthogonalizer must be one of {', '.join(ORTHOGONALIZERS)}, got "
             f"{group['orthogonalizer']!r}; a callable is given to the constructor"
         )
-    if type(group["capturable"]) is not bool:
-        raise GroupOptionError(f"capturable is True or False, got {group['capturable']!r}")
     declaration_of(group)
     betas = group["betas"]
     if not _are_numbers(betas, 2) or not all(0 <= beta < 1 for beta in betas):

@@ -227,7 +227,9 @@ class Prepared:
         try:
             self.agreement.prove_plan(self.gate.device, sweeps_twice)
             if stored_otherwise:  # on every rank, for the lines that ranks compare say so
-                raise PlanMismatchError("Ranks store other shards than their placements tell.")
+                raise PlanMismatchError(
+                    "Local shards on some ranks do not match their DTensor placements."
+                )
         except PlanMismatchError as error:
             if not stored_otherwise:
                 raise

@@ -123,8 +123,8 @@ def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, An
         if declares_otherwise(saved, group):
             logger.log(
                 warning_level(group["params"]),
-                "the checkpoint declares other matrices (%s) than the optimizer (%s), which keeps "
-                "its own. To take those of the checkpoint, declare them before loading.",
+                "the matrices that the checkpoint declares (%s) differ from those of the optimizer "
+                "(%s). The optimizer's are used; to use the others, declare them before loading.",
                 *({name: of[name] for name in DECLARED} for of in (saved, group)),
             )
         validate(loaded)
@@ -149,7 +149,7 @@ def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, An
                     f"the checkpoint has {', '.join(sorted(unknown))} of {name}, which "
                     f"{loaded['algorithm']} does not know: another optimizer wrote it.{hint}"
                 )
-            for key in kept.keys() & _CUT_AS_THEIR_PARAMETER:
+            for key in kept.keys() & CUT_AS_THEIR_PARAMETER:
                 if not _is_placed_as(kept[key], param):
                     raise CheckpointError(
                         f"'{key}' of {name} is {placed(kept[key])}, the parameter {placed(param)}. "
@@ -158,7 +158,7 @@ def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, An
     if absent:
         logger.log(
             warning_level(param for group in groups for param in group["params"]),
-            "the checkpoint has no state of %d parameters, which start afresh: %s",
+            "the checkpoint has no optimizer state for %d parameters; theirs starts at zero: %s",
             len(absent),
             ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else ""),
         )
@@ -234,7 +234,7 @@ def follow_params(
 
 _KNOWN = {"momentum_buffer", "step", "exp_avg", "exp_avg_sq", MOMENTS}
 
-_CUT_AS_THEIR_PARAMETER = {"momentum_buffer", "exp_avg", "exp_avg_sq"}
+CUT_AS_THEIR_PARAMETER = {"momentum_buffer", "exp_avg", "exp_avg_sq"}
 
 
 def _keys_of(group: Mapping[str, Any]) -> set[str]:

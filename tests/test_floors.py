@@ -50,7 +50,7 @@ MAY_REACH = {
     "job_config": ("config", "grouping", "optim", "options", "orthogonalize"),
     "qk_clip": ("runtime",),
     "clipping": ("layout", "runtime"),
-    "full_state": ("errors", "optim", "runtime"),
+    "full_state": ("errors", "optim", "runtime", "state"),
     "integrations": ("",),
     "cli": ("",),
     "__init__": ("",),

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -22,7 +23,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard
 
-from muon_dtensor import CheckpointError, Muon, create_auto_config, group_parameters
+from muon_dtensor import (
+    CheckpointError,
+    Muon,
+    create_auto_config,
+    group_parameters,
+    load_full_state_dict,
+)
 from muon_dtensor.runtime.describe import local_part
 from muon_dtensor.runtime.gradients import GradientGate
 from tests.support.cases import mesh_of, spread, tensors_like
@@ -340,7 +347,10 @@ def frozen_then(path: str) -> Any:
 
 def test_a_layer_that_was_frozen_when_it_was_saved_starts_afresh(tmp_path, caplog):
     optimizer, other, layers, twins = frozen_then(str(tmp_path / "state.pt"))
-    assert "the checkpoint has no state of 1 parameters, which start afresh" in caplog.text
+    assert (
+        "the checkpoint has no optimizer state for 1 parameters; theirs starts at zero"
+        in caplog.text
+    )
     assert not other.state[twins[0].weight]["momentum_buffer"].any()
     mine, theirs = other.state[twins[1].weight], optimizer.state[layers[1].weight]
     assert torch.equal(mine["momentum_buffer"], theirs["momentum_buffer"])
@@ -476,3 +486,33 @@ def unfrozen_on_all(masked: bool) -> bool:
 @pytest.mark.parametrize("masked", [False, True])
 def test_unfreezing_on_all_ranks_loses_no_step(masked):
     assert all(run_processes(4, unfrozen_on_all, masked))
+
+
+def full_state_of_a_frozen_layer() -> bool:
+    """Trained and saved whole, loaded into a model in which the layer is frozen."""
+    mesh = mesh_of((2, 2))
+
+    def made(frozen: bool) -> tuple[nn.Module, Muon]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 12, bias=False), nn.Linear(12, 8))
+        fully_shard(model, mesh=mesh)
+        model[1].requires_grad_(not frozen)
+        names = dict(model.named_parameters())
+        matrices = [(n, p) for n, p in names.items() if p.ndim == 2]
+        vectors = [(n, p) for n, p in names.items() if p.ndim == 1]
+        return model, Muon([{"params": matrices}, {"params": vectors, "algorithm": "adamw"}])
+
+    model, optimizer = made(frozen=False)
+    model(torch.ones(4, 8)).square().mean().backward()
+    optimizer.step()
+    options = StateDictOptions(full_state_dict=True)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    weights = get_model_state_dict(model, options=options)
+    twin, other = made(frozen=True)
+    load_full_state_dict(twin, other, weights, saved)
+    kept = [optimizer.state[model[1].weight], other.state[twin[1].weight]]
+    return torch.equal(*(local_part(state["momentum_buffer"]) for state in kept))
+
+
+def test_full_state_loads_into_frozen_layers():
+    assert all(run_processes(4, full_state_of_a_frozen_layer))

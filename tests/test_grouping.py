@@ -440,7 +440,7 @@ def test_an_optimizer_of_gathered_parameters_is_refused():
     for *refused, plan in run_processes(2, while_gathered):
         for text in refused:
             assert "1 of 2 parameters cannot be planned" in text
-            assert "FSDP2 has gathered it for the moment" in text
+            assert "FSDP2's temporary unsharded parameter" in text
             assert "module.reshard()" in text
         assert "rows over a=2" in plan
 

@@ -202,6 +202,7 @@ def test_momentum_of_an_adamw_group_is_its_beta1():
         ("split_sizes", (1, 1), "sum to 2"),
         ("betas", (0.9, 1.5), "betas"),
         ("algorithm", "sgd", "algorithm must be one of"),
+        ("nesterov", "no", "nesterov is True or False, got 'no'"),
     ],
 )
 def test_a_value_that_goes_wrong_between_steps_is_an_error_before_anything_changes(
@@ -369,3 +370,10 @@ def test_an_embedding_given_to_muon_is_told(caplog):
     caplog.clear()
     Muon(group_parameters(model))
     assert caplog.text == ""
+
+
+def test_an_option_that_is_deleted_has_its_default():
+    optimizer = Muon([params_and_grads()[0]])
+    del optimizer.param_groups[0]["momentum"]
+    optimizer.step()
+    assert optimizer.param_groups[0]["momentum"] == DEFAULTS["momentum"]

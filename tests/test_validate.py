@@ -72,6 +72,16 @@ def odd_batch(model: nn.Module, step: int) -> torch.Tensor:
     return torch.ones(3, 48)
 
 
+def no_pair(model: nn.Module) -> nn.Module:
+    return model
+
+
+def compiled(model: nn.Module) -> tuple[nn.Module, None]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
+    fully_shard(model, mesh=mesh)
+    return torch.compile(model, backend="eager"), None
+
+
 def not_parallel(model: nn.Module) -> tuple[nn.Module, None]:
     return model, None
 
@@ -92,14 +102,15 @@ class TokenModel(nn.Module):
         self.out = nn.Linear(24, 8, bias=False)
         self.lm_head = nn.Linear(8, 11, bias=False)
 
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor, scale: float) -> torch.Tensor:
+        assert scale == 1.0, "what is no tensor is passed on"
         assert tokens.dtype == targets.dtype == torch.int64
         return self.lm_head(self.out(self.wqkv(self.embed(tokens))))
 
 
-def token_batch(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
+def token_batch(model: nn.Module, step: int) -> dict[str, Any]:
     tokens = torch.randint(11, (8, 6), generator=torch.Generator().manual_seed(step))
-    return {"tokens": tokens, "targets": tokens.roll(-1, dims=1)}
+    return {"tokens": tokens, "targets": tokens.roll(-1, dims=1), "scale": 1.0}
 
 
 def next_token_loss(output: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -200,6 +211,12 @@ def test_token_ids_a_loss_and_an_optimizer_of_the_user_s(tmp_path):
     assert "PASS: all 4 parameters match within 1e-05." in text
 
 
+def test_a_compiled_model_has_the_names_of_its_parameters(tmp_path):
+    status, text = validate(tmp_path, "--setup", "tests.test_validate:compiled")
+    assert status == 0, text
+    assert "each batch is shared by 2 data ranks" in text
+
+
 def test_a_config_file_and_ranks_that_see_the_same_data(tmp_path):
     path = tmp_path / "job.toml"
     path.write_text(
@@ -216,11 +233,13 @@ def test_a_config_file_and_ranks_that_see_the_same_data(tmp_path):
     ("flags", "told"),
     [
         (("--batch", "tests.test_validate:odd_batch"), "does not divide over 2 data ranks"),
+        (("--setup", "tests.test_validate:no_pair"), "must return (wrapped model, Distr"),
+        (("--precision", "bf16", "--ranks", "3"), "needs a number of data ranks that is a power"),
         (("--model", "tests.test_validate:nothing"), "names no function"),
         (("--model", "tests.test_validate:transformer"), "has no input_dim"),
         (("--num-steps", "0"), "must be 1 or more"),
     ],
-    ids=["odd-batch", "no-function", "no-batch", "no-steps"],
+    ids=["odd-batch", "no-pair", "three-ranks", "no-function", "no-batch", "no-steps"],
 )
 def test_what_cannot_run_is_told(tmp_path, flags, told):
     status, text = validate(tmp_path, *flags)

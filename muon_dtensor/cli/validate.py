@@ -47,11 +47,12 @@ def validate(
         setup: fsdp (fully_shard), fsdp1, ddp, or `pkg.mod:fn` that takes the model and returns
             (wrapped model, DistributedConfig or None), and as a third value, where not all ranks
             see other data, the DeviceMesh of those that do. Without it these are all ranks, but
-            those along mesh dims called tp, cp, ep and pp.
+            those along mesh dims called tp, cp, ep, pp, tensor, model, context, expert or pipe.
         batch: `pkg.mod:fn` that takes (model, step) and returns the whole batch, the same on every
-            rank: a tensor, or a tuple or dict of them, samples along dim 0. In parallel each data
-            rank trains on its share of it, so that gradients nobody averages show (in narrow
-            precisions on all of it, with another weight of the loss).
+            rank: a tensor, or a tuple or dict, samples along dim 0 of its tensors. In parallel
+            each data rank trains on its share of it, so that gradients nobody averages show. In
+            narrow precisions each trains on all of it, with a loss weight of 0 or 2, and the number
+            of data ranks must be a power of two.
         model_name: begins the names of the files.
         num_steps: optimizer steps.
         lr: learning rate of all parameters, unless `optimizer` is given.

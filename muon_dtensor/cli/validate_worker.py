@@ -30,6 +30,7 @@ from muon_dtensor import (
 from muon_dtensor.cli.leaving import leave
 from muon_dtensor.cli.named import named
 from muon_dtensor.cli.validate import params_file
+from muon_dtensor.grouping import clean_names
 
 Wrapped = (
     tuple[nn.Module, DistributedConfig | None]
@@ -39,7 +40,7 @@ Wrapped = (
 FP16_SCALE = 1024.0
 """Of the loss in float16, whose small gradients would lose bits in the average over ranks."""
 
-SAME_DATA = ("tp", "cp", "ep", "pp")
+SAME_DATA = ("tp", "cp", "ep", "pp", "tensor", "model", "context", "expert", "pipe", "pipeline")
 """Mesh dims whose ranks see the same samples."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,6 +91,11 @@ def wrapped(setup: str, model: nn.Module) -> Wrapped:
             return DistributedDataParallel(model), create_devicemesh_config(mesh)
         case _:
             result: Wrapped = named(setup)(model)
+            if not isinstance(result, tuple) or len(result) not in (2, 3):
+                raise ValueError(
+                    f"{setup} must return (wrapped model, DistributedConfig or None), and may add "
+                    f"the DeviceMesh of the data ranks; it returned {type(result).__name__}"
+                )
             return result
 
 
@@ -135,9 +141,13 @@ def train(
     weight, scale = 1.0, 1.0
     if settings.precision == "fp16":
         scale = FP16_SCALE
-    if settings.precision != "fp32":
-        weight = 2.0 * (index % 2) if count > 1 and count & (count - 1) == 0 else 1.0
-        share = 0, 1
+    if settings.precision != "fp32" and count > 1:
+        if count & (count - 1):
+            raise ValueError(
+                f"--precision {settings.precision} needs a number of data ranks that is a power of "
+                f"two, so that averages over them are exact; this setup has {count}"
+            )
+        weight, share = 2.0 * (index % 2), (0, 1)
     for step in range(settings.num_steps):
         batch = _share_of(batches(step), share, dtype)
         with mixed if settings.precision == "mixed" else contextlib.nullcontext():
@@ -186,11 +196,16 @@ def _must_be_parallel(optimizer: Optimizer) -> None:
 
 
 def _share_of(batch: Any, share: tuple[int, int], dtype: torch.dtype) -> Any:
-    """This rank's samples; floating ones in the dtype of the model, others as they are."""
+    """This rank's samples; floating ones in the dtype of the model.
+
+    Integer tensors keep their dtype; what is no tensor of samples is passed on.
+    """
     if isinstance(batch, dict):
         return {name: _share_of(tensor, share, dtype) for name, tensor in batch.items()}
-    if isinstance(batch, (tuple, list)):
+    if type(batch) is tuple:
         return tuple(_share_of(tensor, share, dtype) for tensor in batch)
+    if not isinstance(batch, Tensor) or not batch.ndim:
+        return batch
     tensor: Tensor = batch
     index, count = share
     if len(tensor) % count:
@@ -235,16 +250,16 @@ def data_share(
 def whole_params(model: nn.Module) -> dict[str, Tensor]:
     """Parameters by name without wrappers, whole; every rank takes part."""
     whole = {}
+    has_fsdp1 = any(isinstance(m, FullyShardedDataParallel) for m in model.modules())
     gathered = (
         FullyShardedDataParallel.summon_full_params(model)
-        if isinstance(model, FullyShardedDataParallel)
+        if has_fsdp1
         else contextlib.nullcontext()
     )
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
     with gathered:
-        for name, param in inner.named_parameters():
+        for name, param in clean_names(model):
             value = param.full_tensor() if isinstance(param, DTensor) else param
-            whole[name.replace("_fsdp_wrapped_module.", "")] = value.detach().clone()
+            whole[name] = value.detach().clone()
     return whole
 
 
@@ -262,6 +277,8 @@ def main(mode: str, arguments: list[str]) -> None:
         dist.init_process_group("gloo")
         model, config, *data = wrapped(setup, model)
         share = data_share(model, config, data[0] if data else None)
+        if dist.get_rank() == 0:
+            print(f"distributed: each batch is shared by {share[1]} data ranks", flush=True)
     train(model, config, lambda step: make_batch(bare, step), settings, share)
     whole = whole_params(model)
     if mode == "baseline" or dist.get_rank() == 0:

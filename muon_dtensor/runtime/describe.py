@@ -278,7 +278,7 @@ class Describer:
         return self._layouts.setdefault(key, layout)
 
     def expected_shape(self, tensor: DTensor) -> tuple[int, ...] | None:
-        """Of this rank's shard, by shape and placements; None where those tell no shards."""
+        """The local shape that global shape and placements give this rank; None for Partial."""
         mesh = self.mesh(tensor.device_mesh)
         try:
             layout = describe_layout(tensor, mesh)
@@ -395,7 +395,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def ordinary_mode() -> Iterator[None]:
-    """Without autocast, without a default device, outside of inference mode: whatever the caller's.
+    """Disable autocast, reset the default device, and leave inference mode.
 
     What this package computes, and the state it keeps, depend on none of them.
     """
@@ -411,10 +411,10 @@ def ordinary_mode() -> Iterator[None]:
 
 
 def warning_level(tensors: Iterable[Tensor] = ()) -> int:
-    """Of a message about these tensors that all their ranks log: a warning on the first of them.
+    """Log level of a message that all ranks of some tensors emit.
 
-    Information on all others. The first rank is the lowest on the meshes of the DTensors (so that a
-    pipeline stage is heard), and 0 where there is none.
+    WARNING on the first of these ranks, INFO on the others. The first rank is the lowest on the
+    meshes of the DTensors (so that a pipeline stage is heard), and 0 where there is none.
     """
     meshes = {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
     first = min((int(mesh.mesh.min()) for mesh in meshes), default=0)
@@ -456,7 +456,7 @@ def are_in_modules(params: Iterable[Tensor]) -> bool:
 
 
 class HostCopy:
-    """The values of a small tensor, copied to the host in the device's own time.
+    """An asynchronous copy of a small tensor to pinned host memory.
 
     `tolist` waits for the copy alone, not for what was queued on the device after it.
     """

@@ -156,7 +156,7 @@ class GradientGate:
             read(outcomes.tolist(), with_non_finite=self._nonfinite == "raise")
 
     def follow(self, before: "GradientGate") -> None:
-        """Take over what an earlier gate of this optimizer knows, so that ranks go on as one."""
+        """Copy the pending outcome of an earlier gate, so that all ranks raise the same errors."""
         self._past, self._past_fault = before._past, before._past_fault
         self._has_settled = before._has_settled
         self._told_of_zeros = before._told_of_zeros

@@ -135,9 +135,9 @@ class _Found:
 
 
 class PlainTensors:
-    """Layouts of plain tensors by the rule of a config; without one each is its rank's own.
+    """Layouts of plain tensors, as the config defines them; without one each is local to its rank.
 
-    Tensors are held weakly: who replaces parameters frees the old ones (FSDP2 does).
+    Tensors are held weakly, so that a parameter that was replaced (by FSDP2) can be freed.
     """
 
     def __init__(self, rule: PlainRule | None) -> None:
