@@ -14,8 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from muon_dtensor import Muon, create_devicemesh_config, create_processgroup_config
-from muon_dtensor.runtime.describe import local_part
+from muon_dtensor import Muon, by_hand, create_devicemesh_config, create_processgroup_config
+from muon_dtensor.runtime import groups
+from muon_dtensor.runtime.describe import Describer, describe_mesh, local_part
+from muon_dtensor.runtime.groups import Groups
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.logs import logged
 from tests.support.pool import run_processes
@@ -260,3 +262,49 @@ def test_plain_tensors_on_several_ranks_without_a_config_are_told_by_one_rank():
     assert "create_devicemesh_config(mesh)" in first[0]
     assert second == []
     assert run_processes(2, plain_without_config, True) == [[], []]
+
+
+def registries_after_destruction(folder: str) -> list[tuple[int, int]]:
+    """What the module-level registries hold in each of three lives of the default group."""
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    before = len(groups._own), len(by_hand._meshes)
+    sizes = []
+    for life in range(3):
+        if life:
+            dist.barrier()
+            dist.destroy_process_group()
+            gc.collect()
+            dist.init_process_group(
+                "gloo", init_method=f"file://{folder}/{life}", rank=rank, world_size=num_ranks
+            )
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+        spec = describe_mesh(mesh)
+        Groups({spec: mesh}, rank).over(spec, ("a", "b"))
+        state = {"fsdp_pg": dist.new_group(list(range(num_ranks))), "rank": rank, "world_size": 4}
+        by_hand.gather_to_one(torch.ones(2, 2), 0, state)
+        del mesh, spec, state
+        gc.collect()
+        sizes.append((len(groups._own) - before[0], len(by_hand._meshes) - before[1]))
+    return sizes
+
+
+def test_registries_forget_destroyed_groups(tmp_path):
+    """Process groups of an ended default group, and what was made of them."""
+    for first, *later in run_processes(4, registries_after_destruction, str(tmp_path)):
+        assert first[0] == 1
+        assert max(later) <= first
+
+
+def test_equal_meshes_are_one_mesh_and_another_object_at_the_same_place_is_not():
+    """Layouts are remembered by the mesh itself, not by its address."""
+    for same, other in run_processes(4, meshes_by_value):
+        assert same
+        assert other
+
+
+def meshes_by_value() -> tuple[bool, bool]:
+    describer = Describer()
+    first = describer.mesh(mesh_of((2, 2)))
+    gc.collect()
+    second = describer.mesh(init_device_mesh("cpu", (4, 1), mesh_dim_names=("a", "b")))
+    return describer.mesh(mesh_of((2, 2))) is first, second.shape == (4, 1)
