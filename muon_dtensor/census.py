@@ -28,7 +28,7 @@ from muon_dtensor.runtime.by_functions import FunctionParam
 from muon_dtensor.runtime.describe import (
     Describer,
     dtype_name,
-    fsdp2_params,
+    gathered_params,
     local_part,
     num_ranks,
     placed,
@@ -143,10 +143,10 @@ class Census:
 
     def _problems(self) -> list[Problem]:
         """Parameters that nobody can step, whatever their layout."""
-        unsharded = {id(p.unsharded) for p in fsdp2_params() if p.unsharded is not None}
+        gathered = gathered_params()
         problems = []
         for entry in self.entries:
-            if id(entry.param) in unsharded:
+            if id(entry.param) in gathered:
                 problems.append(Problem(entry.name, placed(entry.param), *GATHERED))
             elif _shares_memory(local_part(entry.param)):
                 problems.append(_overlapping(entry))

@@ -15,7 +15,7 @@ from muon_dtensor.errors import CheckpointError
 from muon_dtensor.optim import Muon
 from muon_dtensor.runtime.describe import local_part
 from muon_dtensor.runtime.whole import cut_like
-from muon_dtensor.state import CUT_AS_THEIR_PARAMETER
+from muon_dtensor.state import CUT_AS_THEIR_PARAMETER, MOMENTS
 
 
 def load_full_state_dict(
@@ -69,7 +69,7 @@ def _numbered(optimizer: Muon, saved: Mapping[str, Any]) -> dict[str, Any]:
         for name, param, each in zip(names, group["params"], numbers, strict=True):
             state[each] = {
                 key: _cut(f"{key} of {name}", value, _live(optimizer, param, key))
-                for key, value in saved["state"].get(name, {}).items()
+                for key, value in _kept(optimizer, param, saved["state"].get(name, {})).items()
             }
         if names:
             groups.append({**group_of[names[0]], "params": list(numbers), "param_names": names})
@@ -77,6 +77,13 @@ def _numbered(optimizer: Muon, saved: Mapping[str, Any]) -> dict[str, Any]:
             groups.append({**group, "params": []})
         number += len(names)
     return {"state": state, "param_groups": groups}
+
+
+def _kept(optimizer: Muon, param: Tensor, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What can be loaded of a parameter's state: nothing of NorMuon's while the parameter is frozen
+    and has none, for the plan does not say then how its row moments are cut.
+    """
+    return {} if MOMENTS in saved and not optimizer.state.get(param) else saved
 
 
 def _live(optimizer: Muon, param: Tensor, key: str) -> Any:

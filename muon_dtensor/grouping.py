@@ -17,7 +17,7 @@ from muon_dtensor.errors import GATHERED, GroupOptionError, PlanError, Problem, 
 from muon_dtensor.options import ADAMW_DEFAULTS, DECLARED
 from muon_dtensor.runtime.describe import (
     FlatSlices,
-    fsdp2_params,
+    gathered_params,
     placed,
     warning_level,
 )
@@ -330,7 +330,7 @@ def _classify(model: nn.Module) -> Iterator[_Entry]:
 
 def _refuse(names: Mapping[nn.Parameter, Sequence[str]], slices: FlatSlices) -> None:
     """Raise PlanError for parameters that no optimizer of this package can step."""
-    gathered = {id(p.unsharded) for p in fsdp2_params() if p.unsharded is not None}
+    gathered = gathered_params()
     problems = []
     for param, fqns in names.items():
         if refusal := slices.refusal_of(param):

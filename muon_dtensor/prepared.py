@@ -234,16 +234,13 @@ class Prepared:
             if not stored_otherwise:
                 raise
             raise PlanError(stored_otherwise, num_params=len(self._params)) from error
-        fault = fault or self._wrong_options()
+        texts = tuple(as_text(group) for group in self._groups)
+        fault = fault or self._wrong_options(texts)
         if not self.has_compared_replicas:
             self.has_compared_replicas = True  # by all ranks, however their step ends
             differ = self._differing_replicas()
             fault = fault or differ
-        grads, keep = self.gate.admit(
-            tuple(as_text(group) for group in self._groups),
-            is_measured=is_measured,
-            fault=fault,
-        )
+        grads, keep = self.gate.admit(texts, is_measured=is_measured, fault=fault)
         planned, self._read = self, self._groups
         if isinstance(keep, Tensor) and self._agreed is not None and self.gate.found_fault():
             # other ranks hold the plan of before: their exchanges are met, and change nothing
@@ -284,9 +281,8 @@ class Prepared:
         for device in sorted({local_part(e.param).device for e in of_custom} - {META}, key=str):
             check_orthogonalizer(settings.custom, settings.ns_dtype, device)
 
-    def _wrong_options(self) -> Exception | None:
-        """What is wrong with a group that was changed since the last step."""
-        texts = tuple(as_text(group) for group in self._groups)
+    def _wrong_options(self, texts: tuple[str, ...]) -> Exception | None:
+        """What is wrong with a group that was changed since the last step. `texts`: of all."""
         if texts == self._texts:
             return None
         try:

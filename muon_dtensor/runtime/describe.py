@@ -448,6 +448,11 @@ def fsdp2_params() -> list[FSDP2Param]:
     return found
 
 
+def gathered_params() -> set[int]:
+    """Ids of the whole tensors that FSDP2's modules hold between all-gather and reshard."""
+    return {id(param.unsharded) for param in fsdp2_params() if param.unsharded is not None}
+
+
 def are_in_modules(params: Iterable[Tensor]) -> bool:
     """Whether some module of this process holds any of these parameters. Searches all objects."""
     wanted = {id(param) for param in params}
