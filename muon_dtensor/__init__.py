@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         create_devicemesh_config,
         create_dtensor_config,
     )
-    from muon_dtensor.full_state import load_full_state_dict
+    from muon_dtensor.full_state import checkpointable, load_full_state_dict
     from muon_dtensor.group_configs import create_auto_config, create_processgroup_config
     from muon_dtensor.grouping import group_parameters
     from muon_dtensor.job_config import MuonConfig
@@ -43,6 +43,7 @@ __all__ = [
     "PlanMismatchError",
     "StepFailedError",
     "__version__",
+    "checkpointable",
     "clip_grad_norm_",
     "create_auto_config",
     "create_devicemesh_config",
@@ -58,6 +59,7 @@ _HOMES = {
     "DistributedConfig": ("config", "DistributedConfig"),
     "Muon": ("optim", "Muon"),
     "MuonConfig": ("job_config", "MuonConfig"),
+    "checkpointable": ("full_state", "checkpointable"),
     "clip_grad_norm_": ("clipping", "clip_grad_norm_"),
     "create_auto_config": ("group_configs", "create_auto_config"),
     "create_devicemesh_config": ("config", "create_devicemesh_config"),

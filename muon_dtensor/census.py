@@ -30,6 +30,7 @@ from muon_dtensor.runtime.describe import (
     dtype_name,
     gathered_params,
     local_part,
+    misplaced_shards,
     num_ranks,
     placed,
     this_rank,
@@ -231,15 +232,7 @@ class Census:
             for entry in self.entries
             if isinstance(entry.param, DTensor) and self.describer.is_misplaced(entry.param)
         ]
-        if not names:
-            return ""
-        return (
-            f"torch.distributed.checkpoint takes shards of {len(names)} parameters for others, "
-            f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}: two mesh dims cut a tensor "
-            "dim that they do not divide. Save a full state dict, get_optimizer_state_dict(..., "
-            "options=StateDictOptions(full_state_dict=True)), and load it with "
-            "muon_dtensor.load_full_state_dict; or choose sizes that divide."
-        )
+        return misplaced_shards(names) if names else ""
 
     def without_state(self, state: Mapping[Tensor, Mapping[str, Any]]) -> list[int]:
         """Numbers, in a state dict, of parameters that hold no state because they never trained.

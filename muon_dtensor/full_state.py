@@ -1,9 +1,10 @@
-"""Full state dicts, every tensor whole, cut for whatever layout they are loaded into.
+"""Checkpoints of shards that torch's sharded ones misplace: by their true places, or whole.
 
-For what torch's sharded checkpoints misplace; see `Muon.check_saveable`. Reads no file.
+See `Muon.check_saveable`. Reads no file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,11 +12,68 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from muon_dtensor.errors import CheckpointError
+from muon_dtensor.errors import CheckpointError, RefusalError
 from muon_dtensor.optim import Muon
-from muon_dtensor.runtime.describe import local_part
-from muon_dtensor.runtime.whole import cut_like
+from muon_dtensor.runtime.describe import (
+    Describer,
+    can_place_shards,
+    local_part,
+    misplaced_shards,
+)
+from muon_dtensor.runtime.whole import cut_like, with_its_place
 from muon_dtensor.state import CUT_AS_THEIR_PARAMETER, MOMENTS
+
+
+@contextmanager
+def checkpointable(state_dict: dict[str, Any]) -> Iterator[None]:
+    """Let `torch.distributed.checkpoint` save and load shards where they truly lie.
+
+        with checkpointable(state):
+            dcp.save(state, checkpoint_id=path)   # or dcp.load, or dcp.async_save
+
+    torch takes some uneven shards for others (see `Muon.check_saveable`). Inside the context these
+    are plain tensors on the same memory, with the attributes of torch's `CheckpointableTensor`;
+    all other values stay as they are. Afterwards `state_dict` holds its DTensors again, with what
+    was loaded. Such checkpoints load into any layout, and others into such shards. No collective.
+
+    Args:
+        state_dict: of model, optimizer, or both; dicts and lists in it are searched, and changed.
+
+    Raises:
+        CheckpointError: there are such shards, and torch is older than 2.14.
+    """
+    describer = Describer()
+    found = list(_misplaced(state_dict, "", describer))
+    if found and not can_place_shards():
+        raise CheckpointError(misplaced_shards([name for _, _, name, _ in found]))
+    try:
+        for container, key, _, tensor in found:
+            container[key] = with_its_place(tensor)
+        yield
+    finally:
+        for container, key, _, tensor in found:
+            container[key] = tensor
+
+
+def _misplaced(
+    values: Any, name: str, describer: Describer
+) -> Iterator[tuple[Any, Any, str, DTensor]]:
+    """Container, key, name and value of each shard in it that torch misplaces."""
+    if not isinstance(values, (dict, list)):
+        return
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        here = f"{name}.{key}" if name else str(key)
+        if isinstance(value, DTensor) and _is_misplaced(value, describer):
+            yield values, key, here, value
+        else:
+            yield from _misplaced(value, here, describer)
+
+
+def _is_misplaced(tensor: DTensor, describer: Describer) -> bool:
+    try:
+        return describer.is_misplaced(tensor)
+    except RefusalError:  # placements that this package does not know are torch's own affair
+        return False
 
 
 def load_full_state_dict(

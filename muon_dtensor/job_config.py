@@ -22,7 +22,7 @@ from muon_dtensor.optim import Muon
 from muon_dtensor.options import ADAMW_DEFAULTS, DEFAULTS, complete, did_you_mean
 
 DType = Literal["bfloat16", "float32"]
-AdjustLr = Literal["original", "match_rms_adamw", "spectral_norm", "rms_norm"]
+AdjustLr = Literal["original", "match_rms_adamw", "spectral_norm", "spectral_unclamped", "rms_norm"]
 
 
 EXTRA = "pip install 'muon_dtensor[cli]'"

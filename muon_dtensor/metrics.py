@@ -37,7 +37,7 @@ class Measurement:
         """`number`: of the measurement; each looks at another matrix. `trace`: the user's."""
         self._plan, self._census = plan, census
         self._before = {
-            entry.name: local_part(entry.param.detach()).clone() for entry in census.entries
+            entry.name: local_part(entry.param).detach().clone() for entry in census.entries
         }
         self.trace = trace or Trace(this_rank())
         self._first_span = len(self.trace.spans)
@@ -120,7 +120,7 @@ class Measurement:
         """Of this rank's gradient, momentum, update and parameter."""
         kept = state[entry.param]
         momentum = kept["momentum_buffer" if entry.group["algorithm"] == "muon" else "exp_avg"]
-        now = local_part(entry.param.detach())
+        now = local_part(entry.param).detach()
         yield _square(now.new_empty(0) if grad is None else local_part(grad))
         yield _square(local_part(momentum))
         wide = torch.promote_types(now.dtype, torch.float32)

@@ -25,6 +25,7 @@ from muon_dtensor.options import (
     settle_numbers,
     validate,
 )
+from muon_dtensor.orthogonalize.bodies import tell_of_slow_bfloat16
 from muon_dtensor.planning.ir import Plan
 from muon_dtensor.planning.render import headline
 from muon_dtensor.planning.topology import Topology
@@ -80,7 +81,8 @@ class Muon(Optimizer):
         ns_steps: iterations, 0 to 99.
         adjust_lr_fn: None or "original": s = sqrt(max(1, rows / cols)); "match_rms_adamw":
             s = 0.2 sqrt(max(rows, cols)) (Liu et al. 2025, arXiv:2502.16982). As Dion has them:
-            "spectral_norm": s = sqrt(rows / cols); "rms_norm": as "match_rms_adamw".
+            "spectral_norm": s = sqrt(rows / cols), which torch (2.14) calls "spectral_unclamped";
+            "rms_norm": as "match_rms_adamw".
         distributed_config: of `create_devicemesh_config` or its kin: how plain tensors lie, and
             how exchanges run; or hand-written functions that move them. DTensors need none.
         ns_dtype: dtype of the iteration and of all that is sent.
@@ -307,6 +309,9 @@ class Muon(Optimizer):
                 len(dubious),
                 shortened(dubious),
             )
+        on_host = any(entry.param.device.type == "cpu" for entry in census.muon)
+        if on_host and self._settings.ns_dtype == torch.bfloat16:
+            tell_of_slow_bfloat16(warning_level())
         plain = [entry.name for entry in census.muon if not isinstance(entry.param, DTensor)]
         if plain and not has_config and num_ranks() > 1:
             logger.log(
@@ -434,9 +439,10 @@ class Muon(Optimizer):
     def check_saveable(self) -> None:
         """Raise CheckpointError if `torch.distributed.checkpoint` would misplace shards.
 
-        torch (2.13) says of some shards of tensor dims that two mesh dims cut, and do not divide,
-        that they lie elsewhere: a sharded checkpoint of them is refused, or cannot be loaded. A
-        full state dict can be saved. Ask before a run, on any rank.
+        torch (2.13 to 2.15) says of some shards of tensor dims that two mesh dims cut, and do not
+        divide, that they lie elsewhere: a sharded checkpoint of them is refused, or cannot be
+        loaded. `checkpointable` lets torch 2.14 save them; before, a full state dict can be saved.
+        Ask before a run, on any rank.
         """
         if misplaced := self._ready.census.misplaced():
             raise CheckpointError(misplaced)

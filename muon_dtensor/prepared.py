@@ -296,7 +296,7 @@ class Prepared:
     def _differing_replicas(self) -> Exception | None:
         """What to say of parameters whose replicas hold different values."""
         shards = [
-            (entry.name, self.census.layout(entry), local_part(entry.param.detach()))
+            (entry.name, self.census.layout(entry), local_part(entry.param).detach())
             for entry in self.census.entries
             if not local_part(entry.param).is_meta
         ]

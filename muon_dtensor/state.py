@@ -15,11 +15,14 @@ from muon_dtensor.errors import CheckpointError
 from muon_dtensor.layout import Layout
 from muon_dtensor.options import DECLARED, complete_loaded, declares_otherwise, validate
 from muon_dtensor.runtime.describe import (
+    cast,
     local_part,
     on_host,
     placed,
     this_rank,
     warning_level,
+    with_shard,
+    zeros_like,
 )
 from muon_dtensor.runtime.row_moments import zeros_beside
 
@@ -50,9 +53,9 @@ def make_state(
     if algorithm == "muon":
         if "momentum_buffer" not in state:
             dtype = momentum_dtype or grad_dtype_of(param) or param.dtype
-            state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+            state["momentum_buffer"] = zeros_like(param, dtype)
         if momentum_dtype is not None:
-            state["momentum_buffer"] = state["momentum_buffer"].to(momentum_dtype)
+            state["momentum_buffer"] = cast(state["momentum_buffer"], momentum_dtype)
         if offload_momentum:
             state["momentum_buffer"] = on_host(state["momentum_buffer"])
         if moments is not None:
@@ -65,8 +68,8 @@ def make_state(
                 )
     elif "exp_avg" not in state:
         state["step"] = step_tensor(param)
-        state["exp_avg"] = torch.zeros_like(param, requires_grad=False)
-        state["exp_avg_sq"] = torch.zeros_like(param, requires_grad=False)
+        state["exp_avg"] = zeros_like(param)
+        state["exp_avg_sq"] = zeros_like(param)
 
 
 def drop_stale(state: MutableMapping[str, Any], group: Mapping[str, Any]) -> None:
@@ -87,7 +90,7 @@ def follow_grad_dtypes(grads: Iterable[tuple[MutableMapping[str, Any], Tensor]])
     """
     for kept, grad in grads:
         if kept["momentum_buffer"].dtype != grad.dtype:
-            kept["momentum_buffer"] = kept["momentum_buffer"].to(grad.dtype)
+            kept["momentum_buffer"] = cast(kept["momentum_buffer"], grad.dtype)
 
 
 def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
@@ -189,11 +192,11 @@ def keep_wide(
                 wide = getattr(kept.get("momentum_buffer"), "dtype", None)
             for key, dtype in (("momentum_buffer", wide), (MOMENTS, torch.float32)):
                 if key in kept and dtype not in (None, param.dtype):
-                    state[param][key] = kept[key].to(device=local_part(param).device, dtype=dtype)
+                    state[param][key] = cast(kept[key], dtype, local_part(param).device)
             loaded = state.get(param, {})
             for key, value in loaded.items():
                 if isinstance(value, Tensor) and local_part(value).is_inference():
-                    loaded[key] = value.clone()
+                    loaded[key] = with_shard(value, local_part(value).clone())
             if "step" in loaded and not _is_step_tensor(loaded["step"], param):
                 loaded["step"] = step_tensor(param).fill_(float(loaded["step"]))
 
@@ -229,7 +232,7 @@ def follow_params(
         del state[param]
     for param, kept in state.items():
         for key, value in kept.items():
-            kept[key] = value.to(local_part(param).device)
+            kept[key] = cast(value, value.dtype, local_part(param).device)
 
 
 _KNOWN = {"momentum_buffer", "step", "exp_avg", "exp_avg_sq", MOMENTS}

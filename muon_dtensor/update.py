@@ -11,7 +11,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-ADJUST_LR_FNS = (None, "original", "match_rms_adamw", "spectral_norm", "rms_norm")
+ADJUST_LR_FNS = (
+    None,
+    "original",
+    "match_rms_adamw",
+    "spectral_norm",
+    "spectral_unclamped",
+    "rms_norm",
+)
 
 
 def adjusted_lr(
@@ -23,11 +30,12 @@ def adjusted_lr(
     https://kellerjordan.github.io/posts/muon/). "match_rms_adamw": 0.2 lr sqrt(max(rows, cols))
     (Liu et al. 2025, "Muon is scalable for LLM training", arXiv:2502.16982, eq. 4); "rms_norm" is
     Dion's name for the same. "spectral_norm": lr sqrt(rows / cols), an RMS operator norm of lr
-    (Yang, Simon & Bernstein 2023, arXiv:2310.17813, condition 1), as Dion means it.
+    (Yang, Simon & Bernstein 2023, arXiv:2310.17813, condition 1), as Dion means it;
+    "spectral_unclamped" is the name of torch.optim.Muon (2.14) for the same.
     """
     if adjust_lr_fn in ("match_rms_adamw", "rms_norm"):
         return lr * (0.2 * math.sqrt(max(rows, cols)))
-    if adjust_lr_fn == "spectral_norm":
+    if adjust_lr_fn in ("spectral_norm", "spectral_unclamped"):
         return lr * math.sqrt(rows / cols)
     return lr * math.sqrt(max(1, rows / cols))
 

@@ -1,3 +1,4 @@
+import logging
 import os
 from collections.abc import Iterator
 
@@ -7,9 +8,15 @@ import pytest
 import torch
 import torch._dynamo  # torch's optimizers import it; here, so that forked ranks need not, each
 
+from muon_dtensor.orthogonalize.bodies import tell_of_slow_bfloat16
 from tests.support.pool import close_pools
 
 torch.set_num_threads(1)  # one thread per rank; and a forked process must not inherit a team
+
+
+# told once per process: here, lest a test's log depend on the processor and on who came first
+tell_of_slow_bfloat16(logging.WARNING)
+tell_of_slow_bfloat16(logging.INFO)
 
 
 def _take_a_core() -> None:

@@ -2,26 +2,24 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import bench_overlap
+from tests.support.deadlines import run_program
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
 
 
 def figures(out: Path, *arguments: str) -> dict:
-    run = subprocess.run(
+    run = run_program(
         [sys.executable, *arguments, "--json", str(out)],
+        200,
+        env={"OMP_NUM_THREADS": "1"},
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
     )
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(out.read_text())

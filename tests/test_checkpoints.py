@@ -6,6 +6,7 @@ Ranks are processes; models are sharded by parallelize_module and fully_shard.
 import copy
 import itertools
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,12 @@ from muon_dtensor import (
     CheckpointError,
     GroupOptionError,
     Muon,
+    checkpointable,
     group_parameters,
     load_full_state_dict,
 )
 from muon_dtensor.integrations import dion
-from muon_dtensor.runtime.describe import local_part
+from muon_dtensor.runtime.describe import can_place_shards, local_part
 from muon_dtensor.runtime.whole import cut_like
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.logs import logged
@@ -447,12 +449,24 @@ class Uneven(nn.Module):
         return self.up(x)
 
 
-def uneven_model(rows: int) -> tuple[nn.Module, Muon]:
+def uneven_model(rows: int, how: str = "fsdp-3-tp-2") -> tuple[nn.Module, Muon]:
+    """On six ranks, `how` they share it."""
     torch.manual_seed(0)
     model = Uneven(rows)
-    mesh = init_device_mesh("cpu", (3, 2), mesh_dim_names=("dp", "tp"))
-    parallelize_module(model, mesh["tp"], {"up": ColwiseParallel()})
-    fully_shard(model, mesh=mesh["dp"])
+    if how.startswith("fsdp-"):
+        dp, tp = (int(part) for part in how.split("-")[1::2])
+        mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
+        parallelize_module(model, mesh["tp"], {"up": ColwiseParallel()})
+        fully_shard(model, mesh=mesh["dp"])
+    elif how == "rows":
+        fully_shard(model, mesh=init_device_mesh("cpu", (6,)))
+    elif how == "cols":
+        mesh = init_device_mesh("cpu", (6,))
+        parallelize_module(model, mesh, {"up": RowwiseParallel()})
+    elif how == "hsdp-tp":
+        mesh = init_device_mesh("cpu", (1, 3, 2), mesh_dim_names=("rep", "dp", "tp"))
+        parallelize_module(model, mesh["tp"], {"up": ColwiseParallel()})
+        fully_shard(model, mesh=mesh["rep", "dp"])
     return model, Muon(model.named_parameters(), lr=0.1)
 
 
@@ -499,8 +513,8 @@ def saving_uneven(rows: int, folder: Path) -> tuple[str, str, bool]:
 def test_shards_that_torch_would_misplace_are_told_of_before_saving(rows, tmp_path):
     ranks = run_processes(6, saving_uneven, rows, tmp_path)
     for told, _, resumes in ranks:
-        assert "takes shards of 1 parameters for others, up.weight" in told
-        assert "full_state_dict=True" in told
+        assert "takes shards of 1 tensors for others (up.weight)" in told
+        assert ("checkpointable" if can_place_shards() else "full_state_dict=True") in told
         assert resumes
     assert any(torchs for _, torchs, _ in ranks), "torch saves these now: drop this check"
 
@@ -529,3 +543,72 @@ def test_state_dict_warns_once_of_misplaced_shards():
     assert len(first) == 1
     assert "up.weight" in first[0]
     assert others == [[]] * 5  # all would say the same
+
+
+def steps_after(model: nn.Module, optimizer: Muon) -> tuple[Tensor, Tensor]:
+    """The whole weight and momentum after one more step."""
+    set_grads(model, 1)
+    optimizer.step()
+    weight = model.up.weight
+    return tuple(
+        t.full_tensor() if isinstance(t, DTensor) else t.clone()
+        for t in (weight.detach(), optimizer.state[weight]["momentum_buffer"])
+    )
+
+
+def resharded(rows: int, before: str, after: str, folder: Path, *, in_background: bool) -> str:
+    """Save in one layout and load into another: what differs, or what was raised."""
+    model, optimizer = uneven_model(rows, before)
+    set_grads(model, 0)
+    optimizer.step()
+    state = saved_state(model, optimizer, flat=False)
+    is_dtensor = isinstance(model.up.weight, DTensor)
+    try:
+        with checkpointable(state):
+            if in_background:
+                dcp.async_save(state, checkpoint_id=folder).result()
+            else:
+                dcp.save(state, checkpoint_id=folder)
+    except CheckpointError as error:
+        return str(error)
+    assert isinstance(state["model"]["up.weight"], DTensor) == is_dtensor
+    other, resumed = uneven_model(rows, after)
+    with torch.no_grad():
+        local_part(other.up.weight).zero_()
+    state = saved_state(other, resumed, flat=False)
+    with checkpointable(state):
+        dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(other, state["model"])
+    set_optimizer_state_dict(other, resumed, state["optimizer"])
+    expected, found = steps_after(model, optimizer), steps_after(other, resumed)
+    differ = [n for n, a, b in zip("wm", expected, found, strict=True) if not torch.equal(a, b)]
+    return ", ".join(differ)
+
+
+HOWS = ["fsdp-3-tp-2", "fsdp-2-tp-3", "rows", "cols", "hsdp-tp", "whole"]
+
+
+@pytest.mark.parametrize("after", HOWS)
+@pytest.mark.parametrize("rows", [7, 13])
+def test_misplaced_shards_are_saved_where_they_lie(rows, after, tmp_path):
+    """From uneven strided shards into every layout, bitwise."""
+    told = run_processes(6, partial(resharded, in_background=False), rows, HOWS[0], after, tmp_path)
+    if can_place_shards():
+        assert told == [""] * 6
+    else:
+        assert all("takes shards of 2 tensors for others" in text for text in told)
+
+
+@pytest.mark.parametrize("before", HOWS[1:])
+def test_checkpoints_load_into_misplaced_shards(before, tmp_path):
+    if not can_place_shards():
+        pytest.skip("torch 2.14 has CheckpointableTensor")
+    told = run_processes(6, partial(resharded, in_background=False), 13, before, HOWS[0], tmp_path)
+    assert told == [""] * 6
+
+
+def test_misplaced_shards_are_saved_in_the_background(tmp_path):
+    if not can_place_shards():
+        pytest.skip("torch 2.14 has CheckpointableTensor")
+    told = run_processes(6, partial(resharded, in_background=True), 13, HOWS[0], HOWS[1], tmp_path)
+    assert told == [""] * 6

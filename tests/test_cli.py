@@ -1,7 +1,6 @@
 """The command line, run as a user runs it."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -10,17 +9,12 @@ import pytest
 from muon_dtensor.cli import demo
 from muon_dtensor.cli.demo import mesh_sizes, train_script
 from muon_dtensor.cli.demo_worker import load_script
+from tests.support.deadlines import run_program
 
 
 def muon_dtensor(*flags: str) -> subprocess.CompletedProcess[str]:
     code = "from muon_dtensor.cli.main import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *flags],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "COLUMNS": "120"},
-    )
+    return run_program([sys.executable, "-c", code, *flags], 200, env={"COLUMNS": "120"})
 
 
 def test_the_demo_trains_and_writes_what_it_promises(tmp_path):

@@ -27,6 +27,7 @@ from muon_dtensor import Muon, StepFailedError
 from muon_dtensor.runtime import agreement
 from muon_dtensor.runtime.executor import Executor
 from tests.support.cases import mesh_of, spread, tensors_like
+from tests.support.deadlines import Deadline, slowness
 
 TIMEOUT, GRACE = 4.0, 5.0
 NUM_RANKS, VICTIM = 4, 1
@@ -44,7 +45,9 @@ class Told:
     same: bool
 
 
-def survive(connection: Connection, rank: int, store: str, when: str, how: int) -> None:
+def survive(
+    connection: Connection, rank: int, store: str, timeout: float, when: str, how: int
+) -> None:
     """One good step; in the second the victim gets a signal at the given moment."""
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -52,7 +55,7 @@ def survive(connection: Connection, rank: int, store: str, when: str, how: int) 
         init_method=f"file://{store}",
         rank=rank,
         world_size=NUM_RANKS,
-        timeout=timedelta(seconds=TIMEOUT),
+        timeout=timedelta(seconds=timeout),
     )
     mesh = mesh_of((2, 2))
     where = (Replicate(), Shard(0))
@@ -70,7 +73,7 @@ def survive(connection: Connection, rank: int, store: str, when: str, how: int) 
     if rank == VICTIM:
         with struck(when, lambda: os.kill(os.getpid(), how)):
             optimizer.step()
-        time.sleep(60)  # stopped, and then killed by the test
+        time.sleep(600)  # stopped, and then killed by the test
     start = time.monotonic()
     try:
         optimizer.step()
@@ -115,24 +118,26 @@ def struck(when: str, strike: Callable[[], None]) -> Iterator[None]:
 
 
 def survivors_of(when: str, how: int) -> list[Told]:
-    """What the other three say, within the timeout and the grace."""
+    """What the other three say, within the timeout and the grace of a machine as busy as this."""
+    timeout = TIMEOUT * slowness()
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         ranks: list[tuple[Any, Connection]] = []
         for rank in range(NUM_RANKS):
             here, there = context.Pipe()
-            process = context.Process(target=survive, args=(there, rank, store, when, how))
+            process = context.Process(target=survive, args=(there, rank, store, timeout, when, how))
             process.start()
             there.close()
             ranks.append((process, here))
         told: dict[int, Told] = {}
         pending = {c: rank for rank, (_, c) in enumerate(ranks) if rank != VICTIM}
-        deadline = time.monotonic() + 60
+        deadline = Deadline(60)
         try:
             while pending:
-                ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
-                assert ready, f"ranks {sorted(pending.values())} hang; the others: {told}"
+                patience = deadline.patience()
+                ready = wait(list(pending), timeout=patience)
+                assert ready or patience, f"ranks {sorted(pending.values())} hang; others: {told}"
                 for connection in ready:
                     told[pending.pop(connection)] = connection.recv()
         finally:
@@ -140,6 +145,8 @@ def survivors_of(when: str, how: int) -> list[Told]:
                 process.kill()
                 process.join(5)
                 connection.close()
+    limit = timeout + GRACE * slowness()
+    assert max(one.seconds for one in told.values()) < limit, told
     return [told[rank] for rank in sorted(told)]
 
 
@@ -147,7 +154,6 @@ def survivors_of(when: str, how: int) -> list[Told]:
 @pytest.mark.parametrize("when", ["AGREEMENT", "UNSHARD", "ORTHOGONALIZE", "RESHARD"])
 def test_the_others_are_told_when_a_rank_is_lost(when, how):
     for told in survivors_of(when, how):
-        assert told.seconds < TIMEOUT + GRACE, told
         if when == "AGREEMENT":
             assert told.error == "RuntimeError"
             assert "could not agree before the step, which has changed nothing" in told.text
@@ -167,7 +173,6 @@ def test_a_rank_that_dies_after_its_part_stops_the_next_step():
     """Where the step could still be finished, the next one finds nobody and changes nothing."""
     for told in survivors_of("APPLY", signal.SIGKILL):
         assert told.error in ("RuntimeError", "StepFailedError"), told
-        assert told.seconds < TIMEOUT + GRACE
         assert (told.error == "StepFailedError") == ("failed halfway" in told.saving)
         if told.error == "RuntimeError":
             assert "could not agree before the step, which has changed nothing" in told.text

@@ -3,6 +3,7 @@
 import gc
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from muon_dtensor import Muon
 from muon_dtensor.runtime import groups
 from tests.support.cases import mesh_of, spread, tensors_like
+from tests.support.deadlines import Deadline
 from tests.support.pool import run_processes
 from tests.support.torchrun import run_example
 
@@ -40,6 +42,22 @@ def held() -> dict[str, int]:
     }
 
 
+def growth_since(before: dict[str, int]) -> dict[str, int]:
+    """What this process holds more than before, for good.
+
+    gloo's threads let go of what was sent last once they get a core, so a busy machine is asked
+    again.
+    """
+    deadline = Deadline(10)
+    while True:
+        now = held()
+        more = {name: now[name] - before[name] for name in before}
+        counted = [value for name, value in more.items() if name != "kB resident"]
+        if max(counted) <= 0 or not deadline.patience():
+            return more
+        time.sleep(0.1)
+
+
 def made(mesh: Any) -> tuple[list[nn.Parameter], Muon]:
     params = [nn.Parameter(spread(w, mesh, (R, S0))) for w in tensors_like(SHAPES, 0)]
     muon = {"params": params[:3], "normuon_beta": 0.9}
@@ -61,8 +79,7 @@ def growth_over(num_steps: int) -> dict[str, int]:
     before = held()
     for _ in range(num_steps):
         step(mesh, params, optimizer, grads)
-    after = held()
-    return {name: after[name] - before[name] for name in before}
+    return growth_since(before)
 
 
 @pytest.mark.slow
@@ -72,7 +89,7 @@ def test_five_thousand_steps_leave_everything_as_it_was():
     jobs = [run_processes(4, growth_over, 850) for _ in range(2)]
     for both in zip(*jobs, strict=True):
         resident = min(more.pop("kB resident") for more in both)
-        assert not any(value for more in both for value in more.values()), both
+        assert max(value for more in both for value in more.values()) <= 0, both
         assert resident < 800, "kB: one a step, in both, would be a leak"
 
 
@@ -90,8 +107,7 @@ def growth_over_optimizers(num: int) -> dict[str, int]:
     some(num // 10)
     before = held()
     some(num)
-    after = held()
-    return {name: after[name] - before[name] for name in before}
+    return growth_since(before)
 
 
 def test_two_hundred_optimizers_are_let_go():

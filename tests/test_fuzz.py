@@ -20,7 +20,7 @@ from muon_dtensor.planning.check import check
 from muon_dtensor.planning.ir import Gathered, Local, Plan
 from muon_dtensor.planning.planner import plan_update
 from muon_dtensor.runtime.describe import local_part
-from tests.support.cases import mesh_of, spread, tensors_like
+from tests.support.cases import OVERWRITES_MOMENTA, mesh_of, spread, tensors_like
 from tests.support.threads import run_threads
 from tests.test_planning import random_params
 
@@ -181,7 +181,7 @@ def random_steps(draw) -> Steps:
         ("strategy", draw(st.sampled_from(["auto", "owned", "owned_staged", "gathered"]))),
     )
     dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]))
-    if dtype != torch.float32:  # torch.optim.Muon overwrites narrow momenta without nesterov
+    if dtype == torch.bfloat16 and OVERWRITES_MOMENTA:
         groups[0]["nesterov"] = True
     return Steps(mesh_shape, tuple(params), tuple(groups), dtype, ours)
 

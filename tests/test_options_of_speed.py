@@ -286,8 +286,12 @@ class _Package:
         self.made = []
 
     def GramNewtonSchulz(  # noqa: N802
-        self, ns_coefficients: Any, gram_newton_schulz_reset_iterations: Any
+        self,
+        ns_coefficients: Any,
+        gram_newton_schulz_reset_iterations: Any,
+        compile_kwargs: Any = {"mode": "reduce-overhead"},  # noqa: B006  (as there)
     ) -> Callable[[Tensor], Tensor]:
+        assert compile_kwargs == {"fullgraph": True}, "no CUDA graphs under a step"
         self.made.append((ns_coefficients, gram_newton_schulz_reset_iterations))
 
         def run(x: Tensor) -> Tensor:

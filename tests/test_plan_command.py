@@ -1,7 +1,6 @@
 """`muon-dtensor plan` and topologies: readable, fast, and one line for bad input."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from time import process_time
@@ -17,6 +16,7 @@ from muon_dtensor.planning.ir import PlanOptions
 from muon_dtensor.planning.planner import plan_update
 from muon_dtensor.planning.presets import PRESETS, topology_of
 from muon_dtensor.planning.topology import Link, Topology
+from tests.support.deadlines import run_program
 
 BILLIONS = {
     # published totals without embeddings and output heads, which are AdamW's
@@ -157,12 +157,10 @@ def test_collectives_cost_what_their_formulas_say():
 
 def test_the_command_line(tmp_path):
     command = [sys.executable, "-m", "muon_dtensor.cli.main", "plan", "--model", "gpt2"]
-    run = subprocess.run(
-        [*command, "--mesh", "dp_shard=2,tp=2"], capture_output=True, text=True, timeout=60
-    )
+    run = run_program([*command, "--mesh", "dp_shard=2,tp=2"], 60)
     assert run.returncode == 0, run.stderr
     assert "48 matrices" in run.stdout
-    run = subprocess.run([*command, "--mesh", "x"], capture_output=True, text=True, timeout=60)
+    run = run_program([*command, "--mesh", "x"], 60)
     assert (run.returncode, len(run.stderr.splitlines())) == (2, 1)
     assert sizes_of("a=2, b=3") == {"a": 2, "b": 3}
 

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import subprocess
 import sys
 import tracemalloc
 from dataclasses import replace
@@ -26,6 +25,7 @@ from muon_dtensor.planning.planner import plan_update, restrict
 from muon_dtensor.planning.presets import PRESETS
 from muon_dtensor.planning.render import families, quantity
 from muon_dtensor.planning.routes import rank_bucket
+from tests.support.deadlines import run_program
 from tests.support.models import anchors, layered, llama3_70b, param_spec
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -201,16 +201,13 @@ def test_every_rank_makes_the_same_plan():
     )
     digests = set()
     for seed in ("0", "1", "4242"):
-        env = {**os.environ, "PYTHONHASHSEED": seed}
-        run = subprocess.run(
+        run = run_program(
             [sys.executable, "-c", code],
-            env=env,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
+            60,
+            env={"PYTHONHASHSEED": seed},
             cwd=Path(__file__).parent.parent,
         )
+        assert run.returncode == 0, run.stderr
         digests.add(run.stdout)
     assert len(digests) == 1
 

@@ -33,6 +33,7 @@ PUBLIC = {
     "create_devicemesh_config",
     "create_dtensor_config",
     "create_processgroup_config",
+    "checkpointable",
     "clip_grad_norm_",
     "group_parameters",
     "load_full_state_dict",

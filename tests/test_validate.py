@@ -1,8 +1,6 @@
 """`muon-dtensor validate`: a right setup passes, a wrong one fails, by exit status and by name."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from muon_dtensor import DistributedConfig, Muon, create_devicemesh_config, group_parameters
 from muon_dtensor.cli.validate import TOLERANCES
 from tests.requirements.models import TinyTransformer, batch
+from tests.support.deadlines import run_program
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,12 +29,10 @@ ROOT = Path(__file__).parents[1]
 def validate(out: Path, *flags: str, prefix: tuple[str, ...] = ()) -> tuple[int, str]:
     code = "from muon_dtensor.cli.main import main; main()"
     command = prefix or (sys.executable, "-c", code)
-    run = subprocess.run(
+    run = run_program(
         [*command, "validate", "--num-steps", "3", "--ranks", "2", "--out", str(out), *flags],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "COLUMNS": "120", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        120,
+        env={"COLUMNS": "120", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     return run.returncode, run.stdout + run.stderr
 

@@ -18,11 +18,17 @@ from muon_dtensor.update import direction_of, update_momentum
 
 @torch.no_grad()
 def everyone_gathers(
-    params: Sequence[Tensor], momenta: Sequence[Tensor], *, lr: float, momentum: float = 0.95
+    params: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    *,
+    lr: float,
+    momentum: float = 0.95,
+    ns_dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """A Muon step in which every rank gathers and orthogonalizes every matrix by itself.
 
-    `params` are 2-D DTensors with gradients; weight decay is left out.
+    `params` are 2-D DTensors with gradients, `ns_dtype` is that of the iteration; weight decay is
+    left out.
     """
     grads = []
     for param in params:
@@ -33,7 +39,7 @@ def everyone_gathers(
     for param, grad, buffer in zip(params, grads, momenta, strict=True):
         local = direction_of(local_part(buffer), local_part(grad), momentum, nesterov=True)
         if not isinstance(param, DTensor):
-            param.add_(newton_schulz(local), alpha=-lr)
+            param.add_(newton_schulz(local, dtype=ns_dtype), alpha=-lr)
             continue
         direction = DTensor.from_local(
             local,
@@ -43,7 +49,7 @@ def everyone_gathers(
             shape=param.shape,
             stride=param.stride(),
         )
-        whole = newton_schulz(direction.full_tensor())
+        whole = newton_schulz(direction.full_tensor(), dtype=ns_dtype)
         local_part(param).add_(_own_part(whole, param), alpha=-lr)
 
 

@@ -63,10 +63,10 @@ def train_with_bar(script: ModuleType, config: Any, mesh: Any, console: Console)
         return script.train(config, mesh, on_start, on_step)
 
 
-def time_steps(optimizer: Muon) -> dict[str, float]:
+def time_steps(optimizer: Muon, ns_dtype: torch.dtype) -> dict[str, float]:
     """Median seconds of our Muon step and of everyone-gathers, taken in turns.
 
-    Both orthogonalize the same gradients; parameters under AdamW sit this out.
+    Both orthogonalize the same gradients, in `ns_dtype`; parameters under AdamW sit this out.
     """
     for group in optimizer.param_groups:
         if group["algorithm"] == "adamw":
@@ -82,7 +82,7 @@ def time_steps(optimizer: Muon) -> dict[str, float]:
             if name == "muon_dtensor":
                 optimizer.step()
             else:
-                everyone_gathers(muon, momenta, lr=0.0)
+                everyone_gathers(muon, momenta, lr=0.0, ns_dtype=ns_dtype)
             dist.barrier()
             if turn:
                 values.append(time.perf_counter() - start)
@@ -178,7 +178,8 @@ def main() -> None:
         runs[name] = train_with_bar(script, config, mesh, console)
     text = script.Text(script.Config(**sizes), mesh)
     script.loss_of(runs["muon"].model, text.batch(text.train, seed=0)).backward()
-    seconds = time_steps(runs["muon"].optimizer)
+    ns_dtype = script.iteration_dtype(torch.device("cpu"))
+    seconds = time_steps(runs["muon"].optimizer, ns_dtype)
     if first:
         out = Path(told["out"])
         summary = report(told, runs, seconds)

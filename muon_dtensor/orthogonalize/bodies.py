@@ -5,6 +5,8 @@ The first is exact. Chooses by name; does not know what is orthogonalized.
 
 import importlib
 import logging
+import math
+import time
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -49,6 +51,43 @@ def body_of(kernels: str, *, compiles: bool) -> Body:
     return _compiled() if compiles else quintic
 
 
+SLOW = 2.0
+"""From this ratio on a host's products in bfloat16 are called slow."""
+
+_SIDE, _ROUNDS = 192, 3
+"""A product of 14 MFLOP, which takes 1.5 ms where it is slow."""
+
+
+@cache
+def bfloat16_slowdown() -> float:
+    """How many times as long this host takes for a bfloat16 product as for a float32 one.
+
+    Below 1 on processors with AVX512-BF16 or AMX, about 7 on those that have AVX2 alone. Measured
+    once in a process, in 10 ms: the best of a few rounds, taken in turns.
+    """
+    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    matrices = {dtype: torch.ones(_SIDE, _SIDE, dtype=dtype, device="cpu") for dtype in seconds}
+    for _ in range(_ROUNDS + 1):  # the first, which sets up kernels, is never the best
+        for dtype, matrix in matrices.items():
+            start = time.perf_counter()
+            torch.mm(matrix, matrix)
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
+    return seconds[torch.bfloat16] / seconds[torch.float32]
+
+
+@cache
+def tell_of_slow_bfloat16(level: int) -> None:
+    """Log once, at this level, if this host's bfloat16 products are slow."""
+    if (ratio := bfloat16_slowdown()) >= SLOW:
+        logger.log(
+            level,
+            "bfloat16 products take %.1f times as long as float32 ones on this processor: "
+            "Muon(..., ns_dtype=torch.float32) is faster here, and differs from "
+            "torch.optim.Muon by the rounding of bfloat16",
+            ratio,
+        )
+
+
 @cache
 def _compiled() -> Body:
     body: Body = torch.compile(quintic)
@@ -81,6 +120,8 @@ def _symmetric() -> tuple[Body | None, str]:
             made[key] = package.GramNewtonSchulz(
                 ns_coefficients=[list(row) for row in key],
                 gram_newton_schulz_reset_iterations=restarts,
+                # its default is "reduce-overhead": CUDA graphs, which a captured step cannot hold
+                compile_kwargs={"fullgraph": True},
             )
         result: Tensor = made[key](x if x.ndim == 3 else x[None])
         return result.to(x.dtype).view(x.shape)

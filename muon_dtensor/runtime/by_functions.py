@@ -13,7 +13,7 @@ from torch import Tensor
 from muon_dtensor.errors import RefusalError
 from muon_dtensor.layout import Region
 from muon_dtensor.patterns import Declaration
-from muon_dtensor.runtime.describe import local_part
+from muon_dtensor.runtime.describe import local_part, with_shard
 from muon_dtensor.runtime.local_param import LocalParam
 from muon_dtensor.runtime.packing import box_of, from_matrix, to_matrix, view_box
 from muon_dtensor.update import Place, adjusted_lr, apply_update, direction_of, update_momentum
@@ -66,17 +66,17 @@ class ByFunctions:
         done: list[tuple[FunctionParam, Tensor, Tensor]] = []
         told: list[str] = []
         for param in params:
-            momentum = param.local.momentum_buffer.clone()
-            grad, options = param.local.grad, param.local.options
-            update_momentum([local_part(momentum)], [local_part(grad)], options.momentum, keep)
+            options, grad = param.local.options, local_part(param.local.grad)
+            momentum = local_part(param.local.momentum_buffer).clone()
+            update_momentum([momentum], [grad], options.momentum, keep)
             direction = direction_of(momentum, grad, options.momentum, options.nesterov)
-            shard, was_gathered, fault = self._move(param, direction)
+            shard, was_gathered, fault = self._move(param, with_shard(param.local.grad, direction))
             told.append(fault or self._misuse(param, shard, was_gathered and detect_misuse))
             done.append((param, momentum, shard))
         if misuse := next(filter(None, told), ""):
             raise RuntimeError(misuse)
         for param, momentum, shard in done:
-            local_part(param.local.momentum_buffer).copy_(local_part(momentum))
+            local_part(param.local.momentum_buffer).copy_(momentum)
             target = local_part(param.local.param)
             rows, cols = (*target.shape[-2:], 1)[:2]
             apply_update(

@@ -5,9 +5,10 @@ The sole reader of torch's private classes, so one file follows torch's releases
 
 import gc
 import logging
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.profiler import record_function
 
-from muon_dtensor.errors import Problem, RefusalError
+from muon_dtensor.errors import Problem, RefusalError, shortened
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, ParamSpec
 from muon_dtensor.matrices import flattened
 from muon_dtensor.patterns import Declaration
@@ -80,7 +81,8 @@ def patience_of(group: dist.ProcessGroup) -> timedelta | None:
     if not dist.get_backend(group) == dist.get_backend() == "gloo":
         return None
     backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
-    timeout: timedelta = backend.options._timeout
+    # torch has public ways to set a timeout (2.15), and none to read it; torchcomms may wrap gloo
+    timeout: timedelta | None = getattr(getattr(backend, "options", None), "_timeout", None)
     return timeout
 
 
@@ -340,6 +342,8 @@ class Describer:
         try:
             layout = self.layout(tensor, plain)
             flat = plain.flat_shape(tensor)
+            if not isinstance(tensor, DTensor) and not layout.cut_dims:
+                _must_be_annotated_whole(tensor, declaration)
             matrices = self._matrices(declaration, layout.shape, flat)
         except RefusalError as refusal:
             return Problem(fqn, seen, refusal.reason, refusal.remedy)
@@ -375,6 +379,53 @@ def _is_misplaced(
         if size != stop - start or (size and offset != start):
             return True
     return False
+
+
+def can_place_shards() -> bool:
+    """Whether a tensor may tell torch's distributed checkpoints where it lies (torch 2.14)."""
+    import torch.distributed.checkpoint as dcp  # half a second that few need
+
+    return hasattr(dcp, "CheckpointableTensor")
+
+
+def misplaced_shards(names: Sequence[str]) -> str:
+    """What to say of parameters that torch's distributed checkpoints would misplace."""
+    remedy = (
+        "Save and load inside muon_dtensor.checkpointable(state_dict)"
+        if can_place_shards()
+        else "Save a full state dict, get_optimizer_state_dict(..., "
+        "options=StateDictOptions(full_state_dict=True)), and load it with "
+        "muon_dtensor.load_full_state_dict; use torch 2.14 and muon_dtensor.checkpointable"
+    )
+    return (
+        f"torch.distributed.checkpoint takes shards of {len(names)} tensors for others "
+        f"({shortened(names)}): two mesh dims cut a tensor dim that they do not divide. "
+        f"{remedy}; or choose sizes that divide."
+    )
+
+
+def _must_be_annotated_whole(tensor: Tensor, declaration: Declaration) -> None:
+    """Raise RefusalError for a plain tensor that `spmd_types` annotates as a part of a matrix.
+
+    torchtitan's backend of that name annotates plain tensors with how they are cut, and fully_shard
+    makes DTensors of them (torch 2.15). Those that nobody shards further stay plain. Whole matrices
+    of a batch, such as experts cut on tensor dim 0, are whole.
+    """
+    spmd = sys.modules.get("spmd_types")
+    if spmd is None or not spmd.has_local_type(tensor):
+        return
+    types = spmd.get_local_type(tensor)
+    differing = {axis for axis, kind in types.items() if axis.size() > 1 and kind is spmd.V}
+    spec = spmd.get_partition_spec(tensor) or ()
+    num_batch_dims = max(0, tensor.ndim - 2) if declaration == Declaration() else 0
+    for entry in spec[:num_batch_dims]:
+        differing -= set(entry if isinstance(entry, tuple) else (entry,))
+    if differing:
+        raise RefusalError(
+            f"spmd_types says that ranks hold different parts of it: {types}, {spec or 'V'}.",
+            "Shard it with fully_shard or parallelize_module, which make DTensors, or say which "
+            "tensor dim is cut: create_processgroup_config(tp_pg=..., tp_shard_dim={name: dim}).",
+        )
 
 
 def placed(tensor: Tensor) -> str:
@@ -506,7 +557,34 @@ def on_host(tensor: Tensor) -> Tensor:
         return tensor
     pinned = torch.empty_like(local, device="cpu", pin_memory=True)
     pinned.copy_(local)
+    return with_shard(tensor, pinned)
+
+
+def with_shard(tensor: Tensor, shard: Tensor) -> Tensor:
+    """Another shard of the same shape in place of this rank's; of a plain tensor the shard itself.
+
+    The result has the shard's dtype and device, and does not require a gradient. Unlike torch's own
+    operators on DTensors, which take up to 2 s for each new shape on a mesh of four dims (torch
+    2.14), it asks no sharding strategy; and unlike `DTensor.from_local` it leaves a shard where it
+    is, also on the host of a GPU's mesh (FSDP2's offload policy).
+    """
     if not isinstance(tensor, DTensor):
-        return pinned
-    # as FSDP2's offload policy does: from_local would move it to the device of the mesh
-    return DTensor(pinned, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        return shard
+    spec = tensor._spec
+    meta = spec.tensor_meta
+    assert meta is not None, "a DTensor knows its shape"
+    if meta.dtype != shard.dtype:
+        spec = replace(spec, tensor_meta=type(meta)(meta.shape, meta.stride, shard.dtype))
+    return DTensor(shard, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+
+def zeros_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros placed as a tensor is, of its dtype or another one."""
+    return with_shard(tensor, torch.zeros_like(local_part(tensor).detach(), dtype=dtype))
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """`tensor.to(device, dtype)`, placed as before; the tensor itself if it is so already."""
+    local = local_part(tensor)
+    moved = local.to(device=device or local.device, dtype=dtype)
+    return tensor if moved is local else with_shard(tensor, moved)

@@ -19,7 +19,7 @@ from muon_dtensor.planning.ir import Action, Assignment, Gram, Phase, Plan, gram
 from muon_dtensor.runtime.bucket_run import BucketRun, Run
 from muon_dtensor.runtime.buffers import ExchangeBuffers, Flight
 from muon_dtensor.runtime.collectives import barrier, issue
-from muon_dtensor.runtime.describe import range_of
+from muon_dtensor.runtime.describe import patience_of, range_of
 from muon_dtensor.runtime.groups import Groups
 from muon_dtensor.runtime.local_param import LocalParam
 from muon_dtensor.runtime.muon_options import MuonOptions
@@ -253,7 +253,7 @@ class Executor:
         collective = hop.rank_collective
         group = self._groups.over(run.bucket.mesh, collective.collective.mesh_dims)
         flight.work = issue(collective, flight.sending, flight.buffer, group)
-        flight.patience = self._groups.patience(group)
+        flight.patience = patience_of(group)
 
     def _finish(self, run: BucketRun, flight: Flight, hops: Sequence[ChainHop]) -> None:
         """Wait for the first of the hops, and make the others."""

@@ -22,7 +22,13 @@ from muon_dtensor.runtime.ballots import (
     of_dtype,
     read,
 )
-from muon_dtensor.runtime.describe import HostCopy, dtype_name, local_part, warning_level
+from muon_dtensor.runtime.describe import (
+    HostCopy,
+    dtype_name,
+    local_part,
+    warning_level,
+    zeros_like,
+)
 
 logger = logging.getLogger("muon_dtensor")
 
@@ -169,7 +175,7 @@ class GradientGate:
     def _zeros(self, name: str) -> Tensor:
         """In place of a gradient, and of the dtype that its gradients have."""
         param = self._params[name]
-        return torch.zeros_like(param, dtype=self._dtypes.get(name, param.dtype))
+        return zeros_like(param, self._dtypes.get(name))
 
     def forget_past(self) -> None:
         """Drop what masked steps found: state was loaded since."""

@@ -14,7 +14,6 @@ Note [Warm groups]
 """
 
 from collections.abc import Mapping
-from datetime import timedelta
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -52,7 +51,6 @@ class Groups:
     def __init__(self, device_meshes: Mapping[MeshSpec, DeviceMesh], rank: int) -> None:
         self._device_meshes = device_meshes
         self._rank = rank
-        self._patience: dict[ProcessGroup, timedelta | None] = {}
         self._known: dict[tuple[MeshSpec, tuple[str, ...]], ProcessGroup] = {}
 
     def along_each_dim(self, mesh: MeshSpec) -> list[ProcessGroup]:
@@ -63,12 +61,6 @@ class Groups:
     def device(self, mesh: MeshSpec) -> torch.device:
         """Where tensors of a mesh live."""
         return torch.device(self._device_meshes[mesh].device_type)
-
-    def patience(self, group: ProcessGroup) -> timedelta | None:
-        """How long to wait for a group; see `describe.patience_of`, which this remembers."""
-        if group not in self._patience:
-            self._patience[group] = patience_of(group)
-        return self._patience[group]
 
     def over(self, mesh: MeshSpec, mesh_dims: tuple[str, ...]) -> ProcessGroup:
         """The group of all ranks that differ from this one along `mesh_dims` only."""

@@ -5,6 +5,7 @@ what its plan says.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,6 +102,24 @@ def cut_like(whole: Tensor, param: DTensor) -> DTensor:
         stride=torch.empty(param.shape, device="meta").stride(),
     )
     return shard
+
+
+def with_its_place(tensor: DTensor) -> Tensor:
+    """This rank's shard, a plain tensor on the same memory that says where in the whole it lies.
+
+    By the attributes of `torch.distributed.checkpoint.CheckpointableTensor` (torch 2.14); none of
+    the whole lies on a rank outside of the mesh, or on one that holds no element.
+    """
+    layout, rank = describe_layout(tensor, describe_mesh(tensor.device_mesh)), this_rank()
+    region = layout.region(layout.mesh.position_of(rank)) if layout.mesh.holds(rank) else None
+    held = [region] if region is not None and region.numel else []
+    shard: Any = local_part(tensor).detach()
+    shard.global_shape = layout.shape
+    shard.global_offsets = tuple(region.start for region in held)
+    shard.local_offsets = tuple((0,) * tensor.ndim for _ in held)
+    shard.local_sizes = tuple(region.shape for region in held)
+    placed: Tensor = shard
+    return placed
 
 
 def scatter(whole: Tensor, layout: Layout, groups: Groups, src_rank: int) -> Tensor:

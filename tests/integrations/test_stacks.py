@@ -1,12 +1,11 @@
 """The examples of other people's stacks, run as their users run them."""
 
-import os
 import re
-import subprocess
 import sys
 
 import pytest
 
+from tests.support.deadlines import run_program
 from tests.support.torchrun import ENVIRONMENT, EXAMPLES, SECONDS
 
 pytestmark = [pytest.mark.integrations]
@@ -26,13 +25,7 @@ def run(name: str, num_ranks: int, *arguments: str) -> str:
     if num_ranks > 1:
         ranks = ["--standalone", "--nproc-per-node", str(num_ranks)]
         command[1:1] = ["-m", "torch.distributed.run", *ranks]
-    done = subprocess.run(
-        command,
-        env={**os.environ, **ENVIRONMENT, "WANDB_SILENT": "1"},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    done = run_program(command, SECONDS, env={**ENVIRONMENT, "WANDB_SILENT": "1"})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 

@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.deadlines import run_program
 from tests.support.pool import run_processes
 
 pytestmark = [pytest.mark.integrations]
@@ -105,13 +105,7 @@ def test_the_whole_trainer_trains_on_cpus(tmp_path):
     script = Path(__file__).parent / "titan_trainer.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "4", str(script), str(tmp_path)]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = run_program(command, 200, env={"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["container"], report["optimizer"]) == ("MuonOptimizersContainer", "Muon")

@@ -18,6 +18,9 @@ from muon_dtensor import Muon
 from muon_dtensor.planning.strategies import kind_of
 from tests.support.meter import counting, counting_flops, installed
 
+OVERWRITES_MOMENTA = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15)
+"""Whether torch.optim.Muon overwrites a bfloat16 momentum without nesterov: up to 2.14."""
+
 
 @dataclass(frozen=True)
 class Case:

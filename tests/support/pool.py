@@ -10,14 +10,17 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import debug
+
+from tests.support.deadlines import Deadline, slowness
 
 COLLECTIVE_SECONDS = 40
 DEADLINE_SECONDS = 150
+"""Of a machine that does nothing else; see `tests.support.deadlines`."""
 MAX_THREADS = 16 if torch.__version__ >= "2.11" else 0
 """A rank with more after a job is replaced: gloo's threads wake a hundred times a second each.
 
@@ -59,8 +62,17 @@ def _serve(connection: Connection) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         del job, body, args, answer
+        forget_meshes()
         gc.collect()  # models hold meshes, meshes hold groups, and each holds three threads
         connection.send(_num_threads())
+
+
+def forget_meshes() -> None:
+    """Clear torch's caches of operators on DTensors, whose results hold meshes of groups now gone.
+
+    Meshes are compared by value, so an equal one of a later job would get an old one's groups.
+    """
+    debug._clear_sharding_prop_cache()
 
 
 def _num_threads() -> int:
@@ -100,19 +112,21 @@ class Pool:
             self._ranks.append((process, here))
         with tempfile.TemporaryDirectory() as folder:
             store = str(Path(folder) / "store")
+            seconds = collective_seconds * slowness()
             for rank in range(num_ranks):
-                job = (body, args, rank, num_ranks, store, collective_seconds)
+                job = (body, args, rank, num_ranks, store, seconds)
                 self._ranks[rank][1].send(job)
             return self._collect(num_ranks)
 
     def _collect(self, num_ranks: int) -> list[tuple[bool, Any]]:
         answers: dict[int, tuple[bool, Any]] = {}
         rank_of = {self._ranks[rank][1]: rank for rank in range(num_ranks)}
-        deadline = monotonic() + DEADLINE_SECONDS
+        deadline = Deadline(DEADLINE_SECONDS)
         while len(answers) < num_ranks:
             pending = [c for c, rank in rank_of.items() if rank not in answers]
-            ready = wait(pending, timeout=max(0.0, deadline - monotonic()))
-            if not ready:
+            patience = deadline.patience()
+            ready = wait(pending, timeout=patience)
+            if not ready and not patience:
                 self.close()
                 missing = sorted(set(range(num_ranks)) - set(answers))
                 told = [value for worked, value in answers.values() if not worked]
@@ -144,7 +158,7 @@ class Pool:
 def _has_left(connection: Connection) -> bool:
     """Whether a rank has ended its job, is alive, and has let go of nearly all process groups."""
     try:
-        return connection.poll(COLLECTIVE_SECONDS) and connection.recv() <= MAX_THREADS
+        return connection.poll(COLLECTIVE_SECONDS * slowness()) and connection.recv() <= MAX_THREADS
     except (EOFError, OSError):
         return False
 

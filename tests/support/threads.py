@@ -16,7 +16,10 @@ from torch.testing._internal.distributed.multi_threaded_pg import (
     _uninstall_threaded_pg,
 )
 
+from tests.support.deadlines import Deadline
+
 DEADLINE_SECONDS = 120
+"""Of a machine that does nothing else; see `tests.support.deadlines`."""
 
 
 def run_threads(num_ranks: int, body: Callable[..., Any], *args: Any) -> list[Any]:
@@ -43,8 +46,10 @@ def run_threads(num_ranks: int, body: Callable[..., Any], *args: Any) -> list[An
         threads = [threading.Thread(target=main, args=(r,), daemon=True) for r in range(num_ranks)]
         for thread in threads:
             thread.start()
+        deadline = Deadline(DEADLINE_SECONDS)
         for thread in threads:
-            thread.join(DEADLINE_SECONDS)
+            while thread.is_alive() and (patience := deadline.patience()):
+                thread.join(patience)
         stuck = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
     finally:
         torch._C._distributed_c10d._set_thread_isolation_mode(False)

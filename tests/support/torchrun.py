@@ -6,7 +6,6 @@ import re
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -17,8 +16,11 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from tests.support.deadlines import Deadline, run_program
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SECONDS = 120
+"""Of a machine that does nothing else; see `tests.support.deadlines`."""
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -33,13 +35,7 @@ def torchrun(script: Path, num_ranks: int, *arguments: str, max_restarts: int = 
     # --standalone: 127.0.0.1 and a free port, torchrun's own choice
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(num_ranks), "--max-restarts", str(max_restarts)]
-    done = subprocess.run(
-        [*command, str(script), *arguments],
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    done = run_program([*command, str(script), *arguments], SECONDS, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert max_restarts or "Warning" not in done.stderr, done.stderr
     return done.stdout
@@ -72,8 +68,10 @@ def forked_torchrun(
             told = (config, script, arguments, environment, paths)
             agents.append(context.Process(target=_launch, args=told))
             agents[-1].start()
+        deadline = Deadline(SECONDS)
         for agent in agents:
-            agent.join(SECONDS)
+            while agent.is_alive() and (patience := deadline.patience()):
+                agent.join(patience)
             if agent.is_alive():
                 os.killpg(agent.pid, signal.SIGKILL)
                 agent.join()
