@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -96,9 +97,15 @@ class Separate:
         self.optimizer.step()
 
     def whole(self) -> Tensor:
+        return self._put_back(self.matrices)
+
+    def momentum(self) -> Tensor:
+        return self._put_back([self.optimizer.state[m]["momentum_buffer"] for m in self.matrices])
+
+    def _put_back(self, parts: Sequence[Tensor]) -> Tensor:
         flat = torch.empty(self.shape.numel(), dtype=self.matrices[0].dtype)
-        for place, matrix in zip(self.places, self.matrices, strict=True):
-            flat[place] = matrix.detach().flatten()
+        for place, part in zip(self.places, parts, strict=True):
+            flat[place] = part.detach().flatten()
         return flat.view(self.shape)
 
 
@@ -121,6 +128,7 @@ def compare(
         Separate(w, options, **muon)
         for w, (_, options) in zip(weights, DECLARATIONS.values(), strict=True)
     ]
+    wrong: list[str] = []
     with counting() as count:
         for step in range(3):
             for param, grad, oracle in zip(
@@ -129,11 +137,12 @@ def compare(
                 param.grad = spread(grad, mesh, placements)
                 oracle.step(grad)
             ours.step()
-    wrong = [
-        name
-        for name, param, oracle in zip(DECLARATIONS, params, oracles, strict=True)
-        if not torch.equal(param.to_local(), spread(oracle.whole(), mesh, placements).to_local())
-    ]
+            for name, param, oracle in zip(DECLARATIONS, params, oracles, strict=True):
+                momentum = ours.state[param]["momentum_buffer"]
+                for mine, theirs in ((param, oracle.whole()), (momentum, oracle.momentum())):
+                    shard = spread(theirs, mesh, placements).to_local()
+                    if not torch.equal(mine.to_local(), shard):
+                        wrong.append(f"{name} after step {step}")
     assert count.sent_nbytes == 3 * ours.plan.cost.sent_nbytes[dist.get_rank()]
     check(ours.plan)
     check_routes(ours.plan)

@@ -5,6 +5,7 @@ Steps are held bitwise against torch.optim.Muon and AdamW on whole matrices; pla
 """
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,12 +36,12 @@ class Param:
     shape: Shape
     placements: tuple[Placement, ...]
     group: int
-    missing: tuple[bool, ...] = (False, False)
+    missing: tuple[bool, ...] = (False, False, False)
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Two steps of a model. `groups`: options; "splits" cuts tensor dim 0 in so many blocks."""
+    """Three steps of a model. `groups`: options; "splits" cuts tensor dim 0 in so many blocks."""
 
     mesh_shape: Shape
     params: tuple[Param, ...]
@@ -58,8 +59,11 @@ def blocks_of(group: dict[str, Any], shape: Shape) -> tuple[int, ...] | None:
     return (*[each] * (count - 1), shape[0] - each * (count - 1))
 
 
-def oracle_of(steps: Steps, weights: list[Tensor]) -> list[Tensor]:
-    """torch's optimizers on separately stored matrices."""
+def oracle_of(steps: Steps, weights: list[Tensor]) -> Iterator[list[dict[str, Tensor]]]:
+    """torch's optimizers on separately stored matrices: all values after each step, whole.
+
+    Of each parameter its "value" and its state; none before its first gradient.
+    """
     parts: list[list[nn.Parameter]] = []
     optimizers = []
     for param, weight in zip(steps.params, weights, strict=True):
@@ -82,7 +86,7 @@ def oracle_of(steps: Steps, weights: list[Tensor]) -> list[Tensor]:
             optimizers.append(torch.optim.Muon(found, **group))
         else:
             optimizers.append(None)
-    for step in range(2):
+    for step in range(3):
         grads = tensors_like([p.shape for p in steps.params], 1 + step, steps.dtype)
         for param, found, optimizer, grad in zip(
             steps.params, parts, optimizers, grads, strict=True
@@ -97,16 +101,23 @@ def oracle_of(steps: Steps, weights: list[Tensor]) -> list[Tensor]:
             for part, piece in zip(found, pieces, strict=True):
                 part.grad = piece.clone()
             optimizer.step()
-    results = []
-    for param, found, weight in zip(steps.params, parts, weights, strict=True):
-        details = [p.detach() for p in found]
-        if not weight.numel():
-            results.append(weight)
-        elif details[0].shape == param.shape:
-            results.append(details[0])
-        else:
-            results.append(torch.stack(details) if weight.ndim == 3 else torch.cat(details))
-    return results
+        everything = []
+        for param, found, optimizer, weight in zip(
+            steps.params, parts, optimizers, weights, strict=True
+        ):
+            values: dict[str, list[Tensor]] = {"value": [p.detach() for p in found]}
+            kept = optimizer.state[found[0]] if optimizer and found[0] in optimizer.state else ()
+            values |= {key: [optimizer.state[p][key] for p in found] for key in kept}
+            wholes = {key: together(each, param.shape) for key, each in values.items()}
+            everything.append(wholes if weight.numel() else {"value": weight})
+        yield everything
+
+
+def together(values: list[Tensor], shape: Shape) -> Tensor:
+    """The values of separately stored matrices as those of the parameter."""
+    if not values[0].ndim or values[0].shape == shape:
+        return values[0]
+    return torch.stack(values) if len(shape) == 3 else torch.cat(values)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -131,17 +142,25 @@ def differences(steps: Steps) -> list[str]:
             options["split_sizes"] = blocks
         groups.append({"params": [(f"p{index}", params[index])], **options})
     optimizer = Muon(groups, **dict(steps.ours))
-    for step in range(2):
+    wrong = []
+    for step, after in enumerate(oracle_of(steps, weights)):
         grads = tensors_like(shapes, 1 + step, steps.dtype)
         for param, grad, tensor in zip(steps.params, grads, params, strict=True):
             has_one = not param.missing[step]
             tensor.grad = spread(grad, mesh, param.placements) if has_one else None
         optimizer.step()
-    wrong = []
-    for index, (tensor, expected) in enumerate(zip(params, oracle_of(steps, weights), strict=True)):
-        shard = local_part(spread(expected, mesh, steps.params[index].placements))
-        if not same(local_part(tensor.detach()), shard):
-            wrong.append(f"p{index} {steps.params[index]}")
+        for index, (tensor, expected) in enumerate(zip(params, after, strict=True)):
+            for key, mine in {"value": tensor.detach(), **optimizer.state[tensor]}.items():
+                theirs = expected.get(key)
+                if theirs is None:  # torch makes state with the first gradient
+                    shard = torch.zeros_like(local_part(mine))
+                elif theirs.ndim:
+                    shard = local_part(spread(theirs, mesh, steps.params[index].placements))
+                else:
+                    shard = theirs
+                # a parameter without elements has no step count of torch's to hold ours against
+                if not same(local_part(mine), shard) and (mine.ndim or theirs is not None):
+                    wrong.append(f"{key} of p{index} after step {step}: {steps.params[index]}")
     return wrong
 
 
@@ -173,7 +192,7 @@ def random_steps(draw) -> Steps:
         kinds = [R, *(Shard(dim) for dim in range(ndim))]
         count = len(mesh_shape)
         placements = tuple(draw(st.lists(st.sampled_from(kinds), min_size=count, max_size=count)))
-        missing = tuple(draw(st.sampled_from([False, False, False, True])) for _ in range(2))
+        missing = tuple(draw(st.sampled_from([False, False, False, True])) for _ in range(3))
         params.append(Param(shape, placements, draw(st.integers(0, 2)), missing))
     ours = (
         ("bucket_mb", draw(st.sampled_from([1e-5, 3e-4, 0.01, 256]))),
@@ -196,7 +215,7 @@ MUON = ({"lr": 0.1, "weight_decay": 0.3},)
 HALF_DECAY = Steps((2,), (Param((33, 17), (S0,), 0),), MUON, torch.float16)
 TWICE_CUT = Steps((2, 2), (Param((13, 7), (S0, S0), 0), Param((5, 5), (S1, S0), 0)), MUON)
 EMPTY = Steps((4,), (Param((0, 3), (S0,), 0), Param((2, 3), (S0,), 0)), MUON)
-MISSING = Steps((3,), (Param((7, 5), (S1,), 0, (True, False)), Param((4, 4), (R,), 0)), MUON)
+MISSING = Steps((3,), (Param((7, 5), (S1,), 0, (True, False, True)), Param((4, 4), (R,), 0)), MUON)
 ADAMW = ({"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1, "algorithm": "adamw"},)
 NAN_OF_BOTH = Steps((1, 1, 1), (Param((6, 29, 54), (R, R, R), 0),), ADAMW, torch.float16)
 

@@ -174,6 +174,7 @@ def step_plain_shards(
         strategy="owned",
     )
     oracle = Oracle(weights)
+    wrong: list[str] = []
     with counting() as count:
         for step in range(3):
             grads = tensors_like(SHAPES, 1 + step, dtype)
@@ -181,12 +182,12 @@ def step_plain_shards(
                 param.grad = shard(grad, index)
             optimizer.step()
             oracle.step(grads)
-    expected = [shard(w, i) for i, w in enumerate(oracle.results())]
-    wrong = [
-        f"p{i}"
-        for i, (param, value) in enumerate(zip(params, expected, strict=True))
-        if not torch.equal(param, value)
-    ]
+            for i, (param, *whole) in enumerate(
+                zip(params, oracle.results(), oracle.momenta(), strict=True)
+            ):
+                mine = (param, optimizer.state[param]["momentum_buffer"])
+                if not all(map(torch.equal, mine, (shard(value, i) for value in whole))):
+                    wrong.append(f"p{i} after step {step}")
     assert count.sent_nbytes == 3 * optimizer.plan.cost.sent_nbytes[dist.get_rank()]
     return wrong, count.num_matrices, optimizer.plan.cost.num_matrices
 
@@ -264,6 +265,7 @@ def fsdp1_with_adamw(dtype: torch.dtype) -> tuple[list[str], set[str], set[str]]
         torch.optim.Muon(matrices, lr=1e-3),
         torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0),
     ]
+    wrong: list[str] = []
     for step in range(4):
         grads = tensors_like([tuple(w.shape) for w in weights], 1 + step, dtype)
         for index, (name, param) in enumerate(params.items()):
@@ -274,14 +276,16 @@ def fsdp1_with_adamw(dtype: torch.dtype) -> tuple[list[str], set[str], set[str]]
         optimizer.step()
         for opt in theirs:
             opt.step()
-    wrong = [
-        name
-        for index, (name, param) in enumerate(params.items())
-        if not torch.equal(
-            param.detach().flatten(),
-            plain[index].detach().flatten()[starts[index] : starts[index] + param.numel()],
-        )
-    ]
+        kept = {p: values for opt in theirs for p, values in opt.state.items()}
+        for index, (name, param) in enumerate(params.items()):
+            here = slice(starts[index], starts[index] + param.numel())
+            mine, others = optimizer.state[param], kept[plain[index]]
+            pairs = [(param, plain[index]), *((mine[key], others[key]) for key in others)]
+            if not all(
+                torch.equal(a, b) if b.ndim == 0 else torch.equal(a.flatten(), b.flatten()[here])
+                for a, b in pairs
+            ):
+                wrong.append(f"{name} after step {step}")
     return wrong, kinds["muon"], kinds["adamw"]
 
 
@@ -495,6 +499,7 @@ def tp_under_ddp(permuted: bool) -> tuple[list[str], int, int, str]:
         strategy="owned",
     )
     oracle = Oracle(weights)
+    wrong: list[str] = []
     with counting() as count:
         for step in range(3):
             grads = tensors_like([tuple(w.shape) for w in weights], 1 + step)

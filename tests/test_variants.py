@@ -15,7 +15,7 @@ from muon_dtensor.orthogonalize.newton_schulz import KELLER_JORDAN
 from muon_dtensor.orthogonalize.normuon import normalize_rows
 from muon_dtensor.planning.moments import reductions
 from muon_dtensor.runtime import row_moments
-from muon_dtensor.runtime.describe import local_part
+from muon_dtensor.runtime.describe import local_part, with_shard
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads
@@ -41,8 +41,8 @@ def trained(
     dtype: torch.dtype = torch.float32,
     group: dict[str, Any] | None = None,
     **options: Any,
-) -> tuple[list[Tensor], list[Tensor], Any]:
-    """Parameters and moments after three steps on a mesh, or on this process alone."""
+) -> tuple[list[Tensor], list[list[Tensor]], Any]:
+    """Parameters and state after each of three steps on a mesh, or on this process alone."""
     mesh = mesh_of(layout[0]) if layout else None
 
     def placed(tensor: Tensor) -> Tensor:
@@ -50,12 +50,14 @@ def trained(
 
     params = [nn.Parameter(placed(w)) for w in tensors_like(shapes, 0, dtype)]
     optimizer = Muon([{"params": params, **(group or {})}], **options)
+    history = []
     for step in range(3):
         for param, grad in zip(params, tensors_like(shapes, 1 + step, dtype), strict=True):
             param.grad = placed(grad)
         optimizer.step()
-    moments = [s["row_second_moment"] for s in optimizer.state.values() if "row_second_moment" in s]
-    return [p.detach() for p in params], moments, optimizer
+        kept = [optimizer.state[p][key] for p in params for key in sorted(optimizer.state[p])]
+        history.append([with_shard(t, local_part(t.detach()).clone()) for t in (*params, *kept)])
+    return [p.detach() for p in params], history, optimizer
 
 
 def own_part(whole: Tensor, like: Tensor) -> Tensor:
@@ -66,10 +68,13 @@ def own_part(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def same_on(shapes: list[Shape], layout: Any, options: dict[str, Any]) -> bool:
-    found, moments, _ = trained(shapes, layout, **options)
-    expected, expected_moments, _ = trained(shapes, None, **options)
-    pairs = zip([*found, *moments], [*expected, *expected_moments], strict=True)
-    return all(torch.equal(local_part(a), own_part(b, a)) for a, b in pairs)
+    _, found, _ = trained(shapes, layout, **options)
+    _, expected, _ = trained(shapes, None, **options)
+    return all(
+        torch.equal(local_part(a), own_part(b, a))
+        for after in zip(found, expected, strict=True)
+        for a, b in zip(*after, strict=True)
+    )
 
 
 @pytest.mark.parametrize("options", VARIANTS)

@@ -43,7 +43,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank saw. `differences`: parameters that are not bitwise the oracle's."""
+    """What one rank saw. `differences`: what was not bitwise the oracle's after some step."""
 
     differences: list[str]
     sent_nbytes: int
@@ -80,11 +80,22 @@ class Oracle:
 
     def results(self) -> list[Tensor]:
         """The weights in their stored shapes."""
+        return self._stored([[m.detach() for m in parts] for parts in self.matrices])
+
+    def momenta(self) -> list[Tensor]:
+        """The momentum of each weight in its stored shape; only after a step."""
+        kept = {} if self.optimizer is None else self.optimizer.state
+        return self._stored(
+            [
+                [kept[m]["momentum_buffer"] if m in kept else m for m in parts]
+                for parts in self.matrices
+            ]
+        )
+
+    def _stored(self, values: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         return [
-            (torch.stack([m.detach() for m in parts]) if parts else weight)
-            if weight.ndim == 3
-            else parts[0].detach()
-            for weight, parts in zip(self.weights, self.matrices, strict=True)
+            (torch.stack(list(parts)) if parts else weight) if weight.ndim == 3 else parts[0]
+            for weight, parts in zip(self.weights, values, strict=True)
         ]
 
 
@@ -118,6 +129,7 @@ def compare_with_oracle(case: Case) -> Outcome:
     named = [(f"layer.{i}.weight", param) for i, param in enumerate(params)]
     ours = Muon(named, **case.muon, **{"strategy": "owned", **case.ours})
     oracle = Oracle(weights, **case.muon)
+    differences: list[str] = []
     with counting() as count:
         for step in range(case.num_steps):
             grads = tensors_like(shapes, 1 + step, case.dtype)
@@ -126,13 +138,21 @@ def compare_with_oracle(case: Case) -> Outcome:
             with counting_flops():
                 ours.step()
             oracle.step(grads)
-    differences = []
-    for (name, param), expected, (_, placements) in zip(
-        named, oracle.results(), case.params, strict=True
-    ):
-        shard = spread(expected, mesh, placements).to_local()
-        if not torch.equal(param.to_local(), shard):
-            differences.append(f"{name}: {(param.to_local() - shard).abs().max()}")
+            momenta = [ours.state[param] for param in params]
+            pairs = {
+                "parameter": ([param.detach() for param in params], oracle.results()),
+                "momentum": ([kept["momentum_buffer"] for kept in momenta], oracle.momenta()),
+            }
+            for what, (mine, theirs) in pairs.items():
+                for (name, _), found, expected, (_, placements) in zip(
+                    named, mine, theirs, case.params, strict=True
+                ):
+                    shard = spread(expected, mesh, placements).to_local()
+                    if not torch.equal(found.to_local(), shard):
+                        far = (found.to_local() - shard).abs().max()
+                        differences.append(f"{what} of {name} after step {step}: {far}")
+            if others := {key for kept in momenta for key in kept} - {"momentum_buffer"}:
+                differences.append(f"state that Muon does not keep: {others}")
     cost = ours.plan.cost
     return Outcome(
         differences,

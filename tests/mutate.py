@@ -1,0 +1,984 @@
+"""Plants faults, one at a time, and says which of them no test catches.
+
+    python -m tests.mutate                  # all, two at a time: about half an hour on two cores
+    python -m tests.mutate --only moments   # those whose name holds this word
+    python -m tests.mutate --marker P0      # by the tests of one tier alone
+    python -m tests.mutate --json out.json
+
+Each fault is planted in a copy of the package, and the tests that should catch it are run there,
+until the first fails. A fault that lives although a reason is given here is explained, not caught.
+Not a test: pytest does not collect it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from time import monotonic
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 420
+"""A fault that makes tests wait for longer is caught: they have deadlines."""
+
+PASSED, FAILED = 0, 1
+"""Exit statuses of pytest; every other one is a fault of this script."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One text of one file in place of another. `tests`: names of files, without `test_`.
+
+    `why_it_lives`: of one that no test can catch.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    why_it_lives: str = ""
+
+
+def in_files(file: str, tests: str, *faults: tuple[str, str, str]) -> list[Fault]:
+    """Faults of one file that the same tests should catch: name, old and new text of each."""
+    return [Fault(name, file, old, new, tests) for name, old, new in faults]
+
+
+FAULTS = [
+    *in_files(
+        "runtime/executor.py",
+        "layouts_bitwise gloo strategies variants options_of_speed config",
+        (
+            "momenta of matrices owned elsewhere are not updated",
+            "        self._update_momenta(run.unpacked, params, keep)\n",
+            "",
+        ),
+        (
+            "kept buffers are not dropped after a failed step",
+            "            self._buffers.forget()\n",
+            "",
+        ),
+        (
+            "flights of a failed step are kept",
+            "            self._flights.clear()\n",
+            "",
+        ),
+        (
+            "the sequential mode runs in mesh order",
+            "sorted(range(mesh.num_ranks), key=mesh.ranks.__getitem__)",
+            "range(mesh.num_ranks)",
+        ),
+        (
+            "the sequential mode has no barrier",
+            "            if mesh.dim_names:\n                barrier(",
+            "            if not mesh.dim_names:\n                barrier(",
+        ),
+        (
+            "the timeout of the default group is not applied",
+            "flight.patience = patience_of(group)",
+            "flight.patience = None",
+        ),
+        (
+            "hops after the first are not waited for",
+            "            self._begin(run, flight, hop)\n            flight.wait()\n",
+            "            self._begin(run, flight, hop)\n",
+        ),
+        (
+            "NorMuon's moments are not told",
+            "        self._moments.tell(kept)\n",
+            "",
+        ),
+        (
+            "the mask does not reach NorMuon",
+            "self._moments.of_matrix(kept, a), keep)",
+            "self._moments.of_matrix(kept, a), None)",
+        ),
+        (
+            "the mask does not reach the momenta",
+            "            update_momentum(momenta, grads, momentum, keep)",
+            "            update_momentum(momenta, grads, momentum, None)",
+        ),
+        (
+            "the mask does not reach the parameters",
+            "                    cautious=options.cautious,\n                    keep=keep,",
+            "                    cautious=options.cautious,\n                    keep=None,",
+        ),
+        (
+            "cautious decay is not applied",
+            "                    cautious=options.cautious,",
+            "                    cautious=False,",
+        ),
+        (
+            "tall slabs of a team are not transposed",
+            "            slab.mT if is_tall else slab,",
+            "            slab,",
+        ),
+        (
+            "an offloaded momentum is not written back",
+            "            local.momentum_buffer.copy_(params[index].momentum_buffer, non_blocking=True)\n",
+            "            pass\n",
+        ),
+        (
+            "AdamW's failure is told as a phase",
+            "        self._is_meanwhile = True\n",
+            "",
+        ),
+        (
+            "groups of the plan are not connected",
+            "                self._groups.connect(run.bucket.mesh, collective.mesh_dims)\n",
+            "                pass\n",
+        ),
+    ),
+    *in_files(
+        "runtime/row_moments.py",
+        "variants",
+        (
+            "owners tell nothing of their moments",
+            "                    self.of_matrix(zeros, a).copy_(self.of_matrix(kept[index], a))\n",
+            "                    pass\n",
+        ),
+        (
+            "moments are summed, not replaced",
+            "                kept[index].copy_(part.view_as(kept[index]))",
+            "                kept[index].add_(part.view_as(kept[index]))",
+        ),
+    ),
+    *in_files(
+        "orthogonalize/normuon.py",
+        "variants",
+        (
+            "moments ignore the mask",
+            "averages if keep is None else torch.where(keep, averages, second_moments)",
+            "averages",
+        ),
+        ("moments of sums, not means", ".square().mean(-1)", ".square().sum(-1)"),
+        ("no eps under the root", "(averages.sqrt() + eps)", "(averages.sqrt() + 1e-30)"),
+        ("scaled by the longer side", "min(polar_factor.shape)", "max(polar_factor.shape)"),
+    ),
+    *in_files(
+        "planning/arena.py",
+        "arena memory layouts_bitwise gloo",
+        (
+            "a buffer's life ends a moment early",
+            "            needs(bucket, hop.send, hop.recv)\n            moment += 1\n",
+            "            moment += 1\n",
+        ),
+        (
+            "lives that touch may share a place",
+            "p.life.first <= life.last and life.first <= p.life.last",
+            "p.life.first < life.last and life.first < p.life.last",
+        ),
+        ("buffers are not aligned", "-(-nbytes // ALIGNMENT) * ALIGNMENT", "nbytes"),
+    ),
+    *in_files(
+        "planning/routes.py",
+        "planning strategies layouts_bitwise gloo fuzz",
+        (
+            "runs are merged though only their sources touch",
+            "(last.source + last.numel, last.target + last.numel) == (offset, slot.offset)",
+            "last.source + last.numel == offset",
+        ),
+        (
+            "runs are merged though only their targets touch",
+            "(last.source + last.numel, last.target + last.numel) == (offset, slot.offset)",
+            "last.target + last.numel == slot.offset",
+        ),
+        (
+            "pieces of other replicas travel too",
+            "if layout.replica_offset(assignment.owner) != layout.replica_offset(position):",
+            "if False:",
+        ),
+        (
+            "batches hold matrices of different sizes",
+            "by_size[matrix.rows, matrix.cols].append(assignment)",
+            "by_size[matrix.rows, matrix.rows].append(assignment)",
+        ),
+    ),
+    *in_files(
+        "planning/check.py",
+        "planning fuzz check",
+        (
+            "overlapping matrices pass",
+            "    if held != whole.numel or _overlap(regions):",
+            "    if held != whole.numel:",
+        ),
+        (
+            "owners that cannot own pass",
+            "        elif not can_own(layout, matrix.region, assignment.owner):",
+            "        elif False:",
+        ),
+        (
+            "pieces that overlap pass",
+            "if covered != region.numel or _overlap(pieces) or not",
+            "if covered != region.numel or not",
+        ),
+        (
+            "a rank that gets what it does not hold passes",
+            "            if {s.assignment for s in here.results.slots} - {a for a, _ in here.touched}:",
+            "            if False:",
+        ),
+        (
+            "what peers do not expect passes",
+            "                        if [s.region for s in sent] != [s.region for s in there] or [",
+            "                        if False and [",
+        ),
+        (
+            "owners outside of the mesh pass",
+            "        elif not 0 <= assignment.owner < bucket.mesh.num_ranks:",
+            "        elif False:",
+        ),
+        (
+            "any schedule passes",
+            "        if phases[index] != due:",
+            "        if False:",
+        ),
+        (
+            "a team in an exact plan passes",
+            "    if options.exact:\n        return",
+            "    if False:\n        return",
+        ),
+        (
+            "a team whose owner is not its first member passes",
+            "    if assignment.owner != members(bucket.mesh, bucket.strategy, assignment.owner)[0]:",
+            "    if False:",
+        ),
+    ),
+    *in_files(
+        "planning/owners.py",
+        "planning layouts_bitwise",
+        (
+            "the smallest matrix goes first",
+            "key=lambda i: (-work[i].flops, work[i].name)",
+            "key=lambda i: (work[i].flops, work[i].name)",
+        ),
+        (
+            "loads are not counted",
+            "        loads[owner] = loads.get(owner, 0) + work[index].flops",
+            "        loads[owner] = loads.get(owner, 0)",
+        ),
+        (
+            "an owner holds none of the matrix",
+            "key=lambda item: (-item[1].numel, spread(item[0], layout.cut_dims)),",
+            "key=lambda item: (item[1].numel, spread(item[0], layout.cut_dims)),",
+        ),
+    ),
+    *in_files(
+        "planning/buckets.py",
+        "planning memory",
+        (
+            "the cap of a bucket is not kept",
+            "        if not runs or footprint.nbytes > limit:",
+            "        if not runs:",
+        ),
+        (
+            "nothing is prefetched",
+            "            issue_up_to(done + 1 + prefetch_count)",
+            "            issue_up_to(done + 1)",
+        ),
+        (
+            "results are applied at once",
+            "            while len(resharding) > min(prefetch_count, 1):",
+            "            while len(resharding) > 0:",
+        ),
+    ),
+    *in_files(
+        "planning/strategies.py",
+        "planning strategies layouts_bitwise",
+        (
+            "replicas share nothing",
+            "    apart, same = _dims_apart(layout, matrix.region), layout.replica_dims\n",
+            "    apart, same = _dims_apart(layout, matrix.region), ()\n",
+        ),
+        (
+            "stages run in the order of the mesh on the way there",
+            "for name in reversed(strategy.unshard_dims))",
+            "for name in strategy.unshard_dims)",
+        ),
+    ),
+    *in_files(
+        "planning/moments.py",
+        "variants planning",
+        (
+            "moments are cut where rows of others are touched",
+            "        if rows != set(range(first, last)):\n            return ()",
+            "        if rows != set(range(first, last)):\n            return dims",
+        ),
+        (
+            "moments of replicas are not told",
+            "n for n in mesh.dim_names if n not in spec.moment_cuts and mesh.sizes[n] > 1",
+            "n for n in mesh.dim_names if n in spec.layout.cut_dims and mesh.sizes[n] > 1 "
+            "and n not in spec.moment_cuts",
+        ),
+        (
+            "bytes of moments count one rank too few",
+            "2 * (num_ranks - 1) * MOMENT_ITEMSIZE",
+            "2 * (num_ranks - 2) * MOMENT_ITEMSIZE",
+        ),
+    ),
+    *in_files(
+        "runtime/ballots.py",
+        "agreement misuse gloo",
+        (
+            "a finite overflow in the sums is not rechecked",
+            "        for grad in nonempty:\n            extremes += torch.aminmax(grad)\n",
+            "        return torch.ones((), dtype=torch.int64)\n",
+        ),
+        (
+            "plans are not compared by the ballots",
+            "values = [plan, -plan, options",
+            "values = [0, 0, options",
+        ),
+        (
+            "hyperparameters are not compared",
+            "options, -options, present",
+            "0, 0, present",
+        ),
+        (
+            "presence is not compared",
+            "present, -present]",
+            "0, 0]",
+        ),
+        (
+            "a missing gradient of a slice is not seen",
+            "PAIR_OF = {PRESENT: (1, -1), MISSING: (0, 0)",
+            "PAIR_OF = {PRESENT: (1, -1), MISSING: (1, -1)",
+        ),
+        (
+            "on a device, faults of slices are not seen",
+            "    if len(pairs):\n        differ",
+            "    if False:\n        differ",
+        ),
+        (
+            "on a device, missing gradients are not seen",
+            "        (Entry.PRESENCE, Fault.GRADIENTS),\n    ):",
+            "    ):",
+        ),
+        (
+            "an earlier non-finite gradient is forgotten",
+            "    if with_non_finite and any(",
+            "    if False and any(",
+        ),
+    ),
+    *in_files(
+        "runtime/agreement.py",
+        "agreement misuse frozen_parameters",
+        (
+            "cast carries nothing over",
+            "                carried.copy_(torch.maximum(carried, found))\n",
+            "",
+        ),
+        (
+            "the second sweep is forgotten",
+            "        self._second_sweep = [m for m in reversed(self._manifests) "
+            "if sweeps_twice[m.mesh.rank_set]]\n",
+            "",
+        ),
+        (
+            "plans that failed to agree count as proven",
+            "            for manifest in new:\n                del sweeps_twice[manifest.mesh.rank_set]\n",
+            "",
+        ),
+        (
+            "a fault of a smaller mesh is not carried on",
+            "            carried = (bad, moved, fault)\n",
+            "            carried = (bad, moved, Fault.NONE)\n",
+        ),
+        (
+            "a non-finite gradient of a smaller mesh is not carried on",
+            "            carried = (bad, moved, fault)\n",
+            "            carried = (0, moved, fault)\n",
+        ),
+        (
+            "plans are not proven equal",
+            "            if high != -low:",
+            "            if False:",
+        ),
+        (
+            "ballots are cast from larger sets to smaller ones",
+            "key=lambda m: (m.mesh.num_ranks, sorted(m.mesh.ranks))",
+            "key=lambda m: (-m.mesh.num_ranks, sorted(m.mesh.ranks))",
+        ),
+    ),
+    *in_files(
+        "runtime/gradients.py",
+        "agreement misuse gradient_dtypes gloo",
+        (
+            "a gradient of another dtype on one rank passes",
+            "            if grad is not None and grad.dtype != self._params[name].dtype:\n"
+            "                return of_dtype(dtype_name(grad.dtype))\n",
+            "",
+        ),
+        (
+            "AdamW takes gradients of another dtype",
+            "        if grad.dtype != param.dtype and name in self._of_own_dtype:",
+            "        if False:",
+        ),
+        (
+            "an overflow of summed Partial gradients is not seen",
+            "            bad |= again.non_finite\n",
+            "",
+        ),
+        (
+            "a gradient whose shard has another shape passes",
+            "    if mine != theirs and not _has_moved(param, grad):",
+            "    if False:",
+        ),
+        (
+            "a gradient of another mesh passes",
+            "        and grad.device_mesh != param.device_mesh\n    ):",
+            "        and False\n    ):",
+        ),
+        (
+            "a masked fault is forgotten by the next gate",
+            "        self._past, self._past_fault = before._past, before._past_fault\n",
+            "",
+        ),
+        (
+            "missing gradients are zeros of the parameter's dtype",
+            "return zeros_like(param, self._dtypes.get(name))",
+            "return zeros_like(param)",
+        ),
+        (
+            "a sparse gradient passes",
+            "    if grad.layout != torch.strided:",
+            "    if False:",
+        ),
+        (
+            "nonfinite is not compared between ranks",
+            'f"optimizer: missing_grad={self._missing_grad}, nonfinite={self._nonfinite}, "',
+            'f"optimizer: missing_grad={self._missing_grad}, "',
+        ),
+    ),
+    *in_files(
+        "options.py",
+        "agreement param_groups checkpoints public_api torch_optimizers grouping",
+        (
+            "a differing eps is not compared between ranks",
+            'if name not in (*DECLARED, "betas", "format_version")',
+            'if name not in (*DECLARED, "betas", "format_version", "eps")',
+        ),
+        (
+            "AdamW's betas are not compared between ranks",
+            'READ_BY_ADAMW = ("algorithm", "lr", "betas",',
+            'READ_BY_ADAMW = ("algorithm", "lr",',
+        ),
+        (
+            "AdamW's weight decay is not compared between ranks",
+            '"eps", "weight_decay", "capturable")',
+            '"eps", "capturable")',
+        ),
+        (
+            "NorMuon's option is lost in a checkpoint",
+            'KEPT = (*DECLARED, "orthogonalizer", "capturable", "normuon_beta",',
+            'KEPT = (*DECLARED, "orthogonalizer", "capturable",',
+        ),
+        (
+            "the orthogonalizer is lost in a checkpoint",
+            'KEPT = (*DECLARED, "orthogonalizer",',
+            "KEPT = (*DECLARED,",
+        ),
+        (
+            "a checkpoint's declaration replaces the live one",
+            'group.update({name: known[name] for name in (*DECLARED, "param_names")',
+            'group.update({name: known[name] for name in ("param_names",)',
+        ),
+        (
+            "amsgrad is left out in silence",
+            "    if asked := [name for name in NOT_OFFERED if group.get(name)]:",
+            "    if asked := []:",
+        ),
+        (
+            "AdamW's momentum does not follow cyclic schedulers",
+            "    if beta1 == known and momentum != known:",
+            "    if False:",
+        ),
+        (
+            "a change of NorMuon needs no plan",
+            '*(copy(group[name]) for name in names), group["normuon_beta"] is None)',
+            "*(copy(group[name]) for name in names), True)",
+        ),
+        (
+            "checkpoints of another format are taken",
+            '    if group["format_version"] != FORMAT_VERSION:',
+            "    if False:",
+        ),
+    ),
+    *in_files(
+        "state.py",
+        "checkpoints variants frozen_parameters gradient_dtypes torch_optimizers misuse",
+        (
+            "state that is missing passes",
+            '            if "format_version" in saved and lacking:',
+            "            if False:",
+        ),
+        (
+            "state of another optimizer passes",
+            "            if unknown := kept.keys() - needed:",
+            "            if unknown := set():",
+        ),
+        (
+            "state that is cut otherwise passes",
+            "                if not _is_placed_as(kept[key], param):\n                    raise "
+            "CheckpointError(\n                        f\"'{key}'",
+            "                if False:\n                    raise "
+            "CheckpointError(\n                        f\"'{key}'",
+        ),
+        (
+            "wide momenta are rounded by loading",
+            '            for key, dtype in (("momentum_buffer", wide), (MOMENTS, torch.float32)):',
+            "            for key, dtype in ((MOMENTS, torch.float32),):",
+        ),
+        (
+            "NorMuon's moments are rounded by loading",
+            '            for key, dtype in (("momentum_buffer", wide), (MOMENTS, torch.float32)):',
+            '            for key, dtype in (("momentum_buffer", wide),):',
+        ),
+        (
+            "momenta do not follow the dtype of their gradients",
+            '        if kept["momentum_buffer"].dtype != grad.dtype:',
+            "        if False:",
+        ),
+        (
+            "AdamW's step count stays a number",
+            '            if "step" in loaded and not _is_step_tensor(loaded["step"], param):',
+            "            if False:",
+        ),
+        (
+            "other numbers of parameters pass",
+            "    if sizes != saved_sizes:",
+            "    if False:",
+        ),
+        (
+            "momenta of replaced parameters are dropped in silence",
+            "    if any(local_part(v).any() for param in gone for v in state[param].values() if v.ndim):",
+            "    if False:",
+        ),
+        (
+            "stale state is kept",
+            "        state.pop(key, None)\n",
+            "        pass\n",
+        ),
+    ),
+    *in_files(
+        "full_state.py",
+        "checkpoints",
+        (
+            "full state of another shape loads",
+            "    if whole.shape != live.shape:",
+            "    if False:",
+        ),
+        (
+            "full state of other names loads",
+            "    if live.keys() != model_state.keys():",
+            "    if False:",
+        ),
+        (
+            "tensors keep their place after a checkpoint",
+            "            container[key] = tensor\n",
+            "            pass\n",
+        ),
+    ),
+    *in_files(
+        "update.py",
+        "update variants layouts_bitwise gradient_dtypes",
+        ("cautious decay leaves zeros out", "polar_factor.sign() >= 0", "polar_factor.sign() > 0"),
+        (
+            "narrow dtypes round alpha late",
+            "    alpha = float(torch.tensor(alpha, dtype=param.dtype))\n    numel",
+            "    numel",
+        ),
+        ("no decay", "            param.mul_(decay)", "            pass"),
+        (
+            "the learning rate of tall matrices is clamped",
+            "return lr * math.sqrt(rows / cols)",
+            "return lr * math.sqrt(max(1, rows / cols))",
+        ),
+        (
+            "rms_norm is another rule",
+            'if adjust_lr_fn in ("match_rms_adamw", "rms_norm"):',
+            'if adjust_lr_fn == "match_rms_adamw":',
+        ),
+        (
+            "the mask does not reach updates of narrow dtypes",
+            "        param.copy_(torch.where(keep, updated, param))",
+            "        param.copy_(updated)",
+        ),
+    ),
+    *in_files(
+        "clipping.py",
+        "clipping",
+        (
+            "the p = inf norm is summed over pp",
+            "(all_reduce_max if math.isinf(p) else all_reduce_sum)(total, pp_group)",
+            "all_reduce_sum(total, pp_group)",
+        ),
+        ("a norm is not rooted", "total ** (1 / p)", "total"),
+        ("factors above one scale up", ".clamp(max=1.0)", ""),
+        (
+            "algorithm clips all groups",
+            "        if algorithm in (None, kind):",
+            "        if True:",
+        ),
+    ),
+    *in_files(
+        "runtime/totals.py",
+        "clipping metrics",
+        (
+            "replicas count several times",
+            "value if is_first else torch.zeros_like(value)",
+            "value",
+        ),
+        (
+            "the largest of meshes is summed",
+            "return everything.amax(0) if take_largest else everything.sum(0)",
+            "return everything.sum(0)",
+        ),
+    ),
+    *in_files(
+        "metrics.py",
+        "metrics variants",
+        (
+            "metrics miss the bytes of NorMuon's moments",
+            "sum(r.sent_nbytes for r in ",
+            "0 * sum(r.sent_nbytes for r in ",
+        ),
+        (
+            "an update is measured without what it began from",
+            "now.to(wide) - self._before[entry.name].to(wide)",
+            "now.to(wide)",
+        ),
+    ),
+    *in_files(
+        "config.py",
+        "config public_api config_faults process_groups job_config",
+        (
+            "ep counts as replicated",
+            'if n not in ("pp", "ep"))',
+            'if n not in ("pp",))',
+        ),
+        (
+            "any sizes make a mesh",
+            "    if world_size % fixed or (not open_dims and fixed != world_size):",
+            "    if False:",
+        ),
+    ),
+    *in_files(
+        "runtime/grid.py",
+        "config_faults process_groups",
+        (
+            "groups that are not orthogonal pass",
+            "            if shared != [here]:",
+            "            if False:",
+        ),
+    ),
+    *in_files(
+        "runtime/describe.py",
+        "config describe process_groups agreement layout_faults torch_versions test_000 deaths",
+        (
+            "all ranks warn",
+            "    return logging.WARNING if this_rank() == first else logging.INFO",
+            "    return logging.WARNING",
+        ),
+        (
+            "strided shards are cut in mesh order",
+            "            factor = placement.split_factor\n",
+            "            factor = 1\n",
+        ),
+        (
+            "a cast of a DTensor keeps the old dtype in its spec",
+            "    if meta.dtype != shard.dtype:",
+            "    if False:",
+        ),
+        (
+            "annotated parts of matrices pass",
+            "    if differing:\n        raise RefusalError(",
+            "    if False:\n        raise RefusalError(",
+        ),
+    ),
+    *in_files(
+        "job_config.py",
+        "job_config",
+        (
+            "MuonConfig drops an option",
+            'for name in ("name", "adamw", "rules", "class_weight_decay"):',
+            'options.pop("normuon_beta")\n'
+            '        for name in ("name", "adamw", "rules", "class_weight_decay"):',
+        ),
+        (
+            "MuonConfig drops the weight decay",
+            'weight_decay={"matrix": section.weight_decay, **section.class_weight_decay},',
+            "weight_decay={**section.class_weight_decay},",
+        ),
+        (
+            "MuonConfig drops the rules",
+            "rules=[(rule.pattern, rule.options) for rule in section.rules],",
+            "rules=[],",
+        ),
+        (
+            "the expert mesh forgets pp",
+            'for name in ("pp", "dp_replicate") if name in sizes}',
+            'for name in ("dp_replicate",) if name in sizes}',
+        ),
+        (
+            "AdamW's section is dropped",
+            "            adamw=dataclasses.asdict(section.adamw),\n",
+            "",
+        ),
+    ),
+    *in_files(
+        "cli/validate.py",
+        "validate",
+        (
+            "validate is 100 times too tolerant",
+            "rtol=tolerance, atol=tolerance",
+            "rtol=100 * tolerance, atol=100 * tolerance",
+        ),
+    ),
+    *in_files(
+        "adamw.py",
+        "public_api param_groups torch_optimizers fuzz process_groups",
+        ("AdamW ignores lr", '        lr=group["lr"],', "        lr=3e-4,"),
+        ("AdamW ignores eps", '        eps=group["eps"],', "        eps=1e-8,"),
+        (
+            "AdamW ignores its betas",
+            '        beta2=group["betas"][1],',
+            "        beta2=0.95,",
+        ),
+        (
+            "AdamW ignores its weight decay",
+            '        weight_decay=group["weight_decay"],',
+            "        weight_decay=0.1,",
+        ),
+        ("AdamW ignores the mask", "        found_inf=found_inf,", "        found_inf=None,"),
+    ),
+    *in_files(
+        "prepared.py",
+        "misuse agreement layout_faults frozen_parameters param_groups options_of_speed deaths",
+        (
+            "a failed step is forgotten",
+            "        self.is_unfinished: bool = before is not None and before.is_unfinished",
+            "        self.is_unfinished: bool = False",
+        ),
+        (
+            "a step that fails is not unfinished",
+            "        self.is_unfinished = not self._config.is_by_hand",
+            "        self.is_unfinished = False and not self._config.is_by_hand",
+        ),
+        (
+            "replicas are not compared",
+            "            differ = self._differing_replicas()\n",
+            "            differ = None\n",
+        ),
+        (
+            "state that was cleared is not made anew",
+            "            and all(state.get(entry.param) for entry in self.census.entries)",
+            "            and True",
+        ),
+        (
+            "unfrozen parameters are not planned",
+            "            and not any(can_train(param, {}) for param in self._frozen)\n",
+            "",
+        ),
+        (
+            "wrong options go on",
+            "        fault = fault or self._wrong_options(texts)\n",
+            "",
+        ),
+    ),
+    *in_files(
+        "grouping.py",
+        "grouping",
+        (
+            "tied heads go to Muon",
+            'entry = next((use for use in uses if use.kind != "matrix"), uses[0])',
+            "entry = uses[0]",
+        ),
+        (
+            "depthwise convolutions go to Muon",
+            "    if shape[1] == 1:",
+            "    if False:",
+        ),
+        (
+            "norms decay",
+            'WITHOUT_DECAY = ("norm",',
+            "WITHOUT_DECAY = (",
+        ),
+    ),
+    *in_files(
+        "orthogonalize/newton_schulz.py",
+        "newton_schulz update",
+        ("no scaling by powers of two", "_is_harmless(norm, eps)", "True"),
+        ("tall matrices are not transposed", "    if tall:\n        x = x.mT\n", ""),
+    ),
+    *in_files(
+        "orthogonalize/polar_express.py",
+        "polar_express",
+        ("no safety factor", "SAFETY = 1.01", "SAFETY = 1.0"),
+        (
+            "the last row has the safety factor too",
+            "for a, b, c in _MINIMAX[:-1]),\n    _MINIMAX[-1],",
+            "for a, b, c in _MINIMAX),",
+        ),
+        (
+            "steps beyond the table are left out",
+            "    return rows + POLAR_EXPRESS[-1:] * (num_iterations - len(rows))",
+            "    return rows",
+        ),
+    ),
+    *in_files(
+        "orthogonalize/gram.py",
+        "strategies",
+        (
+            "a restart does not sum the Gram matrix",
+            "        team.add_up(gram)\n        if",
+            "        if",
+        ),
+        ("the largest element is each rank's own", "    team.take_largest(largest)\n", ""),
+    ),
+    *in_files(
+        "qk_clip.py",
+        "qk_clip",
+        ("maxima are each rank's own", "maximum_of_all(self._seen.view(-1), group)", "pass"),
+        ("logits are not forgotten", "        self._seen.zero_()\n", ""),
+        (
+            "shards are scaled by the first rows' factors",
+            "            factors = factors[region.start[0] : region.stop[0]]",
+            "            factors = factors[: region.stop[0] - region.start[0]]",
+        ),
+    ),
+    *in_files(
+        "runtime/replicas.py",
+        "layout_faults",
+        (
+            "replicas that differ pass",
+            "names += [name for (name, _), differ in zip(named, differs, strict=True) if differ]",
+            "names += []",
+        ),
+    ),
+    *in_files(
+        "runtime/by_functions.py",
+        "hand_written",
+        (
+            "NaN from the functions passes",
+            "        if look_for_nan and not shard.isfinite().all():",
+            "        if False:",
+        ),
+        (
+            "the scale of the learning rate is left out",
+            "from_matrix(polar_factor * scale, matrix)",
+            "from_matrix(polar_factor, matrix)",
+        ),
+    ),
+    *in_files(
+        "runtime/groups.py",
+        "async_checkpoint config",
+        (
+            "steps use the default group over several dims",
+            "        own = _own.setdefault(world, {})\n",
+            "        if len(ranks) == dist.get_world_size():\n            return world\n"
+            "        own = _own.setdefault(world, {})\n",
+        ),
+    ),
+    *in_files(
+        "shards.py",
+        "process_groups",
+        (
+            "slices that begin elsewhere pass",
+            "        if numel and start != expected:",
+            "        if False:",
+        ),
+        (
+            "slices that are not all of the tensor pass",
+            "    if layout.shape != (prod(shape),):",
+            "    if False:",
+        ),
+    ),
+]
+
+
+def outcome_of(fault: Fault, tree: Path, marker: str) -> str:
+    """ "caught", "lives", or what went wrong. `tree`: a copy that is this thread's alone."""
+    path = tree / "muon_dtensor" / fault.file
+    original = path.read_text()
+    if fault.old not in original:
+        return "stale: its text is not in the file"
+    path.write_text(original.replace(fault.old, fault.new, 1))
+    tests = [
+        str(found.relative_to(tree))
+        for name in fault.tests.split()
+        for found in sorted((tree / "tests").rglob(f"test_{name.removeprefix('test_')}*.py"))
+    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider"]
+    command += ["-m", marker] if marker else []
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    process = subprocess.Popen(
+        [*command, *tests],
+        cwd=tree,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        process.communicate()
+        return "caught: it hangs"
+    finally:
+        path.write_text(original)
+    failed = next((ln for ln in output.splitlines() if ln.startswith("FAILED ")), "")
+    return {
+        PASSED: "lives",
+        FAILED: f"caught by {failed.removeprefix('FAILED ').split(' - ')[0]}",
+    }.get(process.returncode, f"pytest ended with {process.returncode}: {output[-600:]}")
+
+
+def main() -> int:
+    """Plant the faults; 1 if one lives without a reason, or could not be planted."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="a word in the names of faults")
+    parser.add_argument("--marker", default="", help="pytest's -m: the tests of one tier")
+    parser.add_argument("--jobs", type=int, default=2, help="faults at a time")
+    parser.add_argument("--json", type=Path, help="where to write all outcomes")
+    told = parser.parse_args()
+    faults = [fault for fault in FAULTS if told.only in f"{fault.file} {fault.name}"]
+    outcomes: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        trees: Queue[Path] = Queue()
+        for number in range(told.jobs):
+            tree = Path(folder) / str(number)
+            kept_out = shutil.ignore_patterns(".git", "*_cache", "__pycache__", ".hypothesis")
+            shutil.copytree(ROOT, tree, ignore=kept_out)
+            trees.put(tree)
+
+        def run(fault: Fault) -> None:
+            tree, start = trees.get(), monotonic()
+            outcome = outcomes[fault.name] = outcome_of(fault, tree, told.marker)
+            trees.put(tree)
+            print(
+                f"{monotonic() - start:5.0f} s  {fault.file}: {fault.name}: {outcome}", flush=True
+            )
+
+        with ThreadPoolExecutor(told.jobs) as pool:
+            list(pool.map(run, faults))
+    caught = [f for f in faults if outcomes[f.name].startswith("caught")]
+    print(f"{len(caught)} of {len(faults)} faults caught, {len(caught) / len(faults):.1%}")
+    left = [fault for fault in faults if fault not in caught]
+    for fault in left:
+        print(f"{fault.file}: {fault.name}: {outcomes[fault.name]} ({fault.why_it_lives or '?'})")
+    if told.json:
+        told.json.write_text(json.dumps(outcomes, indent=1))
+    return int(any(not fault.why_it_lives for fault in left))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
