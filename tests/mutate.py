@@ -33,7 +33,8 @@ PASSED, FAILED = 0, 1
 
 @dataclass(frozen=True)
 class Fault:
-    """One text of one file in place of another. `tests`: names of files, without `test_`.
+    """One text of one file in place of another. `tests`: those that should catch it, by file or
+    as file::test, without `test_`.
 
     `why_it_lives`: of one that no test can catch.
     """
@@ -54,7 +55,7 @@ def in_files(file: str, tests: str, *faults: tuple[str, str, str]) -> list[Fault
 FAULTS = [
     *in_files(
         "runtime/executor.py",
-        "layouts_bitwise gloo strategies variants options_of_speed config",
+        "layouts_bitwise::matrices gloo config misuse options_of_speed",
         (
             "momenta of matrices owned elsewhere are not updated",
             "        self._update_momenta(run.unpacked, params, keep)\n",
@@ -81,44 +82,9 @@ FAULTS = [
             "            if not mesh.dim_names:\n                barrier(",
         ),
         (
-            "the timeout of the default group is not applied",
-            "flight.patience = patience_of(group)",
-            "flight.patience = None",
-        ),
-        (
             "hops after the first are not waited for",
             "            self._begin(run, flight, hop)\n            flight.wait()\n",
             "            self._begin(run, flight, hop)\n",
-        ),
-        (
-            "NorMuon's moments are not told",
-            "        self._moments.tell(kept)\n",
-            "",
-        ),
-        (
-            "the mask does not reach NorMuon",
-            "self._moments.of_matrix(kept, a), keep)",
-            "self._moments.of_matrix(kept, a), None)",
-        ),
-        (
-            "the mask does not reach the momenta",
-            "            update_momentum(momenta, grads, momentum, keep)",
-            "            update_momentum(momenta, grads, momentum, None)",
-        ),
-        (
-            "the mask does not reach the parameters",
-            "                    cautious=options.cautious,\n                    keep=keep,",
-            "                    cautious=options.cautious,\n                    keep=None,",
-        ),
-        (
-            "cautious decay is not applied",
-            "                    cautious=options.cautious,",
-            "                    cautious=False,",
-        ),
-        (
-            "tall slabs of a team are not transposed",
-            "            slab.mT if is_tall else slab,",
-            "            slab,",
         ),
         (
             "an offloaded momentum is not written back",
@@ -130,6 +96,73 @@ FAULTS = [
             "        self._is_meanwhile = True\n",
             "",
         ),
+    ),
+    *in_files(
+        "runtime/executor.py",
+        "variants::normuon_over_real_processes",
+        (
+            "NorMuon's moments are not told",
+            "        self._moments.tell(kept)\n",
+            "",
+        ),
+    ),
+    *in_files(
+        "runtime/executor.py",
+        "variants agreement",
+        (
+            "the mask does not reach NorMuon",
+            "self._moments.of_matrix(kept, a), keep)",
+            "self._moments.of_matrix(kept, a), None)",
+        ),
+    ),
+    *in_files(
+        "runtime/executor.py",
+        "agreement",
+        (
+            "the mask does not reach the momenta",
+            "            update_momentum(momenta, grads, momentum, keep)",
+            "            update_momentum(momenta, grads, momentum, None)",
+        ),
+    ),
+    *in_files(
+        "runtime/executor.py",
+        "agreement",
+        (
+            "the mask does not reach the parameters",
+            "                    cautious=options.cautious,\n                    keep=keep,",
+            "                    cautious=options.cautious,\n                    keep=None,",
+        ),
+    ),
+    *in_files(
+        "runtime/executor.py",
+        "variants",
+        (
+            "cautious decay is not applied",
+            "                    cautious=options.cautious,",
+            "                    cautious=False,",
+        ),
+    ),
+    *in_files(
+        "runtime/executor.py",
+        "strategies::gram_stays_within_its_tolerance",
+        (
+            "tall slabs of a team are not transposed",
+            "            slab.mT if is_tall else slab,",
+            "            slab,",
+        ),
+    ),
+    *in_files(
+        "runtime/executor.py",
+        "deaths gloo",
+        (
+            "the timeout of the default group is not applied",
+            "flight.patience = patience_of(group)",
+            "flight.patience = None",
+        ),
+    ),
+    *in_files(
+        "runtime/executor.py",
+        "async_checkpoint gloo",
         (
             "groups of the plan are not connected",
             "                self._groups.connect(run.bucket.mesh, collective.mesh_dims)\n",
@@ -164,7 +197,7 @@ FAULTS = [
     ),
     *in_files(
         "planning/arena.py",
-        "arena memory layouts_bitwise gloo",
+        "arena gloo memory::buffers_stay_under_the_cap",
         (
             "a buffer's life ends a moment early",
             "            needs(bucket, hop.send, hop.recv)\n            moment += 1\n",
@@ -179,16 +212,11 @@ FAULTS = [
     ),
     *in_files(
         "planning/routes.py",
-        "planning strategies layouts_bitwise gloo fuzz",
+        "gloo planning strategies::bitwise strategies::strategies_over_gloo",
         (
-            "runs are merged though only their sources touch",
-            "(last.source + last.numel, last.target + last.numel) == (offset, slot.offset)",
-            "last.source + last.numel == offset",
-        ),
-        (
-            "runs are merged though only their targets touch",
-            "(last.source + last.numel, last.target + last.numel) == (offset, slot.offset)",
-            "last.target + last.numel == slot.offset",
+            "runs are merged though their sources do not touch",
+            "if last and last.source + last.numel == offset:",
+            "if last:",
         ),
         (
             "pieces of other replicas travel too",
@@ -203,7 +231,7 @@ FAULTS = [
     ),
     *in_files(
         "planning/check.py",
-        "planning fuzz check",
+        "check planning",
         (
             "overlapping matrices pass",
             "    if held != whole.numel or _overlap(regions):",
@@ -252,7 +280,7 @@ FAULTS = [
     ),
     *in_files(
         "planning/owners.py",
-        "planning layouts_bitwise",
+        "planning layouts_bitwise::matrices",
         (
             "the smallest matrix goes first",
             "key=lambda i: (-work[i].flops, work[i].name)",
@@ -271,7 +299,7 @@ FAULTS = [
     ),
     *in_files(
         "planning/buckets.py",
-        "planning memory",
+        "planning memory::buffers_stay_under_the_cap",
         (
             "the cap of a bucket is not kept",
             "        if not runs or footprint.nbytes > limit:",
@@ -290,7 +318,7 @@ FAULTS = [
     ),
     *in_files(
         "planning/strategies.py",
-        "planning strategies layouts_bitwise",
+        "planning layouts_bitwise::matrices strategies::bitwise",
         (
             "replicas share nothing",
             "    apart, same = _dims_apart(layout, matrix.region), layout.replica_dims\n",
@@ -304,7 +332,7 @@ FAULTS = [
     ),
     *in_files(
         "planning/moments.py",
-        "variants planning",
+        "planning variants",
         (
             "moments are cut where rows of others are touched",
             "        if rows != set(range(first, last)):\n            return ()",
@@ -324,7 +352,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/ballots.py",
-        "agreement misuse gloo",
+        "agreement misuse process_groups",
         (
             "a finite overflow in the sums is not rechecked",
             "        for grad in nonempty:\n            extremes += torch.aminmax(grad)\n",
@@ -408,7 +436,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/gradients.py",
-        "agreement misuse gradient_dtypes gloo",
+        "agreement gradient_dtypes misuse gloo",
         (
             "a gradient of another dtype on one rank passes",
             "            if grad is not None and grad.dtype != self._params[name].dtype:\n"
@@ -458,7 +486,7 @@ FAULTS = [
     ),
     *in_files(
         "options.py",
-        "agreement param_groups checkpoints public_api torch_optimizers grouping",
+        "param_groups checkpoints agreement torch_optimizers public_api declared_matrices",
         (
             "a differing eps is not compared between ranks",
             'if name not in (*DECLARED, "betas", "format_version")',
@@ -512,7 +540,7 @@ FAULTS = [
     ),
     *in_files(
         "state.py",
-        "checkpoints variants frozen_parameters gradient_dtypes torch_optimizers misuse",
+        "checkpoints frozen_parameters gradient_dtypes torch_optimizers variants misuse torch_tools",
         (
             "state that is missing passes",
             '            if "format_version" in saved and lacking:',
@@ -587,7 +615,7 @@ FAULTS = [
     ),
     *in_files(
         "update.py",
-        "update variants layouts_bitwise gradient_dtypes",
+        "update layouts_bitwise::bf16_parameters variants gradient_dtypes agreement",
         ("cautious decay leaves zeros out", "polar_factor.sign() >= 0", "polar_factor.sign() > 0"),
         (
             "narrow dtypes round alpha late",
@@ -643,7 +671,7 @@ FAULTS = [
     ),
     *in_files(
         "metrics.py",
-        "metrics variants",
+        "metrics",
         (
             "metrics miss the bytes of NorMuon's moments",
             "sum(r.sent_nbytes for r in ",
@@ -657,7 +685,7 @@ FAULTS = [
     ),
     *in_files(
         "config.py",
-        "config public_api config_faults process_groups job_config",
+        "config config_faults public_api job_config",
         (
             "ep counts as replicated",
             'if n not in ("pp", "ep"))',
@@ -680,7 +708,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/describe.py",
-        "config describe process_groups agreement layout_faults torch_versions test_000 deaths",
+        "describe torch_versions config layout_faults gloo",
         (
             "all ranks warn",
             "    return logging.WARNING if this_rank() == first else logging.INFO",
@@ -743,7 +771,7 @@ FAULTS = [
     ),
     *in_files(
         "adamw.py",
-        "public_api param_groups torch_optimizers fuzz process_groups",
+        "public_api param_groups torch_optimizers agreement process_groups::fsdp1_slices_are_bitwise fuzz",
         ("AdamW ignores lr", '        lr=group["lr"],', "        lr=3e-4,"),
         ("AdamW ignores eps", '        eps=group["eps"],', "        eps=1e-8,"),
         (
@@ -760,7 +788,7 @@ FAULTS = [
     ),
     *in_files(
         "prepared.py",
-        "misuse agreement layout_faults frozen_parameters param_groups options_of_speed deaths",
+        "misuse layout_faults frozen_parameters param_groups agreement deaths",
         (
             "a failed step is forgotten",
             "        self.is_unfinished: bool = before is not None and before.is_unfinished",
@@ -813,7 +841,7 @@ FAULTS = [
     ),
     *in_files(
         "orthogonalize/newton_schulz.py",
-        "newton_schulz update",
+        "newton_schulz",
         ("no scaling by powers of two", "_is_harmless(norm, eps)", "True"),
         ("tall matrices are not transposed", "    if tall:\n        x = x.mT\n", ""),
     ),
@@ -834,7 +862,7 @@ FAULTS = [
     ),
     *in_files(
         "orthogonalize/gram.py",
-        "strategies",
+        "strategies::gram_stays_within_its_tolerance strategies::gram_on_meshes_of_more_dims",
         (
             "a restart does not sum the Gram matrix",
             "        team.add_up(gram)\n        if",
@@ -878,7 +906,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/groups.py",
-        "async_checkpoint config",
+        "async_checkpoint",
         (
             "steps use the default group over several dims",
             "        own = _own.setdefault(world, {})\n",
@@ -910,11 +938,11 @@ def outcome_of(fault: Fault, tree: Path, marker: str) -> str:
     if fault.old not in original:
         return "stale: its text is not in the file"
     path.write_text(original.replace(fault.old, fault.new, 1))
-    tests = [
-        str(found.relative_to(tree))
-        for name in fault.tests.split()
-        for found in sorted((tree / "tests").rglob(f"test_{name.removeprefix('test_')}*.py"))
-    ]
+    tests = []
+    for name in fault.tests.split():
+        file, _, test = name.partition("::")
+        (found,) = (tree / "tests").rglob(f"test_{file}.py")
+        tests.append(f"{found.relative_to(tree)}{f'::test_{test}' if test else ''}")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider"]
     command += ["-m", marker] if marker else []
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from muon_dtensor import Muon
 from muon_dtensor.errors import NonFiniteGradientError
+from muon_dtensor.options import READ_BY_ADAMW, READ_BY_MUON
 from muon_dtensor.runtime import gradients
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
@@ -117,6 +119,48 @@ def test_different_hyperparameters(later):
         assert "rank 1: param group 0:" in text
         assert "lr=0.2" in text
         assert "lr=0.1" in text
+
+
+OTHER_VALUES: dict[str, Any] = {
+    "lr": 0.2,
+    "weight_decay": 0.3,
+    "momentum": 0.5,
+    "nesterov": False,
+    "ns_coefficients": (3.0, -3.2, 1.2),
+    "eps": 1e-3,
+    "ns_steps": 3,
+    "adjust_lr_fn": "match_rms_adamw",
+    "algorithm": "adamw",
+    "orthogonalizer": "polar_express",
+    "capturable": True,
+    "normuon_beta": 0.9,
+    "cautious_weight_decay": True,
+    "betas": (0.8, 0.99),
+}
+"""Another value of each option that a step reads."""
+
+OF_GROUPS = [
+    *((0, name) for name in READ_BY_MUON),
+    *((1, name) for name in READ_BY_ADAMW if name != "algorithm"),
+]
+
+
+def with_another_option(index: int, name: str) -> Any:
+    params, optimizer, mesh = made((2, 2), (R, S0), adamw=True)
+    optimizer.step()
+    give_gradients(params, mesh, (R, S0), seed=2)
+    if dist.get_rank() == 2:
+        optimizer.param_groups[index][name] = OTHER_VALUES[name]
+    return told(optimizer)
+
+
+@pytest.mark.parametrize(("index", "name"), OF_GROUPS)
+def test_every_option_that_a_step_reads_is_compared(index, name):
+    for error, text, same in run_processes(4, with_another_option, index, name):
+        assert error == "PlanMismatchError"
+        # the rank that changed it has made the state that the other plan needs
+        assert same or name in ("algorithm", "normuon_beta")
+        assert name in text or name in ("algorithm", "normuon_beta", "orthogonalizer"), text
 
 
 def missing_on(ranks: tuple[int, ...], shape: Any, placements: Any, options: Any) -> Any:
@@ -383,6 +427,53 @@ def test_a_masked_good_step_is_the_ordinary_one():
             assert torch.equal(a, b)  # Muon: the same operations
         for a, b in zip(seen[3:], wanted[3:], strict=True):
             torch.testing.assert_close(a, b)  # AdamW: torch's fused kernel
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "normuon": {"normuon_beta": 0.9},
+    "cautious": {"cautious_weight_decay": True, "weight_decay": 0.5},
+    "bfloat16-momentum": {"momentum_dtype": torch.bfloat16},
+    "bfloat16": {},
+    "gathered": {"strategy": "gathered"},
+}
+
+
+def skipping(name: str, shape: Any, placements: Any, *, masks: bool) -> list[list[torch.Tensor]]:
+    """All values after a good step, a bad one that is skipped, and two good ones."""
+    mesh = mesh_of(shape)
+    dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+    shapes = [(12, 8), (8, 12), (7, 5)]
+    params = [nn.Parameter(spread(w, mesh, placements)) for w in tensors_like(shapes, 0, dtype)]
+    groups = [{"params": params[:2]}, {"params": params[2:], "algorithm": "adamw"}]
+    optimizer = Muon(groups, lr=0.1, nonfinite="skip", **OPTIONS[name])
+    history = []
+    for step in range(4):
+        for param, grad in zip(params, tensors_like(shapes, 1 + step, dtype), strict=True):
+            param.grad = spread(grad, mesh, placements)
+        if step == 1 and dist.get_rank() == 3:
+            local(params[0].grad).view(-1)[0] = math.inf
+        optimizer.step()
+        if masks:
+            optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
+        kept = [optimizer.state[p][key] for p in params for key in sorted(optimizer.state[p])]
+        history.append([local(value).clone() for value in (*(p.detach() for p in params), *kept)])
+    return history
+
+
+@pytest.mark.parametrize(
+    ("shape", "placements"), [((2, 2), (R, S0)), ((2, 2), (S0, S1)), ((4,), (R,))], ids=str
+)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_masked_step_leaves_all_state_as_a_skipped_one_does(name, shape, placements):
+    masked_ones = run_processes(4, partial(skipping, masks=True), name, shape, placements)
+    skipped = run_processes(4, partial(skipping, masks=False), name, shape, placements)
+    for mine, theirs in zip(masked_ones, skipped, strict=True):
+        assert all(map(torch.equal, mine[0], mine[1])), "the bad step changes nothing"
+        assert not all(map(torch.equal, mine[1], mine[2]))
+        for found, expected in zip(mine, theirs, strict=True):
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b)  # AdamW: torch's fused kernel
 
 
 @pytest.mark.parametrize("mode", ["raise", "skip"])

@@ -1,7 +1,7 @@
 """The one-liners: plain parameters share the work; the mesh is made from sizes; debug mode."""
 
 import time
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 from unittest import mock
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -108,7 +108,9 @@ def test_real_ddp():
     assert run_processes(4, real_ddp) == [[True, True]] * 4
 
 
-def intervals(sequential: bool) -> tuple[list[torch.Tensor], list[tuple[float, float]]]:
+def intervals(
+    sequential: bool, ranks: Any = ((0, 1), (2, 3))
+) -> tuple[list[torch.Tensor], list[tuple[float, float]]]:
     """Parameters after three steps, and when this rank orthogonalized."""
     seen: list[tuple[float, float]] = []
     original = muon_options.newton_schulz
@@ -120,7 +122,7 @@ def intervals(sequential: bool) -> tuple[list[torch.Tensor], list[tuple[float, f
         seen.append((start, time.monotonic()))
         return result
 
-    mesh = mesh_of((2, 2))
+    mesh = DeviceMesh("cpu", ranks, mesh_dim_names=("a", "b"))
     params = [nn.Parameter(spread(w, mesh, (R, S0))) for w in tensors_like([(8, 6)] * 8, 0)]
     config = create_devicemesh_config(
         mesh, async_gpu_parallelism=not sequential, prefetch_count=0 if sequential else 1
@@ -144,6 +146,14 @@ def test_sequential_execution_is_one_rank_at_a_time_and_changes_nothing():
         assert stop <= start
     for (ours, _), (theirs, _) in zip(sequential, run_processes(4, intervals, False), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_sequential_execution_follows_global_ranks_on_a_permuted_mesh():
+    """Not the order of the mesh: ranks are what logs and debuggers show."""
+    outcomes = run_processes(4, intervals, True, ((3, 1), (0, 2)))
+    spans = sorted((start, rank) for rank, (_, seen) in enumerate(outcomes) for start, _ in seen)
+    turns = [rank for rank, _ in groupby(rank for _, rank in spans)]
+    assert turns == [0, 1, 2, 3] * (len(turns) // 4)
 
 
 def from_sizes() -> list[Any]:

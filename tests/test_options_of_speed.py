@@ -1,6 +1,7 @@
 """Options that save time or memory: what they keep, and what they change."""
 
 import copy
+import dataclasses
 import gc
 import logging
 import pickle
@@ -22,7 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from muon_dtensor import GroupOptionError, Muon, StepFailedError, prepared
 from muon_dtensor.orthogonalize import bodies, newton_schulz
 from muon_dtensor.runtime.describe import on_host
-from tests.support.cases import mesh_of, spread, tensors_like
+from muon_dtensor.runtime.local_param import LocalParam
+from tests.support.cases import Case, compare_with_oracle, mesh_of, spread, tensors_like
+from tests.support.meter import installed
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads
 
@@ -143,6 +146,7 @@ def failing_once(layout: Any) -> tuple[list[Tensor], list[Tensor], bool]:
 
     mesh = mesh_of(layout[0])
     found = []
+    held: list[Any] = []
     for _ in range(2):
         params = [nn.Parameter(spread(w, mesh, layout[1])) for w in tensors_like(SHAPES, 0)]
         options = {"strategy": "owned", "bucket_mb": 0.002, "lr": 0.1, "momentum": 0.0}
@@ -151,12 +155,12 @@ def failing_once(layout: Any) -> tuple[list[Tensor], list[Tensor], bool]:
         fails[:] = [True] * (not found)
         for param, grad in zip(params, tensors_like(SHAPES, 1), strict=True):
             param.grad = spread(grad, mesh, layout[1])
-        block = None
         if not found:
             saved = copy.deepcopy(optimizer.state_dict())
             with pytest.raises(StepFailedError, match=r"phase O. \(orthogonalize\): once"):
                 optimizer.step()
-            block = optimizer._ready.executor._buffers._block
+            executor = optimizer._ready.executor
+            held = [executor._buffers._block, *executor._buffers._buffers, *executor._flights]
             for action in (optimizer.step, optimizer.state_dict, partial(pickle.dumps, optimizer)):
                 with pytest.raises(StepFailedError, match="failed halfway: some parameters"):
                     action()
@@ -165,7 +169,7 @@ def failing_once(layout: Any) -> tuple[list[Tensor], list[Tensor], bool]:
                 param.detach().to_local().copy_(spread(start, mesh, layout[1]).to_local())
         optimizer.step()
         found.append([p.detach().full_tensor() for p in params])
-    return found[0], found[1], block is None
+    return found[0], found[1], held == [None]
 
 
 def test_a_step_that_failed_leaves_its_buffers_to_it():
@@ -342,6 +346,30 @@ def test_on_the_host_momentum_is_offloaded_already():
     assert on_host(buffer) is buffer
 
 
+@pytest.mark.parametrize("strategy", ["owned", "owned_staged", "gathered"])
+@pytest.mark.parametrize(
+    ("mesh_shape", "placements"), [((2, 2), (R, S0)), ((2, 2), (S0, S1)), ((4,), (R,))], ids=str
+)
+def test_momenta_that_come_from_elsewhere_go_back(mesh_shape, placements, strategy):
+    """The road of momenta on the host beside parameters on a GPU, with copies in place of moves."""
+    case = Case(
+        mesh_shape,
+        tuple((shape, placements) for shape in ((13, 7), (8, 16), (0, 4))),
+        ours={"strategy": strategy, "bucket_mb": 1e-4},
+    )
+
+    def copied(local: LocalParam) -> LocalParam:
+        return dataclasses.replace(local, momentum_buffer=local.momentum_buffer.clone())
+
+    with (
+        installed(),
+        mock.patch.object(LocalParam, "is_momentum_away", True),
+        mock.patch.object(LocalParam, "with_momentum", copied),
+    ):
+        outcomes = run_threads(4, compare_with_oracle, case)
+    assert [outcome.differences for outcome in outcomes] == [[]] * 4
+
+
 @pytest.mark.slow
 def test_a_compiled_iteration_is_close():
     expected, _ = stepped(None)
@@ -362,6 +390,19 @@ def test_batches_are_bounded(bucket_mb):
     num = max(1, int(bucket_mb * 2**20) // (2 * 16 * 24))
     assert max(largest) == min(12, num)
     assert dist.is_initialized() is False
+
+
+def test_a_batch_holds_matrices_of_one_size():
+    shapes = [(8, 4), (8, 6), (8, 4), (6, 8), (8, 8), (4, 8), (8, 6)]
+    found = []
+    for batched in (True, False):
+        params = [nn.Parameter(w) for w in tensors_like(shapes, 0)]
+        for param, grad in zip(params, tensors_like(shapes, 1), strict=True):
+            param.grad = grad
+        Muon(params, lr=1.0, batched=batched, ns_dtype=torch.float32).step()
+        found.append([param.detach() for param in params])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def _noting(function: Callable[..., Tensor], found: list[int]) -> Callable[..., Tensor]:

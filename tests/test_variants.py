@@ -214,6 +214,15 @@ def test_rows_become_alike():
     assert torch.equal(zero, torch.zeros(3, 4))
 
 
+def test_eps_is_added_to_the_root_of_the_moments():
+    factor = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    result = normalize_rows(factor, torch.zeros(2), beta=0.0, eps=0.5)
+    roots = [math.sqrt(25 / 2), math.sqrt(1 / 2)]
+    rows = [[3 / (roots[0] + 0.5), 4 / (roots[0] + 0.5)], [0.0, 1 / (roots[1] + 0.5)]]
+    expected = torch.tensor(rows)
+    torch.testing.assert_close(result, expected * math.sqrt(2) / expected.norm())
+
+
 def test_a_masked_step_leaves_moments():
     moments = torch.full((3,), 0.5)
     normalize_rows(torch.randn(3, 4), moments, beta=0.9, eps=1e-8, keep=torch.tensor(False))

@@ -384,7 +384,7 @@ def _moves(source: Packing, target: Packing) -> tuple[Move, ...]:
     for slot in target.slots:
         offset, numel = places[slot.assignment, slot.region], slot.region.numel
         last = merged[-1] if merged else None
-        if last and (last.source + last.numel, last.target + last.numel) == (offset, slot.offset):
+        if last and last.source + last.numel == offset:  # targets have no gaps between them
             merged[-1] = Move(last.source, last.target, last.numel + numel)
         else:
             merged.append(Move(offset, slot.offset, numel))

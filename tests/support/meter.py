@@ -1,5 +1,6 @@
 """Counts what a step really does: bytes handed to collectives, matrices, flops, live storages."""
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -140,14 +142,19 @@ class LiveStorages(TorchDispatchMode):
         return result
 
 
-def peak_nbytes_of(optimizer: Optimizer, num_steps: int = 4) -> int:
+NUM_STEPS, MOST_STEPS = 4, 40
+
+
+def peak_nbytes_of(optimizer: Optimizer, enough: float = math.inf) -> int:
     """Bytes a step holds on this rank beside parameters, gradients and momentum. All ranks call it.
 
-    The least of some steps: gloo's threads let go of what was sent a little late.
+    The least of some steps, for gloo's threads let go of what was sent once they get a core: of
+    more steps as long as it is over `enough` on some rank.
     """
-    peaks = []
+    peaks: list[int] = []
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    for _ in range(num_steps):
+    is_over = torch.ones(())
+    while len(peaks) < NUM_STEPS or (is_over and len(peaks) < MOST_STEPS):
         meter = LiveStorages()
         for param in params:
             momentum = optimizer.state[param]["momentum_buffer"]
@@ -155,5 +162,6 @@ def peak_nbytes_of(optimizer: Optimizer, num_steps: int = 4) -> int:
         with meter:
             optimizer.step()
         peaks.append(meter.peak_nbytes)
-        dist.barrier()
+        is_over = torch.tensor(float(min(peaks) > enough))
+        dist.all_reduce(is_over, op=dist.ReduceOp.MAX)
     return min(peaks)
