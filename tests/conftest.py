@@ -36,6 +36,17 @@ def _take_a_core() -> None:
 _take_a_core()
 
 
+TIERS = {"P0", "P1", "P2", "slow", "gpu", "integrations"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest takes out what -m leaves out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What names no tier is P0: it runs for every commit."""
+    for item in items:
+        if not TIERS & {mark.name for mark in item.iter_markers()}:
+            item.add_marker(pytest.mark.P0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _pools() -> Iterator[None]:
     yield

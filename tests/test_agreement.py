@@ -89,6 +89,22 @@ def test_different_order_of_parameters():
         assert "3 ranks (0, 1, 3): layers.1.weight [7, 5]" in text
 
 
+def different_twice() -> Any:
+    mesh = mesh_of((4,))
+    shape = (8, 6) if dist.get_rank() else (8, 5)
+    param = nn.Parameter(spread(torch.ones(shape), mesh, (S0,)))
+    param.grad = spread(torch.ones(shape), mesh, (S0,))
+    optimizer = Muon([("w", param)])
+    return told(optimizer), told(optimizer)
+
+
+def test_plans_that_differ_are_told_at_every_step():
+    for first, second in run_processes(4, different_twice):
+        for name, text, same in (first, second):
+            assert (name, same) == ("PlanMismatchError", True)
+            assert "w [8, 5]" in text
+
+
 def different_plan_options() -> Any:
     _, optimizer, _ = made(prefetch_count=dist.get_rank() % 2)
     return told(optimizer)
@@ -260,6 +276,18 @@ def test_non_finite_gradients(value, which, shape, placements):
         if mode == "raise":
             assert "on this rank in" in outcomes[1][0][1]
             assert "on another rank" in outcomes[2][0][1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_finite_gradients_whose_sum_overflows_are_finite(dtype):
+    """Looked at by their sums first, which are five times as fast and not the last word."""
+    param = nn.Parameter(torch.ones(16, 16, dtype=dtype))
+    param.grad = torch.full((16, 16), torch.finfo(dtype).max, dtype=dtype)
+    Muon([param], lr=0.1).step()
+    assert not torch.equal(param, torch.ones(16, 16, dtype=dtype))
+    param.grad[3, 3] = -math.inf
+    with pytest.raises(NonFiniteGradientError):
+        Muon([param], lr=0.1).step()
 
 
 def test_propagated_nan_is_what_torch_does():
@@ -580,6 +608,53 @@ def crossing_meshes(kind: str) -> Any:
 def test_meshes_that_cross_tell_each_other(kind, error):
     for name, _, same in run_processes(4, crossing_meshes, kind):
         assert (name, same) == (error, True)
+
+
+def masked_over_meshes(kind: str, meshes: tuple[str, ...]) -> Any:
+    """A good step, a masked bad one, and the one after; a parameter on each of these meshes."""
+    world = mesh_of((2, 2))
+    params = {}
+    for name in meshes:
+        mesh = world if name == "ab" else world[name]
+        where = (S0,) * mesh.ndim
+        params[name] = nn.Parameter(spread(torch.ones(8, 8), mesh, where))
+    optimizer = Muon(params.items())
+
+    def give() -> None:
+        for param in params.values():
+            param.grad = spread(torch.ones(8, 8), param.device_mesh, param.placements)
+
+    give()
+    optimizer.step()
+    optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
+    give()
+    if dist.get_rank() == 0:
+        what, _, name = kind.partition(" on ")
+        if what == "missing":
+            params[name].grad = None
+        else:
+            local(params[name].grad)[0, 0] = math.nan
+    first = told(optimizer)
+    give()
+    return first, told(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "meshes"),
+    [
+        (f"{what} on {name}", meshes)
+        for meshes in (("a", "b"), ("a", "ab"), ("b", "a", "ab"))
+        for name in meshes
+        for what in ("missing", "nan")
+    ],
+    ids=str,
+)
+def test_a_masked_fault_of_one_mesh_masks_the_ranks_of_all(kind, meshes):
+    """Also of those that hold no part of the parameter; the next step raises on all."""
+    for first, (name, _, same) in run_processes(4, masked_over_meshes, kind, meshes):
+        assert first == ("", "", True)
+        assert same
+        assert name == ("MissingGradientError" if "missing" in kind else "NonFiniteGradientError")
 
 
 def moved_gradients(missing_grad: str, masked_step: bool) -> Any:

@@ -5,10 +5,12 @@ Ranks are processes; models are sharded by parallelize_module and fully_shard.
 
 import copy
 import itertools
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -37,10 +39,12 @@ from muon_dtensor import (
     GroupOptionError,
     Muon,
     checkpointable,
+    full_state,
     group_parameters,
     load_full_state_dict,
 )
 from muon_dtensor.integrations import dion
+from muon_dtensor.options import DECLARED, DEFAULTS
 from muon_dtensor.runtime.describe import can_place_shards, local_part
 from muon_dtensor.runtime.whole import cut_like
 from tests.support.cases import mesh_of, spread, tensors_like
@@ -612,3 +616,117 @@ def test_misplaced_shards_are_saved_in_the_background(tmp_path):
         pytest.skip("torch 2.14 has CheckpointableTensor")
     told = run_processes(6, partial(resharded, in_background=True), 13, HOWS[0], HOWS[1], tmp_path)
     assert told == [""] * 6
+
+
+OTHER_VALUES: dict[str, Any] = {
+    "lr": 0.2,
+    "weight_decay": 0.3,
+    "momentum": 0.5,
+    "nesterov": False,
+    "ns_coefficients": (3.0, -3.2, 1.2),
+    "eps": 1e-3,
+    "ns_steps": 3,
+    "adjust_lr_fn": "match_rms_adamw",
+    "orthogonalizer": "polar_express",
+    "capturable": True,
+    "normuon_beta": 0.9,
+    "cautious_weight_decay": True,
+}
+"""Of options of a group of Muon."""
+
+UNKNOWN_TO_TORCH = ("orthogonalizer", "capturable", "normuon_beta", "cautious_weight_decay")
+
+
+def of_options(**options: Any) -> Muon:
+    param = nn.Parameter(torch.ones(3, 2))
+    param.grad = torch.ones(3, 2)
+    optimizer = Muon([param], **options)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_options_come_back_with_a_checkpoint(name):
+    saved = copy.deepcopy(of_options(**{name: OTHER_VALUES[name]}).state_dict())
+    optimizer = of_options()
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0][name] == OTHER_VALUES[name]
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_checkpoints_of_torch_leave_options_that_they_do_not_know(name):
+    oracle = torch.optim.Muon([nn.Parameter(torch.ones(3, 2))])
+    optimizer = of_options(**{name: OTHER_VALUES[name]})
+    optimizer.load_state_dict(oracle.state_dict())
+    kept = optimizer.param_groups[0][name]
+    theirs = oracle.param_groups[0].get(name)
+    assert kept == (OTHER_VALUES[name] if name in UNKNOWN_TO_TORCH else theirs)
+
+
+def test_no_option_is_forgotten_above():
+    elsewhere = {"algorithm", "betas", "format_version", *DECLARED}
+    assert DEFAULTS.keys() - elsewhere == OTHER_VALUES.keys()
+
+
+def placed_shards() -> list[Any]:
+    """What `checkpointable` makes of two tensors, one of which torch misplaces."""
+    model, _ = uneven_model(13)
+    even, _ = uneven_model(12)
+    state = {"a": [{"w": model.up.weight}], "b": even.up.weight, "c": 3}
+    with mock.patch.object(full_state, "can_place_shards", return_value=True):
+        with checkpointable(state):
+            inside = state["a"][0]["w"]
+            told = [type(inside) is Tensor, state["b"] is even.up.weight, inside.global_shape]
+            told += [inside.global_offsets, inside.local_sizes, tuple(inside.shape)]
+        with pytest.raises(KeyError), checkpointable(state):
+            raise KeyError
+    return [*told, state["a"][0]["w"] is model.up.weight, state["c"]]
+
+
+def test_shards_say_where_they_lie_and_come_back():
+    """13 rows over tp=2 and then dp=3: pieces of 3, 3, 1 rows of 7, and of 2, 2, 2 of 6."""
+    rows = [(0, 3), (7, 2), (3, 3), (9, 2), (6, 1), (11, 2)]
+    for (first, count), told in zip(rows, run_processes(6, placed_shards), strict=True):
+        where = [((first, 0),), ((count, 4),), (count, 4)]
+        assert told == [True, True, (13, 4), *where, True, 3]
+
+
+def full_of_another(shape: str) -> str:
+    model, optimizer = uneven_model(12)
+    full = StateDictOptions(full_state_dict=True)
+    weights = get_model_state_dict(model, options=full)
+    saved = get_optimizer_state_dict(model, optimizer, options=full)
+    if dist.get_rank() == 0:
+        told: list[Any] = [(weights, saved)]
+    else:
+        told = [None]
+    dist.broadcast_object_list(told)
+    weights, saved = told[0]
+    wrong = torch.ones(12, 5)
+    match shape:
+        case "weight":
+            weights["up.weight"] = wrong
+        case "momentum":
+            saved["state"]["up.weight"]["momentum_buffer"] = wrong
+        case "name":
+            weights["down.weight"] = weights.pop("up.weight")
+    before = local_part(model.up.weight.detach()).clone()
+    try:
+        load_full_state_dict(model, optimizer, weights, saved)
+    except CheckpointError as error:
+        same = torch.equal(before, local_part(model.up.weight.detach()))
+        return f"{error} {same}"
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("weight", r"up.weight is \[12, 5\], here it is \[12, 4\]"),
+        ("momentum", r"momentum_buffer of up.weight is \[12, 5\], here it is \[12, 4\]"),
+        ("name", "in the model or in its state only: down.weight, up.weight"),
+    ],
+)
+def test_full_state_that_does_not_fit_is_refused(kind, text):
+    for told in run_processes(6, full_of_another, kind):
+        assert re.match(rf"{text} True", told), told

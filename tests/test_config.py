@@ -214,3 +214,23 @@ def test_a_config_for_dtensors_alone():
     assert optimizer.plan.options.sequential
     again = Muon([nn.Parameter(torch.ones(2, 2))], distributed_config=config, prefetch_count=0)
     assert again.plan.options.prefetch_count == 0
+
+
+def replicated_dims(names: tuple[str, ...]) -> tuple[str, ...]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+    rule = create_devicemesh_config(mesh).plain_rule
+    assert rule is not None
+    return rule.mesh.mesh_dim_names or ()
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("dp", "ep"), ("dp",)),
+        (("pp", "cp"), ("cp",)),
+        (("dp_replicate", "tp"), ("dp_replicate", "tp")),
+    ],
+    ids=str,
+)
+def test_plain_parameters_are_replicated_over_all_dims_but_pp_and_ep(names, expected):
+    assert run_threads(4, replicated_dims, names) == [expected] * 4

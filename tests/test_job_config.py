@@ -2,8 +2,10 @@
 
 import math
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from muon_dtensor import GroupOptionError, Muon, MuonConfig
+from muon_dtensor import GroupOptionError, Muon, MuonConfig, job_config
+from muon_dtensor.job_config import OptimizerSection
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads
 
@@ -230,6 +233,7 @@ def experts(sizes: dict[str, int]) -> tuple[Any, Any, bool]:
     [
         ({"dp_shard": 4, "tp": 2, "ep": 4}, ("efsdp", "ep"), (2, 4)),
         ({"dp_replicate": 2, "dp_shard": 4, "ep": 2}, ("dp_replicate", "efsdp", "ep"), (2, 2, 2)),
+        ({"pp": 2, "dp_shard": 4, "ep": 2}, ("pp", "efsdp", "ep"), (2, 2, 2)),
     ],
     ids=str,
 )
@@ -262,3 +266,80 @@ def one_rank() -> bool:
 
 def test_one_rank():
     assert run_threads(1, one_rank) == [True]
+
+
+OTHER: dict[str, Any] = {
+    "momentum": 0.5,
+    "nesterov": False,
+    "ns_coefficients": (3.0, -3.2, 1.2),
+    "eps": 1e-3,
+    "ns_steps": 3,
+    "adjust_lr_fn": "spectral_norm",
+    "orthogonalizer": "polar_express",
+    "normuon_beta": 0.9,
+    "cautious_weight_decay": True,
+    "ns_dtype": "float32",
+    "bucket_mb": 3.0,
+    "prefetch_count": 2,
+    "batched": True,
+    "missing_grad": "zero",
+    "nonfinite": "skip",
+    "strategy": "owned",
+    "exact": False,
+    "topology": "h100-ib-400",
+    "momentum_dtype": "bfloat16",
+    "offload_momentum": True,
+    "compile": True,
+    "kernels": "auto",
+    "capturable": True,
+    "metrics_every": 3,
+    "trace": True,
+    "async_gpu_parallelism": False,
+    "check_replicas": False,
+}
+"""Another value of each key of `[optimizer]` that is a keyword of Muon's."""
+
+
+def handed_over(values: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The param groups and keywords that Muon gets of these values of `[optimizer]`."""
+    seen: list[Any] = []
+
+    def noted(groups: Any, **options: Any) -> Muon:
+        seen.extend((groups, options))
+        return Muon(groups)
+
+    with mock.patch.object(job_config, "Muon", noted):
+        MuonConfig.from_dict({"optimizer": values}).build_optimizer(Net())
+    groups, options = seen
+    return groups, options
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_every_key_reaches_the_optimizer(name):
+    _, options = handed_over({name: OTHER[name]})
+    value = str(options[name]).removeprefix("torch.") if "dtype" in name else options[name]
+    assert value == OTHER[name] != getattr(OptimizerSection(), name)
+
+
+def test_every_key_is_listed_above():
+    elsewhere = {"name", "lr", "weight_decay", "class_weight_decay", "adamw", "rules"}
+    assert {field.name for field in fields(OptimizerSection)} == OTHER.keys() | elsewhere
+
+
+def test_keys_of_groups_reach_them():
+    adamw = {"lr": 0.5, "betas": [0.7, 0.8], "eps": 1e-4, "weight_decay": 0.6}
+    values = {
+        "lr": 0.3,
+        "weight_decay": 0.4,
+        "class_weight_decay": {"norm": 0.2, "bias": 0.9},
+        "adamw": adamw,
+        "rules": [{"pattern": "up", "momentum": 0.1}],
+    }
+    groups, _ = handed_over(values)
+    by_name = {name: group for group in groups for name, _ in group["params"]}
+    assert by_name["qkv.weight"]["lr"] == 0.3
+    assert by_name["qkv.weight"]["weight_decay"] == 0.4
+    assert by_name["up.weight"]["momentum"] == 0.1
+    assert by_name["qkv.bias"]["weight_decay"] == 0.9
+    embed = by_name["embed.weight"]
+    assert {name: embed[name] for name in adamw} == {**adamw, "betas": (0.7, 0.8)}

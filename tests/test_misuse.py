@@ -445,3 +445,24 @@ def test_complex_parameters_are_refused_by_name():
     optimizer = Muon([{"params": [("w", param)], "algorithm": "adamw"}])
     with pytest.raises(RuntimeError, match="w is complex; this package steps real parameters"):
         optimizer.step()
+
+
+def test_a_failed_step_is_not_forgotten_when_a_group_is_added():
+    param = nn.Parameter(torch.ones(3, 2))
+    param.grad = torch.ones(3, 2)
+    fails = [False]
+
+    def orthogonalizer(x: torch.Tensor) -> torch.Tensor:
+        if fails[0]:
+            raise ArithmeticError
+        return x
+
+    optimizer = Muon([param], orthogonalizer=orthogonalizer)
+    fails[0] = True
+    with pytest.raises(StepFailedError):
+        optimizer.step()
+    fails[0] = False
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
+    for action in (optimizer.step, optimizer.state_dict):
+        with pytest.raises(StepFailedError, match="failed halfway"):
+            action()

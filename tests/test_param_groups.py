@@ -377,3 +377,32 @@ def test_an_option_that_is_deleted_has_its_default():
     del optimizer.param_groups[0]["momentum"]
     optimizer.step()
     assert optimizer.param_groups[0]["momentum"] == DEFAULTS["momentum"]
+
+
+ADAMW_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"lr": 0.05},
+    {"betas": (0.6, 0.7)},
+    {"betas": (0.9, 0.5)},
+    {"eps": 0.3},
+    {"weight_decay": 0.7},
+]
+
+
+@pytest.mark.parametrize("options", ADAMW_OPTIONS, ids=str)
+def test_adamw_reads_each_of_its_options(options):
+    """Bitwise torch.optim.AdamW's, values and state, over three steps."""
+    given = {**ADAMW_DEFAULTS, **options}
+    mine, theirs = ([nn.Parameter(t) for t in tensors_like([(5, 3), (7,)], 0)] for _ in range(2))
+    optimizer = Muon([{"params": mine, "algorithm": "adamw", **options}])
+    oracle = torch.optim.AdamW(theirs, **given)
+    for step in range(3):
+        for a, b, grad in zip(mine, theirs, tensors_like([(5, 3), (7,)], 1 + step), strict=True):
+            a.grad, b.grad = grad.clone(), grad
+        optimizer.step()
+        oracle.step()
+        for a, b in zip(mine, theirs, strict=True):
+            assert torch.equal(a, b)
+            assert all(
+                torch.equal(optimizer.state[a][k], oracle.state[b][k]) for k in oracle.state[b]
+            )

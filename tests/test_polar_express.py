@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard
 
 from muon_dtensor import GroupOptionError, Muon
 from muon_dtensor.orthogonalize import newton_schulz, polar_express
-from muon_dtensor.orthogonalize.polar_express import POLAR_EXPRESS, SAFETY
+from muon_dtensor.orthogonalize.polar_express import POLAR_EXPRESS, SAFETY, polar_express_rows
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.threads import run_threads
 
@@ -67,6 +67,7 @@ def test_the_coefficients_rederived_from_their_definition():
         )
     # the last row is the limit: the Taylor polynomial of the inverse square root at 1
     assert POLAR_EXPRESS[7] == (15 / 8, -10 / 8, 3 / 8)
+    assert polar_express_rows(11) == (*POLAR_EXPRESS, *[POLAR_EXPRESS[7]] * 3)
 
 
 def gaussian(rows: int, cols: int) -> Tensor:

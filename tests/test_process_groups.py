@@ -329,6 +329,40 @@ def test_a_missing_gradient_of_a_slice_is_told_on_every_rank():
         assert "first.weight: no gradient on rank 0" in text
 
 
+def masked_slices() -> tuple[bool, str]:
+    """The road of a GPU, taken on the host: a slice without a gradient on one rank."""
+    model = FullyShardedDataParallel(Mixed(), use_orig_params=True, device_id=torch.device("cpu"))
+    config = create_auto_config(fsdp_process_group=dist.group.WORLD)
+    optimizer = Muon(group_parameters(model), distributed_config=config)
+    params = dict(model.named_parameters())
+
+    def give() -> None:
+        for param in params.values():
+            param.grad = torch.ones_like(param) if param.numel() else None
+
+    give()
+    optimizer.step()
+    optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
+    give()
+    holders = [name for name, p in params.items() if p.numel()]
+    if dist.get_rank() == 0:
+        params[holders[0]].grad = None
+    values = [*params.values(), *(v for p in params.values() for v in optimizer.state[p].values())]
+    before = [value.detach().clone() for value in values]
+    optimizer.step()
+    same = all(map(torch.equal, before, values))
+    give()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return same, type(error).__name__
+    return same, ""
+
+
+def test_a_masked_step_without_a_gradient_of_a_slice_changes_no_rank():
+    assert run_processes(3, masked_slices) == [(True, "MissingGradientError")] * 3
+
+
 def refusals(kind: str) -> str:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     group = mesh.get_group("tp")

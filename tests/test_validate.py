@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from muon_dtensor import DistributedConfig, Muon, create_devicemesh_config, group_parameters
-from muon_dtensor.cli.validate import TOLERANCES
+from muon_dtensor.cli.validate import TOLERANCES, compare, params_file
 from tests.requirements.models import TinyTransformer, batch
 from tests.support.deadlines import run_program
 
@@ -246,3 +246,17 @@ def test_what_cannot_run_is_told(tmp_path, flags, told):
 
 def test_tolerances_are_the_document_s():
     assert TOLERANCES == {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3, "mixed": 1e-4}
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_the_tolerance_is_the_document_s(precision, tmp_path, capsys):
+    """1e-5, 1e-3 or 1e-4, of each parameter: twice that fails, half of it passes."""
+    tolerance = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3, "mixed": 1e-4}[precision]
+    weight = torch.zeros(3, 2)
+    torch.save({"w": weight}, params_file(tmp_path, "model", "baseline"))
+    for factor, status in ((0.5, 0), (2.0, 1)):
+        torch.save(
+            {"w": weight + factor * tolerance}, params_file(tmp_path, "model", "distributed")
+        )
+        assert compare(tmp_path, "model", TOLERANCES[precision]) == status
+        assert ("FAIL" in capsys.readouterr().out) == bool(status)
