@@ -109,7 +109,7 @@ def test_the_model_that_torch_s_clipping_refuses(p):
         assert "mesh" in refusal.lower(), "torch clips this now: say so in the README"
 
 
-def experts_and_stages() -> bool:
+def experts_and_stages(p: float) -> bool:
     """Two pipeline stages of two ranks: experts cut over them, a matrix cut otherwise."""
     pp_mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "ep"))
     stage = pp_mesh.get_local_rank("pp")
@@ -119,14 +119,15 @@ def experts_and_stages() -> bool:
         placed = grad if placements is None else spread(grad, pp_mesh["ep"], placements)
         params.append(nn.Parameter(placed * 0))
         params[-1].grad = placed.clone()
-    norm, _ = expected_of([*whole[0], *whole[1]], 1.0, 2.0)
-    found = clip_grad_norm_(params, 1.0, pp_group=pp_mesh.get_group("pp"))
-    alone, _ = expected_of([local_part(p.grad) for p in params], 1.0, 2.0)
-    return math.isclose(float(found), norm, rel_tol=1e-6) and alone < 1.0
+    norm, _ = expected_of([*whole[0], *whole[1]], 1.0, p)
+    found = clip_grad_norm_(params, 1.0, p, pp_group=pp_mesh.get_group("pp"))
+    alone, _ = expected_of([local_part(q.grad) for q in params], 1.0, p)
+    return math.isclose(float(found), norm, rel_tol=1e-6) and alone <= 1.0 + 1e-6
 
 
-def test_experts_and_pipeline_stages():
-    assert all(run_processes(4, experts_and_stages))
+@pytest.mark.parametrize("p", NORMS)
+def test_experts_and_pipeline_stages(p):
+    assert all(run_processes(4, experts_and_stages, p))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

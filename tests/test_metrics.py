@@ -14,6 +14,7 @@ from muon_dtensor import DistributedConfig, GroupOptionError, Muon, create_devic
 from muon_dtensor.metrics import Measurement
 from muon_dtensor.orthogonalize import newton_schulz
 from muon_dtensor.orthogonalize.residual import orthogonality_residual
+from muon_dtensor.runtime import row_moments
 from muon_dtensor.settings import Settings
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
@@ -128,6 +129,29 @@ def bytes_and_seconds(layout: Any) -> tuple[dict[str, float], int]:
     found, optimizer = measured(layout, strategy="owned")
     cost = optimizer.plan.cost
     return found, cost.sent_nbytes[torch.distributed.get_rank()]
+
+
+def bytes_of_moments(layout: Any) -> tuple[float, int, int]:
+    """Told by the metrics, planned without the moments, and what moments were summed in a step."""
+    reduced: list[int] = []
+    reduce = row_moments.all_reduce_sum
+
+    def counted(values: torch.Tensor, group: Any) -> None:
+        size = dist.get_world_size(group)
+        reduced.append(2 * (size - 1) * values.numel() * values.element_size() // size)
+        reduce(values, group)
+
+    with mock.patch.object(row_moments, "all_reduce_sum", counted):
+        found, optimizer = measured(layout, strategy="owned", normuon_beta=0.9)
+    return found["sent_nbytes"], optimizer.plan.cost.sent_nbytes[dist.get_rank()], sum(reduced) // 3
+
+
+def test_bytes_of_row_moments_are_counted():
+    """As those of the rank that holds the most of them, on every rank; see `moments.Reduction`."""
+    ranks = run_processes(4, bytes_of_moments, ((2, 2), (R, S0)))
+    fullest = max(moments for _, _, moments in ranks)
+    assert fullest > 0
+    assert [told - planned for told, planned, _ in ranks] == [fullest] * 4
 
 
 def test_bytes_and_seconds():
