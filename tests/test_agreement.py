@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from muon_dtensor import Muon
 from muon_dtensor.errors import NonFiniteGradientError
 from muon_dtensor.options import READ_BY_ADAMW, READ_BY_MUON
-from muon_dtensor.runtime import gradients
+from muon_dtensor.runtime import agreement, gradients, groups
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
 
@@ -78,12 +79,14 @@ def different_order() -> Any:
     if dist.get_rank() == 2:
         named[1], named[2] = named[2], named[1]
     give_gradients(params, mesh, (S0, S1))
-    return told(Muon(named))
+    answer = told(Muon(named))
+    return (*answer, sum(map(len, groups._own.values())))
 
 
 def test_different_order_of_parameters():
-    for name, text, same in run_processes(4, different_order):
+    for name, text, same, num_groups in run_processes(4, different_order):
         assert (name, same) == ("PlanMismatchError", True)
+        assert num_groups == 0, "no process group is made for plans that differ"
         assert "from parameter 1 on" in text
         assert "rank 2: layers.2.weight [6, 9]" in text
         assert "3 ranks (0, 1, 3): layers.1.weight [7, 5]" in text
@@ -655,6 +658,40 @@ def test_a_masked_fault_of_one_mesh_masks_the_ranks_of_all(kind, meshes):
         assert first == ("", "", True)
         assert same
         assert name == ("MissingGradientError" if "missing" in kind else "NonFiniteGradientError")
+
+
+def num_reductions(meshes: tuple[str, ...]) -> int:
+    """Of ballots, in the second step."""
+    world = mesh_of((2, 2))
+    params = []
+    for name in meshes:
+        mesh = world if name == "ab" else world[name]
+        params.append(nn.Parameter(spread(torch.ones(8, 8), mesh, (S0,) * mesh.ndim)))
+    optimizer = Muon(params)
+    seen: list[int] = []
+    reduce = agreement.maximum_of_all
+
+    def counted(values: torch.Tensor, group: Any) -> None:
+        seen.append(len(values))
+        reduce(values, group)
+
+    for _ in range(2):
+        for param in params:
+            param.grad = spread(torch.ones(8, 8), param.device_mesh, param.placements)
+        seen.clear()
+        with mock.patch.object(agreement, "maximum_of_all", counted):
+            optimizer.step()
+    return len(seen)
+
+
+@pytest.mark.parametrize(
+    ("meshes", "count"),
+    [(("ab",), 1), (("a", "ab"), 2), (("ab", "a", "b"), 3), (("a", "b"), 4)],
+    ids=str,
+)
+def test_a_step_reduces_one_ballot_for_each_set_of_ranks(meshes, count):
+    """And two where none of a rank's sets holds the others: a second sweep carries faults back."""
+    assert run_processes(4, num_reductions, meshes) == [count] * 4
 
 
 def moved_gradients(missing_grad: str, masked_step: bool) -> Any:
