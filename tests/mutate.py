@@ -486,7 +486,10 @@ FAULTS = [
     ),
     *in_files(
         "options.py",
-        "param_groups checkpoints agreement torch_optimizers public_api declared_matrices",
+        "agreement::every_option_that_a_step_reads_is_compared "
+        "checkpoints::options_come_back_with_a_checkpoint "
+        "checkpoints::checkpoints_of_torch_leave_options_that_they_do_not_know "
+        "param_groups torch_optimizers declared_matrices checkpoints frozen_parameters",
         (
             "a differing eps is not compared between ranks",
             'if name not in (*DECLARED, "betas", "format_version")',
@@ -771,7 +774,7 @@ FAULTS = [
     ),
     *in_files(
         "adamw.py",
-        "public_api param_groups torch_optimizers agreement process_groups::fsdp1_slices_are_bitwise fuzz",
+        "param_groups::adamw_reads_each_of_its_options agreement",
         ("AdamW ignores lr", '        lr=group["lr"],', "        lr=3e-4,"),
         ("AdamW ignores eps", '        eps=group["eps"],', "        eps=1e-8,"),
         (

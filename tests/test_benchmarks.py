@@ -10,6 +10,8 @@ import pytest
 from benchmarks import bench_overlap
 from tests.support.deadlines import run_program
 
+pytestmark = pytest.mark.P1
+
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
 

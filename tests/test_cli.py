@@ -11,6 +11,8 @@ from muon_dtensor.cli.demo import mesh_sizes, train_script
 from muon_dtensor.cli.demo_worker import load_script
 from tests.support.deadlines import run_program
 
+pytestmark = pytest.mark.P1
+
 
 def muon_dtensor(*flags: str) -> subprocess.CompletedProcess[str]:
     code = "from muon_dtensor.cli.main import main; main()"

@@ -29,6 +29,8 @@ from muon_dtensor.runtime.executor import Executor
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.deadlines import Deadline, slowness
 
+pytestmark = pytest.mark.P1
+
 TIMEOUT, GRACE = 4.0, 5.0
 NUM_RANKS, VICTIM = 4, 1
 SHAPES = [(12, 8), (8, 12), (8, 8)]

@@ -20,6 +20,8 @@ from tests.support.deadlines import Deadline
 from tests.support.pool import run_processes
 from tests.support.torchrun import run_example
 
+pytestmark = pytest.mark.P1
+
 R, S0 = Replicate(), Shard(0)
 SHAPES = [(8, 6), (6, 12), (5, 5), (7, 3)]
 

@@ -113,6 +113,7 @@ def test_bf16_parameters(mesh_shape, placements):
     hold_to_plan(run(case(mesh_shape, EVEN + ODD, placements, dtype=torch.bfloat16)))
 
 
+@pytest.mark.P1
 @pytest.mark.parametrize(
     ("mesh_shape", "placements"),
     [

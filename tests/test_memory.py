@@ -15,6 +15,8 @@ from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.meter import LiveStorages, peak_nbytes_of
 from tests.support.pool import run_processes
 
+pytestmark = pytest.mark.P1
+
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
 F32, BF16 = torch.float32, torch.bfloat16
 

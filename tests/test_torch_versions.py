@@ -9,6 +9,7 @@ import spmd_types
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -233,3 +234,42 @@ def test_a_step_waits_as_long_as_the_default_group_is_told_to():
         assert first is not None
         assert first.total_seconds() >= 40
         assert (second, third) == (timedelta(seconds=33), None)
+
+
+def sharded_with_grad_dtype() -> tuple[torch.dtype, bool]:
+    """bfloat16 weights whose gradients are to be float32, under FSDP2: their dtype, and whether
+    values and momenta are torch.optim.Muon's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6, bias=False), nn.Linear(6, 8, bias=False)).bfloat16()
+    theirs = [nn.Parameter(param.detach().clone()) for param in model.parameters()]
+    for param in (*model.parameters(), *theirs):
+        param.grad_dtype = torch.float32
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    params = list(model.parameters())
+    optimizer, oracle = Muon(params, lr=0.1), torch.optim.Muon(theirs, lr=0.1)
+    same = True
+    for step in range(3):
+        model(tensors_like([(5, 8)], step, torch.bfloat16)[0]).square().mean().backward()
+        for param, other in zip(params, theirs, strict=True):
+            other.grad_dtype = None
+            other.grad = param.grad.full_tensor()
+        dtype = params[0].grad.dtype
+        optimizer.step()
+        oracle.step()
+        optimizer.zero_grad()
+        for param, other in zip(params, theirs, strict=True):
+            pairs = {param.detach(): other.detach()}
+            pairs[optimizer.state[param]["momentum_buffer"]] = oracle.state[other][
+                "momentum_buffer"
+            ]
+            same &= all(torch.equal(mine.full_tensor(), whole) for mine, whole in pairs.items())
+    return dtype, same
+
+
+def test_gradients_of_fsdp2_have_the_dtype_that_weights_ask_for():
+    """From torch 2.15 on; before, that of the weights."""
+    is_wide = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
+    expected = torch.float32 if is_wide else torch.bfloat16
+    assert run_processes(2, sharded_with_grad_dtype) == [(expected, True)] * 2

@@ -23,6 +23,8 @@ from muon_dtensor.cli.validate import TOLERANCES, compare, params_file
 from tests.requirements.models import TinyTransformer, batch
 from tests.support.deadlines import run_program
 
+pytestmark = pytest.mark.P1
+
 ROOT = Path(__file__).parents[1]
 
 
