@@ -223,6 +223,10 @@ FAULTS = [
             "if layout.replica_offset(assignment.owner) != layout.replica_offset(position):",
             "if False:",
         ),
+    ),
+    *in_files(
+        "planning/routes.py",
+        "options_of_speed",
         (
             "batches hold matrices of different sizes",
             "by_size[matrix.rows, matrix.cols].append(assignment)",

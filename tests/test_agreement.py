@@ -93,17 +93,18 @@ def test_different_order_of_parameters():
 
 
 def different_twice() -> Any:
-    mesh = mesh_of((4,))
+    mesh = mesh_of((2, 2))
     shape = (8, 6) if dist.get_rank() else (8, 5)
-    param = nn.Parameter(spread(torch.ones(shape), mesh, (S0,)))
-    param.grad = spread(torch.ones(shape), mesh, (S0,))
+    param = nn.Parameter(spread(torch.ones(shape), mesh, (S0, S1)))
+    param.grad = spread(torch.ones(shape), mesh, (S0, S1))
     optimizer = Muon([("w", param)])
-    return told(optimizer), told(optimizer)
+    return [(*told(optimizer), sum(map(len, groups._own.values()))) for _ in range(2)]
 
 
-def test_plans_that_differ_are_told_at_every_step():
-    for first, second in run_processes(4, different_twice):
-        for name, text, same in (first, second):
+def test_plans_that_differ_are_told_at_every_step_and_make_no_group():
+    for answers in run_processes(4, different_twice):
+        for name, text, same, num_groups in answers:
+            assert num_groups == 0
             assert (name, same) == ("PlanMismatchError", True)
             assert "w [8, 5]" in text
 
