@@ -547,7 +547,9 @@ FAULTS = [
     ),
     *in_files(
         "state.py",
-        "checkpoints frozen_parameters gradient_dtypes torch_optimizers variants misuse torch_tools",
+        "checkpoints::damaged_and_foreign_state_is_told_and_changes_nothing gradient_dtypes "
+        "variants::moments_of_narrow_parameters_stay_wide torch_optimizers frozen_parameters "
+        "layout_faults options_of_speed::a_checkpoint_keeps_momentum_in_bfloat16 torch_tools",
         (
             "state that is missing passes",
             '            if "format_version" in saved and lacking:',
@@ -603,7 +605,8 @@ FAULTS = [
     ),
     *in_files(
         "full_state.py",
-        "checkpoints",
+        "checkpoints::full_state_that_does_not_fit_is_refused "
+        "checkpoints::shards_say_where_they_lie_and_come_back",
         (
             "full state of another shape loads",
             "    if whole.shape != live.shape:",
@@ -622,7 +625,9 @@ FAULTS = [
     ),
     *in_files(
         "update.py",
-        "update layouts_bitwise::bf16_parameters variants gradient_dtypes agreement",
+        "update layouts_bitwise::bf16_parameters variants::cautious_decay_is_the_paper_s "
+        "variants::normuon_is_the_paper_s layouts_bitwise::options "
+        "agreement::a_masked_step_leaves_all_state_as_a_skipped_one_does",
         ("cautious decay leaves zeros out", "polar_factor.sign() >= 0", "polar_factor.sign() > 0"),
         (
             "narrow dtypes round alpha late",
@@ -715,7 +720,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/describe.py",
-        "describe torch_versions config layout_faults gloo",
+        "torch_versions describe checkpoints::state_dict_warns_once_of_misplaced_shards gloo",
         (
             "all ranks warn",
             "    return logging.WARNING if this_rank() == first else logging.INFO",
@@ -778,7 +783,8 @@ FAULTS = [
     ),
     *in_files(
         "adamw.py",
-        "param_groups::adamw_reads_each_of_its_options agreement",
+        "param_groups::adamw_reads_each_of_its_options "
+        "agreement::a_masked_step_leaves_all_state_as_a_skipped_one_does",
         ("AdamW ignores lr", '        lr=group["lr"],', "        lr=3e-4,"),
         ("AdamW ignores eps", '        eps=group["eps"],', "        eps=1e-8,"),
         (
@@ -795,7 +801,7 @@ FAULTS = [
     ),
     *in_files(
         "prepared.py",
-        "misuse layout_faults frozen_parameters param_groups agreement deaths",
+        "misuse layout_faults frozen_parameters param_groups",
         (
             "a failed step is forgotten",
             "        self.is_unfinished: bool = before is not None and before.is_unfinished",

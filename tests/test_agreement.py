@@ -159,9 +159,14 @@ OTHER_VALUES: dict[str, Any] = {
 }
 """Another value of each option that a step reads."""
 
+READ_BY = {
+    "muon": OTHER_VALUES.keys() - {"betas"},
+    "adamw": {"algorithm", "lr", "betas", "eps", "weight_decay", "capturable"},
+}
+
 OF_GROUPS = [
-    *((0, name) for name in READ_BY_MUON),
-    *((1, name) for name in READ_BY_ADAMW if name != "algorithm"),
+    *((0, name) for name in sorted(READ_BY["muon"])),
+    *((1, name) for name in sorted(READ_BY["adamw"] - {"algorithm"})),
 ]
 
 
@@ -181,6 +186,11 @@ def test_every_option_that_a_step_reads_is_compared(index, name):
         # the rank that changed it has made the state that the other plan needs
         assert same or name in ("algorithm", "normuon_beta")
         assert name in text or name in ("algorithm", "normuon_beta", "orthogonalizer"), text
+
+
+def test_no_option_is_forgotten_above():
+    assert set(READ_BY_MUON) == READ_BY["muon"]
+    assert set(READ_BY_ADAMW) == READ_BY["adamw"]
 
 
 def missing_on(ranks: tuple[int, ...], shape: Any, placements: Any, options: Any) -> Any:
