@@ -106,3 +106,12 @@ def test_spectral_norm_gives_an_rms_operator_norm_of_lr(shape):
     assert float(operator_norm) == pytest.approx(0.3)
     update = adjusted_lr(0.3, "rms_norm", *shape) * (u @ v)
     assert float(update.square().mean().sqrt()) == pytest.approx(0.3 * 0.2)
+
+
+def test_cautious_decay_takes_what_the_update_leaves_alone():
+    """O W >= 0 holds where O is zero (eq. 2 of arXiv:2510.12402)."""
+    param = torch.tensor([[2.0, -2.0, 2.0, 0.0]])
+    polar_factor = torch.tensor([[0.0, 0.0, -1.0, 1.0]])
+    place = Place(1, 4, 0, is_transposed=False)
+    apply_update(param, polar_factor, place, decay=0.5, matrix_lr=0.25, cautious=True)
+    assert param.tolist() == [[1.0, -1.0, 2.25, -0.25]]
