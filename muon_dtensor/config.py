@@ -59,6 +59,9 @@ class DistributedConfig:
     async_gpu_parallelism: False for debugging: ranks orthogonalize one after the other, in rank
         order. The result is the same. Hand-written functions decide that themselves.
     prefetch_count: buckets whose exchange is in flight while another is orthogonalized.
+
+    Fields that change after the optimizer was made take effect at the next step, on all ranks or as
+    an error; where plain tensors lie does not change.
     """
 
     assign_fn: AssignFn
@@ -77,6 +80,12 @@ class DistributedConfig:
     def names_owners(self) -> bool:
         """Whether `assign_fn` is the user's."""
         return not _is_made(self.assign_fn)
+
+    @property
+    def planned(self) -> tuple[object, ...]:
+        """What a plan depends on, as it is now; another value needs another plan."""
+        functions = (self.assign_fn, self.gather_fn, self.redistribute_fn)
+        return (*functions, self.async_gpu_parallelism, self.prefetch_count)
 
     @property
     def mesh(self) -> DeviceMesh | None:

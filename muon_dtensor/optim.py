@@ -206,15 +206,9 @@ class Muon(Optimizer):
             metrics_every=metrics_every,
             check_replicas=check_replicas,
         )
-        self._config = distributed_config or create_dtensor_config()
-        if prefetch_count is not None:
-            self._config = replace(self._config, prefetch_count=prefetch_count)
-        if async_gpu_parallelism is not None:
-            self._config = replace(self._config, async_gpu_parallelism=async_gpu_parallelism)
-        if self._config.is_by_hand and offload_momentum:
-            raise GroupOptionError("offload_momentum needs a plan; yours is a hand-written config")
-        if self._config.is_by_hand and metrics_every:
-            raise GroupOptionError("metrics_every needs a plan; yours is a hand-written config")
+        self._given_config = distributed_config or create_dtensor_config()
+        said = {"prefetch_count": prefetch_count, "async_gpu_parallelism": async_gpu_parallelism}
+        self._in_its_place: dict[str, Any] = {n: v for n, v in said.items() if v is not None}
         self._trace = Trace(this_rank()) if trace else None
         self._plain = PlainTensors(None)
         self._prepared: Prepared | None = None
@@ -278,6 +272,11 @@ class Muon(Optimizer):
         return self._ready.plan
 
     @property
+    def _config(self) -> DistributedConfig:
+        """The user's as it is now, and what the constructor says in its place."""
+        return replace(self._given_config, **self._in_its_place)
+
+    @property
     def _ready(self) -> Prepared:
         assert self._prepared is not None, "the constructor prepares"
         return self._prepared
@@ -329,12 +328,18 @@ class Muon(Optimizer):
 
         `exchange`: whether all ranks learn of new plain tensors now, also those without any.
         """
-        if self._plain.rule != self._config.plain_rule:
-            self._plain = PlainTensors(self._config.plain_rule)
+        config = self._config
+        if self._plain.rule != config.plain_rule:
+            if self._prepared is not None:
+                raise GroupOptionError(
+                    "distributed_config says that plain tensors lie otherwise than it said when "
+                    "the optimizer was made: make the optimizer anew"
+                )
+            self._plain = PlainTensors(config.plain_rule)
         self._prepared = Prepared(
             self.param_groups,
             self._plain,
-            self._config,
+            config,
             self._settings,
             self.state,
             trace=self._trace,
@@ -381,7 +386,7 @@ class Muon(Optimizer):
         if not self._ready.holds(self.param_groups):
             follow_params(self.state, self.param_groups)
             self._prepare(exchange=True)
-        elif not self._ready.is_current(self.param_groups, self.state):
+        elif not self._ready.is_current(self.param_groups, self.state, self._config):
             try:
                 for group in self.param_groups:
                     validate(group, reads_tensors=False)
@@ -513,4 +518,4 @@ class Muon(Optimizer):
         self._prepare()
 
 
-_PICKLED = ("_settings", "_trace", "_config")
+_PICKLED = ("_settings", "_trace", "_given_config", "_in_its_place")

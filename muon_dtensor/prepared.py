@@ -18,7 +18,13 @@ from torch.distributed.tensor import DTensor
 from muon_dtensor.adamw import adamw_step
 from muon_dtensor.census import Census, can_train
 from muon_dtensor.config import DistributedConfig
-from muon_dtensor.errors import GroupOptionError, PlanError, PlanMismatchError, StepFailedError
+from muon_dtensor.errors import (
+    GroupOptionError,
+    PlanError,
+    PlanMismatchError,
+    StepFailedError,
+    shortened,
+)
 from muon_dtensor.metrics import Measurement, State
 from muon_dtensor.options import as_text, planned_options, validate
 from muon_dtensor.planning.moments import moment_layout
@@ -83,6 +89,9 @@ class Prepared:
                 )
             if group["normuon_beta"] is not None and config.is_by_hand:
                 raise GroupOptionError("normuon_beta needs a plan; yours is a hand-written config")
+        for name in ("offload_momentum", "metrics_every"):
+            if config.is_by_hand and getattr(settings, name):
+                raise GroupOptionError(f"{name} needs a plan; yours is a hand-written config")
         self.census = census = Census(groups, plain, state)
         self._check_orthogonalizer()
         if config.is_by_hand:
@@ -99,6 +108,7 @@ class Prepared:
             sequential=not config.async_gpu_parallelism,
         )
         self.plan = plan_update(specs, options, self._owners)
+        self._tell_of_owners(before)
         rank = this_rank()
         self._process_groups = process_groups = Groups(census.describer.device_meshes, rank)
         self.agreement = Agreement(list(census.manifests(self.plan)), process_groups, rank)
@@ -115,6 +125,7 @@ class Prepared:
         self._params = [entry.param for entry in census.all_entries]
         self._frozen = [e.param for e in census.all_entries if not can_train(e.param, state)]
         self._planned = [planned_options(group) for group in groups]
+        self._planned_config = (config.planned, config.plain_rule)
         self._texts: tuple[str, ...] = ()
         self._valid = [dict(group) for group in groups]
         self._read: Sequence[Mapping[str, Any]] = groups
@@ -164,12 +175,15 @@ class Prepared:
             and all(d in (then, META) for d, then in zip(devices, self._devices, strict=True))
         )
 
-    def is_current(self, groups: Sequence[Mapping[str, Any]], state: State) -> bool:
-        """Whether these groups declare what they did, and all that can train was planned and has
+    def is_current(
+        self, groups: Sequence[Mapping[str, Any]], state: State, config: DistributedConfig
+    ) -> bool:
+        """Whether groups and config say what they did, and all that can train was planned and has
         state (which `optimizer.state.clear()` takes away).
         """
         return (
             self._planned == [planned_options(group) for group in groups]
+            and self._planned_config == (config.planned, config.plain_rule)
             and not any(can_train(param, {}) for param in self._frozen)
             and all(state.get(entry.param) for entry in self.census.entries)
         )
@@ -271,6 +285,26 @@ class Prepared:
         if not self._is_connected:
             self.executor.connect()
             self._is_connected = True
+
+    def _tell_of_owners(self, before: "Prepared | None") -> None:
+        """Log which parameters the user's `assign_fn` gives to ranks that cannot own all of them.
+
+        `before`: what was prepared before; it has told of the same owners.
+        """
+        if self._config.is_by_hand or (before is not None and before._owners == self._owners):
+            return
+        stay = [
+            name
+            for name, rank in self._owners.items()
+            if set(self.plan.owners.get(name, ())) - {rank}
+        ]
+        if stay:
+            logger.log(
+                warning_level(),
+                "assign_fn names other ranks for %d parameters than those which orthogonalize all "
+                "of them: matrices that lie whole on one rank stay there (%s)",
+                *(len(stay), shortened(stay)),
+            )
 
     def _check_orthogonalizer(self) -> None:
         """Try the user's orthogonalizer where it will run. Raises GroupOptionError."""

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from muon_dtensor import Muon, create_devicemesh_config, create_dtensor_config
 from muon_dtensor.runtime import muon_options
 from tests.support.cases import Oracle, mesh_of, spread, tensors_like
+from tests.support.logs import logged
 from tests.support.meter import counting, installed
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads
@@ -234,3 +235,92 @@ def replicated_dims(names: tuple[str, ...]) -> tuple[str, ...]:
 )
 def test_plain_parameters_are_replicated_over_all_dims_but_pp_and_ep(names, expected):
     assert run_threads(4, replicated_dims, names) == [expected] * 4
+
+
+THREE = [(8, 6), (6, 8), (5, 5)]
+
+
+def changed_later(field: str, ranks: tuple[int, ...]) -> tuple[str, Any, bool]:
+    """A step, another value of a field of the config on some ranks, and a step.
+
+    What was raised, what the plan says then, and whether all is as without the change.
+    """
+    mesh = mesh_of((4,))
+    found, error = [], ""
+    for changes in (True, False):
+        params = [nn.Parameter(w) for w in tensors_like(THREE, 0)]
+        config = create_devicemesh_config(mesh)
+        optimizer = Muon(params, lr=0.1, distributed_config=config, strategy="owned")
+        for step in range(3):
+            for param, grad in zip(params, tensors_like(THREE, 1 + step), strict=True):
+                param.grad = grad
+            if step == 1 and changes and dist.get_rank() in ranks:
+                match field:
+                    case "prefetch_count":
+                        config.prefetch_count = 3
+                    case "async_gpu_parallelism":
+                        config.async_gpu_parallelism = False
+                    case "assign_fn":
+                        config.assign_fn = lambda params, state: dict.fromkeys(range(3), 2)
+                    case "state":
+                        config.state = {**config.state, "plain_rule": None}
+                    case "wrong":
+                        config.prefetch_count = -1
+            try:
+                optimizer.step()
+            except (RuntimeError, ValueError) as failure:
+                error = f"{type(failure).__name__}: {failure}"
+                break
+        found.append([param.detach() for param in params])
+        if changes:
+            options = optimizer.plan.options
+            told = {
+                "prefetch_count": options.prefetch_count,
+                "async_gpu_parallelism": not options.sequential,
+                "assign_fn": set(optimizer.plan.owners.values()),
+            }.get(field)
+    return error, told, all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [("prefetch_count", 3), ("async_gpu_parallelism", False), ("assign_fn", {(2,)})],
+)
+def test_fields_of_a_config_that_change_later_take_effect(field, expected):
+    answers = run_processes(4, changed_later, field, (0, 1, 2, 3))
+    assert answers == [("", expected, True)] * 4
+    for error, _, _ in run_processes(4, changed_later, field, (1,)):
+        assert error.startswith("PlanMismatchError"), "on one rank alone"
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [("state", "make the optimizer anew"), ("wrong", "prefetch_count must be an integer from 0")],
+)
+def test_changes_of_a_config_that_cannot_take_effect_are_errors(field, text):
+    for ranks in ((0, 1, 2, 3), (3,)):
+        told = run_processes(4, changed_later, field, ranks)
+        for rank, (error, _, _) in enumerate(told):
+            assert text in error if rank in ranks else "Another rank could not take" in error
+
+
+def owners_that_stay() -> list[str]:
+    mesh = mesh_of((4,))
+    experts = nn.Parameter(spread(torch.ones(4, 3, 3), mesh, (S0,)))
+    matrix = nn.Parameter(spread(torch.ones(8, 3), mesh, (S0,)))
+    config = create_devicemesh_config(mesh)
+    config.assign_fn = lambda params, state: {0: 2, 1: 2}
+    with logged() as lines:
+        optimizer = Muon(
+            [("experts", experts), ("matrix", matrix)], distributed_config=config, strategy="owned"
+        )
+    assert optimizer.plan.owners == {"experts": (0, 1, 2, 3), "matrix": (2,)}
+    return lines
+
+
+def test_owners_of_matrices_that_lie_whole_on_other_ranks_are_told():
+    first, *others = run_processes(4, owners_that_stay)
+    (line,) = first
+    assert "assign_fn names other ranks for 1 parameters" in line
+    assert "(experts)" in line
+    assert others == [[]] * 3
