@@ -5,6 +5,7 @@ the plan, which moves whole buckets.
 """
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from muon_dtensor.assignment import by_rank, default_assign_fn, ranks_of
+from muon_dtensor.errors import RefusalError
 from muon_dtensor.layout import Layout
 from muon_dtensor.runtime.collectives import gather_from_mesh
 from muon_dtensor.runtime.describe import Describer, describe_layout, this_rank
@@ -49,7 +51,7 @@ def gather_to_one(shard: Tensor, dst_rank: int, state: State) -> Tensor | None:
     Raises:
         ValueError: shards that make no tensor together, or a rank that the mesh does not hold.
     """
-    gathering = _start(shard, dst_rank, _rule(state))
+    gathering = _start(shard, dst_rank, _rule(state), state)
     gathering.wait()
     return gathering.whole
 
@@ -60,7 +62,7 @@ def gather_to_all(shard: Tensor, rank: int, state: State) -> Tensor:
     Raises:
         ValueError: shards that make no tensor together.
     """
-    gathering = _start(shard, None, _last_if_unsaid(_rule(state)))
+    gathering = _start(shard, None, _last_if_unsaid(_rule(state)), state)
     gathering.wait()
     assert gathering.whole is not None, "everyone wants it"
     return gathering.whole
@@ -72,7 +74,7 @@ def gather_fn_async(
     """As `gather_to_one`, on its way: the tensor is filled in when the second value's `wait()`
     returns. With `async_op=False` it is filled in already, and there is nothing to wait for.
     """
-    gathering = _start(shard, dst_rank, _rule(state))
+    gathering = _start(shard, dst_rank, _rule(state), state)
     if async_op:
         return gathering.whole, gathering
     gathering.wait()
@@ -85,7 +87,8 @@ def scatter_from_one(whole: Tensor | None, src_rank: int, state: State) -> Tenso
     A collective of the mesh. Shards are those of torch.chunk.
 
     Raises:
-        ValueError: `src_rank` passed None, or the mesh does not hold it. On every rank.
+        ValueError: `src_rank` passed None, or the mesh does not hold it; or the tensor was gathered
+            from other shards than these. On every rank.
     """
     if (rule := _rule(state)) is None:
         if whole is None:
@@ -96,19 +99,22 @@ def scatter_from_one(whole: Tensor | None, src_rank: int, state: State) -> Tenso
     describer = Describer(rule.mesh)
     groups = Groups(describer.device_meshes, this_rank())
     known = learn_whole(whole, describer.plain_mesh, groups, src_rank)
+    _must_be_chunked(known, state)
     return scatter(known, _chunked(known, rule, describer), groups, src_rank)
 
 
 def cut_here(whole: Tensor | None, rank: int, state: State) -> Tensor:
     """This rank's shard of a tensor that every rank holds whole; `rank` is not looked at.
 
-    Sends nothing. Shards are those of torch.chunk. Raises ValueError for None.
+    Sends nothing. Shards are those of torch.chunk. Raises ValueError for None, and for a tensor
+    that was gathered from other shards than these.
     """
     if whole is None:
         raise ValueError("every rank cuts its shard out of the whole tensor; this one has None")
     if (rule := _last_if_unsaid(_rule(state))) is None:
         return whole
     describer = Describer(rule.mesh)
+    _must_be_chunked(whole, state)
     return cut_out(whole, _chunked(whole, rule, describer))
 
 
@@ -139,7 +145,7 @@ def _last_if_unsaid(rule: PlainRule | None) -> PlainRule | None:
     return PlainRule(rule.mesh, tuple((name, -1 if d is None else d) for name, d in rule.cuts))
 
 
-def _start(shard: Tensor, dst_rank: int | None, rule: PlainRule | None) -> Gathering:
+def _start(shard: Tensor, dst_rank: int | None, rule: PlainRule | None, state: State) -> Gathering:
     describer = Describer(None if rule is None else rule.mesh)
     if isinstance(shard, DTensor):
         mesh = describer.mesh(shard.device_mesh)
@@ -154,8 +160,40 @@ def _start(shard: Tensor, dst_rank: int | None, rule: PlainRule | None) -> Gathe
         layout = Layout(describer.plain_mesh, tuple(shard.shape), ((),) * shard.ndim)
     else:
         layout = _layout_of_shards(shard, rule, describer)
+    if rule is not None:
+        numel = prod(layout.shape)
+        state.setdefault(CUT_OTHERWISE, {})[numel] = _is_cut_otherwise(layout, rule, describer)
     groups = Groups(describer.device_meshes, this_rank())
     return start_gather(shard, layout, groups, dst_rank)
+
+
+CUT_OTHERWISE = "cut_otherwise"
+"""In a config's state: {numel: whether the last tensor of so many elements that was gathered came
+from shards that are not those into which it would be cut again}."""
+
+
+def _is_cut_otherwise(layout: Layout, rule: PlainRule, describer: Describer) -> bool:
+    mesh = describer.plain_mesh
+    try:
+        chunked = Layout(mesh, layout.shape, rule.cuts_by_hand(len(layout.shape)))
+    except RefusalError:
+        return True
+    return any(
+        layout.region(layout.mesh.position_of(rank)) != chunked.region(mesh.position_of(rank))
+        for rank in mesh.ranks
+        if layout.mesh.holds(rank)
+    )
+
+
+def _must_be_chunked(whole: Tensor, state: State) -> None:
+    """Raise ValueError if a tensor of this size was gathered from shards cut in another way."""
+    if state.get(CUT_OTHERWISE, {}).get(whole.numel()):
+        raise ValueError(
+            f"a tensor of {whole.numel()} elements was gathered from shards that are not those "
+            "into which redistribute_fn cuts it: uneven ones, slices of FSDP1, or a DTensor with "
+            "other placements. Cut it by the shards that you gathered, or let a plan move it: "
+            "Muon(..., distributed_config=config)."
+        )
 
 
 def _layout_of_shards(shard: Tensor, rule: PlainRule, describer: Describer) -> Layout:

@@ -23,6 +23,7 @@ from muon_dtensor import (
     create_devicemesh_config,
     create_processgroup_config,
 )
+from muon_dtensor.runtime.describe import local_part
 from tests.support.cases import Oracle, mesh_of, spread, tensors_like
 from tests.support.deadlines import slowness
 from tests.support.pool import run_processes
@@ -317,6 +318,45 @@ def gathered_on_a_sub_mesh() -> list[Any]:
 def test_a_sub_mesh_gathers_on_the_line_of_the_destination():
     for rank, got in enumerate(run_threads(4, gathered_on_a_sub_mesh)):
         assert got == [True if other == rank else None for other in range(4)]
+
+
+def there_and_back(kind: str) -> str:
+    """By the functions of `create_auto_config` or `create_devicemesh_config`, called by hand."""
+    rank, world = dist.get_rank(), dist.group.WORLD
+    whole = tensors_like([(10, 6)], 0)[0]
+    config = create_auto_config(fsdp_process_group=world)
+    match kind:
+        case "slices of FSDP1":
+            shard = whole.flatten()[[0, 7, 30, 44][rank] : [7, 30, 44, 60][rank]]
+        case "rows of FSDP2":
+            shard = spread(whole, mesh_of((4,)), (S0,))
+        case "cols":
+            shard = whole.chunk(3, dim=1)[rank] if rank < 3 else whole[:, :0]
+        case "a DTensor":
+            config = create_devicemesh_config(mesh_of((4,)))
+            shard = spread(whole, mesh_of((4,)), (S0,))
+        case "a replica":
+            config = create_devicemesh_config(mesh_of((4,)))
+            shard = whole
+    gathered = config.gather_fn(shard, 0, config.state)
+    if gathered is not None:
+        assert torch.equal(gathered.view(-1), whole.view(-1))
+    try:
+        back = config.redistribute_fn(gathered, 0, config.state)
+    except ValueError as error:
+        return str(error)
+    return "the same" if torch.equal(back, local_part(shard)) else "another shard"
+
+
+@pytest.mark.parametrize("kind", ["slices of FSDP1", "rows of FSDP2", "a DTensor"])
+def test_shards_that_would_come_back_as_others_are_refused(kind):
+    for told in run_processes(4, there_and_back, kind):
+        assert "a tensor of 60 elements was gathered from shards that are not those" in told
+
+
+@pytest.mark.parametrize("kind", ["cols", "a replica"])
+def test_shards_that_are_cut_again_come_back(kind):
+    assert run_processes(4, there_and_back, kind) == ["the same"] * 4
 
 
 class Callable2:

@@ -31,7 +31,7 @@ def fsdp_gather() -> tuple[Any, bool, bool]:
     return tuple(gathered.shape), torch.equal(gathered, full), same_everywhere(gathered)
 
 
-def tp_gather(tensor_dim: int, sizes: list[int]) -> tuple[bool, bool]:
+def tp_gather(tensor_dim: int, sizes: list[int]) -> tuple[bool, bool | str]:
     rank = dist.get_rank()
     shape = [6, 6]
     shape[tensor_dim] = sum(sizes)
@@ -39,7 +39,10 @@ def tp_gather(tensor_dim: int, sizes: list[int]) -> tuple[bool, bool]:
     config = create_auto_config(tp_process_group=dist.group.WORLD, tp_shard_dim=tensor_dim)
     shard = full.split(sizes, tensor_dim)[rank]
     gathered = config.gather_fn(shard, rank, config.state)
-    cut = config.redistribute_fn(gathered, rank, config.state)
+    try:
+        cut = config.redistribute_fn(gathered, rank, config.state)
+    except ValueError as error:
+        return torch.equal(gathered, full), str(error)
     return torch.equal(gathered, full), torch.equal(cut, full.tensor_split(WORLD, tensor_dim)[rank])
 
 
@@ -67,7 +70,10 @@ class TestGatherFunction:
 
     @pytest.mark.parametrize("sizes", [[1, 5, 0, 2], [0, 0, 0, 4]], ids=str)
     def test_uneven_shards_gather_too(self, sizes):
-        assert [whole for whole, _ in run_processes(WORLD, tp_gather, 0, sizes)] == [True] * WORLD
+        """And are not cut into other ones without a word."""
+        for is_whole, text in run_processes(WORLD, tp_gather, 0, sizes):
+            assert is_whole
+            assert "shards that are not those into which redistribute_fn cuts" in text
 
     def test_hsdp_gather(self):
         assert run_processes(WORLD, hsdp_gather) == [(True, True)] * WORLD
