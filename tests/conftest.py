@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 import torch
 import torch._dynamo  # torch's optimizers import it; here, so that forked ranks need not, each
@@ -17,6 +18,10 @@ torch.set_num_threads(1)  # one thread per rank; and a forked process must not i
 # told once per process: here, lest a test's log depend on the processor and on who came first
 tell_of_slow_bfloat16(logging.WARNING)
 tell_of_slow_bfloat16(logging.INFO)
+
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # its own are 200 ms
+hypothesis.settings.load_profile("any machine")
 
 
 def _take_a_core() -> None:

@@ -109,6 +109,21 @@ def test_plans_that_differ_are_told_at_every_step_and_make_no_group():
             assert "w [8, 5]" in text
 
 
+def another_dtype(algorithm: str) -> Any:
+    mesh = mesh_of((4,))
+    dtype = torch.bfloat16 if dist.get_rank() == 3 else torch.float32
+    param = nn.Parameter(spread(torch.ones(8, 6, dtype=dtype), mesh, (S0,)))
+    param.grad = spread(torch.ones(8, 6, dtype=dtype), mesh, (S0,))
+    return told(Muon([{"params": [("w", param)], "algorithm": algorithm}]))
+
+
+@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+def test_parameters_of_another_dtype_on_one_rank_are_told(algorithm):
+    for name, text, same in run_processes(4, another_dtype, algorithm):
+        assert (name, same) == ("PlanMismatchError", True)
+        assert "w [8, 6] bfloat16" in text
+
+
 def different_plan_options() -> Any:
     _, optimizer, _ = made(prefetch_count=dist.get_rank() % 2)
     return told(optimizer)

@@ -77,5 +77,10 @@ def test_buffers_of_a_real_plan(prefetch_count):
         kinds = dict.fromkeys(chains, (torch.bfloat16, torch.device("cpu")))
         lent = ExchangeBuffers(plan.schedule, chains, kinds)
         assert lent.take(0, 0).numel() == chains[0].numels[0]
-        assert lent.take(0, 0).data_ptr() == lent.take(0, 0).data_ptr(), "kept between steps"
+        held = {key: lent.take(*key) for key in lives}  # alive, so that no other gets their place
+        again = {key: lent.take(*key) for key in lives}
+        assert all(again[key].data_ptr() == held[key].data_ptr() for key in lives), "kept"
+        lent.forget()
+        first = next(key for key in lives if held[key].numel())
+        assert lent.take(*first).data_ptr() != held[first].data_ptr()
         assert lent.block_nbytes <= 1.05 * plan.cost.buffer_nbytes[rank] + 10 * ALIGNMENT

@@ -29,7 +29,7 @@ MAY_REACH = {
     "options": ("errors", "orthogonalize", "patterns", "runtime", "update"),
     "grouping": ("errors", "options", "runtime"),
     "assignment": ("errors",),
-    "by_hand": ("assignment", "layout", "shards", "runtime"),
+    "by_hand": ("assignment", "errors", "layout", "shards", "runtime"),
     "config": ("assignment", "by_hand", "runtime"),
     "group_configs": ("assignment", "by_hand", "config", "runtime"),
     "census": (
@@ -91,6 +91,17 @@ def own_imports(path: Path) -> Iterator[str]:
             yield name.removeprefix("muon_dtensor").removeprefix(".")
 
 
+def reaches_distributed(source: str) -> bool:
+    """Whether it goes to torch.distributed through the name `torch`, which no import tells."""
+    return any(
+        isinstance(node, ast.Attribute)
+        and node.attr == "distributed"
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "torch"
+        for node in ast.walk(ast.parse(source))
+    )
+
+
 def floor_of(path: Path) -> str:
     return path.parts[0].removesuffix(".py")
 
@@ -116,9 +127,16 @@ def test_torch_distributed_has_one_home(path):
         if name.startswith("torch.distributed") and floor_of(path) not in HOMES:
             assert name in ONLY_TYPES, f"{path} imports {name}"
             assert "dist." not in text, f"{path} calls torch.distributed"
+    if floor_of(path) not in HOMES:
+        assert not reaches_distributed(text), f"{path} calls torch.distributed"
     if path.parts != ("runtime", "describe.py"):
         for name in ONLY_IN_DESCRIBE:
             assert name not in text, f"{path} reads torch's private {name}"
+
+
+def test_a_planted_call_is_caught():
+    assert reaches_distributed("import torch\ntorch.distributed.barrier()")
+    assert not reaches_distributed('import torch\n"""torch.distributed"""\ntorch.ones(1)')
 
 
 def test_a_planted_import_is_caught(monkeypatch):

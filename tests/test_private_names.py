@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from muon_dtensor.runtime import describe
+from tests.support.pool import run_processes
 
 USED = {
     "torch._disable_dynamo": "keeps optimizer.step out of torch.compile",
@@ -92,4 +94,14 @@ def test_flat_parameters_of_fsdp1_are_marked_as_they_were():
     text = inspect.getsource(_flat_param)
     gone = [name for name in OF_FSDP1 if name not in text]
     assert not gone, f"torch {torch.__version__} has moved {gone} of FSDP1's flat parameters"
-    assert isinstance(nn.Parameter(torch.ones(1)), nn.Parameter)
+    for marks in run_processes(2, marks_of_a_real_one):
+        assert marks == OF_FSDP1
+
+
+def marks_of_a_real_one() -> set[str]:
+    model = FullyShardedDataParallel(
+        nn.Linear(3, 2), use_orig_params=True, device_id=torch.device("cpu")
+    )
+    flat = model._flat_param
+    assert all(hasattr(param, "_fsdp_flattened") for param in model.parameters())
+    return {name for name in OF_FSDP1 if hasattr(flat, name)}

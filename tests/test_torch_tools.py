@@ -81,12 +81,15 @@ def test_swa_averages_and_its_scheduler():
     model = nn.ParameterList(params)
     average = torch.optim.swa_utils.AveragedModel(model)
     scheduler = torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.05)
+    seen = []
     for step in range(3):
         set_grads(params, step)
         optimizer.step()
         scheduler.step()
         average.update_parameters(model)
-    assert all(p.isfinite().all() for p in average.parameters())
+        seen.append([p.detach().clone() for p in params])
+    for mean, *values in zip(average.parameters(), *seen, strict=True):
+        torch.testing.assert_close(mean.detach(), torch.stack(values).mean(0))
     assert optimizer.param_groups[0]["swa_lr"] == 0.05
 
 
