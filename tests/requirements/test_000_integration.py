@@ -47,7 +47,32 @@ def memorized(wrap: str) -> tuple[float, float]:
     return means[0], means[-1]
 
 
+def memorized_as_written() -> tuple[float, float]:
+    """The document's task, at its sizes: ten batches of 16 x 64 x 128, ten epochs."""
+    model = FullyShardedDataParallel(
+        TinyTransformer(dim=128, layers=4), use_orig_params=True, device_id=torch.device("cpu")
+    )
+    config = create_auto_config(fsdp_process_group=dist.group.WORLD)
+    optimizer = Muon(model.parameters(), lr=1e-2, distributed_config=config)
+    torch.manual_seed(42)
+    dataset = [torch.randn(16, 64, 128) for _ in range(10)]
+    losses = []
+    for _ in range(10):
+        for x in dataset:
+            optimizer.zero_grad()
+            loss = (model(x) - x).pow(2).mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return sum(losses[:10]) / 10, sum(losses[-10:]) / 10
+
+
 class TestEndToEndTraining:
+    @pytest.mark.P2
+    def test_fsdp_training_converges_as_written(self):
+        for initial, final in run_processes(2, memorized_as_written):
+            assert final < 0.1 * initial
+
     @pytest.mark.P0
     @pytest.mark.parametrize("wrap", ["fsdp1", "fsdp2"])
     def test_fsdp_training_converges(self, wrap):

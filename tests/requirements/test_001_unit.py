@@ -18,11 +18,12 @@ from muon_dtensor import (
     create_dtensor_config,
     create_processgroup_config,
 )
+from muon_dtensor.runtime.describe import num_ranks
 from tests.requirements.models import batch
 from tests.support.pool import run_processes
 
 pytestmark = pytest.mark.P0
-WORLD = 4
+WORLD, WORLDS = 4, [1, 2, 3, 4, 6, 8]
 
 
 class TestAssignFunction:
@@ -49,9 +50,9 @@ class TestAssignFunction:
 
 def fsdp_gather(dst_rank: int) -> tuple[bool, bool]:
     """Whether this rank got the whole tensor, and whether it is right."""
-    full = batch(0, 64 * WORLD, 32)
+    full = batch(0, 64 * num_ranks(), 32)
     config = create_processgroup_config(fsdp_pg=dist.group.WORLD)
-    result = config.gather_fn(full.chunk(WORLD)[dist.get_rank()], dst_rank, config.state)
+    result = config.gather_fn(full.chunk(num_ranks())[dist.get_rank()], dst_rank, config.state)
     return result is not None, result is None or torch.equal(result, full)
 
 
@@ -86,40 +87,58 @@ def dtensor_gather(dst_rank: int) -> tuple[bool, bool]:
 
 def gather_async() -> tuple[bool, bool]:
     shard = batch(dist.get_rank(), 64, 32)
-    state = {"rank": dist.get_rank(), "world_size": WORLD, "fsdp_pg": dist.group.WORLD}
+    state = {
+        "rank": dist.get_rank(),
+        "world_size": num_ranks(),
+        "fsdp_pg": dist.group.WORLD,
+    }
     result, work = _gather_fn_async(shard, dst_rank=0, state=state, async_op=True)
     assert work is not None
     work.wait()
     if result is None:
         return False, True
-    return True, torch.equal(result, torch.cat([batch(r, 64, 32) for r in range(WORLD)]))
+    return True, torch.equal(result, torch.cat([batch(r, 64, 32) for r in range(num_ranks())]))
 
 
 def gather_at_once() -> tuple[bool, bool]:
-    state = {"rank": dist.get_rank(), "world_size": WORLD, "fsdp_pg": dist.group.WORLD}
+    state = {
+        "rank": dist.get_rank(),
+        "world_size": num_ranks(),
+        "fsdp_pg": dist.group.WORLD,
+    }
     result, work = _gather_fn_async(batch(0, 2, 3), 1, state, async_op=False)
     assert work is None
-    return result is not None, result is None or torch.equal(result, batch(0, 2, 3).repeat(4, 1))
+    return result is not None, result is None or torch.equal(
+        result, batch(0, 2, 3).repeat(num_ranks(), 1)
+    )
 
 
 class TestGatherFunction:
+    @pytest.mark.parametrize("world", WORLDS)
+    @pytest.mark.parametrize("body", [fsdp_gather, ddp_gather])
+    def test_gather(self, body, world):
+        for dst_rank in {0, world - 1}:
+            expected = [(rank == dst_rank, True) for rank in range(world)]
+            assert run_processes(world, body, dst_rank) == expected
+
     @pytest.mark.parametrize("dst_rank", [0, 3])
-    @pytest.mark.parametrize("body", [fsdp_gather, ddp_gather, dtensor_gather])
-    def test_gather(self, body, dst_rank):
+    def test_dtensor_gather(self, dst_rank):
         expected = [(rank == dst_rank, True) for rank in range(WORLD)]
-        assert run_processes(WORLD, body, dst_rank) == expected
+        assert run_processes(WORLD, dtensor_gather, dst_rank) == expected
 
     @pytest.mark.parametrize("dst_rank", [0, 5])
     def test_fsdp_tp_gather(self, dst_rank):
         expected = [(rank == dst_rank, True) for rank in range(8)]
         assert run_processes(8, fsdp_tp_gather, dst_rank) == expected
 
-    def test_gather_async(self):
-        assert run_processes(WORLD, gather_async) == [(rank == 0, True) for rank in range(WORLD)]
+    @pytest.mark.parametrize("world", WORLDS)
+    def test_gather_async(self, world):
+        assert run_processes(world, gather_async) == [(rank == 0, True) for rank in range(world)]
 
-    def test_gather_without_waiting(self):
-        expected = [(rank == 1, True) for rank in range(WORLD)]
-        assert run_processes(WORLD, gather_at_once) == expected
+    @pytest.mark.parametrize("world", WORLDS[1:])
+    def test_gather_without_waiting(self, world):
+        expected = [(rank == 1, True) for rank in range(world)]
+        assert run_processes(world, gather_at_once) == expected
 
 
 def fsdp_redistribute(rows: int) -> tuple[Any, bool]:
@@ -127,16 +146,19 @@ def fsdp_redistribute(rows: int) -> tuple[Any, bool]:
     full = batch(0, rows, 32)
     mine = full if dist.get_rank() == 0 else None
     shard = config.redistribute_fn(mine, src_rank=0, state=config.state)
-    expected: Any = full.chunk(WORLD)
-    return tuple(shard.shape), torch.equal(shard, expected[dist.get_rank()])
+    each = -(-rows // num_ranks())  # as torch.chunk cuts, empty shards included
+    expected = full[dist.get_rank() * each : (dist.get_rank() + 1) * each]
+    return tuple(shard.shape), torch.equal(shard, expected)
 
 
 def ddp_redistribute() -> tuple[Any, bool]:
     config = create_processgroup_config(dp_pg=dist.group.WORLD)
     full = batch(0, 128, 64)
-    mine = full if dist.get_rank() == 2 else None
-    result = config.redistribute_fn(mine, src_rank=2, state=config.state)
-    gathered = [torch.empty_like(result) for _ in range(WORLD)] if dist.get_rank() == 0 else None
+    last = num_ranks() - 1
+    mine = full if dist.get_rank() == last else None
+    result = config.redistribute_fn(mine, src_rank=last, state=config.state)
+    is_first = dist.get_rank() == 0
+    gathered = [torch.empty_like(result) for _ in range(last + 1)] if is_first else None
     dist.gather(result, gathered, dst=0)
     same = all(torch.equal(gathered[0], other) for other in gathered or [])
     return tuple(result.shape), same and torch.equal(result, full)
@@ -150,15 +172,18 @@ def nobody_has_it() -> str:
 
 
 class TestRedistributeFunction:
-    def test_fsdp_redistribute(self):
-        assert run_processes(WORLD, fsdp_redistribute, 256) == [((64, 32), True)] * WORLD
+    @pytest.mark.parametrize("world", WORLDS)
+    def test_fsdp_redistribute(self, world):
+        expected = [((240 // world, 32), True)] * world
+        assert run_processes(world, fsdp_redistribute, 240) == expected
 
     def test_fsdp_redistribute_uneven(self):
         shapes = [(3, 32), (3, 32), (3, 32), (1, 32)]
         assert run_processes(WORLD, fsdp_redistribute, 10) == [(s, True) for s in shapes]
 
-    def test_ddp_redistribute(self):
-        assert run_processes(WORLD, ddp_redistribute) == [((128, 64), True)] * WORLD
+    @pytest.mark.parametrize("world", WORLDS)
+    def test_ddp_redistribute(self, world):
+        assert run_processes(world, ddp_redistribute) == [((128, 64), True)] * world
 
     def test_a_source_without_a_tensor_is_told_everywhere(self):
         for text in run_processes(WORLD, nobody_has_it):
