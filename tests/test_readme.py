@@ -1,5 +1,7 @@
-"""What the README's table says of each call is what the plan prints; its Python is Python."""
+"""What the README's table says of each call is what the plan prints; its Python runs."""
 
+import contextlib
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import muon_dtensor
 from muon_dtensor import Muon
+from muon_dtensor.cli.demo_worker import load_script
+from muon_dtensor.planning.presets import PRESETS
 from tests.requirements.models import TinyTransformer
 from tests.support.pool import run_processes
+from tests.support.torchrun import EXAMPLES
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -60,8 +65,52 @@ def test_the_table_of_setups_says_what_plans_say(setup, code, says):
             assert words in plan
 
 
-def test_the_python_in_the_readme_parses():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 3
-    for block in blocks:
-        compile(block.replace("(...)", "()"), "README.md", "exec")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def the_quick_start() -> str:
+    """On the model of examples/train_gpt.py, over dp_shard=2 and tp=2; what it prints."""
+    script = load_script(str(EXAMPLES / "train_gpt.py"))
+    config = script.Config()
+    model = script.make_model(config, script.make_mesh(config, "cpu"))
+    scope = {"fully_shard": lambda sharded: sharded, "parallelize_module": lambda _: model}
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(BLOCKS[0], scope)
+    return out.getvalue()
+
+
+def test_the_quick_start_prints_what_the_readme_shows():
+    shown = README.split("```text\n")[1].split("```")[0].splitlines()
+    printed = [" ".join(line.split()) for line in run_processes(4, the_quick_start)[0].splitlines()]
+    assert len(shown) > 5
+    for line in shown:
+        assert " ".join(line.split()) in printed
+
+
+class Fused(nn.Module):
+    """What the README's rules name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 4, bias=False)
+        self.wqkv = nn.Linear(8, 4096 + 2 * 1024, bias=False)
+        self.wo = nn.Linear(64, 8, bias=False)
+        self.conv = nn.Conv2d(3, 5, 2)
+
+
+def test_the_rules_of_the_readme_sort_a_model():
+    scope: dict[str, Any] = {"group_parameters": muon_dtensor.group_parameters, "model": Fused()}
+    exec(BLOCKS[1], scope)
+    plan = Muon(scope["groups"]).plan
+    counts = {spec.fqn: len(spec.matrices) for spec in plan.params}
+    assert counts == {"wqkv.weight": 3, "wo.weight": 32, "conv.weight": 1}
+
+
+def test_a_calibrated_topology_explains_as_the_readme_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.json").write_text(PRESETS["gloo-local"].to_json())
+    params = [("layers.0.attention.wq.weight", nn.Parameter(torch.ones(4, 4)))]
+    exec(BLOCKS[2], {"Muon": Muon, "params": params})
+    assert "layers.0.attention.wq.weight" in capsys.readouterr().out
+    assert len(BLOCKS) == 3, "every block is run here"
