@@ -49,6 +49,7 @@ from muon_dtensor.runtime.describe import can_place_shards, local_part
 from muon_dtensor.runtime.whole import cut_like
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.logs import logged
+from tests.support.options import OTHER_VALUES
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads
 
@@ -617,22 +618,6 @@ def test_misplaced_shards_are_saved_in_the_background(tmp_path):
     told = run_processes(6, partial(resharded, in_background=True), 13, HOWS[0], HOWS[1], tmp_path)
     assert told == [""] * 6
 
-
-OTHER_VALUES: dict[str, Any] = {
-    "lr": 0.2,
-    "weight_decay": 0.3,
-    "momentum": 0.5,
-    "nesterov": False,
-    "ns_coefficients": (3.0, -3.2, 1.2),
-    "eps": 1e-3,
-    "ns_steps": 3,
-    "adjust_lr_fn": "match_rms_adamw",
-    "orthogonalizer": "polar_express",
-    "capturable": True,
-    "normuon_beta": 0.9,
-    "cautious_weight_decay": True,
-}
-"""Of options of a group of Muon."""
 
 UNKNOWN_TO_TORCH = ("orthogonalizer", "capturable", "normuon_beta", "cautious_weight_decay")
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from muon_dtensor import GroupOptionError, Muon, MuonConfig, job_config
 from muon_dtensor.job_config import OptimizerSection
+from tests.support.options import OTHER_VALUES
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads
 
@@ -269,15 +270,7 @@ def test_one_rank():
 
 
 OTHER: dict[str, Any] = {
-    "momentum": 0.5,
-    "nesterov": False,
-    "ns_coefficients": (3.0, -3.2, 1.2),
-    "eps": 1e-3,
-    "ns_steps": 3,
-    "adjust_lr_fn": "spectral_norm",
-    "orthogonalizer": "polar_express",
-    "normuon_beta": 0.9,
-    "cautious_weight_decay": True,
+    **{name: value for name, value in OTHER_VALUES.items() if name not in ("lr", "weight_decay")},
     "ns_dtype": "float32",
     "bucket_mb": 3.0,
     "prefetch_count": 2,
@@ -291,7 +284,6 @@ OTHER: dict[str, Any] = {
     "offload_momentum": True,
     "compile": True,
     "kernels": "auto",
-    "capturable": True,
     "metrics_every": 3,
     "trace": True,
     "async_gpu_parallelism": False,

@@ -1,0 +1,18 @@
+"""Another value than the default of every option of a param group of Muon."""
+
+from typing import Any
+
+OTHER_VALUES: dict[str, Any] = {
+    "lr": 0.2,
+    "weight_decay": 0.3,
+    "momentum": 0.5,
+    "nesterov": False,
+    "ns_coefficients": (3.0, -3.2, 1.2),
+    "eps": 1e-3,
+    "ns_steps": 3,
+    "adjust_lr_fn": "match_rms_adamw",
+    "orthogonalizer": "polar_express",
+    "capturable": True,
+    "normuon_beta": 0.9,
+    "cautious_weight_decay": True,
+}
