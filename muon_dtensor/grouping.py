@@ -197,7 +197,8 @@ def group_parameters(
 def clean_names(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of a model by the names that they have without wrappers around it."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    for fqn, param in model.named_parameters():
+    # FSDP1's own named_parameters leaves its wrappers out inside summon_full_params
+    for fqn, param in nn.Module.named_parameters(model):
         yield _Use(modules, fqn).fqn, param
 
 

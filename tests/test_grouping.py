@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from muon_dtensor import GroupOptionError, Muon, PlanError, group_parameters
+from muon_dtensor.grouping import clean_names
 from muon_dtensor.integrations.transformers import MuonFactory
 from tests.support.cases import mesh_of, tensors_like
 from tests.support.logs import logged
@@ -551,3 +552,22 @@ def test_parametrizations_keep_their_names():
     found = algorithms(group_parameters(model))
     assert found.keys() == dict(model.named_parameters()).keys()
     assert set(found.values()) == {"muon"}
+
+
+def names_inside_and_outside() -> tuple[list[str], list[str]]:
+    inner = FullyShardedDataParallel(
+        nn.Linear(4, 4), use_orig_params=True, device_id=torch.device("cpu")
+    )
+    model = FullyShardedDataParallel(
+        nn.Sequential(inner, nn.Linear(4, 2)), use_orig_params=True, device_id=torch.device("cpu")
+    )
+    outside = [name for name, _ in clean_names(model)]
+    with FullyShardedDataParallel.summon_full_params(model):
+        return outside, [name for name, _ in clean_names(model)]
+
+
+def test_names_are_clean_inside_summon_full_params_too():
+    """Where FSDP1 itself leaves its wrappers out of names, but not out of modules."""
+    names = ["0.weight", "0.bias", "1.weight", "1.bias"]
+    for outside, inside in run_processes(2, names_inside_and_outside):
+        assert sorted(outside) == sorted(inside) == sorted(names)

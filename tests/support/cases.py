@@ -87,7 +87,7 @@ class Oracle:
         kept = {} if self.optimizer is None else self.optimizer.state
         return self._stored(
             [
-                [kept[m]["momentum_buffer"] if m in kept else m for m in parts]
+                [kept[m]["momentum_buffer"] if m in kept else m.detach() for m in parts]
                 for parts in self.matrices
             ]
         )
