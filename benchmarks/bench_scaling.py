@@ -3,7 +3,9 @@
     python -m benchmarks.bench_scaling --json scaling.json
 
 Starts torchrun for each number of ranks. Beyond the cores of the machine no step can be faster:
-the ideal is the work of one rank divided by the ranks or the cores, whichever are fewer.
+the ideal is the work of one rank divided by the ranks or the cores, whichever are fewer. How well
+the work is shared is told by the CPU time of the busiest rank, which does not depend on the cores:
+of the thread that steps, without gloo's threads.
 """
 
 import json
@@ -11,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,6 +72,7 @@ def work(config: Config, found: Path) -> None:
         rows["growing" if grows else "fixed"] = {
             "layers": len(shapes) // 4,
             "ms": 1e3 * statistics.median(taken["ours"]),
+            "cpu_ms": 1e3 * busiest_seconds(optimizer, config.rounds),
             "floor_ms": 1e3 * statistics.median(taken["floor"]),
             "sent_mb": cost.total_nbytes / size / 1e6,
             "held_mb": max(cost.peak_nbytes) / 1e6,
@@ -77,6 +81,19 @@ def work(config: Config, found: Path) -> None:
         found.write_text(json.dumps(rows))
     dist.barrier()
     leave()
+
+
+def busiest_seconds(optimizer: Muon, rounds: int) -> float:
+    """CPU seconds that a step takes the thread of the rank that works most."""
+    seconds = []
+    for _ in range(rounds):
+        dist.barrier()
+        start = time.thread_time()
+        optimizer.step()
+        seconds.append(time.thread_time() - start)
+    busiest = torch.tensor(statistics.median(seconds))
+    dist.all_reduce(busiest, op=dist.ReduceOp.MAX)
+    return float(busiest)
 
 
 def launch(config: Config) -> dict[int, dict[str, dict[str, float]]]:
@@ -98,7 +115,17 @@ def show(results: dict[int, dict[str, dict[str, float]]], cores: int, config: Co
     """A table for each kind of work."""
     for kind in ("fixed", "growing"):
         table = Table(title=f"{kind} work, d = {config.dim}, {cores} cores")
-        for column in ("ranks", "layers", "ms", "floor ms", "x ideal", "MB sent", "MB held"):
+        for column in (
+            "ranks",
+            "layers",
+            "ms",
+            "CPU ms",
+            "split",
+            "floor ms",
+            "x ideal",
+            "MB sent",
+            "MB held",
+        ):
             table.add_column(column, justify="right")
         alone = results[min(results)][kind]
         for num_ranks, row in ((n, found[kind]) for n, found in results.items()):
@@ -108,12 +135,14 @@ def show(results: dict[int, dict[str, dict[str, float]]], cores: int, config: Co
                 str(num_ranks),
                 str(row["layers"]),
                 f"{row['ms']:.1f}",
+                f"{row['cpu_ms']:.1f}",
+                f"{alone['cpu_ms'] * grown / row['cpu_ms']:.2f}",
                 f"{row['floor_ms']:.1f}",
                 f"{row['ms'] / ideal:.2f}",
                 f"{row['sent_mb']:.2f}",
                 f"{row['held_mb']:.2f}",
             )
-        Console(width=90).print(table)
+        Console(width=100).print(table)
 
 
 def main() -> None:

@@ -111,8 +111,8 @@ FAULTS = [
         "variants agreement",
         (
             "the mask does not reach NorMuon",
-            "self._moments.of_matrix(kept, a), keep)",
-            "self._moments.of_matrix(kept, a), None)",
+            "local.options.normalized(polar_factor, moments, keep)",
+            "local.options.normalized(polar_factor, moments, None)",
         ),
     ),
     *in_files(
@@ -167,6 +167,81 @@ FAULTS = [
             "groups of the plan are not connected",
             "                self._groups.connect(run.bucket.mesh, collective.mesh_dims)\n",
             "                pass\n",
+        ),
+    ),
+    *in_files(
+        "runtime/executor.py",
+        "memory::where_buffers_are_not_kept_the_iteration_has_their_memory",
+        (
+            "a buffer is kept beside what was put together from it",
+            "            flight.buffer = x.new_empty(0)\n",
+            "",
+        ),
+        (
+            "what was put together is kept beside the iteration",
+            "overwrite=is_own)",
+            "overwrite=False)",
+        ),
+    ),
+    *in_files(
+        "runtime/buffers.py",
+        "arena options_of_speed::a_step_that_failed_leaves_its_buffers_to_it",
+        (
+            "a block is lent again after a failed step",
+            "        self._block = None\n        self._buffers.clear()\n",
+            "        self._buffers.clear()\n",
+        ),
+        (
+            "a block is made anew for every buffer",
+            "        if self._block is None:\n",
+            "        if True:\n",
+        ),
+    ),
+    *in_files(
+        "runtime/gradients.py",
+        "agreement::which_steps_wait_for_their_ballots",
+        (
+            "a device waits in every step",
+            'return self.device.type == "cpu" or not',
+            "return True or not",
+        ),
+        (
+            "the first step on a device waits for nothing",
+            " or not self._has_settled or is_wanted",
+            " or is_wanted",
+        ),
+        (
+            "zeros for missing gradients are not waited for",
+            " or not self._has_settled or is_wanted",
+            " or not self._has_settled",
+        ),
+    ),
+    *in_files(
+        "cli/plan_plot.py",
+        "plan_command::the_picture_is_drawn",
+        (
+            "nothing is drawn",
+            "    _timeline(made, top.subplots())\n    load, sent = bottom.subplots(1, 2)\n"
+            "    _load(made, load)\n    _sent(made, sent)\n",
+            "",
+        ),
+    ),
+    *in_files(
+        "patterns.py",
+        "readme::the_rules_of_the_readme_sort_a_model",
+        (
+            "the first block alone is declared",
+            "for block, pattern in zip(blocks, patterns, strict=True):",
+            "for block, pattern in list(zip(blocks, patterns, strict=True))[:1]:",
+        ),
+    ),
+    *in_files(
+        "orthogonalize/newton_schulz.py",
+        "newton_schulz",
+        (
+            "an iteration in place writes where it reads",
+            "x if x.is_contiguous() else x.mT.reshape(x.shape)",
+            "x",
         ),
     ),
     *in_files(

@@ -350,6 +350,28 @@ def test_a_sparse_gradient_on_one_rank_stops_all():
     assert "Another rank could not take this step" in other_text
 
 
+@pytest.mark.parametrize(
+    ("device", "steps", "options", "waits"),
+    [
+        ("cpu", 2, {}, True),
+        ("cuda", 0, {}, True),
+        ("cuda", 1, {}, False),
+        ("cuda", 1, {"missing_grad": "zero"}, True),
+    ],
+    ids=["host", "first-step", "device", "zeros-for-missing"],
+)
+def test_which_steps_wait_for_their_ballots(device, steps, options, waits):
+    """On a device the first alone, unless zeros for what is missing are asked for."""
+    param = nn.Parameter(torch.ones(4, 3))
+    optimizer = Muon([param], **options)
+    for _ in range(steps):
+        param.grad = torch.ones(4, 3)
+        optimizer.step()
+    gate = optimizer._ready.gate
+    gate.device = torch.device(device)
+    assert gate._reads_now() is waits
+
+
 def masked(value: float, missing: bool, mode: str) -> Any:
     """The road of a GPU, taken on the host: ballots stay unread, the step is masked."""
     params, optimizer, mesh = made((2, 2), (R, S0), adamw=True, nonfinite=mode)

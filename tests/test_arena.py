@@ -80,6 +80,7 @@ def test_buffers_of_a_real_plan(prefetch_count):
         held = {key: lent.take(*key) for key in lives}  # alive, so that no other gets their place
         again = {key: lent.take(*key) for key in lives}
         assert all(again[key].data_ptr() == held[key].data_ptr() for key in lives), "kept"
+        assert len({t.untyped_storage().data_ptr() for t in held.values()}) == 1, "one block"
         lent.forget()
         first = next(key for key in lives if held[key].numel())
         assert lent.take(*first).data_ptr() != held[first].data_ptr()

@@ -2,6 +2,7 @@
 
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 from muon_dtensor import Muon
 from muon_dtensor.orthogonalize import newton_schulz
+from muon_dtensor.runtime import buffers
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.meter import LiveStorages, peak_nbytes_of
 from tests.support.pool import run_processes
@@ -138,3 +140,41 @@ def test_peak_memory_is_predicted(mesh_shape, placements, options, cells):
     for cell in ranks[0]:
         measured, planned = (max(values) for values in zip(*(r[cell] for r in ranks), strict=True))
         assert measured == pytest.approx(planned, rel=0.05), cell
+
+
+def peaks_without_kept_buffers(shapes: Any, options: Any) -> tuple[int, int, list[bool]]:
+    """(measured, planned, whether parameters are torch's) where buffers are not kept."""
+    mesh = mesh_of((4,))
+    with mock.patch.object(buffers, "KEPT_ON", ()):
+        params = [nn.Parameter(spread(w, mesh, (S0,))) for w in tensors_like(shapes, 0)]
+        optimizer = Muon(params, topology="h100-ib-400", **options)
+        alone = [nn.Parameter(w) for w in tensors_like(shapes, 0)]
+        for param, single, grad in zip(params, alone, tensors_like(shapes, 1), strict=True):
+            param.grad, single.grad = spread(grad, mesh, (S0,)), grad
+        optimizer.step()
+        torch.optim.Muon(alone).step()
+        equal = [
+            torch.equal(param.full_tensor(), single)
+            for param, single in zip(params, alone, strict=True)
+        ]
+        planned = optimizer.plan.cost.peak_nbytes
+        measured = peak_nbytes_of(optimizer, enough=1.05 * max(planned))
+    return measured, planned[dist.get_rank()], equal
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [
+        ([(256, 1024)], {}),
+        ([(1024, 256)] * 4, {}),
+        ([(320, 320)] * 4, {"bucket_mb": 0.05, "prefetch_count": 0}),
+    ],
+    ids=["one", "tall", "under-a-cap"],
+)
+def test_where_buffers_are_not_kept_the_iteration_has_their_memory(shapes, options):
+    """As on a GPU: the peak is two copies of the matrix and two of its Gram matrix beside what
+    the exchanges hold."""
+    ranks = run_processes(4, peaks_without_kept_buffers, shapes, options)
+    measured, planned = (max(values) for values in zip(*((m, p) for m, p, _ in ranks), strict=True))
+    assert measured == pytest.approx(planned, rel=0.05)
+    assert all(all(equal) for _, _, equal in ranks)

@@ -9,7 +9,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 
 from muon_dtensor import Muon
 from muon_dtensor.orthogonalize import newton_schulz
-from muon_dtensor.orthogonalize.newton_schulz import EPS, KELLER_JORDAN
+from muon_dtensor.orthogonalize.newton_schulz import EPS, KELLER_JORDAN, quintic, quintic_in_place
 from tests.support.cases import tensors_like
 
 SHAPES = [(8, 8), (64, 48), (48, 64), (1, 9), (9, 1), (1, 1), (7, 130), (33, 17), (200, 3)]
@@ -133,3 +133,35 @@ def test_bf16_parameters_with_few_iterations(shape, steps):
     Muon([ours], lr=0.1, ns_steps=steps).step()
     torch.optim.Muon([theirs], lr=0.1, ns_steps=steps).step()
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "shape", [(4, 4), (7, 5), (5, 7), (1, 8), (8, 1), (129, 48), (3, 20, 30), (3, 30, 20)]
+)
+def test_in_place_the_iteration_is_the_same(shape, dtype):
+    """Bits and strides, where the first product reads a transposed matrix too."""
+    x = tensors_like([shape], 0)[0].to(dtype)
+    x /= x.norm()
+    x = x.mT if shape[-2] > shape[-1] else x
+    expected = quintic(x, [KELLER_JORDAN] * 3)
+    result = quintic_in_place(x.clone(), [KELLER_JORDAN] * 3)
+    assert torch.equal(result, expected)
+    assert result.stride() == expected.stride()
+
+
+def test_an_input_is_overwritten_where_that_is_allowed_alone():
+    x = tensors_like([(6, 9)], 0)[0].bfloat16()
+    before = x.clone()
+    expected = newton_schulz(x)
+    assert torch.equal(x, before)
+    assert torch.equal(newton_schulz(x, body=quintic_in_place, overwrite=True), expected)
+    assert not torch.equal(x, before)
+
+
+def test_an_iteration_can_be_differentiated():
+    x = tensors_like([(5, 4)], 0)[0].double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: newton_schulz(t, dtype=torch.float64), x)
+    newton_schulz(x, dtype=torch.float32).sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()

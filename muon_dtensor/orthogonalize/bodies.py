@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from muon_dtensor.errors import GroupOptionError
-from muon_dtensor.orthogonalize.newton_schulz import Body, Coefficients, quintic
+from muon_dtensor.orthogonalize.newton_schulz import (
+    Body,
+    Coefficients,
+    quintic,
+    quintic_in_place,
+)
 
 logger = logging.getLogger("muon_dtensor")
 
@@ -24,7 +29,7 @@ PACKAGE = "gram_newton_schulz"
 
 
 def body_of(kernels: str, *, compiles: bool) -> Body:
-    """The body of an iteration.
+    """The body of an iteration, which may overwrite its input.
 
     Args:
         kernels: "torch"; "symmetric", those of the package gram-newton-schulz (Zhang, Amsel, Chen &
@@ -48,7 +53,7 @@ def body_of(kernels: str, *, compiles: bool) -> Body:
                 "--no-build-isolation, or say kernels='auto'."
             )
         _tell(why_not)
-    return _compiled() if compiles else quintic
+    return _compiled() if compiles else quintic_in_place
 
 
 SLOW = 2.0

@@ -33,6 +33,24 @@ def quintic(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
     return x
 
 
+def quintic_in_place(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
+    """Bitwise `quintic`, with `x` overwritten: the fewest bytes, and no gradients.
+
+    Holds `x`, one more of its size and two Gram matrices, whatever the number of iterations. The
+    result lies in either of the first two.
+    """
+    addmm = torch.addmm if x.ndim == 2 else torch.baddbmm
+    gram = x.new_empty((*x.shape[:-1], x.size(-2)))
+    polynomial, result = torch.empty_like(gram), x.new_empty(x.shape)
+    for a, b, c in coefficients:
+        torch.matmul(x, x.mT, out=gram)
+        addmm(gram, gram, gram, beta=b, alpha=c, out=polynomial)
+        addmm(x, polynomial, x, beta=a, out=result)
+        # the first x may be transposed; products round by how their operands lie in memory
+        x, result = result, x if x.is_contiguous() else x.mT.reshape(x.shape)
+    return x
+
+
 def newton_schulz(
     x: Tensor,  # [*batch, rows, cols]
     *,
@@ -41,10 +59,11 @@ def newton_schulz(
     eps: float = EPS,
     dtype: torch.dtype = torch.bfloat16,
     body: Body = quintic,
+    overwrite: bool = False,
 ) -> Tensor:
     """The approximate polar factor U V^T of every matrix, by equal iterations; see `iterate`."""
     rows = [coefficients] * num_iterations
-    return iterate(x, rows, eps=eps, dtype=dtype, body=body)
+    return iterate(x, rows, eps=eps, dtype=dtype, body=body, overwrite=overwrite)
 
 
 def iterate(
@@ -54,8 +73,9 @@ def iterate(
     eps: float = EPS,
     dtype: torch.dtype = torch.bfloat16,
     body: Body = quintic,
+    overwrite: bool = False,
 ) -> Tensor:
-    """The approximate polar factor U V^T of every matrix, in `dtype`; the input stays as it is.
+    """The approximate polar factor U V^T of every matrix, in `dtype`.
 
     One iteration is X <- a X + (b A + c A^2) X with A = X X^T on the short side (Jordan 2024,
     see KELLER_JORDAN), after a division by max(Frobenius norm, eps). `body` makes them.
@@ -72,29 +92,32 @@ def iterate(
         eps: least norm to divide by.
         dtype: of the iteration and of the result, one of DTYPES.
         body: `quintic`, or another of `bodies`.
+        overwrite: the memory of x may be used, and may be that of the result.
 
     Raises:
         ValueError: x has fewer than two dims, or the dtype is another.
     """
     if torch.is_autocast_enabled(x.device.type):  # which would iterate in its own dtype
         with torch.autocast(x.device.type, enabled=False):
-            return iterate(x, coefficients, eps=eps, dtype=dtype, body=body)
+            return iterate(x, coefficients, eps=eps, dtype=dtype, body=body, overwrite=overwrite)
     if x.ndim < 2:
         raise ValueError(f"a matrix has two dims, got a tensor of shape {tuple(x.shape)}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     if x.numel() == 0:
         return x.to(dtype)
+    overwrite = overwrite or (x.dtype != dtype and not x.requires_grad)
     x = x.to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
     norm = frobenius_norm(x)
     if x.device.type == "cpu" and _is_harmless(norm, eps):
-        x = x / norm
+        x = x.div_(norm) if overwrite else x / norm
     else:
         # on the host ten times as fast as the norm of order infinity
-        x = x * power_of_two(x.abs().amax(dim=(-2, -1), keepdim=x.ndim > 2)).to(dtype)
+        scale = power_of_two(x.abs().amax(dim=(-2, -1), keepdim=x.ndim > 2)).to(dtype)
+        x = x.mul_(scale) if overwrite else x * scale
         # the norm of anything but zero is at least 1/2 by now; zero stays zero even with eps = 0
         x.div_(frobenius_norm(x).clamp(min=max(eps, 1e-30)))
     batch = x.shape[:-2]

@@ -41,9 +41,11 @@ def polar_express(
     eps: float = EPS,
     dtype: torch.dtype = torch.bfloat16,
     body: Body = quintic,
+    overwrite: bool = False,
 ) -> Tensor:
     """The approximate polar factor U V^T of every matrix; see `iterate`."""
-    return iterate(x, polar_express_rows(num_iterations), eps=eps, dtype=dtype, body=body)
+    rows = polar_express_rows(num_iterations)
+    return iterate(x, rows, eps=eps, dtype=dtype, body=body, overwrite=overwrite)
 
 
 def polar_express_rows(num_iterations: int) -> tuple[Coefficients, ...]:

@@ -128,8 +128,10 @@ def _orthogonalizing(plan: Plan, cost: BucketCost) -> dict[int, int]:
 def _alone(plan: Plan, cost: BucketCost) -> dict[int, int]:
     """What Newton-Schulz holds beside its input: two matrices, two of their Gram's size.
 
-    The input itself is put together first where it came in pieces, and stacked where batched.
+    On a device the buffer of a rank whose matrices are one batch, in pieces, is given up as soon
+    as they are put together, and made anew for the result.
     """
+    is_kept = plan.options.topology.cores is not None
     at: dict[int, Counter[tuple[int, int, bool]]] = defaultdict(Counter)
     for a in cost.bucket.assignments:
         matrix, holders = plan.matrix(a), plan.holders(a)
@@ -140,10 +142,12 @@ def _alone(plan: Plan, cost: BucketCost) -> dict[int, int]:
     for position, sizes in at.items():
         most = 0
         for (rows, cols, in_pieces), count in sizes.items():
-            count = min(count, plan.options.most_batched(cost.itemsize * rows * cols))
+            together = min(count, plan.options.most_batched(cost.itemsize * rows * cols))
             numel, short = rows * cols, min(rows, cols)
-            copies = 2 + in_pieces + (count > 1)
-            most = max(most, count * (copies * numel + 2 * short * short))
+            held = together * (2 * numel + 2 * short * short)
+            if in_pieces and together == count and len(sizes) == 1 and not is_kept:
+                held -= cost.wholes[position]
+            most = max(most, held)
         found[position] = cost.itemsize * most
     return found
 

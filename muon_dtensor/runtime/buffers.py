@@ -22,6 +22,9 @@ from muon_dtensor.runtime.collectives import finish
 from muon_dtensor.runtime.describe import range_of
 from muon_dtensor.runtime.packing import view_slots
 
+KEPT_ON = ("cpu",)
+"""Types of device where buffers are kept."""
+
 
 class ExchangeBuffers:
     """Lends flat buffers by bucket and number of its chain; see Note [Kept buffers]."""
@@ -34,8 +37,7 @@ class ExchangeBuffers:
     ) -> None:
         """`kinds`: dtype and device of each bucket's buffers."""
         self._chains, self._kinds = chains, kinds
-        on_host = {b: c for b, c in chains.items() if kinds[b][1].type == "cpu"}
-        lives = lifetimes(schedule, on_host)
+        lives = lifetimes(schedule, {b: c for b, c in chains.items() if self.are_kept(b)})
         sizes = [
             (chains[bucket].numels[number] * kinds[bucket][0].itemsize, life)
             for (bucket, number), life in lives.items()
@@ -45,6 +47,10 @@ class ExchangeBuffers:
         self._block: Tensor | None = None
         self._buffers: dict[tuple[int, int], Tensor] = {}
         self._views: dict[tuple[int, int, int], list[Tensor]] = {}
+
+    def are_kept(self, bucket: int) -> bool:
+        """Whether the buffers of a bucket are one memory from step to step."""
+        return self._kinds[bucket][1].type in KEPT_ON
 
     def take(self, bucket: int, number: int) -> Tensor:
         """A buffer whose life begins; it holds anything."""

@@ -26,6 +26,7 @@ from muon_dtensor.runtime.muon_options import MuonOptions
 from muon_dtensor.runtime.packing import (
     assemble,
     disassemble,
+    fill,
     from_matrix,
     repack,
     to_matrix,
@@ -269,49 +270,94 @@ class Executor:
         params: dict[int, LocalParam],
         keep: Tensor | None,
     ) -> None:
-        number, packing = run.chain.wholes, run.local.wholes
-        views = self._buffers.views(run.index, number, flight.buffer, packing)
+        views = self._wholes(run, flight.buffer)
         if isinstance(run.bucket.strategy, Gram):
             self._orthogonalize_in_teams(run, flight.buffer, views, params, run.bucket.strategy)
             return
+        batches: list[tuple[MuonOptions, list[Assignment]]] = []
         for batch in run.batches:
             by_options: dict[MuonOptions, list[Assignment]] = defaultdict(list)
             for assignment in batch:
                 if local := params.get(assignment.param):
                     by_options[local.options].append(assignment)
-            for options, assignments in by_options.items():
-                moments = [params[a.param].moments for a in assignments]
-                self._orthogonalize_batch(
-                    run, flight.buffer, views, options, assignments, moments, keep
-                )
+            batches += by_options.items()
+        gives_up = len(batches) == 1 and not self._buffers.are_kept(run.index)
+        for options, assignments in batches:
+            params_of_batch = [(a, params[a.param]) for a in assignments]
+            self._orthogonalize_batch(run, flight, views, options, params_of_batch, gives_up, keep)
 
     def _orthogonalize_batch(
         self,
         run: BucketRun,
-        buffer: Tensor,
+        flight: Flight,
         views: list[Tensor],
         options: MuonOptions,
-        assignments: Sequence[Assignment],
-        moments: Sequence[Tensor | None],
+        batch: Sequence[tuple[Assignment, LocalParam]],
+        gives_up: bool,
         keep: Tensor | None,
     ) -> None:
-        """Matrices of one size, each to its polar factor in place."""
+        """Matrices of one size, each to its polar factor in place.
+
+        `gives_up`: the buffer holds nothing else, and its memory may serve the iteration; see
+        `workspace`.
+        """
+        x, is_own = self._assemble(run, flight.buffer, views, [a for a, _ in batch])
+        if gives_up and is_own:
+            views.clear()
+            flight.buffer = x.new_empty(0)
+        result = options.polar_factor(x, run.dtype, overwrite=is_own)
+        del x
+        if gives_up and is_own:
+            flight.buffer = self._buffers.take(run.index, run.chain.wholes)
+            views += self._wholes(run, flight.buffer)
+        polar_factors = [result] if len(batch) == 1 else result.unbind()
+        for (assignment, local), polar_factor in zip(batch, polar_factors, strict=True):
+            self._put(run, views, assignment, polar_factor, local, keep)
+
+    def _wholes(self, run: BucketRun, buffer: Tensor) -> list[Tensor]:
+        """The slots of a buffer of whole matrices."""
+        return self._buffers.views(run.index, run.chain.wholes, buffer, run.local.wholes)
+
+    def _assemble(
+        self,
+        run: BucketRun,
+        buffer: Tensor,
+        views: list[Tensor],
+        assignments: Sequence[Assignment],
+    ) -> tuple[Tensor, bool]:
+        """[[batch,] rows, cols] of matrices of one size, and whether they left the buffer."""
         places = [(run.parts[a], run.local.matrices[a]) for a in assignments]
-        matrices = [
-            to_matrix(assemble(views, parts, matrix.region.shape, buffer), matrix)
-            for parts, matrix in places
-        ]
-        together = matrices[0] if len(matrices) == 1 else torch.stack(matrices)
-        result = options.polar_factor(together, run.dtype)
-        polar_factors = [result] if len(matrices) == 1 else result.unbind()
-        for a, (parts, matrix), result, kept in zip(
-            assignments, places, polar_factors, moments, strict=True
-        ):
-            if self._look is not None:
-                self._look(a, result)
-            if kept is not None:
-                result = options.normalized(result, self._moments.of_matrix(kept, a), keep)
-            disassemble(from_matrix(result, matrix), views, parts)
+        if len(places) == 1:
+            ((parts, matrix),) = places
+            x = to_matrix(assemble(views, parts, matrix.region.shape, buffer), matrix)
+            return x, x.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr()
+        _, first = places[0]
+        batch = buffer.new_empty((len(places), first.rows, first.cols))
+        for target, (parts, matrix) in zip(batch, places, strict=True):
+            if matrix.pattern:
+                whole = assemble(views, parts, matrix.region.shape, buffer)
+                target.copy_(to_matrix(whole, matrix))
+            else:
+                fill(target.view(matrix.region.shape), views, parts)
+        return batch, True
+
+    def _put(
+        self,
+        run: BucketRun,
+        views: list[Tensor],
+        assignment: Assignment,
+        polar_factor: Tensor,
+        local: LocalParam,
+        keep: Tensor | None,
+    ) -> None:
+        """Lay out a polar factor as its bucket is sent back."""
+        if self._look is not None:
+            self._look(assignment, polar_factor)
+        if local.moments is not None:
+            moments = self._moments.of_matrix(local.moments, assignment)
+            polar_factor = local.options.normalized(polar_factor, moments, keep)
+        result = from_matrix(polar_factor, run.local.matrices[assignment])
+        disassemble(result, views, run.parts[assignment])
 
     def _orthogonalize_in_teams(
         self,

@@ -112,8 +112,10 @@ class MuonOptions:
             polar_factor, moments, beta=self.normuon_beta, eps=self.eps, keep=keep
         )
 
-    def polar_factor(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def polar_factor(self, x: Tensor, dtype: torch.dtype, *, overwrite: bool = False) -> Tensor:
         """The approximate polar factor of every matrix of `x` [*batch, rows, cols], in `dtype`.
+
+        With `overwrite` it may lie in the memory of `x`.
 
         Raises RuntimeError if the user's orthogonalizer returns another shape.
         """
@@ -126,7 +128,12 @@ class MuonOptions:
             return result.to(dtype)
         if self.orthogonalizer == "polar_express":
             return polar_express(
-                x, num_iterations=self.ns_steps, eps=self.eps, dtype=dtype, body=self.body
+                x,
+                num_iterations=self.ns_steps,
+                eps=self.eps,
+                dtype=dtype,
+                body=self.body,
+                overwrite=overwrite,
             )
         return newton_schulz(
             x,
@@ -135,4 +142,5 @@ class MuonOptions:
             eps=self.eps,
             dtype=dtype,
             body=self.body,
+            overwrite=overwrite,
         )

@@ -60,9 +60,14 @@ def assemble(
     if len(parts) == 1 and parts[0][1] is None:
         return views[parts[0][0]]
     whole = like.new_empty(shape)
+    fill(whole, views, parts)
+    return whole
+
+
+def fill(whole: Tensor, views: Sequence[Tensor], parts: Sequence[Part]) -> None:
+    """Copy the parts of a whole tensor to where they belong in it."""
     for number, box in parts:
         view_box(whole, box).copy_(views[number])
-    return whole
 
 
 def disassemble(whole: Tensor, views: Sequence[Tensor], parts: Sequence[Part]) -> None:
