@@ -227,7 +227,7 @@ def grown() -> dict[str, int]:
             readings.append(held())
         return {name: min(reading[name] for reading in readings) for name in readings[0]}
 
-    steps(200)
+    steps(500)
     before = settled()
     steps(1000)
     after = settled()
