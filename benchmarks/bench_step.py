@@ -34,7 +34,7 @@ from muon_dtensor.cli.baselines import everyone_gathers
 from muon_dtensor.cli.calibrate_worker import readings_in_turns
 from muon_dtensor.cli.leaving import leave
 from muon_dtensor.orthogonalize import newton_schulz
-from muon_dtensor.planning.ir import Plan
+from muon_dtensor.planning.report import PlanReport
 from muon_dtensor.runtime import agreement, executor
 from muon_dtensor.runtime.describe import local_part
 from muon_dtensor.runtime.muon_options import MuonOptions
@@ -176,7 +176,7 @@ def _reduced(value: float, op: dist.ReduceOp.RedOpType) -> float:
     return tensor.item()
 
 
-def steps_of(name: str, layout: str, shapes: list[Shape], plan: Plan) -> Callable[[], Any]:
+def steps_of(name: str, layout: str, shapes: list[Shape], plan: PlanReport) -> Callable[[], Any]:
     """A step of a baseline, on parameters of its own. Raises what the baseline raises."""
     if name == "floor":
         share = share_of(plan)
@@ -204,7 +204,7 @@ def steps_of(name: str, layout: str, shapes: list[Shape], plan: Plan) -> Callabl
     return optimizer.step
 
 
-def share_of(plan: Plan) -> list[Tensor]:
+def share_of(plan: PlanReport) -> list[Tensor]:
     """Matrices of the sizes that this rank owns."""
     return [
         torch.randn(matrix.rows, matrix.cols)
@@ -215,7 +215,7 @@ def share_of(plan: Plan) -> list[Tensor]:
     ]
 
 
-def needed(params: list[nn.Parameter], plan: Plan) -> Callable[[], Any]:
+def needed(params: list[nn.Parameter], plan: PlanReport) -> Callable[[], Any]:
     """What no exact step can do without, on buffers that lie ready.
 
     Each rank's share of the iteration, momentum, direction and cast, the bytes of the plan in as
@@ -226,7 +226,7 @@ def needed(params: list[nn.Parameter], plan: Plan) -> Callable[[], Any]:
     momenta = [torch.zeros_like(grad) for grad in grads]
     wire = [torch.empty(grad.shape, dtype=torch.bfloat16) for grad in grads]
     share, size, rank = share_of(plan), dist.get_world_size(), dist.get_rank()
-    costs = plan.bucket_costs
+    costs = plan.traffic
     to_pack = sum(cost.pieces[cost.bucket.mesh.position_of(rank)] for cost in costs)
     num_packed = 0
     while num_packed < len(wire) and to_pack > 0:
@@ -234,7 +234,7 @@ def needed(params: list[nn.Parameter], plan: Plan) -> Callable[[], Any]:
         num_packed += 1
     exchanges = []
     for cost in costs:
-        for hop in (*cost.unshard, *cost.reshard):
+        for hop in cost.sequence.hops:
             numel = max(cost.sent_nbytes(hop)) // (2 * max(1, size - 1))
             exchanges.append(torch.zeros(2, size, numel, dtype=torch.bfloat16).unbind())
 

@@ -19,13 +19,12 @@ from typing import Any
 
 from benchmarks.common import commit
 from muon_dtensor.cli.models import MODELS, specs_of
-from muon_dtensor.cli.ways import planned
+from muon_dtensor.cli.ways import cost_of_way
 from muon_dtensor.layout import MeshSpec, ParamSpec
-from muon_dtensor.planning.ir import Gram, Phase, Plan, PlanOptions
-from muon_dtensor.planning.planner import plan_update
-from muon_dtensor.planning.predict import predict
+from muon_dtensor.planning.plan import Phase, PlanOptions
 from muon_dtensor.planning.presets import PRESETS
-from muon_dtensor.planning.strategies import kind_of
+from muon_dtensor.planning.report import PlanReport, plan_report
+from muon_dtensor.planning.simulate import simulate
 
 RANKS = (8, 32, 128, 512, 2048, 8192, 16384)
 WEAK = "llama3-70b, a layer for 8 ranks"
@@ -39,8 +38,8 @@ MOST_SHARDS = 256
 class Row:
     """One model on so many ranks; seconds of a step, and of its slowest rank by what it does.
 
-    `teams_seconds` are with exact=False, and `float32_*` those of an iteration in float32;
-    `one_replica_seconds` if every replica does everything again.
+    `float32_seconds`: of an iteration in float32; `one_replica_seconds`: if every replica does
+    everything again.
     """
 
     model: str
@@ -56,11 +55,7 @@ class Row:
     peak_nbytes: int
     strategies: str
     one_replica_seconds: float
-    teams_seconds: float
-    team_size: int
     float32_seconds: float
-    float32_teams_seconds: float
-    float32_team_size: int
 
 
 def mesh_of(model: str, ranks: int) -> MeshSpec:
@@ -88,22 +83,12 @@ def specs(model: str, ranks: int) -> list[ParamSpec]:
     ]
 
 
-def team_size(plan: Plan) -> int:
-    """Ranks of the largest team; 0 if matrices have owners."""
-    sizes = [
-        bucket.mesh.num_ranks_along(bucket.strategy.team_dims)
-        for bucket in plan.buckets
-        if isinstance(bucket.strategy, Gram)
-    ]
-    return max(sizes, default=0)
-
-
-def lanes(plan: Plan) -> tuple[float, float]:
+def lanes(plan: PlanReport) -> tuple[float, float]:
     """Seconds that the busiest rank orthogonalizes, and that it packs and applies."""
     cost = plan.cost
     busiest = cost.ranks[max(range(len(cost.ranks)), key=cost.flops.__getitem__)]
     spent = dict.fromkeys(Phase, 0.0)
-    for span in predict(plan, watch=(busiest,)).spans:
+    for span in simulate(plan.plan, plan.traffic, watch=(busiest,)).spans:
         if span.lane == "compute":
             spent[span.action.phase] += span.stop - span.start
     orthogonalize = spent.pop(Phase.ORTHOGONALIZE)
@@ -115,14 +100,12 @@ def row(job: tuple[str, int, str]) -> Row:
     model, ranks, topology = job
     options = PlanOptions(topology=PRESETS[topology], batched=True)
     params = specs(model, ranks)
-    plan = plan_update(params, options)
-    teams = plan_update(params, replace(options, exact=False))
+    plan = plan_report(params, options)
     wide = [replace(spec, wire_dtype="float32") for spec in params]
-    float32 = plan_update(wide, options)
-    float32_teams = plan_update(wide, replace(options, exact=False))
+    float32 = plan_report(wide, options)
     orthogonalize, elementwise = lanes(plan)
     cost, seconds = plan.cost, plan.prediction.seconds
-    kinds = {kind_of(bucket.strategy) for bucket in plan.buckets}
+    kinds = {bucket.strategy.kind for bucket in plan.buckets}
     return Row(
         model=model,
         ranks=ranks,
@@ -136,12 +119,8 @@ def row(job: tuple[str, int, str]) -> Row:
         sent_nbytes=max(cost.sent_nbytes),
         peak_nbytes=max(cost.peak_nbytes),
         strategies=", ".join(sorted(kinds)),
-        one_replica_seconds=planned("1d-owner", params, options).prediction.seconds,
-        teams_seconds=teams.prediction.seconds,
-        team_size=team_size(teams),
+        one_replica_seconds=cost_of_way("1d-owner", params, options).seconds,
         float32_seconds=float32.prediction.seconds,
-        float32_teams_seconds=float32_teams.prediction.seconds,
-        float32_team_size=team_size(float32_teams),
     )
 
 
@@ -149,22 +128,19 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
     """Lines of text, a table for each model."""
     head = (
         f"{'ranks':>6} {'step ms':>9} {'matmul':>9} {'pointwise':>9} {'exposed':>9} {'slowest':>8} "
-        f"{'MB sent':>9} {'GB held':>8} {'replicas repeat':>15} {'teams':>12} {'float32':>9} "
-        f"{'its teams':>12}"
+        f"{'MB sent':>9} {'GB held':>8} {'replicas repeat':>15} {'float32':>9}"
     )
     for model in dict.fromkeys(r.model for r in rows):
         found = [r for r in rows if r.model == model]
         yield f"\n{model}: {found[-1].matrices} matrices on the last line's ranks"
         yield head
         for r in found:
-            teams = f"{1e3 * r.teams_seconds:.1f} ({r.team_size})"
-            wide = f"{1e3 * r.float32_teams_seconds:.1f} ({r.float32_team_size})"
             yield (
                 f"{r.ranks:>6} {1e3 * r.seconds:>9.1f} {1e3 * r.orthogonalize_seconds:>9.1f} "
                 f"{1e3 * r.elementwise_seconds:>9.1f} {1e3 * r.exposed_seconds:>9.1f} "
                 f"{r.imbalance:>7.2f}x {r.sent_nbytes / 1e6:>9.1f} {r.peak_nbytes / 1e9:>8.2f} "
-                f"{1e3 * r.one_replica_seconds:>15.1f} {teams:>12} "
-                f"{1e3 * r.float32_seconds:>9.1f} {wide:>12}"
+                f"{1e3 * r.one_replica_seconds:>15.1f} "
+                f"{1e3 * r.float32_seconds:>9.1f}"
             )
 
 
@@ -192,8 +168,6 @@ def draw(rows: Sequence[Row], topology: str, path: Path) -> None:
             bottom = [a + b for a, b in zip(bottom, values, strict=True)]
         repeat = [1e3 * r.one_replica_seconds for r in found]
         axes.plot(places, repeat, "k.--", linewidth=0.8, label="if every replica repeats it all")
-        teams = [1e3 * r.teams_seconds for r in found]
-        axes.plot(places, teams, "g^:", linewidth=0.8, markersize=4, label="teams (exact=False)")
         axes.set_xticks(places, [f"{r.ranks}" for r in found], fontsize=8)
         axes.set_title(model, fontsize=10)
         axes.set_xlabel("ranks", fontsize=8)

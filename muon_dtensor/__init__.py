@@ -13,8 +13,11 @@ from muon_dtensor.errors import (
     PlanMismatchError,
     StepFailedError,
 )
-from muon_dtensor.planning.ir import Plan
+from muon_dtensor.planning.report import PlanReport
 from muon_dtensor.version import __version__
+
+Plan = PlanReport
+"""Its name in 0.1.0."""
 
 if TYPE_CHECKING:
     from muon_dtensor.clipping import clip_grad_norm_
@@ -41,6 +44,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "PlanMismatchError",
+    "PlanReport",
     "StepFailedError",
     "__version__",
     "checkpointable",

@@ -21,8 +21,9 @@ from muon_dtensor.layout import Layout, MeshSpec, ParamSpec
 from muon_dtensor.options import declaration_of
 from muon_dtensor.orthogonalize.newton_schulz import Body
 from muon_dtensor.patterns import Declaration
-from muon_dtensor.planning.ir import Plan
+from muon_dtensor.planning.plan import Plan
 from muon_dtensor.planning.planner import restrict
+from muon_dtensor.planning.serialize import digest
 from muon_dtensor.runtime.ballots import Manifest
 from muon_dtensor.runtime.by_functions import FunctionParam
 from muon_dtensor.runtime.describe import (
@@ -115,7 +116,6 @@ class Census:
                 declaration_of(entry.group),
                 num_iterations=entry.group["ns_steps"],
                 wire_dtype=wire_dtype,
-                is_polynomial=entry.group["orthogonalizer"] != "custom",
                 has_moments=entry.group["normuon_beta"] is not None,
             )
             if isinstance(described, Problem):
@@ -261,7 +261,7 @@ class Census:
             voting = min((mesh for _, mesh in found), key=lambda m: (m.dim_names, m.shape))
             yield Manifest(
                 mesh=voting,
-                digest=restrict(plan, rank_set).digest,
+                digest=digest(restrict(plan, rank_set)),
                 params=lines,
                 fqns=tuple(entry.name for entry, _ in found if entry.name in self._active),
                 sometimes_empty=frozenset(

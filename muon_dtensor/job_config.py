@@ -82,7 +82,7 @@ class OptimizerSection:
     batched: bool | None = None
     missing_grad: Literal["raise", "zero"] = "raise"
     nonfinite: Literal["raise", "skip", "propagate"] = "raise"
-    strategy: Literal["auto", "owned", "owned_staged", "gathered", "gram"] = "auto"
+    strategy: Literal["auto", "owned", "owned_staged"] = "auto"
     exact: bool = True
     topology: str | None = None
     momentum_dtype: DType | None = None

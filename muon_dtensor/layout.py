@@ -308,6 +308,17 @@ class Layout:
             known = self._holders[region] = self._find_holders(region)
         return known
 
+    @cached_property
+    def _largest_parts(self) -> dict[Region, int]:
+        return {}
+
+    def largest_part(self, region: Region) -> int:
+        """Elements of the largest part of a region that any rank holds."""
+        if region not in self._largest_parts:
+            holders = self.holders(region)
+            self._largest_parts[region] = max(part.numel for part in holders.values())
+        return self._largest_parts[region]
+
     def _find_holders(self, region: Region) -> dict[int, Region]:
         parts: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = [(0, (), ())]
         for tensor_dim, (dims, bounds) in enumerate(zip(self.cuts, self._bounds, strict=True)):
@@ -357,9 +368,9 @@ class ParamSpec:
     """All a planner may know of one parameter.
 
     `matrices` hold each of its elements once. `num_iterations` of Newton-Schulz, in `wire_dtype`,
-    which is also what travels. `dtype` is that of the stored parameter. `is_polynomial`: the
-    orthogonalization is a product of odd polynomials, not a function of the user's. `moment_cuts`:
-    the mesh dims that cut NorMuon's moments of rows, see `planning.moments`; None without them.
+    which is also what travels. `dtype` is that of the stored parameter. `moment_cuts`:
+    the mesh dims that cut NorMuon's row second moments, see `planning.normuon_state`; None without
+    them.
     """
 
     fqn: str
@@ -368,12 +379,9 @@ class ParamSpec:
     matrices: tuple[Matrix, ...]
     num_iterations: int = 5
     wire_dtype: str = "bfloat16"
-    is_polynomial: bool = True
     moment_cuts: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if type(self.is_polynomial) is not bool:
-            raise ValueError("is_polynomial is True or False")
         if not all(type(text) is str for text in (self.fqn, self.dtype, self.wire_dtype)):
             raise ValueError("names and dtypes are strings")
         if self.moment_cuts and (not self.layout.cuts or self.moment_cuts != self.layout.cuts[0]):

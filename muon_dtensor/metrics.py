@@ -12,8 +12,9 @@ from torch import Tensor
 from muon_dtensor.census import Census, Entry
 from muon_dtensor.layout import Layout
 from muon_dtensor.orthogonalize.residual import orthogonality_residual
-from muon_dtensor.planning.ir import Assignment, Bucket, Gram, Plan
-from muon_dtensor.planning.moments import reductions
+from muon_dtensor.planning.normuon_state import reductions
+from muon_dtensor.planning.plan import Assignment, Bucket
+from muon_dtensor.planning.report import PlanReport
 from muon_dtensor.runtime.describe import local_part, this_rank
 from muon_dtensor.runtime.groups import Groups
 from muon_dtensor.runtime.totals import total_of
@@ -33,7 +34,7 @@ class Measurement:
     Holds a copy of this rank's shards of all parameters in between.
     """
 
-    def __init__(self, plan: Plan, census: Census, number: int, trace: Trace | None) -> None:
+    def __init__(self, plan: PlanReport, census: Census, number: int, trace: Trace | None) -> None:
         """`number`: of the measurement; each looks at another matrix. `trace`: the user's."""
         self._plan, self._census = plan, census
         self._before = {
@@ -41,12 +42,7 @@ class Measurement:
         }
         self.trace = trace or Trace(this_rank())
         self._first_span = len(self.trace.spans)
-        whole = [
-            (bucket, a)
-            for bucket in plan.buckets
-            if not isinstance(bucket.strategy, Gram)
-            for a in bucket.assignments
-        ]
+        whole = [(bucket, a) for bucket in plan.buckets for a in bucket.assignments]
         self._sample: tuple[Bucket, Assignment] | None = None
         if whole:
             self._sample = whole[number % len(whole)]
@@ -141,7 +137,7 @@ class Measurement:
     def _of_this_rank(self) -> dict[str, float]:
         rank, cost = this_rank(), self._plan.cost
         sent = cost.sent_nbytes[cost.ranks.index(rank)] if rank in cost.ranks else 0
-        sent += sum(r.sent_nbytes for r in reductions(self._plan) if r.mesh.holds(rank))
+        sent += sum(r.sent_nbytes for r in reductions(self._plan.plan) if r.mesh.holds(rank))
         numbers = {"sent_nbytes": float(sent)}
         for span in self.trace.spans[self._first_span :]:
             name = f"seconds/{span.phase.name.lower()}"

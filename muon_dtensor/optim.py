@@ -26,8 +26,7 @@ from muon_dtensor.options import (
     validate,
 )
 from muon_dtensor.orthogonalize.bodies import tell_of_slow_bfloat16
-from muon_dtensor.planning.ir import Plan
-from muon_dtensor.planning.render import headline
+from muon_dtensor.planning.report import PlanReport
 from muon_dtensor.planning.topology import Topology
 from muon_dtensor.prepared import Prepared
 from muon_dtensor.runtime.describe import (
@@ -101,9 +100,8 @@ class Muon(Optimizer):
             arXiv:2505.16932), better converged and so of another update size; or a callable,
             [*batch, rows, cols] to the same. A group names it, a callable as "custom".
         strategy: how matrices are brought together: "auto", whichever is predicted to be fastest on
-            `topology`; or "owned", "owned_staged", "gathered", "gram" for all of them.
-        exact: False allows "gram", which lets a team of ranks share one matrix, rounds differently
-            in float32, and is taken where it promises a step 1.3 times as fast.
+            `topology`; or "owned", "owned_staged" for all of them.
+        exact: False allows `kernels` that round differently.
         topology: what the machine costs: a preset of `planning.presets` ("gloo-local" by default
             on the CPU, "h100-ib-400" on GPUs), or a file of `muon-dtensor calibrate`.
         momentum_dtype: what the momentum is kept in, bfloat16 or float32; default: the dtype of its
@@ -239,7 +237,7 @@ class Muon(Optimizer):
         self._warn_of_params(has_config=distributed_config is not None)
         is_told = this_rank() == 0 and logger.isEnabledFor(logging.INFO)
         if is_told and not self._config.is_by_hand:
-            logger.info("%s; print(optimizer.plan) says more", headline(self.plan))
+            logger.info("%s; print(optimizer.plan) says more", self.plan.headline())
 
     @ordinary_mode()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -262,14 +260,14 @@ class Muon(Optimizer):
                 raise
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> PlanReport:
         """What a step does: `print(optimizer.plan)`.
 
         Raises RuntimeError under a hand-written DistributedConfig, whose functions nobody can plan.
         """
         if self._config.is_by_hand:
             raise RuntimeError("a hand-written DistributedConfig moves matrices without a plan")
-        return self._ready.plan
+        return self._ready.report
 
     @property
     def _config(self) -> DistributedConfig:

@@ -27,8 +27,9 @@ from muon_dtensor.errors import (
 )
 from muon_dtensor.metrics import Measurement, State
 from muon_dtensor.options import as_text, planned_options, validate
-from muon_dtensor.planning.moments import moment_layout
-from muon_dtensor.planning.planner import plan_update
+from muon_dtensor.planning.check import check
+from muon_dtensor.planning.normuon_state import moment_layout
+from muon_dtensor.planning.report import plan_report
 from muon_dtensor.runtime.agreement import Agreement
 from muon_dtensor.runtime.by_functions import ByFunctions
 from muon_dtensor.runtime.describe import (
@@ -107,7 +108,9 @@ class Prepared:
             prefetch_count=config.prefetch_count,
             sequential=not config.async_gpu_parallelism,
         )
-        self.plan = plan_update(specs, options, self._owners)
+        self.report = plan_report(specs, options, self._owners)
+        self.plan = self.report.plan
+        check(self.plan)
         self._tell_of_owners(before)
         rank = this_rank()
         self._process_groups = process_groups = Groups(census.describer.device_meshes, rank)
@@ -213,7 +216,7 @@ class Prepared:
         fault: Exception | None,
     ) -> dict[str, float]:
         """`step`, and its metrics; `number`, `trace`: see `Measurement`, `fault`: see `step`."""
-        measurement = Measurement(self.plan, self.census, number, trace)
+        measurement = Measurement(self.report, self.census, number, trace)
         with self.executor.watched(measurement.trace, measurement.look):
             grads = self.step(state, sweeps_twice, is_measured=True, fault=fault)
         self._settings.wait_for_momentum()

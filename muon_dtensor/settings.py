@@ -14,7 +14,7 @@ from muon_dtensor.errors import GroupOptionError
 from muon_dtensor.options import one_of
 from muon_dtensor.orthogonalize.bodies import body_of
 from muon_dtensor.orthogonalize.newton_schulz import Body
-from muon_dtensor.planning.ir import PlanOptions
+from muon_dtensor.planning.plan import PlanOptions
 from muon_dtensor.planning.presets import PRESETS, topology_of
 from muon_dtensor.planning.topology import Topology
 from muon_dtensor.runtime.muon_options import Orthogonalizer

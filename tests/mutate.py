@@ -82,13 +82,8 @@ FAULTS = [
             "            if not mesh.dim_names:\n                barrier(",
         ),
         (
-            "hops after the first are not waited for",
-            "            self._begin(run, flight, hop)\n            flight.wait()\n",
-            "            self._begin(run, flight, hop)\n",
-        ),
-        (
             "an offloaded momentum is not written back",
-            "            local.momentum_buffer.copy_(params[index].momentum_buffer, non_blocking=True)\n",
+            "            local.momentum_buffer.copy_(here[index].momentum_buffer, non_blocking=True)\n",
             "            pass\n",
         ),
         (
@@ -140,15 +135,6 @@ FAULTS = [
             "cautious decay is not applied",
             "                    cautious=options.cautious,",
             "                    cautious=False,",
-        ),
-    ),
-    *in_files(
-        "runtime/executor.py",
-        "strategies::gram_stays_within_its_tolerance",
-        (
-            "tall slabs of a team are not transposed",
-            "            slab.mT if is_tall else slab,",
-            "            slab,",
         ),
     ),
     *in_files(
@@ -271,13 +257,32 @@ FAULTS = [
         ("scaled by the longer side", "min(polar_factor.shape)", "max(polar_factor.shape)"),
     ),
     *in_files(
-        "planning/arena.py",
-        "arena gloo memory::buffers_stay_under_the_cap",
+        "planning/schedule.py",
+        "arena gloo memory::buffers_stay_under_the_cap planning",
         (
-            "a buffer's life ends a moment early",
-            "            needs(bucket, hop.send, hop.recv)\n            moment += 1\n",
-            "            moment += 1\n",
+            "a buffer's life ends an event early",
+            "            life.last = index\n",
+            "            life.last = max(life.first, index - 1)\n",
         ),
+        (
+            "hops after the first are not waited for",
+            "            yield Wait(hop)\n",
+            "            if not index:\n                yield Wait(hop)\n",
+        ),
+        (
+            "nothing is prefetched",
+            "            issue_up_to(done + 1 + prefetch_count)",
+            "            issue_up_to(done + 1)",
+        ),
+        (
+            "results are applied immediately",
+            "            while len(resharding) > min(prefetch_count, 1):",
+            "            while len(resharding) > 0:",
+        ),
+    ),
+    *in_files(
+        "planning/buffer_placement.py",
+        "arena gloo memory::buffers_stay_under_the_cap",
         (
             "lives that touch may share a place",
             "p.life.first <= life.last and life.first <= p.life.last",
@@ -346,28 +351,18 @@ FAULTS = [
             "        if phases[index] != due:",
             "        if False:",
         ),
-        (
-            "a team in an exact plan passes",
-            "    if options.exact:\n        return",
-            "    if False:\n        return",
-        ),
-        (
-            "a team whose owner is not its first member passes",
-            "    if assignment.owner != members(bucket.mesh, bucket.strategy, assignment.owner)[0]:",
-            "    if False:",
-        ),
     ),
     *in_files(
         "planning/owners.py",
         "planning layouts_bitwise::matrices",
         (
             "the smallest matrix goes first",
-            "key=lambda i: (-work[i].flops, work[i].name)",
-            "key=lambda i: (work[i].flops, work[i].name)",
+            "key=lambda i: (-costs[i], work[i][0].name)",
+            "key=lambda i: (costs[i], work[i][0].name)",
         ),
         (
             "loads are not counted",
-            "        loads[owner] = loads.get(owner, 0) + work[index].flops",
+            "        loads[owner] = loads.get(owner, 0) + costs[index]",
             "        loads[owner] = loads.get(owner, 0)",
         ),
         (
@@ -381,18 +376,8 @@ FAULTS = [
         "planning memory::buffers_stay_under_the_cap",
         (
             "the cap of a bucket is not kept",
-            "        if not runs or footprint.nbytes > limit:",
+            "        if not runs or bound.nbytes > limit:",
             "        if not runs:",
-        ),
-        (
-            "nothing is prefetched",
-            "            issue_up_to(done + 1 + prefetch_count)",
-            "            issue_up_to(done + 1)",
-        ),
-        (
-            "results are applied at once",
-            "            while len(resharding) > min(prefetch_count, 1):",
-            "            while len(resharding) > 0:",
         ),
     ),
     *in_files(
@@ -400,17 +385,17 @@ FAULTS = [
         "planning layouts_bitwise::matrices strategies::bitwise",
         (
             "replicas share nothing",
-            "    apart, same = _dims_apart(layout, matrix.region), layout.replica_dims\n",
-            "    apart, same = _dims_apart(layout, matrix.region), ()\n",
+            "    apart, same = _dims_apart(layout, matrix), layout.replica_dims\n",
+            "    apart, same = _dims_apart(layout, matrix), ()\n",
         ),
         (
             "stages run in the order of the mesh on the way there",
-            "for name in reversed(strategy.unshard_dims))",
-            "for name in strategy.unshard_dims)",
+            "for name in reversed(self.unshard_dims))",
+            "for name in self.unshard_dims)",
         ),
     ),
     *in_files(
-        "planning/moments.py",
+        "planning/normuon_state.py",
         "planning variants",
         (
             "moments are cut where rows of others are touched",
@@ -947,16 +932,6 @@ FAULTS = [
             "    return rows + POLAR_EXPRESS[-1:] * (num_iterations - len(rows))",
             "    return rows",
         ),
-    ),
-    *in_files(
-        "orthogonalize/gram.py",
-        "strategies::gram_stays_within_its_tolerance strategies::gram_on_meshes_of_more_dims",
-        (
-            "a restart does not sum the Gram matrix",
-            "        team.add_up(gram)\n        if",
-            "        if",
-        ),
-        ("the largest element is each rank's own", "    team.take_largest(largest)\n", ""),
     ),
     *in_files(
         "qk_clip.py",

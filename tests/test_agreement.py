@@ -499,7 +499,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cautious": {"cautious_weight_decay": True, "weight_decay": 0.5},
     "bfloat16-momentum": {"momentum_dtype": torch.bfloat16},
     "bfloat16": {},
-    "gathered": {"strategy": "gathered"},
 }
 
 

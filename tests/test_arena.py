@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muon_dtensor.layout import MeshSpec
-from muon_dtensor.planning.arena import ALIGNMENT, Lifetime, chain_of, lifetimes, place
-from muon_dtensor.planning.ir import Phase, PlanOptions
+from muon_dtensor.planning.buffer_placement import ALIGNMENT, assign_offsets
+from muon_dtensor.planning.plan import Phase, PlanOptions
 from muon_dtensor.planning.planner import plan_update
+from muon_dtensor.planning.report import PlanReport
 from muon_dtensor.planning.routes import rank_bucket
+from muon_dtensor.planning.schedule import Lifetime, lifetimes, lower
 from muon_dtensor.runtime.buffers import ExchangeBuffers
 from tests.support.models import param_spec
 
@@ -32,7 +34,7 @@ def live_together(a: Lifetime, b: Lifetime) -> bool:
 
 @given(buffers)
 def test_no_two_that_live_together_share_a_byte(found):
-    offsets, total = place(found)
+    offsets, total = assign_offsets(found)
     rounded = [-(-nbytes // ALIGNMENT) * ALIGNMENT for nbytes, _ in found]
     spans = [(o, o + n, life) for o, n, (_, life) in zip(offsets, rounded, found, strict=True) if n]
     for (a, b, life), (c, d, other) in combinations(spans, 2):
@@ -49,7 +51,7 @@ def test_no_two_that_live_together_share_a_byte(found):
 def test_a_chain_needs_no_more_than_two_neighbours():
     sizes = [640, 6400, 1280, 5120, 640]
     chain = [(n, Lifetime(i, i + 1)) for i, n in enumerate(sizes)]
-    assert place(chain)[1] == 6400 + 1280
+    assert assign_offsets(chain)[1] == 6400 + 1280
 
 
 @pytest.mark.parametrize("prefetch_count", [0, 1, 2])
@@ -62,20 +64,21 @@ def test_buffers_of_a_real_plan(prefetch_count):
     assert len(plan.buckets) > 2
     for rank in range(4):
         chains = {
-            i: chain_of(rank_bucket(plan, bucket, bucket.mesh.position_of(rank)))
+            i: rank_bucket(plan, bucket, bucket.mesh.position_of(rank))
             for i, bucket in enumerate(plan.buckets)
         }
-        lives = lifetimes(plan.schedule, chains)
+        program = lower(plan.schedule, {i: chain.sequence for i, chain in chains.items()})
+        lives = lifetimes(program)
         assert set(lives) == {(i, n) for i, c in chains.items() for n in range(len(c.numels))}
         order = [a.bucket for a in plan.schedule if a.phase is Phase.UNSHARD]
         for bucket, chain in chains.items():
-            for hop in (*chain.there, *chain.back):
+            for hop in chain.sequence.hops:
                 assert live_together(lives[bucket, hop.send], lives[bucket, hop.recv])
         if prefetch_count:
             first, second = order[:2]
-            assert live_together(lives[first, chains[first].wholes], lives[second, 0])
+            assert live_together(lives[first, chains[first].sequence.wholes], lives[second, 0])
         kinds = dict.fromkeys(chains, (torch.bfloat16, torch.device("cpu")))
-        lent = ExchangeBuffers(plan.schedule, chains, kinds)
+        lent = ExchangeBuffers(program, chains, kinds)
         assert lent.take(0, 0).numel() == chains[0].numels[0]
         held = {key: lent.take(*key) for key in lives}  # alive, so that no other gets their place
         again = {key: lent.take(*key) for key in lives}
@@ -84,4 +87,6 @@ def test_buffers_of_a_real_plan(prefetch_count):
         lent.forget()
         first = next(key for key in lives if held[key].numel())
         assert lent.take(*first).data_ptr() != held[first].data_ptr()
-        assert lent.block_nbytes <= 1.05 * plan.cost.buffer_nbytes[rank] + 10 * ALIGNMENT
+        assert (
+            lent.block_nbytes <= 1.05 * PlanReport(plan).cost.buffer_nbytes[rank] + 10 * ALIGNMENT
+        )

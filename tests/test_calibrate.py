@@ -12,11 +12,13 @@ from muon_dtensor.cli.calibrate import calibrate
 from muon_dtensor.cli.calibrate_worker import fitted, measured_topology, with_overheads
 from muon_dtensor.layout import Layout, MeshSpec, ParamSpec
 from muon_dtensor.matrices import matrices_of
-from muon_dtensor.planning.ir import PlanOptions
+from muon_dtensor.planning.plan import PlanOptions
 from muon_dtensor.planning.planner import plan_update
-from muon_dtensor.planning.predict import predict
 from muon_dtensor.planning.presets import PRESETS
+from muon_dtensor.planning.report import plan_report
+from muon_dtensor.planning.simulate import simulate
 from muon_dtensor.planning.topology import Topology
+from muon_dtensor.planning.traffic import plan_traffic
 from tests.support.pool import run_processes
 
 
@@ -43,7 +45,7 @@ def test_overheads_make_predictions_meet_the_steps():
     for num in calibrate_worker.STEP_NUMS:
         specs = [ParamSpec(f"w{i}", layout, "float32", matrices) for i in range(num)]
         plan = plan_update(specs, PlanOptions(strategy="owned", topology=topology))
-        steps[num] = (plan, predict(plan).seconds)
+        steps[num] = (plan, simulate(plan, plan_traffic(plan)).seconds)
     found = with_overheads(replace(topology, tensor_overhead=1.0, step_overhead=1.0), steps)
     assert found.tensor_overhead == pytest.approx(topology.tensor_overhead, rel=1e-3)
     assert found.step_overhead == pytest.approx(topology.step_overhead, rel=1e-3)
@@ -96,4 +98,4 @@ def test_the_command_writes_a_file_that_plans_take(tmp_path, capfd):
     assert topology.name == "mine"
     layout = Layout(MeshSpec.of(dp=2), (64, 64), (("dp",), ()))
     spec = ParamSpec("w", layout, "float32", matrices_of((64, 64)))
-    assert plan_update([spec], PlanOptions(topology=topology)).prediction.seconds > 0
+    assert plan_report([spec], PlanOptions(topology=topology)).prediction.seconds > 0

@@ -23,12 +23,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from muon_dtensor import GroupOptionError, Muon, Plan, PlanError, group_parameters
+from muon_dtensor import GroupOptionError, Muon, PlanError, PlanReport, group_parameters
 from muon_dtensor.layout import Layout, MeshSpec, ParamSpec, Region
 from muon_dtensor.options import DECLARED
 from muon_dtensor.patterns import Declaration
 from muon_dtensor.planning.check import check, check_routes
-from muon_dtensor.planning.planner import plan_update
+from muon_dtensor.planning.report import plan_report
 from muon_dtensor.runtime.packing import box_of, from_matrix, to_matrix, view_box
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.meter import counting, installed
@@ -144,9 +144,9 @@ def compare(
                     if not torch.equal(mine.to_local(), shard):
                         wrong.append(f"{name} after step {step}")
     assert count.sent_nbytes == 3 * ours.plan.cost.sent_nbytes[dist.get_rank()]
-    check(ours.plan)
-    check_routes(ours.plan)
-    assert Plan.from_json(ours.plan.to_json()) == ours.plan
+    check(ours.plan.plan)
+    check_routes(ours.plan.plan)
+    assert PlanReport.from_json(ours.plan.to_json()) == ours.plan
     return wrong, count.num_matrices, ours.plan.cost.num_matrices
 
 
@@ -251,11 +251,11 @@ def test_boxes_are_what_einops_makes(data):
         assert torch.equal(from_matrix(whole, matrix), box)
 
 
-def plan_of(sizes: dict[str, int], shape: tuple[int, ...], cuts: Any, **options: Any) -> Plan:
+def plan_of(sizes: dict[str, int], shape: tuple[int, ...], cuts: Any, **options: Any) -> PlanReport:
     axes = tuple(options.pop("matrix_axes", {}).items())
     declaration = Declaration(options.pop("matrix", None), axes, **options)
     layout = Layout(MeshSpec.of(**sizes), shape, cuts)
-    return plan_update([ParamSpec("w", layout, "float32", declaration.matrices(shape))])
+    return plan_report([ParamSpec("w", layout, "float32", declaration.matrices(shape))])
 
 
 def test_whole_heads_on_a_rank_send_nothing():
@@ -283,7 +283,7 @@ def test_a_fused_qkv_sends_at_most_its_boundary_matrices_twice():
     assert 0 < plan.cost.total_nbytes <= 2 * sum(2 * matrix.numel for matrix in cut)
 
 
-def holders_of(plan: Plan, matrix: Any) -> Any:
+def holders_of(plan: PlanReport, matrix: Any) -> Any:
     return plan.params[0].layout.holders(matrix.region)
 
 

@@ -56,7 +56,15 @@ MAY_REACH = {
     "__init__": ("",),
 }
 
-RUNTIME_MAY_PLAN_WITH = (*("planning.arena", "planning.ir", "planning.moments", "planning.routes"),)
+RUNTIME_MAY_PLAN_WITH = (
+    *(
+        "planning.buffer_placement",
+        "planning.plan",
+        "planning.normuon_state",
+        "planning.routes",
+        "planning.schedule",
+    ),
+)
 ONLY_IN_DESCRIBE = (
     "_StridedShard",
     "_is_flat_param",

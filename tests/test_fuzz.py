@@ -18,8 +18,9 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 
 from muon_dtensor import Muon
 from muon_dtensor.planning.check import check
-from muon_dtensor.planning.ir import Gathered, Local, Plan
+from muon_dtensor.planning.plan import Plan
 from muon_dtensor.planning.planner import plan_update
+from muon_dtensor.planning.serialize import from_json, to_json
 from muon_dtensor.runtime.describe import local_part
 from tests.support.cases import OVERWRITES_MOMENTA, mesh_of, spread, tensors_like
 from tests.support.threads import run_threads
@@ -197,7 +198,7 @@ def random_steps(draw) -> Steps:
     ours = (
         ("bucket_mb", draw(st.sampled_from([1e-5, 3e-4, 0.01, 256]))),
         ("prefetch_count", draw(st.integers(0, 4))),
-        ("strategy", draw(st.sampled_from(["auto", "owned", "owned_staged", "gathered"]))),
+        ("strategy", draw(st.sampled_from(["auto", "owned", "owned_staged"]))),
     )
     dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]))
     if dtype == torch.bfloat16 and OVERWRITES_MOMENTA:
@@ -240,7 +241,7 @@ def test_any_of_many_steps_are_bitwise_torch_s(steps):
 
 
 def mutated(plan: Plan, rng: random.Random) -> Plan | None:
-    """The plan with one assignment or collective dropped, doubled or shifted; None for none."""
+    """The plan with one assignment or mesh dim dropped, doubled or shifted; None for none."""
     choices = []
     for number, bucket in enumerate(plan.buckets):
         assignments = bucket.assignments
@@ -255,14 +256,13 @@ def mutated(plan: Plan, rng: random.Random) -> Plan | None:
             {"assignments": (*rest, outside)},
             {"assignments": (*rest, other)},
         ]
-        for name in ("unshard", "reshard"):
-            hops = getattr(bucket, name)
-            if hops:
-                hop = rng.randrange(len(hops))
+        strategy = bucket.strategy
+        changes.append({"strategy": replace(strategy, hops=strategy.hops + 2)})
+        for name in ("unshard_dims", "replica_dims"):
+            if dims := getattr(strategy, name):
                 changes += [
-                    {name: (*hops[:hop], *hops[hop + 1 :])},
-                    {name: (*hops, hops[hop])},
-                    {name: (*hops[:hop], replace(hops[hop], mesh_dims=()), *hops[hop + 1 :])},
+                    {"strategy": replace(strategy, **{name: dims[1:]})},
+                    {"strategy": replace(strategy, **{name: (*dims, dims[0])})},
                 ]
         choices += [(number, change) for change in changes]
     if not choices:
@@ -279,7 +279,7 @@ def check_plan(case: Any, seed: int) -> None:
     plan = plan_update(specs, options)
     check(plan)
     for bucket in plan.buckets:
-        if not isinstance(bucket.strategy, (Local, Gathered)):
+        if not bucket.strategy.is_local:
             for assignment in bucket.assignments:
                 assert plan.holders(assignment), "an owner gathers from those who hold copies"
     changed = mutated(plan, random.Random(seed))
@@ -287,7 +287,7 @@ def check_plan(case: Any, seed: int) -> None:
         with pytest.raises(ValueError, match="not a valid plan"):
             check(changed)
         with pytest.raises(ValueError, match=r"plan|collective|mesh"):
-            Plan.from_json(changed.to_json())
+            from_json(to_json(changed))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

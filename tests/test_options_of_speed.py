@@ -357,7 +357,7 @@ def test_on_the_host_momentum_is_offloaded_already():
     assert on_host(buffer) is buffer
 
 
-@pytest.mark.parametrize("strategy", ["owned", "owned_staged", "gathered"])
+@pytest.mark.parametrize("strategy", ["owned", "owned_staged"])
 @pytest.mark.parametrize(
     ("mesh_shape", "placements"), [((2, 2), (R, S0)), ((2, 2), (S0, S1)), ((4,), (R,))], ids=str
 )

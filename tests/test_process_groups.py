@@ -17,7 +17,7 @@ from torch.distributed.tensor import Replicate, Shard
 from muon_dtensor import (
     AssignmentError,
     Muon,
-    Plan,
+    PlanReport,
     create_auto_config,
     create_devicemesh_config,
     create_dtensor_config,
@@ -28,7 +28,7 @@ from muon_dtensor.errors import RefusalError
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, ParamSpec, Region
 from muon_dtensor.matrices import flattened, matrices_of
 from muon_dtensor.planning.check import check, check_routes
-from muon_dtensor.planning.planner import plan_update
+from muon_dtensor.planning.report import plan_report
 from muon_dtensor.shards import flat_layout_from_shards, layout_from_shards
 from tests.support.cases import Oracle, mesh_of, spread, tensors_like
 from tests.support.meter import counting, installed
@@ -64,10 +64,10 @@ def test_shards_of_any_sizes_make_the_layout_they_were_cut_by(data):
     for position, shape in shapes.items():
         assert layout.region(position).shape == shape
     spec = ParamSpec("w", layout, "float32", matrices_of(layout.shape))
-    plan = plan_update([spec])
-    check(plan)
-    check_routes(plan)
-    assert Plan.from_json(plan.to_json()) == plan
+    plan = plan_report([spec])
+    check(plan.plan)
+    check_routes(plan.plan)
+    assert PlanReport.from_json(plan.to_json()) == plan
 
 
 def test_chunks_need_no_bounds():
@@ -120,12 +120,12 @@ def test_flat_plans_route_every_element_once(shape, cuts, owner):
     slices = {index: (a, b - a) for index, (a, b) in enumerate(pairwise(ends))}
     layout = flat_layout_from_shards(mesh, "fsdp", shape, slices)
     spec = ParamSpec("w", layout, "float32", tuple(flattened(m, shape) for m in matrices_of(shape)))
-    plan = plan_update([spec], owners=None if owner is None else {"w": owner})
-    check(plan)
-    check_routes(plan)
+    plan = plan_report([spec], owners=None if owner is None else {"w": owner})
+    check(plan.plan)
+    check_routes(plan.plan)
     assert plan.cost.sent_nbytes
     assert f"[{', '.join(map(str, shape))}] stored flat" in str(plan)
-    assert Plan.from_json(plan.to_json()) == plan
+    assert PlanReport.from_json(plan.to_json()) == plan
     if owner is not None:
         for matrix, rank in zip(spec.matrices, plan.owners["w"], strict=True):
             assert rank == owner or len(layout.holders(matrix.region)) == 1

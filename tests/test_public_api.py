@@ -26,6 +26,7 @@ PUBLIC = {
     "Plan",
     "PlanError",
     "PlanMismatchError",
+    "PlanReport",
     "StepFailedError",
     "__version__",
     "DistributedConfig",

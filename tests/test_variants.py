@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from muon_dtensor import GroupOptionError, Muon
 from muon_dtensor.orthogonalize.newton_schulz import KELLER_JORDAN
 from muon_dtensor.orthogonalize.normuon import normalize_rows
-from muon_dtensor.planning.moments import reductions
+from muon_dtensor.planning.normuon_state import reductions
 from muon_dtensor.runtime import row_moments
 from muon_dtensor.runtime.describe import local_part, with_shard
 from tests.support.cases import mesh_of, spread, tensors_like
@@ -99,7 +99,7 @@ def test_variants_of_experts(mesh_shape, placements, dtype):
 
 @pytest.mark.parametrize(
     "more",
-    [{"strategy": s} for s in ("auto", "owned", "owned_staged", "gathered")]
+    [{"strategy": s} for s in ("auto", "owned", "owned_staged")]
     + [{"bucket_mb": 1e-4, "strategy": "owned"}, {"exact": False, "strategy": "auto"}],
     ids=str,
 )

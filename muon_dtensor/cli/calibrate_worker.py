@@ -24,10 +24,11 @@ from muon_dtensor.cli.leaving import leave
 from muon_dtensor.layout import MeshSpec
 from muon_dtensor.orthogonalize import newton_schulz
 from muon_dtensor.orthogonalize.newton_schulz import NUM_ITERATIONS
-from muon_dtensor.planning.ir import Plan
 from muon_dtensor.planning.matrix_costs import newton_schulz_flops
-from muon_dtensor.planning.predict import applied_nbytes, packed_nbytes, predict
+from muon_dtensor.planning.plan import Plan
+from muon_dtensor.planning.simulate import applied_nbytes, packed_nbytes, simulate
 from muon_dtensor.planning.topology import Link, Rates, Topology
+from muon_dtensor.planning.traffic import plan_traffic
 from muon_dtensor.runtime.collectives import all_gather_parts, all_reduce_sum, all_to_all
 from muon_dtensor.update import Place, apply_updates, update_momentum, write_directions
 
@@ -120,7 +121,7 @@ class _Bench:
         return tuple((name, tuple(points)) for name, points in rates.items()), cores
 
     def elementwise(self) -> float:
-        """Bytes/s of momentum, direction, decay and update, counted as `predict` counts them."""
+        """Bytes/s of momentum, direction, decay and update, counted as `simulate` counts them."""
         num, side = 16, 512
         params, momenta, grads = (list(self.randn(num, side, side)) for _ in range(3))
         wires = list(self.randn(num, side, side, dtype=torch.bfloat16))
@@ -198,7 +199,7 @@ class _Bench:
             self.device,
             rounds=5 * ROUNDS,
         )
-        return {num: (made.plan, seconds[str(num)]) for num, made in optimizers.items()}
+        return {num: (made.plan.plan, seconds[str(num)]) for num, made in optimizers.items()}
 
 
 def fitted(readings: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
@@ -219,21 +220,24 @@ def fitted(readings: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
 def with_overheads(topology: Topology, steps: Mapping[int, tuple[Plan, float]]) -> Topology:
     """The same with the overheads of tensors and steps that make predictions meet these steps."""
 
-    def told(num: int, per_tensor: float) -> float:
-        plan = steps[num][0]
+    traffics = {num: plan_traffic(plan) for num, (plan, _) in steps.items()}
+
+    def predicted(num: int, per_tensor: float) -> float:
+        plan, _ = steps[num]
         candidate = replace(topology, tensor_overhead=per_tensor, step_overhead=0.0)
-        return predict(replace(plan, options=replace(plan.options, topology=candidate))).seconds
+        plan = replace(plan, options=replace(plan.options, topology=candidate))
+        return simulate(plan, traffics[num]).seconds
 
     few, many = STEP_NUMS
     difference = max(0.0, steps[many][1] - steps[few][1])
     low, high = 0.0, difference
     for _ in range(40):
         middle = (low + high) / 2
-        if told(many, middle) - told(few, middle) < difference:
+        if predicted(many, middle) - predicted(few, middle) < difference:
             low = middle
         else:
             high = middle
-    rest = steps[few][1] - told(few, low)
+    rest = steps[few][1] - predicted(few, low)
     return replace(topology, tensor_overhead=low, step_overhead=max(0.0, rest))
 
 

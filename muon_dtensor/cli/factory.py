@@ -18,14 +18,15 @@ from torch.distributed.tensor import DTensor
 
 from muon_dtensor import Muon, group_parameters
 from muon_dtensor.cli.named import named
-from muon_dtensor.planning.ir import Plan, PlanOptions
+from muon_dtensor.planning.plan import PlanOptions
+from muon_dtensor.planning.report import PlanReport
 from muon_dtensor.runtime.describe import pretended_ranks
 
 FSDP_MESHES = (("dp_shard",), ("dp_replicate", "dp_shard"))
 """Mesh dims of `fully_shard`, which goes by their places."""
 
 
-def plan_of_factory(path: str, sizes: Mapping[str, int], options: PlanOptions) -> Plan:
+def plan_of_factory(path: str, sizes: Mapping[str, int], options: PlanOptions) -> PlanReport:
     """The plan of what `pkg.mod:fn` returns, as rank 0 of the mesh makes it.
 
     `fn(mesh)` returns a model that it has sharded over the DeviceMesh, or what `Muon` takes as

@@ -11,12 +11,11 @@ from pathlib import Path
 from muon_dtensor.cli.models import specs_of
 from muon_dtensor.cli.plan_plot import plot as draw
 from muon_dtensor.cli.plan_table import show, show_compared
-from muon_dtensor.cli.ways import planned
+from muon_dtensor.cli.ways import WayCost, cost_of_way
 from muon_dtensor.layout import MeshSpec
-from muon_dtensor.planning.ir import Plan, PlanOptions
-from muon_dtensor.planning.planner import plan_update
+from muon_dtensor.planning.plan import PlanOptions
 from muon_dtensor.planning.presets import topology_of
-from muon_dtensor.planning.render import headline
+from muon_dtensor.planning.report import PlanReport, plan_report
 
 
 def plan(
@@ -47,8 +46,8 @@ def plan(
         topology: a preset (h100-ib-400, h100-nvlink, h200, a100-ib-200, gloo-local) or a JSON file
             of `muon-dtensor calibrate`.
         ranks: how many there are; the mesh must have as many.
-        strategy: auto, or one for all: owned, owned_staged, gathered, gram.
-        exact: --no-exact allows gram, which rounds differently.
+        strategy: auto, or one for all: owned, owned_staged.
+        exact: --no-exact allows strategies that round differently.
         bucket_mb: most MiB of exchange buffers of one bucket on a rank.
         prefetch_count: buckets in flight while another is orthogonalized.
         explain: all about the parameter of this name instead of the table.
@@ -81,11 +80,11 @@ def plan(
 
             made = plan_of_factory(model, sizes, options)
         else:
-            made = plan_update(specs_of(model, MeshSpec.of(**sizes)), options)
+            made = plan_report(specs_of(model, MeshSpec.of(**sizes)), options)
         if compare is not None:
             ways = dict.fromkeys(name.strip() for name in compare.split(","))
-            others = {w: planned(w, made.params, options) for w in ways if w != "ours"}
-            show_compared({way: others.get(way, made) for way in ways})
+            others = {w: cost_of_way(w, made.params, options) for w in ways if w != "ours"}
+            show_compared({way: others.get(way, WayCost.of(made)) for way in ways})
         elif explain is None:
             show(made)
         elif explain in {spec.fqn for spec in made.params}:
@@ -133,8 +132,8 @@ MOST_RANKS = 1 << 17
 def _diff(first: Path, second: Path) -> int:
     """Print what differs between two plans; 0 if nothing does, else 1."""
     before, after = (
-        [headline(made), *str(made).splitlines()]
-        for made in (Plan.from_json(path.read_text()) for path in (first, second))
+        [made.headline(), *str(made).splitlines()]
+        for made in (PlanReport.from_json(path.read_text()) for path in (first, second))
     )
     lines = list(difflib.unified_diff(before, after, str(first), str(second), lineterm="", n=1))
     print("\n".join(lines) or "the plans are equal")

@@ -1,15 +1,16 @@
 """A plan as a picture: when ranks do what, how loads are spread, what travels over which dims.
 
-Draws what `predict` and `cost` say. Computes nothing.
+Draws what `simulate` and `cost` compute.
 """
 
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from muon_dtensor.planning.ir import Gram, Phase, Plan
-from muon_dtensor.planning.predict import predict
+from muon_dtensor.planning.plan import Phase
 from muon_dtensor.planning.render import dims_text, duration, quantity
+from muon_dtensor.planning.report import PlanReport
+from muon_dtensor.planning.simulate import simulate
 
 MOST_LANES = 6
 COLORS = {
@@ -22,7 +23,7 @@ COLORS = {
 LABELS = {Phase.APPLY: "apply, with later hops", Phase.WAIT: "wait, with later hops"}
 
 
-def plot(made: Plan, path: Path) -> None:
+def plot(made: PlanReport, path: Path) -> None:
     """Write the picture; its format is that of the ending of the path.
 
     Raises ValueError for a plan of nothing, without matplotlib, or for an ending it does not know.
@@ -57,7 +58,7 @@ def plot(made: Plan, path: Path) -> None:
         pyplot.close(figure)
 
 
-def watched(made: Plan) -> list[int]:
+def watched(made: PlanReport) -> list[int]:
     """Ranks worth looking at: from the one that computes most to the one that computes least."""
     cost = made.cost
     order = sorted(range(len(cost.ranks)), key=lambda index: (-cost.flops[index], index))
@@ -66,7 +67,7 @@ def watched(made: Plan) -> list[int]:
     return [cost.ranks[order[place]] for place in places]
 
 
-def _timeline(made: Plan, axes: Any) -> None:
+def _timeline(made: PlanReport, axes: Any) -> None:
     ranks = watched(made)
     rows = {
         (rank, lane): 3 * place + offset
@@ -74,7 +75,7 @@ def _timeline(made: Plan, axes: Any) -> None:
         for offset, lane in enumerate(("exchange", "compute"))
     }
     drawn: set[Phase] = set()
-    for span in predict(made, watch=ranks).spans:
+    for span in simulate(made.plan, made.traffic, watch=ranks).spans:
         phase = span.action.phase
         axes.barh(
             rows[span.rank, span.lane],
@@ -96,7 +97,7 @@ def _timeline(made: Plan, axes: Any) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=5, fontsize=8, frameon=False)
 
 
-def _load(made: Plan, axes: Any) -> None:
+def _load(made: PlanReport, axes: Any) -> None:
     factor, unit = (1e12, "TFLOP") if max(made.cost.flops) >= 1e13 else (1e9, "GFLOP")
     loads = [flops / factor for flops in sorted(made.cost.flops, reverse=True)]
     mean = sum(loads) / len(loads)
@@ -110,14 +111,11 @@ def _load(made: Plan, axes: Any) -> None:
     axes.set_title("load per rank", fontsize=10)
 
 
-def _sent(made: Plan, axes: Any) -> None:
+def _sent(made: PlanReport, axes: Any) -> None:
     nbytes: dict[str, int] = defaultdict(int)
     for cost in made.cost.buckets:
-        for hop in (*cost.unshard, *cost.reshard):
+        for hop in cost.sequence.hops:
             nbytes[dims_text(cost.bucket, hop.collective.mesh_dims)] += sum(cost.sent_nbytes(hop))
-        if isinstance(cost.bucket.strategy, Gram):
-            name = f"rings, {dims_text(cost.bucket, cost.bucket.strategy.team_dims)}"
-            nbytes[name] += sum(cost.team_nbytes)
     names = sorted(nbytes, key=nbytes.__getitem__)
     values = [nbytes[name] / 1e9 for name in names]
     bars = axes.barh(names, values, color="#4c78a8", height=0.6)

@@ -6,15 +6,9 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from muon_dtensor.planning.ir import Gram, Local, Plan
-from muon_dtensor.planning.render import (
-    collective_text,
-    dims_text,
-    duration,
-    instead,
-    quantity,
-    strategy_text,
-)
+from muon_dtensor.cli.ways import WayCost
+from muon_dtensor.planning.render import collective_text, duration, instead, quantity
+from muon_dtensor.planning.report import PlanReport
 
 
 def console() -> Console:
@@ -22,7 +16,7 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 150)
 
 
-def show(made: Plan) -> None:
+def show(made: PlanReport) -> None:
     """The plan as a table, and its totals against the lower bounds."""
     cost, prediction = made.cost, made.prediction
     table = Table(title=", ".join(f"mesh {mesh}" for mesh in made.meshes))
@@ -32,15 +26,14 @@ def show(made: Plan) -> None:
         table.add_column(name, justify="right")
     for index, priced in enumerate(cost.buckets):
         bucket = priced.bucket
-        hops = (*priced.unshard, *priced.reshard)
+        hops = priced.sequence.hops
         lines = [collective_text(bucket, hop.collective) for hop in hops]
-        if isinstance(bucket.strategy, Gram):
-            lines.append(f"rings over {dims_text(bucket, bucket.strategy.team_dims)}")
-        sent = zip(priced.team_nbytes, *(priced.sent_nbytes(hop) for hop in hops), strict=True)
+        nothing = [0] * bucket.mesh.num_ranks
+        sent = zip(nothing, *(priced.sent_nbytes(hop) for hop in hops), strict=True)
         exchange, compute = prediction.exchange_seconds[index], prediction.compute_seconds[index]
         table.add_row(
             str(index),
-            strategy_text(bucket.strategy),
+            bucket.strategy.text,
             str(len(bucket.assignments)),
             "\n".join(lines) or "none",
             f"{max(map(sum, sent)) / 1e6:.1f}",
@@ -51,7 +44,7 @@ def show(made: Plan) -> None:
     told = set()
     for index, bucket in enumerate(made.buckets):
         verdict = (bucket.strategy, bucket.seconds, bucket.alternatives)
-        if not isinstance(bucket.strategy, Local) and verdict not in told:
+        if not bucket.strategy.is_local and verdict not in told:
             told.add(verdict)
             print(f"bucket {index}: {duration(bucket.seconds)} if its like were all")
             for line in instead(bucket):
@@ -70,24 +63,22 @@ def show(made: Plan) -> None:
     )
 
 
-def show_compared(plans: Mapping[str, Plan]) -> None:
+def show_compared(costs: Mapping[str, WayCost]) -> None:
     """One line for each way of working; ratios to the last."""
     table = Table(title="ways of working, modelled")
     table.add_column("way")
     for name in ("predicted", "x the last", "redundancy", "MB/rank", "TFLOP/rank", "GB held"):
         table.add_column(name, justify="right")
-    *_, last = plans.values()
-    work = last.cost.model_flops / max(1, len(last.cost.ranks))
-    for name, made in plans.items():
-        cost = made.cost
-        redundancy = sum(cost.flops) / max(1, len(cost.ranks)) / work if work else 1.0
+    *_, last = costs.values()
+    for name, cost in costs.items():
+        redundancy = cost.mean_flops / last.mean_flops if last.mean_flops else 1.0
         table.add_row(
             name,
-            duration(made.prediction.seconds),
-            f"{made.prediction.seconds / last.prediction.seconds:.2f}",
+            duration(cost.seconds),
+            f"{cost.seconds / last.seconds:.2f}",
             f"{redundancy:.2f}",
-            f"{max(cost.sent_nbytes, default=0) / 1e6:.1f}",
-            f"{max(cost.flops, default=0) / 1e12:.2f}",
-            f"{max(cost.peak_nbytes, default=0) / 1e9:.2f}",
+            f"{cost.sent_nbytes / 1e6:.1f}",
+            f"{cost.flops / 1e12:.2f}",
+            f"{cost.peak_nbytes / 1e9:.2f}",
         )
     console().print(table, markup=False)

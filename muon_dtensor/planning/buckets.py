@@ -1,13 +1,13 @@
-"""Which matrices travel together, under the memory cap, and in which order buckets run.
-
-Sees owners, sizes and flops. Does not choose owners or strategies.
-"""
+"""Which matrices travel together, under the memory cap."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from muon_dtensor.planning.ir import Action, Bucket, Phase
+from muon_dtensor.layout import Layout
+from muon_dtensor.planning.owners import Candidate
+from muon_dtensor.planning.schedule import BufferSequence
+from muon_dtensor.planning.strategies import Strategy
 
 NUM_OVERLAPPING = 4
 """Buckets to aim for where the cap would allow fewer: the exchange of the first and the last
@@ -24,150 +24,134 @@ matrices of other owners add little, and alone each would leave the links of all
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
-    """One matrix as luggage: who owns it, its work, and its `loads`, (buffer, place, bytes) each.
+class OwnedMatrix:
+    """A candidate with its owner, and the bytes that it adds to numbered buffers.
 
-    Loads at one place add up, and those of another buffer are counted by themselves.
+    `loads`: (buffer, place, bytes) each. Bytes at one place add up.
     """
 
-    index: int
+    candidate: Candidate
     owner: int
-    flops: int
-    name: tuple[str, int]
-    loads: tuple[tuple[str, int, int], ...]
+    loads: tuple[tuple[int, int, int], ...]
 
 
-Moment = tuple[tuple[int, str], ...]
-"""What is held at one moment: so many copies of the fullest place of each buffer."""
+class BufferBound:
+    """An upper bound on the buffers of one bucket on any rank, kept up to date as it grows.
 
+    `memory.bucket_peak_nbytes` is exact and visits every rank; this one adds up matrix by matrix.
+    """
 
-@dataclass(slots=True)
-class Footprint:
-    """A running upper bound on the buffers of one bucket on any rank; see `BucketCost.buffers`."""
+    def __init__(self, sets: Sequence[tuple[int, ...]]) -> None:
+        """`sets`: of buffers that hold something at the same time; see `schedule.live_sets`."""
+        self._sets = sets
+        self._places: dict[tuple[int, int], int] = defaultdict(int)
+        self._fullest: dict[int, int] = defaultdict(int)
 
-    moments: tuple[Moment, ...]
-    places: dict[tuple[str, int], int] = field(default_factory=lambda: defaultdict(int))
-    fullest: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    def of(self, matrices: Iterable[OwnedMatrix]) -> "BufferBound":
+        """The bound of a bucket of these matrices."""
+        bound = BufferBound(self._sets)
+        for matrix in matrices:
+            bound.add(matrix)
+        return bound
 
-    def empty(self) -> "Footprint":
-        return Footprint(self.moments)
-
-    def of(self, parcels: Iterable[Parcel]) -> "Footprint":
-        """The footprint of a bucket of these parcels."""
-        footprint = self.empty()
-        for parcel in parcels:
-            footprint.add(parcel)
-        return footprint
-
-    def add(self, parcel: Parcel) -> None:
-        for buffer, place, nbytes in parcel.loads:
-            self.places[buffer, place] += nbytes
-            self.fullest[buffer] = max(self.fullest[buffer], self.places[buffer, place])
+    def add(self, matrix: OwnedMatrix) -> None:
+        """Put one more matrix into the bucket."""
+        for buffer, place, nbytes in matrix.loads:
+            self._places[buffer, place] += nbytes
+            self._fullest[buffer] = max(self._fullest[buffer], self._places[buffer, place])
 
     @property
     def nbytes(self) -> int:
-        return max(
-            sum(copies * self.fullest[buffer] for copies, buffer in moment)
-            for moment in self.moments
-        )
+        return max(sum(self._fullest[buffer] for buffer in live) for live in self._sets)
+
+
+def owned_matrix(
+    candidate: Candidate,
+    owner: int,
+    layout: Layout,
+    *,
+    strategy: Strategy,
+    sequence: BufferSequence,
+    itemsize: int,
+) -> OwnedMatrix:
+    """A matrix with the bytes it adds to each buffer of its bucket; `itemsize` on the wire."""
+    mesh, matrix = layout.mesh, candidate.matrix
+    holders = layout.holders(matrix.region)
+    piece, whole = layout.largest_part(matrix.region), matrix.numel
+    # the pieces of a matrix that lies apart are at many homes, and count as one place
+    home = 0 if len(holders) > 1 else layout.home(owner)
+    replica = layout.replica_offset(owner)
+    loads = []
+    for buffer, content in enumerate(sequence.contents):
+        if content.done is None:
+            place, numel = home, piece
+        elif set(content.done) >= set(strategy.unshard_dims):
+            place, numel = owner, whole
+        else:
+            place = replica + mesh.offset_of(mesh.index_along(owner, content.done), content.done)
+            numel = min(whole, mesh.num_ranks_along(content.done) * piece)
+        loads.append((buffer, place, content.copies * itemsize * numel))
+    return OwnedMatrix(candidate, owner, tuple(loads))
 
 
 def deal(
-    parcels: Sequence[Parcel], empty: Footprint, cap_nbytes: int
-) -> tuple[tuple[tuple[Parcel, ...], ...], ...]:
-    """Split the matrices of one transport into waves of buckets.
+    matrices: Sequence[OwnedMatrix], empty: BufferBound, cap_nbytes: int
+) -> tuple[tuple[tuple[OwnedMatrix, ...], ...], ...]:
+    """Split the matrices of one group into waves of buckets.
 
     Round j holds the j-th costliest matrix of every owner, so all owners are busy together.
     A bucket is one or more whole rounds, its own wave. A round over the cap becomes a wave of
-    several buckets: their owners differ, so the schedule lets them all compute at once.
+    several buckets: their owners differ, so the schedule lets them all compute together.
     """
-    everything = empty.of(parcels)
+    everything = empty.of(matrices)
     target = min(cap_nbytes, max(SMALLEST_NBYTES, everything.nbytes // NUM_OVERLAPPING))
-    waves: list[tuple[tuple[Parcel, ...], ...]] = []
-    current: list[Parcel] = []
-    footprint = empty.empty()
-    for level in _rounds(parcels):
-        for parcel in level:
-            footprint.add(parcel)
-        if footprint.nbytes <= target or (not current and footprint.nbytes <= cap_nbytes):
+    waves: list[tuple[tuple[OwnedMatrix, ...], ...]] = []
+    current: list[OwnedMatrix] = []
+    bound = empty.of([])
+    for level in _rounds(matrices):
+        for matrix in level:
+            bound.add(matrix)
+        if bound.nbytes <= target or (not current and bound.nbytes <= cap_nbytes):
             current += level
             continue
         if current:
             waves.append((tuple(current),))
         parts = _split(level, empty, cap_nbytes)
-        current, footprint = [], empty.empty()
+        current, bound = [], empty.of([])
         if len(parts) > 1:
             waves.append(parts)
             continue
-        current, footprint = list(level), empty.of(level)
+        current, bound = list(level), empty.of(level)
     if current:
         waves.append((tuple(current),))
     return tuple(waves)
 
 
-def _rounds(parcels: Iterable[Parcel]) -> list[list[Parcel]]:
+def _rounds(matrices: Iterable[OwnedMatrix]) -> list[list[OwnedMatrix]]:
     """The costliest matrix of every owner, then the next costliest, and so on."""
-    rounds: list[list[Parcel]] = []
-    taken: dict[int, int] = defaultdict(int)
-    for parcel in sorted(parcels, key=lambda p: (-p.flops, p.name)):
-        turn = taken[parcel.owner]
-        taken[parcel.owner] += 1
+    rounds: list[list[OwnedMatrix]] = []
+    num_dealt: dict[int, int] = defaultdict(int)
+    for matrix in sorted(matrices, key=lambda m: (-m.candidate.flops, m.candidate.name)):
+        turn = num_dealt[matrix.owner]
+        num_dealt[matrix.owner] += 1
         if turn == len(rounds):
             rounds.append([])
-        rounds[turn].append(parcel)
+        rounds[turn].append(matrix)
     return rounds
 
 
 def _split(
-    level: Sequence[Parcel], empty: Footprint, cap_nbytes: int
-) -> tuple[tuple[Parcel, ...], ...]:
-    """Consecutive runs under the cap, or near what the largest parcel needs by itself."""
-    alone = max(empty.of([parcel]).nbytes for parcel in level)
-    limit = cap_nbytes if alone <= cap_nbytes else OVER_CAP * alone
-    runs: list[list[Parcel]] = []
-    footprint = empty.empty()
-    for parcel in level:
-        footprint.add(parcel)
-        if not runs or footprint.nbytes > limit:
+    level: Sequence[OwnedMatrix], empty: BufferBound, cap_nbytes: int
+) -> tuple[tuple[OwnedMatrix, ...], ...]:
+    """Consecutive runs under the cap, or near what the largest matrix needs by itself."""
+    largest = max(empty.of([matrix]).nbytes for matrix in level)
+    limit = cap_nbytes if largest <= cap_nbytes else OVER_CAP * largest
+    runs: list[list[OwnedMatrix]] = []
+    bound = empty.of([])
+    for matrix in level:
+        bound.add(matrix)
+        if not runs or bound.nbytes > limit:
             runs.append([])
-            footprint = empty.of([parcel])
-        runs[-1].append(parcel)
+            bound = empty.of([matrix])
+        runs[-1].append(matrix)
     return tuple(tuple(run) for run in runs)
-
-
-def schedule(
-    buckets: Sequence[Bucket], waves: Sequence[Sequence[int]], prefetch_count: int
-) -> tuple[Action, ...]:
-    """The order of phases, the same on every rank, so that collectives meet.
-
-    At most `prefetch_count + 1` unshards are unfinished at a time, and while a wave is
-    orthogonalized the next `prefetch_count` buckets and the reshard of the one before are in
-    flight. With `prefetch_count` 0 nothing is in flight during compute.
-    """
-    actions: list[Action] = []
-    order = [bucket for wave in waves for bucket in wave]
-    issued = 0
-    resharding: list[int] = []
-
-    def issue_up_to(count: int) -> None:
-        nonlocal issued
-        while issued < min(count, len(order)):
-            actions.append(Action(Phase.UNSHARD, order[issued]))
-            issued += 1
-
-    done = 0
-    for wave in waves:
-        for bucket in wave:
-            issue_up_to(done + 1 + prefetch_count)
-            if buckets[bucket].unshard:
-                actions.append(Action(Phase.WAIT, bucket))
-            done += 1
-        actions += [Action(Phase.ORTHOGONALIZE, bucket) for bucket in wave]
-        for bucket in wave:
-            if buckets[bucket].reshard:
-                actions.append(Action(Phase.RESHARD, bucket))
-            resharding.append(bucket)
-            while len(resharding) > min(prefetch_count, 1):
-                actions.append(Action(Phase.APPLY, resharding.pop(0)))
-    actions += [Action(Phase.APPLY, bucket) for bucket in resharding]
-    return tuple(actions)

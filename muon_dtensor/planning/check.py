@@ -1,28 +1,12 @@
-"""What must hold of every plan, whoever made it.
-
-Recomputes from the layouts; trusts nothing that the planner says. Raises, never repairs.
-"""
+"""Validates a plan: recomputes from the layouts what must hold of it, and raises ValueError."""
 
 from collections import Counter, defaultdict
 
 from muon_dtensor.layout import ParamSpec, Region
-from muon_dtensor.planning.ir import (
-    Assignment,
-    Bucket,
-    Gram,
-    Local,
-    Phase,
-    Plan,
-    PlanOptions,
-)
+from muon_dtensor.planning.plan import Bucket, Phase, Plan
 from muon_dtensor.planning.routes import Packing, rank_bucket
-from muon_dtensor.planning.strategies import (
-    can_own,
-    reshard_collectives,
-    strategies_for,
-    unshard_collectives,
-)
-from muon_dtensor.planning.teams import members
+from muon_dtensor.planning.schedule import buffer_sequence, phases_of
+from muon_dtensor.planning.strategies import can_own, strategies_for
 
 
 def check(plan: Plan) -> None:
@@ -90,10 +74,6 @@ def _wrong_assignments(plan: Plan) -> list[str]:
 
 def _wrong_bucket(plan: Plan, bucket: Bucket) -> list[str]:
     wrong = []
-    if bucket.unshard != unshard_collectives(bucket.strategy) or (
-        bucket.reshard != reshard_collectives(bucket.strategy, bucket.mesh.dim_names)
-    ):
-        wrong.append(f"collectives {bucket.unshard}, {bucket.reshard} do not serve its strategy")
     for assignment in bucket.assignments:
         if not 0 <= assignment.param < len(plan.params):
             continue
@@ -103,28 +83,13 @@ def _wrong_bucket(plan: Plan, bucket: Bucket) -> list[str]:
         layout, matrix = spec.layout, plan.matrix(assignment)
         if layout.mesh != bucket.mesh or spec.wire_dtype != bucket.wire_dtype:
             wrong.append(f"{spec.fqn}: its mesh or wire dtype is not that of its bucket")
-        elif bucket.strategy not in strategies_for(spec, matrix):
+        elif bucket.strategy not in strategies_for(layout, matrix.region):
             wrong.append(f"{spec.fqn}: {bucket.strategy} cannot bring its matrix together")
         elif not 0 <= assignment.owner < bucket.mesh.num_ranks:
             wrong.append(f"{spec.fqn}: owner {assignment.owner} is not on mesh {bucket.mesh}")
-        elif reason := _no_team(plan.options, bucket, assignment):
-            wrong.append(f"{spec.fqn}: {reason}")
         elif not can_own(layout, matrix.region, assignment.owner):
             wrong.append(f"{spec.fqn}: matrix {assignment.matrix} cannot travel to its owner")
     return wrong
-
-
-def _no_team(options: PlanOptions, bucket: Bucket, assignment: Assignment) -> str:
-    """Why the team that the plan names cannot share a matrix; empty if it can, or there is none."""
-    if not isinstance(bucket.strategy, Gram):
-        return ""
-    if options.exact:
-        return "a team rounds differently, and the plan is to be exact"
-    if options.sequential:
-        return "a team works together, and ranks are to work one after the other"
-    if assignment.owner != members(bucket.mesh, bucket.strategy, assignment.owner)[0]:
-        return f"owner {assignment.owner} is not the first member of its team"
-    return ""
 
 
 def _wrong_schedule(plan: Plan) -> list[str]:
@@ -133,11 +98,7 @@ def _wrong_schedule(plan: Plan) -> list[str]:
     for action in plan.schedule:
         phases[action.bucket].append(action.phase)
     for index, bucket in enumerate(plan.buckets):
-        due = [Phase.UNSHARD, Phase.ORTHOGONALIZE, Phase.APPLY]
-        if bucket.reshard:
-            due.insert(2, Phase.RESHARD)
-        if bucket.unshard:
-            due.insert(1, Phase.WAIT)
+        due = list(phases_of(buffer_sequence(bucket.strategy, bucket.mesh)))
         if phases[index] != due:
             wrong.append(f"bucket {index} runs {''.join(phases[index])}, not {''.join(due)}")
     if strays := [str(a) for a in plan.schedule if not 0 <= a.bucket < len(plan.buckets)]:
@@ -170,12 +131,13 @@ def check_routes(plan: Plan) -> None:
                             )
         for position, here in enumerate(ranks):
             for assignment in here.owned:
-                _must_tile(here.wholes, here.boxes[assignment], assignment, number, position)
+                region = here.matrices[assignment].region
+                _must_tile(here.wholes, region, assignment, number, position)
             for assignment, region in here.touched:
                 _must_tile(here.results, region, assignment, number, position)
             if {s.assignment for s in here.results.slots} - {a for a, _ in here.touched}:
                 raise ValueError(f"bucket {number}: position {position} gets what it does not hold")
-        if isinstance(bucket.strategy, Local) and any(r.reshard for r in ranks):
+        if bucket.strategy.is_local and any(r.reshard for r in ranks):
             raise ValueError(f"bucket {number} is local and still moves data")
 
 

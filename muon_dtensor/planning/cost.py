@@ -1,17 +1,14 @@
-"""Totals of a plan, rank by rank, and the least that any plan could do.
-
-Arithmetic only. Adds up what `volumes` finds; does not choose.
-"""
+"""Totals of a plan, rank by rank, and the lower bound of its traffic."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from muon_dtensor.layout import MeshSpec
-from muon_dtensor.planning.ir import Gram, Phase, Plan
 from muon_dtensor.planning.matrix_costs import ITEMSIZES, matrix_flops
-from muon_dtensor.planning.volumes import BucketCost
-from muon_dtensor.planning.workspace import read_in, workspaces
+from muon_dtensor.planning.memory import peaks
+from muon_dtensor.planning.plan import Phase, Plan
+from muon_dtensor.planning.traffic import BucketTraffic
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,7 @@ class PlanCost:
     """
 
     ranks: tuple[int, ...]
-    buckets: tuple[BucketCost, ...]
+    buckets: tuple[BucketTraffic, ...]
     flops: tuple[int, ...]
     sent_nbytes: tuple[int, ...]
     received_nbytes: tuple[int, ...]
@@ -89,26 +86,22 @@ def bound_nbytes(plan: Plan) -> int:
     return round(total)
 
 
-def plan_cost(plan: Plan) -> PlanCost:
-    """Price a plan."""
+def plan_cost(plan: Plan, buckets: Sequence[BucketTraffic]) -> PlanCost:
+    """Totals of a plan from the traffic of its buckets."""
     ranks = tuple(sorted(set().union(*(mesh.rank_set for mesh in plan.meshes))))
     index_of = {rank: index for index, rank in enumerate(ranks)}
-    buckets = plan.bucket_costs
     flops, sent, received = ([0] * len(ranks) for _ in range(3))
-    for cost in buckets:
-        mesh = cost.bucket.mesh
-        _add(flops, cost.flops, mesh, index_of)
-        for hop in (*cost.unshard, *cost.reshard):
-            _add(sent, cost.sent_nbytes(hop), mesh, index_of)
-            _add(received, cost.received_nbytes(hop), mesh, index_of)
-        if isinstance(cost.bucket.strategy, Gram):
-            _add(sent, cost.team_nbytes, mesh, index_of)
-            _add(received, cost.team_nbytes, mesh, index_of)
+    for traffic in buckets:
+        mesh = traffic.bucket.mesh
+        _add(flops, traffic.flops, mesh, index_of)
+        for hop in traffic.sequence.hops:
+            _add(sent, traffic.sent_nbytes(hop), mesh, index_of)
+            _add(received, traffic.received_nbytes(hop), mesh, index_of)
     matrices = [(spec, m) for spec in plan.params for m in spec.matrices if m.numel]
-    buffer_nbytes, peak_nbytes = _peaks(plan, buckets, index_of)
+    buffer_nbytes, peak_nbytes = peaks(plan, buckets, index_of)
     return PlanCost(
         ranks=ranks,
-        buckets=buckets,
+        buckets=tuple(buckets),
         flops=tuple(flops),
         sent_nbytes=tuple(sent),
         received_nbytes=tuple(received),
@@ -128,44 +121,7 @@ def _add(
         totals[index_of[rank]] += value
 
 
-def _peaks(
-    plan: Plan, costs: tuple[BucketCost, ...], index_of: dict[int, int]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Most bytes each rank holds while it walks the schedule: of buffers, and with work space.
-
-    On the host the buffers of a step are one block that lives all the time; see `arena`.
-    """
-    held, peaks, fullest, busiest = ([0] * len(index_of) for _ in range(4))
-    buffers: dict[int, dict[Phase, tuple[list[int], list[int]]]] = {}
-    now: dict[int, list[int]] = {}
-    for action in plan.schedule:
-        cost = costs[action.bucket]
-        ranks = cost.bucket.mesh.ranks
-        if action.bucket not in buffers:
-            buffers[action.bucket] = cost.buffers()
-            now[action.bucket] = [0] * len(ranks)
-        during, after = buffers[action.bucket][action.phase]
-        work, read = workspaces(plan, cost, action.phase), read_in(cost, action.phase)
-        before = now[action.bucket]
-        for position, (rank, old, most, new) in enumerate(
-            zip(ranks, before, during, after, strict=True)
-        ):
-            index = index_of[rank]
-            others = held[index] - old
-            peaks[index] = max(peaks[index], others + most)
-            extra = work.get(position, 0)
-            busiest[index] = max(busiest[index], extra)
-            fullest[index] = max(fullest[index], others + max(most, read[position] + extra))
-            held[index] += new - old
-        now[action.bucket] = after
-        if action.phase is Phase.APPLY:
-            del now[action.bucket], buffers[action.bucket]
-    if plan.options.topology.cores is not None:
-        fullest = [block + work for block, work in zip(peaks, busiest, strict=True)]
-    return tuple(peaks), tuple(fullest)
-
-
-def _makespan_flops(plan: Plan, costs: tuple[BucketCost, ...], index_of: dict[int, int]) -> int:
+def _makespan_flops(plan: Plan, buckets: Sequence[BucketTraffic], index_of: dict[int, int]) -> int:
     """Sum over runs of consecutive ORTHOGONALIZE actions of the slowest rank's flops."""
     total = 0
     for computes, actions in groupby(plan.schedule, lambda a: a.phase is Phase.ORTHOGONALIZE):
@@ -173,7 +129,7 @@ def _makespan_flops(plan: Plan, costs: tuple[BucketCost, ...], index_of: dict[in
             continue
         run = [0] * len(index_of)
         for action in actions:
-            cost = costs[action.bucket]
-            _add(run, cost.flops, cost.bucket.mesh, index_of)
+            traffic = buckets[action.bucket]
+            _add(run, traffic.flops, traffic.bucket.mesh, index_of)
         total += max(run)
     return total

@@ -1,7 +1,4 @@
-"""A plan as text for people.
-
-Formats what is there. Decides and computes nothing about the step itself.
-"""
+"""A plan as text for people."""
 
 import difflib
 import re
@@ -10,25 +7,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import assert_never
 
 from muon_dtensor.layout import Layout, ParamSpec
-from muon_dtensor.planning.ir import (
-    AllToAll,
-    Alternative,
-    Assignment,
-    Bucket,
-    Gathered,
-    Gram,
-    Local,
-    Owned,
-    Plan,
-    Strategy,
-)
+from muon_dtensor.planning.cost import PlanCost
 from muon_dtensor.planning.matrix_costs import matrix_flops
-from muon_dtensor.planning.moments import reductions
-from muon_dtensor.planning.strategies import kind_of
-from muon_dtensor.planning.volumes import BucketCost, bucket_cost
+from muon_dtensor.planning.memory import bucket_peak_nbytes
+from muon_dtensor.planning.normuon_state import reductions
+from muon_dtensor.planning.plan import Alternative, Bucket, Plan
+from muon_dtensor.planning.simulate import Prediction
+from muon_dtensor.planning.strategies import AllToAll
+from muon_dtensor.planning.traffic import BucketTraffic, bucket_traffic
 
 MOST_ROWS, MOST_LINES = 8, 28
 """Rows of a table in `summary`, and lines of them, before the rest is counted and not shown."""
@@ -103,23 +91,22 @@ def shape_text(spec: ParamSpec) -> str:
     return f"[{batch}{rows}, {cols}] stored flat"
 
 
-def headline(plan: Plan) -> str:
+def headline(plan: Plan, cost: PlanCost, prediction: Prediction, digest: str) -> str:
     """The plan on one line."""
-    cost, kinds = plan.cost, Counter(kind_of(bucket.strategy) for bucket in plan.buckets)
+    kinds = Counter(bucket.strategy.kind for bucket in plan.buckets)
     where = ", ".join(str(mesh) for mesh in plan.meshes) or "no mesh"
     buckets = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
     return (
         f"Muon plan: {_count(cost.num_matrices, 'matrix', 'matrices')} on {where}; "
         f"buckets: {buckets}; {quantity(cost.total_nbytes, 'B')} sent a step, "
         f"{quantity(max(cost.peak_nbytes, default=0), 'B')} held, "
-        f"{duration(plan.prediction.seconds)} predicted on {plan.options.topology.name}; "
-        f"digest {plan.digest[:16]}"
+        f"{duration(prediction.seconds)} predicted on {plan.options.topology.name}; "
+        f"digest {digest[:16]}"
     )
 
 
-def summary(plan: Plan) -> str:
+def summary(plan: Plan, cost: PlanCost, prediction: Prediction, digest: str) -> str:
     """The plan on one screen: buckets, then parameters, then totals against the bounds."""
-    cost = plan.cost
     lines = []
     for mesh in plan.meshes:
         count = sum(len(s.matrices) for s in plan.params if s.layout.mesh == mesh)
@@ -127,7 +114,7 @@ def summary(plan: Plan) -> str:
     if not plan.params:
         return "no parameters, nothing to do"
     lines.append("")
-    lines += _shorten(_bucket_rows(plan))
+    lines += _shorten(_bucket_rows(plan, cost, prediction))
     lines.append("")
     lines += _shorten([[line] for line in _param_lines(plan)])
     total, bound = cost.total_nbytes, cost.bound_nbytes
@@ -142,7 +129,7 @@ def summary(plan: Plan) -> str:
         f"(cap {quantity(plan.options.bucket_nbytes, 'B')} a bucket, "
         f"{plan.options.prefetch_count} prefetched), {quantity(max(cost.peak_nbytes), 'B')} with "
         "work space",
-        f"predicted {duration(plan.prediction.seconds)} a step on {plan.options.topology.name}",
+        f"predicted {duration(prediction.seconds)} a step on {plan.options.topology.name}",
     ]
     for reduction in reductions(plan):
         sizes = " x ".join(f"{name}={reduction.mesh.sizes[name]}" for name in reduction.mesh_dims)
@@ -156,7 +143,7 @@ def summary(plan: Plan) -> str:
         lines.append(f"schedule {order}{turns}")
     elif turns:
         lines.append(f"schedule of {len(plan.schedule)} actions{turns}")
-    lines.append(f"digest {plan.digest[:16]}")
+    lines.append(f"digest {digest[:16]}")
     return "\n".join(lines)
 
 
@@ -175,11 +162,13 @@ def _shorten(rows: list[list[str]]) -> list[str]:
     return lines
 
 
-def _bucket_rows(plan: Plan) -> list[list[str]]:
-    """Lines per bucket; buckets that read the same are told once."""
+def _bucket_rows(plan: Plan, cost: PlanCost, prediction: Prediction) -> list[list[str]]:
+    """Lines per bucket; buckets with equal lines are printed once."""
     same: dict[tuple[str, ...], list[int]] = {}
     for index in range(len(plan.buckets)):
-        same.setdefault(tuple(_bucket_lines(plan, index)), []).append(index)
+        same.setdefault(
+            tuple(_bucket_lines(plan, index, cost.buckets[index], prediction)), []
+        ).append(index)
     rows = []
     told: set[tuple[Alternative, ...]] = set()
     for (head, *tail), numbers in same.items():
@@ -191,53 +180,30 @@ def _bucket_rows(plan: Plan) -> list[list[str]]:
     return rows
 
 
-def _bucket_lines(plan: Plan, index: int) -> list[str]:
-    cost, bucket, prediction = plan.cost.buckets[index], plan.buckets[index], plan.prediction
-    noun = "team" if isinstance(bucket.strategy, Gram) else "owner"
-    owners = f", {_count(len({a.owner for a in bucket.assignments}), noun, noun + 's')}"
-    if isinstance(bucket.strategy, Gathered):
-        owners = ""
+def _bucket_lines(
+    plan: Plan, index: int, traffic: BucketTraffic, prediction: Prediction
+) -> list[str]:
+    bucket = plan.buckets[index]
+    owners = _count(len({a.owner for a in bucket.assignments}), "owner", "owners")
     matrices = _count(len(bucket.assignments), "matrix", "matrices")
     lines = [
-        f"{strategy_text(bucket.strategy)}: {matrices} in {bucket.wire_dtype}{owners}",
-        f"  per rank at most {quantity(max(cost.flops), 'FLOP')} "
-        f"and {quantity(cost.peak_nbytes, 'B')} of buffers",
+        f"{bucket.strategy.text}: {matrices} in {bucket.wire_dtype}, {owners}",
+        f"  per rank at most {quantity(max(traffic.flops), 'FLOP')} "
+        f"and {quantity(bucket_peak_nbytes(traffic), 'B')} of buffers",
     ]
-    for phase, hops in (("unshard", cost.unshard), ("reshard", cost.reshard)):
-        for hop in hops:
-            sent = cost.sent_nbytes(hop)
+    for phase in ("unshard", "reshard"):
+        for hop in getattr(traffic.sequence, phase):
+            sent = traffic.sent_nbytes(hop)
             lines.append(
                 f"  {phase}  {collective_text(bucket, hop.collective)}: "
                 f"{quantity(sum(sent), 'B')}, at most {quantity(max(sent), 'B')} a rank"
             )
-    if isinstance(bucket.strategy, Gram):
-        dims = dims_text(bucket, bucket.strategy.team_dims)
-        lines.append(
-            f"  share    rings over {dims}: {quantity(sum(cost.team_nbytes), 'B')}, "
-            f"at most {quantity(max(cost.team_nbytes), 'B')} a rank"
-        )
     exchange, compute = prediction.exchange_seconds[index], prediction.compute_seconds[index]
     lines += [
         f"  predicted  {duration(exchange)} of exchange, {duration(compute)} of compute",
         f"  because {reason(plan, bucket)}",
     ]
     return lines
-
-
-def strategy_text(strategy: Strategy) -> str:
-    """The strategy in a word or five."""
-    match strategy:
-        case Local():
-            return "local"
-        case Gathered():
-            return "gathered"
-        case Gram(is_in_place=in_place):
-            return f"gram, teams over {' x '.join(strategy.team_dims)}{' in place' * in_place}"
-        case Owned(replica_dims=same, hops=hops, is_staged=staged):
-            text = "owned, one mesh dim at a time" if staged else "owned"
-            return f"{text}, shared by replicas in {_count(hops, 'hop', 'hops')}" if same else text
-        case _:
-            assert_never(strategy)
 
 
 def collective_text(bucket: Bucket, collective: AllToAll) -> str:
@@ -253,7 +219,7 @@ def dims_text(bucket: Bucket, mesh_dims: Sequence[str]) -> str:
 
 def reason(plan: Plan, bucket: Bucket) -> str:
     """Why this strategy, with what it takes."""
-    if isinstance(bucket.strategy, Local):
+    if bucket.strategy.is_local:
         return "it lies whole on one rank: nothing to send"
     took = f"{duration(bucket.seconds)} if these were all"
     if plan.options.strategy != "auto":
@@ -262,12 +228,11 @@ def reason(plan: Plan, bucket: Bucket) -> str:
 
 
 def instead(bucket: Bucket) -> list[str]:
-    """What else was thought of, with what it would take and why it was not taken."""
-    lines = []
-    for other in bucket.alternatives:
-        took = "" if other.seconds is None else f"{duration(other.seconds)}, "
-        lines.append(f"instead of {strategy_text(other.strategy)}: {took}{other.reason}")
-    return lines
+    """The strategies that were not taken, with their predicted seconds and the reason."""
+    return [
+        f"instead of {other.strategy.text}: {duration(other.seconds)}, {other.reason}"
+        for other in bucket.alternatives
+    ]
 
 
 def _param_lines(plan: Plan) -> list[str]:
@@ -332,8 +297,7 @@ def explain(plan: Plan, fqn: str) -> str:
         f"{fqn}  {shape_text(spec)} {spec.dtype} on {spec.layout.mesh}",
         f"  stored: {cuts_text(spec.layout)}",
     ]
-    for number, cost in enumerate(plan.cost.buckets):
-        bucket = cost.bucket
+    for number, bucket in enumerate(plan.buckets):
         for assignment in bucket.assignments:
             if assignment.param != index:
                 continue
@@ -341,15 +305,16 @@ def explain(plan: Plan, fqn: str) -> str:
             holders = plan.holders(assignment)
             region = matrix.region
             box = ", ".join(f"{a}:{b}" for a, b in zip(region.start, region.stop, strict=True))
-            alone = bucket_cost(plan, replace(bucket, assignments=(assignment,)))
+            alone = bucket_traffic(plan, replace(bucket, assignments=(assignment,)))
+            rank = bucket.mesh.ranks[assignment.owner]
             lines += [
-                f"  matrix [{box}] in bucket {number}, {strategy_text(bucket.strategy)}",
+                f"  matrix [{box}] in bucket {number}, {bucket.strategy.text}",
                 f"    in {_count(len(holders), 'piece', 'pieces')} on each of "
                 f"{_count(len(spec.layout.replica_offsets), 'replica', 'replicas')}; "
-                f"{_who(plan, bucket, assignment, alone)}, {quantity(sum(alone.flops), 'FLOP')}",
+                f"rank {rank} orthogonalizes it, {quantity(sum(alone.flops), 'FLOP')}",
             ]
-            for phase, hops in (("unshard", alone.unshard), ("reshard", alone.reshard)):
-                for hop in hops:
+            for phase in ("unshard", "reshard"):
+                for hop in getattr(alone.sequence, phase):
                     nbytes = quantity(sum(alone.sent_nbytes(hop)), "B")
                     text = collective_text(bucket, hop.collective)
                     lines.append(f"    {phase}: {nbytes} by {text}")
@@ -358,17 +323,3 @@ def explain(plan: Plan, fqn: str) -> str:
     if len(lines) == 2:
         lines.append("  no elements, nothing to do")
     return "\n".join(lines)
-
-
-def _who(plan: Plan, bucket: Bucket, assignment: Assignment, alone: BucketCost) -> str:
-    """Who orthogonalizes one matrix, in words."""
-    rank = bucket.mesh.ranks[assignment.owner]
-    match bucket.strategy:
-        case Gathered():
-            count = sum(flops > 0 for flops in alone.flops)
-            return f"each of {_count(count, 'holder', 'holders')} orthogonalizes it"
-        case Gram(team_dims=dims):
-            ranks = _count(bucket.mesh.num_ranks_along(dims), "rank", "ranks")
-            return f"a team of {ranks} from {rank} on orthogonalizes it"
-        case _:
-            return f"rank {rank} orthogonalizes it"

@@ -4,37 +4,26 @@ Derived from a Plan for one position at a time, so that a plan for thousands of 
 small. Offsets and numels count elements of the wire dtype.
 
 Note [Three buffers]
-    `pieces`: this rank's pieces of the matrices owned in its replica, sorted by owner (or by
-    member of the team); of gathered ones, its pieces.
-    `wholes`: the pieces of what this rank orthogonalizes, sorted by sender. Where that lies
-    here already no exchange is needed, and `wholes` is `pieces`.
+    `pieces`: this rank's pieces of the matrices owned in its replica, sorted by owner.
+    `wholes`: the pieces of what this rank orthogonalizes, sorted by sender. Where all of that is
+    on this rank already no exchange is needed, and `wholes` is `pieces`.
     `results`: the pieces of the update this rank applies, sorted by sender.
     A piece that a rank sends to itself has its place too, so buffers need no special case, and
     results of an owner travel back through the mirror image of the exchanges that brought the
-    pieces.
+    pieces. `schedule`, Note [Numbered buffers], has the others in between.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import assert_never
 
 from muon_dtensor.layout import Matrix, Region
-from muon_dtensor.planning.ir import (
-    Assignment,
-    Bucket,
-    Collective,
-    Gathered,
-    Gram,
-    Local,
-    Owned,
-    Plan,
-    PlanOptions,
-    Route,
-)
 from muon_dtensor.planning.matrix_costs import ITEMSIZES
-from muon_dtensor.planning.teams import members, slabs
+from muon_dtensor.planning.plan import Assignment, Bucket, Plan, PlanOptions
+from muon_dtensor.planning.schedule import BufferSequence, Hop, buffer_sequence
+from muon_dtensor.planning.strategies import Collective, Route
 
 Piece = tuple[Assignment, Region]
 
@@ -77,15 +66,6 @@ class Packing:
 
 
 @dataclass(frozen=True, slots=True)
-class RankCollective:
-    """A collective as one rank sees it: what it sends, what it receives."""
-
-    collective: Collective
-    send: Packing
-    recv: Packing
-
-
-@dataclass(frozen=True, slots=True)
 class Move:
     """A run of elements from one flat buffer to another."""
 
@@ -94,29 +74,57 @@ class Move:
     numel: int
 
 
+@dataclass(frozen=True, slots=True)
+class RankCollective:
+    """A collective as one rank sees it: what it sends, what it receives.
+
+    `moves`: how the send buffer is filled from the buffer before; none where it is that one.
+    """
+
+    collective: Collective
+    send: Packing
+    recv: Packing
+    moves: tuple[Move, ...] = ()
+
+
 @dataclass(frozen=True)
 class RankBucket:
     """One bucket as one rank sees it; see Note [Three buffers].
 
     `touched`: this rank's pieces of all matrices of the bucket, owned in whichever replica.
-    `shards`: per parameter the box this rank stores. `boxes`: what it orthogonalizes of each
-    matrix it owns: all of it, or its slab. `moves_there`, `moves_back`: per collective, how its
-    send buffer is filled from the one before; None where it is the one before.
+    `shards`: per parameter the box this rank stores. `owned`: what it orthogonalizes.
     """
 
     bucket: Bucket
+    sequence: BufferSequence
     touched: tuple[Piece, ...]
     shards: dict[int, Region]
     owned: tuple[Assignment, ...]
-    boxes: dict[Assignment, Region]
     matrices: dict[Assignment, Matrix]
     pieces: Packing
-    wholes: Packing
     unshard: tuple[RankCollective, ...]
     reshard: tuple[RankCollective, ...]
-    moves_there: tuple[tuple[Move, ...] | None, ...]
-    moves_back: tuple[tuple[Move, ...] | None, ...]
-    results: Packing
+
+    @cached_property
+    def wholes(self) -> Packing:
+        return self.unshard[-1].recv if self.unshard else self.pieces
+
+    @cached_property
+    def results(self) -> Packing:
+        return self.reshard[-1].recv if self.reshard else self.wholes
+
+    def collective(self, hop: Hop) -> RankCollective:
+        """What this rank sends and receives in a hop of the sequence."""
+        return (*self.unshard, *self.reshard)[hop.index]
+
+    @cached_property
+    def numels(self) -> tuple[int, ...]:
+        """Elements of each numbered buffer."""
+        numels = [self.pieces.numel] * len(self.sequence.contents)
+        for hop in self.sequence.hops:
+            collective = self.collective(hop)
+            numels[hop.send], numels[hop.recv] = collective.send.numel, collective.recv.numel
+        return tuple(numels)
 
     @cached_property
     def runs(self) -> tuple[tuple[int, Region], ...]:
@@ -154,83 +162,55 @@ def rank_bucket(plan: Plan, bucket: Bucket, position: int) -> RankBucket:
         region = plan.holders(assignment).get(layout.home(position))
         if region is not None:
             touched.append((assignment, region))
-    here = _Here(plan, bucket, position, tuple(touched), _boxes(plan, bucket, position, touched))
+    owned = tuple(a for a in bucket.assignments if a.owner == position)
+    here = _Here(plan, bucket, position, tuple(touched), owned)
+    sequence = buffer_sequence(bucket.strategy, bucket.mesh)
     unshard: list[RankCollective] = []
     for index, collective in enumerate(bucket.unshard):
         unshard.append(_rank_collective(here, collective, bucket.unshard[:index]))
-    reshard = []
+    reshard: list[RankCollective] = []
     for collective in bucket.reshard:
         mirrored = [c for c in unshard if c.collective.mesh_dims == collective.mesh_dims]
         if collective.route is Route.TO_HOLDERS and mirrored:
             reshard.append(RankCollective(collective, mirrored[0].recv, mirrored[0].send))
         else:
             reshard.append(_rank_collective(here, collective, ()))
-    owned = tuple(here.boxes)
-    if not unshard:
-        pieces = _pack([[(a, box) for a, box in here.boxes.items() if box.numel]])
-    elif isinstance(bucket.strategy, Gathered):
-        pieces = _pack([touched])
-    else:
-        pieces = unshard[0].send
-    moves_there = _moves_along(pieces, unshard)
-    wholes = unshard[-1].recv if unshard else pieces
-    moves_back = _moves_along(wholes, reshard)
-    results = reshard[-1].recv if reshard else wholes
-    if isinstance(bucket.strategy, Gathered):
-        own = dict(touched)
-        results = Packing((tuple(s for s in wholes.slots if own[s.assignment] == s.region),))
+    wholes = _pack([[(a, plan.matrix(a).region) for a in owned]])
+    pieces = unshard[0].send if unshard else wholes
+    received = [pieces, *(collective.recv for collective in (*unshard, *reshard))]
+    collectives = tuple(
+        replace(collective, moves=_moves(before, collective.send)) if hop.repacks else collective
+        for hop, before, collective in zip(
+            sequence.hops, received, (*unshard, *reshard), strict=False
+        )
+    )
     return RankBucket(
         bucket=bucket,
+        sequence=sequence,
         touched=tuple(touched),
         shards={a.param: plan.spec(a).layout.region(position) for a, _ in touched},
         owned=owned,
-        boxes=here.boxes,
         matrices={a: plan.matrix(a) for a in (*(a for a, _ in touched), *owned)},
         pieces=pieces,
-        wholes=wholes,
-        unshard=tuple(unshard),
-        reshard=tuple(reshard),
-        moves_there=moves_there,
-        moves_back=moves_back,
-        results=results,
+        unshard=collectives[: len(unshard)],
+        reshard=collectives[len(unshard) :],
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Here:
-    """One position, what it stores of a bucket's matrices, and what it orthogonalizes of them."""
+    """One position, what it stores of a bucket's matrices, and which of them it orthogonalizes."""
 
     plan: Plan
     bucket: Bucket
     position: int
     touched: tuple[Piece, ...]
-    boxes: dict[Assignment, Region]
+    owned: tuple[Assignment, ...]
 
     def touched_by(self, assignment: Assignment, position: int) -> Region | None:
         """What another position stores of a matrix."""
         layout = self.plan.spec(assignment).layout
         return self.plan.holders(assignment).get(layout.home(position))
-
-
-def _boxes(
-    plan: Plan, bucket: Bucket, position: int, touched: Sequence[Piece]
-) -> dict[Assignment, Region]:
-    """What a rank orthogonalizes: whole matrices, or its slab of a team's."""
-    match bucket.strategy:
-        case Local() | Owned():
-            return {a: plan.matrix(a).region for a in bucket.assignments if a.owner == position}
-        case Gathered():
-            return {a: plan.matrix(a).region for a, _ in touched}
-        case Gram() as strategy:
-            boxes = {}
-            for assignment in bucket.assignments:
-                team = members(bucket.mesh, strategy, assignment.owner)
-                if position in team:
-                    parts = slabs(plan.matrix(assignment), len(team))
-                    boxes[assignment] = parts[team.index(position)]
-            return boxes
-        case _:
-            assert_never(bucket.strategy)
 
 
 def _rank_collective(
@@ -248,19 +228,6 @@ def _rank_collective(
         case Route.TO_REPLICAS:
             recv = [_owned_near(plan, here.touched, peer) for peer in peers]
             send = [_owned_near(plan, here.touched, position)] * len(peers)
-        case Route.TO_ALL:
-            recv = [
-                [(a, box) for a, _ in here.touched if (box := here.touched_by(a, peer)) is not None]
-                for peer in peers
-            ]
-            send = [
-                [(a, r) for a, r in here.touched if here.touched_by(a, peer) is not None]
-                for peer in peers
-            ]
-        case Route.TO_TEAM:
-            send, recv = _for_members(here, peers), _from_holders(here, peers)
-        case Route.FROM_TEAM:
-            send, recv = _from_holders(here, peers), _for_members(here, peers)
         case _:
             assert_never(collective.route)
     return RankCollective(collective, _pack(send), _pack(recv))
@@ -313,34 +280,9 @@ def _owned_by(pieces: Iterable[Piece], peers: Sequence[int]) -> list[list[Piece]
 def _held_by(here: _Here, peers: Sequence[int]) -> list[list[Piece]]:
     """Per peer, the pieces it holds of the matrices this rank owns."""
     return [
-        [(a, box) for a in here.boxes if (box := here.touched_by(a, peer)) is not None]
+        [(a, box) for a in here.owned if (box := here.touched_by(a, peer)) is not None]
         for peer in peers
     ]
-
-
-def _for_members(here: _Here, peers: Sequence[int]) -> list[list[Piece]]:
-    """Per peer, this rank's parts of the slabs which that one has in its teams."""
-    found: dict[int, list[Piece]] = {peer: [] for peer in peers}
-    assert isinstance(here.bucket.strategy, Gram)
-    for assignment, region in here.touched:
-        team = members(here.bucket.mesh, here.bucket.strategy, assignment.owner)
-        parts = slabs(here.plan.matrix(assignment), len(team))
-        for member, slab in zip(team, parts, strict=True):
-            if member in found and (part := region.intersect(slab)).numel:
-                found[member].append((assignment, part))
-    return list(found.values())
-
-
-def _from_holders(here: _Here, peers: Sequence[int]) -> list[list[Piece]]:
-    """Per peer, its parts of the slabs which this rank has in its teams."""
-    found: list[list[Piece]] = []
-    for peer in peers:
-        found.append([])
-        for assignment, slab in here.boxes.items():
-            box = here.touched_by(assignment, peer)
-            if box is not None and (part := box.intersect(slab)).numel:
-                found[-1].append((assignment, part))
-    return found
 
 
 def _owned_near(plan: Plan, pieces: Iterable[Piece], position: int) -> list[Piece]:
@@ -351,19 +293,6 @@ def _owned_near(plan: Plan, pieces: Iterable[Piece], position: int) -> list[Piec
         if layout.replica_offset(assignment.owner) == layout.replica_offset(position):
             near.append((assignment, region))
     return near
-
-
-def _moves_along(
-    start: Packing, collectives: Sequence[RankCollective]
-) -> tuple[tuple[Move, ...] | None, ...]:
-    """How the send buffer of each collective is filled from what the one before has brought."""
-    moves: list[tuple[Move, ...] | None] = []
-    before = start
-    for collective in collectives:
-        mirror = collective.send.by_peer == before.by_peer
-        moves.append(None if mirror else _moves(before, collective.send))
-        before = collective.recv
-    return tuple(moves)
 
 
 def _pack(by_peer: Sequence[Sequence[Piece]]) -> Packing:

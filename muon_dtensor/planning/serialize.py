@@ -1,6 +1,6 @@
 """A plan as JSON for programs, and as a digest for ranks to compare.
 
-Equal plans, equal text. What it reads back, it checks.
+Equal plans have equal text. A plan that was read is checked.
 """
 
 import hashlib
@@ -11,21 +11,15 @@ from typing import Any
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, ParamSpec, Region
 from muon_dtensor.matrices import matrices_of
 from muon_dtensor.planning.check import check
-from muon_dtensor.planning.ir import (
+from muon_dtensor.planning.plan import (
     Action,
-    AllToAll,
     Alternative,
     Assignment,
     Bucket,
-    Gathered,
-    Gram,
-    Local,
-    Owned,
     Plan,
     PlanOptions,
-    Route,
-    Strategy,
 )
+from muon_dtensor.planning.strategies import Collective, Owned, Strategy
 from muon_dtensor.planning.topology import Topology
 
 NOT_A_PLAN = (
@@ -33,7 +27,7 @@ NOT_A_PLAN = (
     *(RecursionError, OverflowError),
 )
 
-FORMAT = 2
+FORMAT = 3
 """Version of the JSON text; part of the digest, so ranks with different formats disagree."""
 
 
@@ -72,8 +66,6 @@ def _param_to_json(spec: ParamSpec, mesh: int) -> dict[str, Any]:
         "num_iterations": spec.num_iterations,
         "wire_dtype": spec.wire_dtype,
     }
-    if not spec.is_polynomial:
-        value["is_polynomial"] = False
     if spec.moment_cuts is not None:
         value["moment_cuts"] = list(spec.moment_cuts)
     if spec.layout.bounds is not None:
@@ -96,9 +88,13 @@ def _bucket_to_json(bucket: Bucket, mesh: int) -> dict[str, Any]:
         ],
         "wire_dtype": bucket.wire_dtype,
         "assignments": [[a.param, a.matrix, a.owner] for a in bucket.assignments],
-        "unshard": [[list(c.mesh_dims), c.route.value] for c in bucket.unshard],
-        "reshard": [[list(c.mesh_dims), c.route.value] for c in bucket.reshard],
+        "unshard": _collectives_to_json(bucket.unshard),
+        "reshard": _collectives_to_json(bucket.reshard),
     }
+
+
+def _collectives_to_json(collectives: tuple[Collective, ...]) -> list[list[Any]]:
+    return [[list(c.mesh_dims), c.route.value] for c in collectives]
 
 
 def _strategy_to_json(strategy: Strategy) -> dict[str, Any]:
@@ -107,9 +103,7 @@ def _strategy_to_json(strategy: Strategy) -> dict[str, Any]:
 
 
 def _strategy_from_json(value: dict[str, Any]) -> Strategy:
-    kinds: dict[str, Callable[..., Strategy]] = {
-        kind.__name__.lower(): kind for kind in (Local, Owned, Gathered, Gram)
-    }
+    kinds: dict[str, Callable[..., Strategy]] = {kind.__name__.lower(): kind for kind in (Owned,)}
     if not isinstance(value["kind"], str) or value["kind"] not in kinds:
         raise ValueError(f"unknown strategy {value['kind']!r} in the JSON text of a plan")
     fields = {k: tuple(v) if k.endswith("_dims") else v for k, v in value.items() if k != "kind"}
@@ -182,33 +176,26 @@ def _param_from_json(
         matrices,
         value["num_iterations"],
         value["wire_dtype"],
-        value.get("is_polynomial", True),
         tuple(value["moment_cuts"]) if "moment_cuts" in value else None,
     )
 
 
 def _bucket_from_json(value: dict[str, Any], meshes: list[MeshSpec]) -> Bucket:
-    unshard, reshard = (
-        tuple(AllToAll(tuple(dims), Route(route)) for dims, route in value[phase])
-        for phase in ("unshard", "reshard")
-    )
-    return Bucket(
+    bucket = Bucket(
         _mesh_at(meshes, value["mesh"]),
         _strategy_from_json(value["strategy"]),
         value["wire_dtype"],
         tuple(Assignment(*triple) for triple in value["assignments"]),
-        unshard,
-        reshard,
         _seconds(value["seconds"]),
         tuple(
-            Alternative(
-                _strategy_from_json(strategy),
-                None if seconds is None else _seconds(seconds),
-                str(reason),
-            )
+            Alternative(_strategy_from_json(strategy), _seconds(seconds), str(reason))
             for strategy, seconds, reason in value["alternatives"]
         ),
     )
+    for phase in ("unshard", "reshard"):
+        if value[phase] != _collectives_to_json(getattr(bucket, phase)):
+            raise ValueError(f"{phase} collectives {value[phase]} do not serve {bucket.strategy}")
+    return bucket
 
 
 def _seconds(value: Any) -> float:

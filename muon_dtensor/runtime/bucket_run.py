@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from muon_dtensor.layout import Matrix
-from muon_dtensor.planning.arena import chain_of
-from muon_dtensor.planning.ir import DEVICE_BATCH_NUMEL, Action, Assignment, Phase, Plan
+from muon_dtensor.planning.plan import DEVICE_BATCH_NUMEL, Action, Assignment, Phase, Plan
 from muon_dtensor.planning.routes import Slot, rank_bucket
 from muon_dtensor.runtime.packing import Box, Part, box_of, from_matrix, view_box
 from muon_dtensor.update import Place
@@ -50,9 +49,9 @@ class BucketRun:
         self.bucket = bucket = plan.buckets[index]
         self.position = bucket.mesh.position_of(rank)
         self.local = rank_bucket(plan, bucket, self.position)
-        self.chain = chain_of(self.local)
+        self.sequence = self.local.sequence
         self.batches = self.local.batches(plan.options)
-        kind = type(bucket.strategy).__name__.lower()
+        kind = bucket.strategy.kind.split("_")[0]
         self.names = {
             phase: f"muon {Action(phase, index)} {phase.name.lower()} {kind}" for phase in Phase
         }
@@ -88,9 +87,8 @@ class BucketRun:
         """Of what this rank orthogonalizes, the slots by index and where each belongs."""
         parts: dict[Assignment, list[Part]] = defaultdict(list)
         for number, slot in enumerate(self.local.wholes.slots):
-            box = self.local.boxes.get(slot.assignment)
-            if box is not None:
-                parts[slot.assignment].append((number, box_of(slot.region, box)))
+            matrix = self.local.matrices[slot.assignment]
+            parts[slot.assignment].append((number, box_of(slot.region, matrix.region)))
         return {assignment: tuple(found) for assignment, found in parts.items()}
 
     def _packing(self) -> tuple[list[PackingBatch], list[Run]]:

@@ -7,7 +7,7 @@ Note [Kept buffers]
     its allocator keeps memory by itself, and lends it to forward and backward in between.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.distributed import Work
 
-from muon_dtensor.planning.arena import Chain, lifetimes, place
-from muon_dtensor.planning.ir import Action
-from muon_dtensor.planning.routes import Packing
+from muon_dtensor.planning.buffer_placement import assign_offsets
+from muon_dtensor.planning.routes import Packing, RankBucket
+from muon_dtensor.planning.schedule import BufferKey, Program, lifetimes
 from muon_dtensor.runtime.collectives import finish
 from muon_dtensor.runtime.describe import range_of
 from muon_dtensor.runtime.packing import view_slots
@@ -27,26 +27,26 @@ KEPT_ON = ("cpu",)
 
 
 class ExchangeBuffers:
-    """Lends flat buffers by bucket and number of its chain; see Note [Kept buffers]."""
+    """Lends flat buffers by bucket and number; see Note [Kept buffers]."""
 
     def __init__(
         self,
-        schedule: Sequence[Action],
-        chains: Mapping[int, Chain],
+        program: Program,
+        buckets: Mapping[int, RankBucket],
         kinds: Mapping[int, tuple[torch.dtype, torch.device]],
     ) -> None:
         """`kinds`: dtype and device of each bucket's buffers."""
-        self._chains, self._kinds = chains, kinds
-        lives = lifetimes(schedule, {b: c for b, c in chains.items() if self.are_kept(b)})
+        self._buckets, self._kinds = buckets, kinds
+        lives = {key: life for key, life in lifetimes(program).items() if self.are_kept(key[0])}
         sizes = [
-            (chains[bucket].numels[number] * kinds[bucket][0].itemsize, life)
+            (buckets[bucket].numels[number] * kinds[bucket][0].itemsize, life)
             for (bucket, number), life in lives.items()
         ]
-        offsets, self.block_nbytes = place(sizes)
+        offsets, self.block_nbytes = assign_offsets(sizes)
         self._offsets = dict(zip(lives, offsets, strict=True))
         self._block: Tensor | None = None
-        self._buffers: dict[tuple[int, int], Tensor] = {}
-        self._views: dict[tuple[int, int, int], list[Tensor]] = {}
+        self._buffers: dict[BufferKey, Tensor] = {}
+        self._views: dict[BufferKey, list[Tensor]] = {}
 
     def are_kept(self, bucket: int) -> bool:
         """Whether the buffers of a bucket are one memory from step to step."""
@@ -57,7 +57,7 @@ class ExchangeBuffers:
         key = bucket, number
         if key in self._buffers:
             return self._buffers[key]
-        numel, (dtype, device) = self._chains[bucket].numels[number], self._kinds[bucket]
+        numel, (dtype, device) = self._buckets[bucket].numels[number], self._kinds[bucket]
         if key not in self._offsets:
             return torch.empty(numel, dtype=dtype, device=device)
         if self._block is None:
@@ -74,10 +74,13 @@ class ExchangeBuffers:
         self._views.clear()
 
     def views(self, bucket: int, number: int, buffer: Tensor, packing: Packing) -> list[Tensor]:
-        """The slots of a buffer that was lent under this number."""
-        if (bucket, number) not in self._offsets:
+        """The slots of a buffer that was lent under this number.
+
+        Buffers that are not kept get new views.
+        """
+        key = bucket, number
+        if key not in self._offsets:
             return view_slots(buffer, packing.slots)
-        key = bucket, number, id(packing)
         if key not in self._views:
             self._views[key] = view_slots(buffer, packing.slots)
         return self._views[key]

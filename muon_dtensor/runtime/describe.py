@@ -27,7 +27,7 @@ from muon_dtensor.errors import Problem, RefusalError, shortened
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, ParamSpec
 from muon_dtensor.matrices import flattened
 from muon_dtensor.patterns import Declaration
-from muon_dtensor.planning.moments import moment_cuts
+from muon_dtensor.planning.normuon_state import moment_cuts
 
 if TYPE_CHECKING:
     from muon_dtensor.runtime.plain import PlainTensors
@@ -331,7 +331,6 @@ class Describer:
         *,
         num_iterations: int,
         wire_dtype: torch.dtype,
-        is_polynomial: bool = True,
         has_moments: bool = False,
     ) -> ParamSpec | Problem:
         """One parameter of Muon, or why it cannot be one.
@@ -358,7 +357,6 @@ class Describer:
             matrices,
             num_iterations,
             dtype_name(wire_dtype),
-            is_polynomial,
             moments,
         )
 

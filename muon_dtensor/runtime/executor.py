@@ -13,9 +13,19 @@ import torch
 from torch import Tensor
 
 from muon_dtensor.errors import StepFailedError
-from muon_dtensor.orthogonalize.gram import gram_polar_factor
-from muon_dtensor.planning.arena import ChainHop
-from muon_dtensor.planning.ir import Action, Assignment, Gram, Phase, Plan, gram_segments
+from muon_dtensor.planning.plan import Action, Assignment, Phase, Plan
+from muon_dtensor.planning.schedule import (
+    Apply,
+    Compute,
+    Event,
+    Fill,
+    Hop,
+    Repack,
+    Send,
+    UpdateMomenta,
+    Wait,
+    lower,
+)
 from muon_dtensor.runtime.bucket_run import BucketRun, Run
 from muon_dtensor.runtime.buffers import ExchangeBuffers, Flight
 from muon_dtensor.runtime.collectives import barrier, issue
@@ -32,7 +42,6 @@ from muon_dtensor.runtime.packing import (
     to_matrix,
     view_box,
 )
-from muon_dtensor.runtime.process_team import ProcessTeam
 from muon_dtensor.runtime.row_moments import RowMoments
 from muon_dtensor.runtime.trace import Trace
 from muon_dtensor.update import (
@@ -71,9 +80,10 @@ class Executor:
             for index, bucket in enumerate(plan.buckets)
             if bucket.mesh.holds(rank)
         }
+        self._program = lower(plan.schedule, {i: run.sequence for i, run in self._runs.items()})
         self._buffers = ExchangeBuffers(
-            plan.schedule,
-            {index: run.chain for index, run in self._runs.items()},
+            self._program,
+            {index: run.local for index, run in self._runs.items()},
             {index: (run.dtype, run.device) for index, run in self._runs.items()},
         )
         self._flights: dict[int, Flight] = {}
@@ -96,8 +106,6 @@ class Executor:
         for run in self._runs.values():
             for collective in (*run.bucket.unshard, *run.bucket.reshard):
                 self._groups.connect(run.bucket.mesh, collective.mesh_dims)
-            if isinstance(run.bucket.strategy, Gram):
-                self._groups.connect(run.bucket.mesh, run.bucket.strategy.team_dims)
         self._moments.connect()
 
     def run(
@@ -141,17 +149,16 @@ class Executor:
         meanwhile: Callable[[], None] | None,
     ) -> None:
         self._is_meanwhile = False
-        for action in self.plan.schedule:
+        for action, events in self._program:
             self._now = action
             if meanwhile is not None and action.phase is not Phase.UNSHARD:
                 self._do(meanwhile)
                 meanwhile = None
-            if action.bucket in self._runs:
-                run = self._runs[action.bucket]
-                if action.phase is Phase.ORTHOGONALIZE and self.plan.options.sequential:
-                    self._orthogonalize_in_turn(action, run, params, keep)
-                else:
-                    self._act(action, run, params, keep)
+            run = self._runs[action.bucket]
+            if action.phase is Phase.ORTHOGONALIZE and self.plan.options.sequential:
+                self._act_in_turn(action, events, run, params, keep)
+            else:
+                self._act(action, events, run, params, keep)
         if meanwhile is not None:
             self._do(meanwhile)
         self._now = None
@@ -166,6 +173,7 @@ class Executor:
     def _act(
         self,
         action: Action,
+        events: Sequence[Event],
         run: BucketRun,
         params: dict[int, LocalParam],
         keep: Tensor | None,
@@ -175,42 +183,71 @@ class Executor:
             range_of(run.names[action.phase]),
             nullcontext() if trace is None else trace.span(action.bucket, action.phase),
         ):
-            match action.phase:
-                case Phase.UNSHARD:
-                    self._flights[action.bucket] = self._unshard(run, params, keep)
-                case Phase.WAIT:
-                    self._finish(run, self._flights[action.bucket], run.chain.there)
-                case Phase.ORTHOGONALIZE:
-                    self._orthogonalize(run, self._flights[action.bucket], params, keep)
-                case Phase.RESHARD:
-                    self._begin(run, self._flights[action.bucket], run.chain.back[0])
-                case Phase.APPLY:
-                    self._apply(run, self._flights.pop(action.bucket), params, keep)
-                case _:
-                    assert_never(action.phase)
+            if action.phase is Phase.UNSHARD:
+                with self._momenta_here(run, params) as params_here:
+                    self._interpret(events, run, params_here, keep)
+            else:
+                self._interpret(events, run, params, keep)
 
-    def _unshard(
-        self, run: BucketRun, params: dict[int, LocalParam], keep: Tensor | None
-    ) -> Flight:
+    def _interpret(
+        self,
+        events: Sequence[Event],
+        run: BucketRun,
+        params: dict[int, LocalParam],
+        keep: Tensor | None,
+    ) -> None:
+        for event in events:
+            match event:
+                case Fill(buffer=number):
+                    buffer = self._buffers.take(run.index, number)
+                    self._flights[run.index] = Flight(buffer)
+                    self._fill(run, buffer, params, keep)
+                case UpdateMomenta():
+                    self._update_momenta(run.unpacked, params, keep)
+                case Repack(hop=hop):
+                    self._repack(run, self._flights[run.index], hop)
+                case Send(hop=hop):
+                    self._send(run, self._flights[run.index], hop)
+                case Wait():
+                    self._flights[run.index].wait()
+                case Compute():
+                    self._orthogonalize(run, self._flights[run.index], params, keep)
+                case Apply():
+                    self._apply(run, self._flights.pop(run.index).buffer, params, keep)
+                case _:
+                    assert_never(event)
+
+    @contextmanager
+    def _momenta_here(
+        self, run: BucketRun, params: dict[int, LocalParam]
+    ) -> Iterator[dict[int, LocalParam]]:
+        """Bring offloaded momenta of a bucket to the device, and copy them back afterwards."""
         away = {
             index: params[index]
             for index in run.local.shards
             if index in params and params[index].is_momentum_away
         }
-        if away:
-            params = {**params, **{index: local.with_momentum() for index, local in away.items()}}
-        flight = Flight(self._buffers.take(run.index, 0))
-        views = self._buffers.views(run.index, 0, flight.buffer, run.local.pieces)
+        if not away:
+            yield params
+            return
+        here = {**params, **{index: local.with_momentum() for index, local in away.items()}}
+        yield here
+        for index, local in away.items():
+            local.momentum_buffer.copy_(here[index].momentum_buffer, non_blocking=True)
+
+    def _fill(
+        self,
+        run: BucketRun,
+        buffer: Tensor,
+        params: dict[int, LocalParam],
+        keep: Tensor | None,
+    ) -> None:
+        """Update momenta, and write directions into the first buffer, batch by batch."""
+        views = self._buffers.views(run.index, 0, buffer, run.local.pieces)
         for batch in run.packing:
             self._update_momenta(batch.runs, params, keep)
             for indices in batch.pieces:
                 self._write_directions(run, indices, views, params)
-        if run.chain.there:
-            self._begin(run, flight, run.chain.there[0])
-        self._update_momenta(run.unpacked, params, keep)
-        for index, local in away.items():
-            local.momentum_buffer.copy_(params[index].momentum_buffer, non_blocking=True)
-        return flight
 
     def _write_directions(
         self,
@@ -243,25 +280,20 @@ class Executor:
         for momentum, (momenta, grads) in groups.items():
             update_momentum(momenta, grads, momentum, keep)
 
-    def _begin(self, run: BucketRun, flight: Flight, hop: ChainHop) -> None:
-        """Issue a collective; what it brings becomes the flight's buffer."""
-        if hop.moves is not None:
-            send = self._buffers.take(run.index, hop.send)
-            repack(flight.buffer, send, hop.moves)
-            flight.buffer = send
+    def _repack(self, run: BucketRun, flight: Flight, hop: Hop) -> None:
+        """Fill the send buffer of a collective."""
+        send = self._buffers.take(run.index, hop.send)
+        repack(flight.buffer, send, run.local.collective(hop).moves)
+        flight.buffer = send
+
+    def _send(self, run: BucketRun, flight: Flight, hop: Hop) -> None:
+        """Issue a collective; what it receives becomes the flight's buffer."""
         flight.sending = flight.buffer
         flight.buffer = self._buffers.take(run.index, hop.recv)
-        collective = hop.rank_collective
+        collective = run.local.collective(hop)
         group = self._groups.over(run.bucket.mesh, collective.collective.mesh_dims)
         flight.work = issue(collective, flight.sending, flight.buffer, group)
         flight.patience = patience_of(group)
-
-    def _finish(self, run: BucketRun, flight: Flight, hops: Sequence[ChainHop]) -> None:
-        """Wait for the first of the hops, and make the others."""
-        flight.wait()
-        for hop in hops[1:]:
-            self._begin(run, flight, hop)
-            flight.wait()
 
     def _orthogonalize(
         self,
@@ -271,9 +303,6 @@ class Executor:
         keep: Tensor | None,
     ) -> None:
         views = self._wholes(run, flight.buffer)
-        if isinstance(run.bucket.strategy, Gram):
-            self._orthogonalize_in_teams(run, flight.buffer, views, params, run.bucket.strategy)
-            return
         batches: list[tuple[MuonOptions, list[Assignment]]] = []
         for batch in run.batches:
             by_options: dict[MuonOptions, list[Assignment]] = defaultdict(list)
@@ -308,7 +337,7 @@ class Executor:
         result = options.polar_factor(x, run.dtype, overwrite=is_own)
         del x
         if gives_up and is_own:
-            flight.buffer = self._buffers.take(run.index, run.chain.wholes)
+            flight.buffer = self._buffers.take(run.index, run.sequence.wholes)
             views += self._wholes(run, flight.buffer)
         polar_factors = [result] if len(batch) == 1 else result.unbind()
         for (assignment, local), polar_factor in zip(batch, polar_factors, strict=True):
@@ -316,7 +345,7 @@ class Executor:
 
     def _wholes(self, run: BucketRun, buffer: Tensor) -> list[Tensor]:
         """The slots of a buffer of whole matrices."""
-        return self._buffers.views(run.index, run.chain.wholes, buffer, run.local.wholes)
+        return self._buffers.views(run.index, run.sequence.wholes, buffer, run.local.wholes)
 
     def _assemble(
         self,
@@ -359,46 +388,10 @@ class Executor:
         result = from_matrix(polar_factor, run.local.matrices[assignment])
         disassemble(result, views, run.parts[assignment])
 
-    def _orthogonalize_in_teams(
-        self,
-        run: BucketRun,
-        buffer: Tensor,
-        views: list[Tensor],
-        params: dict[int, LocalParam],
-        strategy: Gram,
-    ) -> None:
-        """This rank's slab of each matrix of its teams, in place; all members go in one order."""
-        team = ProcessTeam(self._groups.over(run.bucket.mesh, strategy.team_dims))
-        for assignment in run.local.boxes:
-            if local := params.get(assignment.param):
-                self._orthogonalize_slab(run, buffer, views, local.options, assignment, team)
-
-    def _orthogonalize_slab(
-        self,
-        run: BucketRun,
-        buffer: Tensor,
-        views: list[Tensor],
-        options: MuonOptions,
-        assignment: Assignment,
-        team: ProcessTeam,
-    ) -> None:
-        box, parts = run.local.boxes[assignment], run.parts.get(assignment, ())
-        slab = assemble(views, parts, box.shape, buffer).view(box.shape[-2:])
-        matrix = run.local.matrices[assignment]
-        is_tall = matrix.rows >= matrix.cols
-        result = gram_polar_factor(
-            slab.mT if is_tall else slab,
-            options.coefficients,
-            gram_segments(options.ns_steps),
-            team,
-            eps=options.eps,
-        )
-        result = (result.mT if is_tall else result).reshape(box.shape)
-        disassemble(result, views, parts)
-
-    def _orthogonalize_in_turn(
+    def _act_in_turn(
         self,
         action: Action,
+        events: Sequence[Event],
         run: BucketRun,
         params: dict[int, LocalParam],
         keep: Tensor | None,
@@ -406,20 +399,19 @@ class Executor:
         mesh = run.bucket.mesh
         for position in sorted(range(mesh.num_ranks), key=mesh.ranks.__getitem__):
             if position == run.position:
-                self._act(action, run, params, keep)
+                self._act(action, events, run, params, keep)
             if mesh.dim_names:
                 barrier(self._groups.over(mesh, mesh.dim_names))
 
     def _apply(
         self,
         run: BucketRun,
-        flight: Flight,
+        buffer: Tensor,
         params: dict[int, LocalParam],
         keep: Tensor | None,
     ) -> None:
-        self._finish(run, flight, run.chain.back)
-        number, packing = run.chain.results, run.local.results
-        views = self._buffers.views(run.index, number, flight.buffer, packing)
+        """Decay and update the local shards."""
+        views = self._buffers.views(run.index, run.sequence.results, buffer, run.local.results)
         for batch in run.applying:
             groups: dict[
                 tuple[MuonOptions, int, int], tuple[list[Tensor], list[Tensor], list[Place]]

@@ -14,7 +14,6 @@ from muon_dtensor.errors import GroupOptionError
 from muon_dtensor.orthogonalize import newton_schulz, polar_express
 from muon_dtensor.orthogonalize.newton_schulz import Body
 from muon_dtensor.orthogonalize.normuon import normalize_rows
-from muon_dtensor.orthogonalize.polar_express import polar_express_rows
 from muon_dtensor.update import adjusted_lr
 
 Orthogonalizer = Callable[[Tensor], Tensor]
@@ -95,15 +94,6 @@ class MuonOptions:
         """The learning rate of a matrix of this size; see `update.adjusted_lr`."""
         scaled = adjusted_lr(self.lr, self.adjust_lr_fn, rows, cols)
         return scaled if self.capturable else float(scaled)
-
-    @property
-    def coefficients(self) -> list[tuple[float, float, float]]:
-        """The (a, b, c) of each iteration. Raises RuntimeError for a function of the user's."""
-        if self.custom is not None:
-            raise RuntimeError("a team of ranks cannot share an orthogonalizer of the user's")
-        if self.orthogonalizer == "polar_express":
-            return list(polar_express_rows(self.ns_steps))
-        return [self.ns_coefficients] * self.ns_steps
 
     def normalized(self, polar_factor: Tensor, moments: Tensor, keep: Tensor | None) -> Tensor:
         """A polar factor [rows, cols] after NorMuon; see `orthogonalize.normuon`."""

@@ -1,6 +1,6 @@
 """NorMuon's second moments of rows on one rank: owners bring them up to date and tell the others.
 
-Walks `planning.moments`; does not know what the moments are for.
+See `planning.normuon_state`.
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
 from muon_dtensor.layout import Layout
-from muon_dtensor.planning.ir import Assignment, Plan
-from muon_dtensor.planning.moments import Reduction, moment_slice, reductions
+from muon_dtensor.planning.normuon_state import Reduction, moment_slice, reductions
+from muon_dtensor.planning.plan import Assignment, Plan
 from muon_dtensor.runtime.collectives import all_reduce_sum
 from muon_dtensor.runtime.describe import describe_mesh, local_part
 from muon_dtensor.runtime.groups import Groups

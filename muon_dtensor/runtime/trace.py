@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from muon_dtensor.planning.ir import Phase
+from muon_dtensor.planning.plan import Phase
 
 
 @dataclass(frozen=True, slots=True)

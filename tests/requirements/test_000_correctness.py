@@ -15,7 +15,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from muon_dtensor import Muon, create_auto_config, create_devicemesh_config
-from muon_dtensor.planning.ir import Phase
+from muon_dtensor.planning.plan import Phase
 from tests.requirements.models import TinyTransformer, batch, differences, whole_params
 from tests.support.meter import counting, installed
 from tests.support.pool import run_processes

@@ -15,7 +15,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
 from muon_dtensor import Muon
-from muon_dtensor.planning.strategies import kind_of
 from tests.support.meter import counting, counting_flops, installed
 
 OVERWRITES_MOMENTA = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15)
@@ -161,7 +160,7 @@ def compare_with_oracle(case: Case) -> Outcome:
         cost.sent_nbytes[dist.get_rank()] * case.num_steps,
         count.flops,
         cost.flops[dist.get_rank()] * case.num_steps,
-        {kind_of(bucket.strategy) for bucket in ours.plan.buckets},
+        {bucket.strategy.kind for bucket in ours.plan.buckets},
         cost.bound_nbytes * case.num_steps,
         cost.num_matrices * case.num_steps,
         ours.plan.digest,

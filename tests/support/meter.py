@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,22 +11,18 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from muon_dtensor.runtime import muon_options, process_team
+from muon_dtensor.runtime import muon_options
 from muon_dtensor.runtime.describe import local_part
 
 _local = threading.local()
 _all_to_all_single = dist.all_to_all_single
 _newton_schulz = muon_options.newton_schulz
-_all_reduce_sum = process_team.all_reduce_sum
-_all_reduce_max = process_team.all_reduce_max
-_all_gather_parts = process_team.all_gather_parts
 
 
 @dataclass
@@ -62,27 +58,6 @@ def _counted_newton_schulz(x: Tensor, **kwargs: Any) -> Tensor:
     return _newton_schulz(x, **kwargs)
 
 
-def _count(nbytes: int) -> None:
-    count: Count | None = getattr(_local, "count", None)
-    if count is not None:
-        count.sent_nbytes += nbytes
-
-
-def _counted_reduce(original: Callable[..., None]) -> Callable[..., None]:
-    def reduce(values: Tensor, group: ProcessGroup) -> None:
-        size = dist.get_world_size(group)
-        # each rank of a ring sends a share of the whole 2 (size - 1) times
-        _count(2 * (size - 1) * values.numel() * values.element_size() // size)
-        original(values, group)
-
-    return reduce
-
-
-def _counted_gather(everything: Tensor, part: Tensor, group: ProcessGroup) -> None:
-    _count((dist.get_world_size(group) - 1) * part.numel() * part.element_size())
-    _all_gather_parts(everything, part, group)
-
-
 @contextmanager
 def counting_flops() -> Iterator[None]:
     """Add the matrix products of this thread, as torch counts them, to the count."""
@@ -107,9 +82,6 @@ def installed() -> Iterator[None]:
     with (
         mock.patch.object(dist, "all_to_all_single", _counted_all_to_all),
         mock.patch.object(muon_options, "newton_schulz", _counted_newton_schulz),
-        mock.patch.object(process_team, "all_reduce_sum", _counted_reduce(_all_reduce_sum)),
-        mock.patch.object(process_team, "all_reduce_max", _counted_reduce(_all_reduce_max)),
-        mock.patch.object(process_team, "all_gather_parts", _counted_gather),
     ):
         yield
 

@@ -1,14 +1,11 @@
-"""Where NorMuon's second moments of rows lie, and who tells whom of them after a step.
-
-One float32 number per row of every matrix. Sees layouts; never a tensor.
-"""
+"""Layout and synchronization of NorMuon's row second moments: one float32 per matrix row."""
 
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import accumulate
 
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, ParamSpec
-from muon_dtensor.planning.ir import Plan
+from muon_dtensor.planning.plan import Plan
 
 MOMENT_ITEMSIZE = 4
 

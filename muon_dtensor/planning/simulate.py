@@ -1,7 +1,7 @@
-"""How long a step takes: a plan walked on every rank's clock, with the prices of a topology.
+"""A simulated step: a plan run on every rank's clock, with the prices of a topology.
 
 Each rank has a lane for the host and compute and a lane for exchanges. Ranks wait for each other
-where collectives make them. Measures nothing.
+where collectives make them.
 """
 
 from collections import defaultdict
@@ -11,18 +11,11 @@ from itertools import groupby
 from typing import TypeVar
 
 from muon_dtensor.layout import Matrix, MeshSpec
-from muon_dtensor.planning.ir import Action, Assignment, Gram, Phase, Plan, gram_segments
 from muon_dtensor.planning.matrix_costs import ITEMSIZES, matrix_flops
-from muon_dtensor.planning.teams import (
-    GRAM_ITEMSIZE,
-    gathered_nbytes,
-    member_flops,
-    members,
-    num_gathers,
-    summed_nbytes,
-)
+from muon_dtensor.planning.plan import Action, Assignment, Plan
+from muon_dtensor.planning.schedule import Apply, Compute, Fill, Hop, Program, Send, Wait, lower
 from muon_dtensor.planning.topology import Topology
-from muon_dtensor.planning.volumes import BucketCost, Hop, boxes_of
+from muon_dtensor.planning.traffic import BucketTraffic
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -52,13 +45,12 @@ class Prediction:
     spans: tuple[PredictedSpan, ...]
 
 
-def predict(plan: Plan, watch: Collection[int] = ()) -> Prediction:
-    """Walk the schedule; `watch`: global ranks whose spans are wanted.
+def simulate(plan: Plan, costs: Sequence[BucketTraffic], watch: Collection[int] = ()) -> Prediction:
+    """Run the schedule; `costs`: of the buckets, `watch`: global ranks whose spans are recorded.
 
     Sets of ranks run one after the other, as the schedule has them, and each begins when the last
     of its ranks is done with those before.
     """
-    costs = plan.bucket_costs
     exchange, compute = [0.0] * len(costs), [0.0] * len(costs)
     spans: list[PredictedSpan] = []
     clock: dict[int, float] = {}
@@ -87,7 +79,7 @@ class _Walk:
     def __init__(
         self,
         plan: Plan,
-        costs: Sequence[BucketCost],
+        costs: Sequence[BucketTraffic],
         ranks: Sequence[int],
         watch: Collection[int],
     ) -> None:
@@ -108,28 +100,21 @@ class _Walk:
 
     def run(self, actions: Iterable[Action]) -> float:
         """Seconds until the last rank is done."""
-        for action in actions:
+        program: Program = lower(list(actions), {i: c.sequence for i, c in enumerate(self.costs)})
+        for action, events in program:
             cost = self.costs[action.bucket]
-            match action.phase:
-                case Phase.UNSHARD:
-                    self._work(action, self._packing(cost))
-                    for hop in cost.unshard[:1]:
+            for event in events:
+                match event:
+                    case Fill():
+                        self._work(action, self._packing(cost))
+                    case Send(hop=hop):
                         self._send(action, cost, hop)
-                case Phase.WAIT:
-                    self._wait(action.bucket)
-                    for hop in cost.unshard[1:]:
-                        self._send(action, cost, hop)
+                    case Wait():
                         self._wait(action.bucket)
-                case Phase.ORTHOGONALIZE:
-                    self._orthogonalize(action, cost)
-                case Phase.RESHARD:
-                    self._send(action, cost, cost.reshard[0])
-                case Phase.APPLY:
-                    self._wait(action.bucket)
-                    for hop in cost.reshard[1:]:
-                        self._send(action, cost, hop)
-                        self._wait(action.bucket)
-                    self._work(action, self._applying(cost))
+                    case Compute():
+                        self._orthogonalize(action, cost)
+                    case Apply():
+                        self._work(action, self._applying(cost))
         return max(self.host, default=0.0)
 
     def _order(self, mesh: MeshSpec) -> list[int]:
@@ -192,15 +177,14 @@ class _Walk:
             for node, own in zip(nodes, seconds, strict=True)
         ]
 
-    def _send(self, action: Action, cost: BucketCost, hop: Hop) -> None:
+    def _send(self, action: Action, cost: BucketTraffic, hop: Hop) -> None:
         """One collective: begins when the last of its group is there, ends for all at once."""
         topology, mesh = self.topology, cost.bucket.mesh
         launch = [topology.collective_overhead] * mesh.num_ranks
-        if not hop.is_mirror:
-            # the send buffer is filled from another one
+        if hop.repacks:
             launch = [
                 topology.collective_overhead + topology.memory_seconds(2 * cost.itemsize * numel)
-                for numel in hop.send
+                for numel in cost.buffers[hop.send]
             ]
         self._work(action, launch)
         mesh_dims = hop.collective.mesh_dims
@@ -230,7 +214,7 @@ class _Walk:
         if landed is not None:
             self.host = [max(a, b) for a, b in zip(self.host, landed, strict=True)]
 
-    def _packing(self, cost: BucketCost) -> list[float]:
+    def _packing(self, cost: BucketTraffic) -> list[float]:
         """Momentum of all that is touched, then direction and cast of what is packed."""
         each, size = self.topology.tensor_overhead, self._param_itemsize(cost)
         memory, itemsize = self.topology.memory_seconds, cost.itemsize
@@ -241,7 +225,7 @@ class _Walk:
             )
         ]
 
-    def _applying(self, cost: BucketCost) -> list[float]:
+    def _applying(self, cost: BucketTraffic) -> list[float]:
         """Decay and update of all that is touched."""
         each, size = self.topology.tensor_overhead, self._param_itemsize(cost)
         memory, itemsize = self.topology.memory_seconds, cost.itemsize
@@ -250,22 +234,18 @@ class _Walk:
             for num, touched in zip(cost.num_touched, cost.touched, strict=True)
         ]
 
-    def _param_itemsize(self, cost: BucketCost) -> int:
+    def _param_itemsize(self, cost: BucketTraffic) -> int:
         return ITEMSIZES.get(self.plan.spec(cost.bucket.assignments[0]).dtype, 4)
 
-    def _orthogonalize(self, action: Action, cost: BucketCost) -> None:
+    def _orthogonalize(self, action: Action, cost: BucketTraffic) -> None:
         bucket, plan, topology = cost.bucket, self.plan, self.topology
-        if isinstance(bucket.strategy, Gram):
-            self._share(action, cost, bucket.strategy)
-            return
         seconds = [0.0] * bucket.mesh.num_ranks
 
         def price(matrix: Matrix, num_iterations: int) -> float:
             return orthogonalize_seconds(topology, matrix, num_iterations, bucket.wire_dtype)
 
         for a, taken in priced(bucket.assignments, self._size, price):
-            for position, _ in boxes_of(plan, bucket, a):
-                seconds[position] += taken
+            seconds[a.owner] += taken
         total = [a + b for a, b in zip(seconds, self._assembling(cost), strict=True)]
         if plan.options.sequential:
             self._in_turn(action, total)
@@ -275,9 +255,12 @@ class _Walk:
     def _size(self, assignment: Assignment) -> tuple[Matrix, int]:
         return self.plan.matrix(assignment), self.plan.spec(assignment).num_iterations
 
-    def _assembling(self, cost: BucketCost) -> list[float]:
-        """Wholes are put together from pieces, and taken apart again: two copies."""
-        each, copied = self.topology.tensor_overhead, 4 * cost.itemsize if cost.unshard else 0
+    def _assembling(self, cost: BucketTraffic) -> list[float]:
+        """Matrices are assembled from pieces, and results taken apart: two copies."""
+        each, copied = (
+            self.topology.tensor_overhead,
+            4 * cost.itemsize if cost.sequence.unshard else 0,
+        )
         return [
             each * num + self.topology.memory_seconds(copied * numel)
             for num, numel in zip(cost.num_parts, cost.wholes, strict=True)
@@ -293,30 +276,6 @@ class _Walk:
         self.compute[action.bucket] += sum(seconds)
         self._watched(action, "compute", self.host, order, seconds)
         self.host = [turn] * len(self.host)
-
-    def _share(self, action: Action, cost: BucketCost, strategy: Gram) -> None:
-        """Each team on its matrices: all members compute, and wait for each other in rings."""
-        mesh, topology = cost.bucket.mesh, self.topology
-        order = self._order(mesh)
-        durations, waits = [0.0] * len(order), [0.0] * len(order)
-
-        def price(matrix: Matrix, num_iterations: int) -> tuple[float, float]:
-            return team_seconds(topology, mesh, strategy.team_dims, matrix, num_iterations)
-
-        for a, (own, ring) in priced(cost.bucket.assignments, self._size, price):
-            for member in members(mesh, strategy, a.owner):
-                durations[member] += own
-                waits[member] += ring
-        durations = [a + b for a, b in zip(durations, self._assembling(cost), strict=True)]
-        shared = list(self._shared(mesh, durations))
-        for group in self._groups_of(mesh, strategy.team_dims):
-            start = max(self.host[order[p]] for p in group)
-            for position in group:
-                self.host[order[position]] = start + shared[position] + waits[position]
-        self.compute[action.bucket] += max(shared, default=0.0)
-        self.exchange[action.bucket] += max(waits, default=0.0)
-        both = [a + b for a, b in zip(shared, waits, strict=True)]
-        self._watched(action, "compute", self.host, order, both)
 
 
 def packed_nbytes(itemsize: int, wire_itemsize: int, *, touched: int, pieces: int) -> int:
@@ -354,24 +313,3 @@ def orthogonalize_seconds(
     """One matrix on one rank by itself."""
     flops = matrix_flops(matrix, num_iterations)
     return topology.matmul_seconds(flops, min(matrix.rows, matrix.cols), wire_dtype)
-
-
-def team_seconds(
-    topology: Topology,
-    mesh: MeshSpec,
-    team_dims: tuple[str, ...],
-    matrix: Matrix,
-    num_iterations: int,
-) -> tuple[float, float]:
-    """(compute of the busiest member, waiting in rings) for one matrix of a team, in seconds."""
-    num_members = mesh.num_ranks_along(team_dims)
-    flops = member_flops(matrix, num_iterations, num_members, 0)
-    short = min(matrix.rows, matrix.cols)
-    gathers = num_gathers(num_iterations) * topology.all_gather_seconds(
-        mesh, team_dims, gathered_nbytes(matrix, num_members)
-    )
-    sums = len(gram_segments(num_iterations)) * topology.all_reduce_seconds(
-        mesh, team_dims, summed_nbytes(matrix)
-    )
-    largest = topology.all_reduce_seconds(mesh, team_dims, GRAM_ITEMSIZE)
-    return topology.matmul_seconds(flops, short, "float32"), gathers + sums + largest

@@ -1,0 +1,303 @@
+"""The order of a step's phases, and its lowering to events.
+
+Note [Numbered buffers]
+    The exchange buffers of a bucket are numbered in the order in which they are filled. Number 0
+    holds the packed pieces. A collective receives into the next number; where its send buffer is
+    not what the collective before has received, it has a number of its own. `wholes` holds what is
+    orthogonalized in place, the last number what is applied. A buffer is needed from the first to
+    the last event that names it: the executor, buffer placement, memory accounting and the
+    simulation all read the same events.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from muon_dtensor.layout import MeshSpec
+from muon_dtensor.planning.plan import Action, Bucket, Phase
+from muon_dtensor.planning.strategies import Collective, Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One collective of a bucket between numbered buffers; `index` counts those of the bucket.
+
+    `source` is the buffer that was filled before: the send buffer, or what that is filled from.
+    """
+
+    index: int
+    collective: Collective
+    source: int
+    send: int
+    recv: int
+
+    @property
+    def repacks(self) -> bool:
+        """Whether the send buffer is filled from the one before."""
+        return self.send != self.source
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a buffer holds, `copies` times over.
+
+    The pieces of the matrices owned in this rank's replica, after they have moved towards their
+    owners along `done`: none of the mesh dims at first, all of them at the owner. None in place of
+    `done`: the pieces of all matrices that this rank stores.
+    """
+
+    done: tuple[str, ...] | None
+    copies: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BufferSequence:
+    """The buffers of a bucket and the collectives between them; see Note [Numbered buffers]."""
+
+    contents: tuple[Content, ...]
+    unshard: tuple[Hop, ...]
+    reshard: tuple[Hop, ...]
+    wholes: int
+
+    @property
+    def hops(self) -> tuple[Hop, ...]:
+        return (*self.unshard, *self.reshard)
+
+    @property
+    def results(self) -> int:
+        return len(self.contents) - 1
+
+
+def buffer_sequence(strategy: Strategy, mesh: MeshSpec) -> BufferSequence:
+    """The buffers of a bucket on this mesh, in the order in which they are filled."""
+    contents = [Content(())]
+    hops: list[Hop] = []
+
+    def hop(collective: Collective, received: Content, sent: Content | None = None) -> None:
+        """`sent`: content of a send buffer of its own."""
+        source = len(contents) - 1
+        contents.extend([sent, received] if sent else [received])
+        send, recv = (source + 1, source + 2) if sent else (source, source + 1)
+        hops.append(Hop(len(hops), collective, source, send, recv))
+
+    done: tuple[str, ...] = ()
+    before: dict[tuple[str, ...], Content] = {}
+    for collective in strategy.unshard:
+        before[collective.mesh_dims] = Content(done)
+        sent = Content(done) if done else None
+        done = (*done, *collective.mesh_dims)
+        hop(collective, Content(done), sent)
+    num_unshard, wholes = len(hops), len(contents) - 1
+    copies = mesh.num_ranks_along(strategy.replica_dims)
+    for index, collective in enumerate(strategy.reshard(mesh.dim_names)):
+        if collective.mesh_dims in before:
+            sent = contents[-1] if index else None
+            hop(collective, before[collective.mesh_dims], sent)
+        else:
+            hop(collective, Content(None), replace(contents[-1], copies=copies))
+    return BufferSequence(
+        tuple(contents), tuple(hops[:num_unshard]), tuple(hops[num_unshard:]), wholes
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Update momenta, and write the directions of the packed pieces into a buffer."""
+
+    buffer: int
+
+    @property
+    def buffers(self) -> tuple[int, ...]:
+        return (self.buffer,)
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateMomenta:
+    """Update the momenta of parameters of which nothing is packed."""
+
+    buffers = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Repack:
+    """Fill the send buffer of a collective from the buffer before it."""
+
+    hop: Hop
+
+    @property
+    def buffers(self) -> tuple[int, ...]:
+        return (self.hop.source, self.hop.send)
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Issue a collective."""
+
+    hop: Hop
+
+    @property
+    def buffers(self) -> tuple[int, ...]:
+        return (self.hop.send, self.hop.recv)
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Wait for a collective."""
+
+    hop: Hop
+
+    @property
+    def buffers(self) -> tuple[int, ...]:
+        return (self.hop.send, self.hop.recv)
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Orthogonalize the matrices of a buffer in place."""
+
+    buffer: int
+
+    @property
+    def buffers(self) -> tuple[int, ...]:
+        return (self.buffer,)
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """Decay and update the local shards by the results in a buffer."""
+
+    buffer: int
+
+    @property
+    def buffers(self) -> tuple[int, ...]:
+        return (self.buffer,)
+
+
+Event = Fill | UpdateMomenta | Repack | Send | Wait | Compute | Apply
+
+Program = tuple[tuple[Action, tuple[Event, ...]], ...]
+"""The events of each action of a schedule, in order."""
+
+
+def lower_phase(phase: Phase, sequence: BufferSequence) -> tuple[Event, ...]:
+    """The events of one phase of a bucket."""
+
+    def send(hop: Hop) -> tuple[Event, ...]:
+        return (Repack(hop), Send(hop)) if hop.repacks else (Send(hop),)
+
+    def finish(hops: Sequence[Hop]) -> Iterator[Event]:
+        """Wait for the first, which was sent in an earlier phase, and run the others."""
+        for index, hop in enumerate(hops):
+            if index:
+                yield from send(hop)
+            yield Wait(hop)
+
+    match phase:
+        case Phase.UNSHARD:
+            first = send(sequence.unshard[0]) if sequence.unshard else ()
+            return (Fill(0), *first, UpdateMomenta())
+        case Phase.WAIT:
+            return tuple(finish(sequence.unshard))
+        case Phase.ORTHOGONALIZE:
+            return (Compute(sequence.wholes),)
+        case Phase.RESHARD:
+            return send(sequence.reshard[0])
+        case Phase.APPLY:
+            return (*finish(sequence.reshard), Apply(sequence.results))
+
+
+def lower(schedule: Sequence[Action], sequences: Mapping[int, BufferSequence]) -> Program:
+    """The events of the actions on buckets of `sequences`, by index; other actions are left out."""
+    return tuple(
+        (action, lower_phase(action.phase, sequences[action.bucket]))
+        for action in schedule
+        if action.bucket in sequences
+    )
+
+
+def phases_of(sequence: BufferSequence) -> tuple[Phase, ...]:
+    """The phases that a bucket runs, in order."""
+    phases = [Phase.UNSHARD, Phase.ORTHOGONALIZE, Phase.APPLY]
+    if sequence.reshard:
+        phases.insert(2, Phase.RESHARD)
+    if sequence.unshard:
+        phases.insert(1, Phase.WAIT)
+    return tuple(phases)
+
+
+def live_sets(sequence: BufferSequence) -> tuple[tuple[int, ...], ...]:
+    """The sets of buffers of one bucket that hold something at the same time."""
+    actions = [Action(phase, 0) for phase in phases_of(sequence)]
+    lives = lifetimes(lower(actions, {0: sequence}))
+    sets = (
+        tuple(n for (_, n), life in lives.items() if life.first <= event <= life.last)
+        for event in range(max(life.last for life in lives.values()) + 1)
+    )
+    return tuple(dict.fromkeys(sets))
+
+
+@dataclass(slots=True)
+class Lifetime:
+    """The first and the last event of a program that need a buffer, by index."""
+
+    first: int
+    last: int
+
+
+BufferKey = tuple[int, int]
+"""(bucket, number) of a buffer."""
+
+
+def lifetimes(program: Program) -> dict[BufferKey, Lifetime]:
+    """The lifetime of every buffer, events counted over the whole program."""
+    lives: dict[BufferKey, Lifetime] = {}
+    for index, (action, event) in enumerate(flat(program)):
+        for number in event.buffers:
+            life = lives.setdefault((action.bucket, number), Lifetime(index, index))
+            life.last = index
+    return lives
+
+
+def flat(program: Program) -> Iterator[tuple[Action, Event]]:
+    """Every event with its action."""
+    for action, events in program:
+        for event in events:
+            yield action, event
+
+
+def schedule(
+    buckets: Sequence[Bucket], waves: Sequence[Sequence[int]], prefetch_count: int
+) -> tuple[Action, ...]:
+    """The order of phases, the same on every rank, so that collectives match.
+
+    At most `prefetch_count + 1` unshards are unfinished at a time, and while a wave is
+    orthogonalized the next `prefetch_count` buckets and the reshard of the one before are in
+    flight. With `prefetch_count` 0 nothing is in flight during compute. `waves`: buckets by index;
+    the owners of one wave orthogonalize at the same time.
+    """
+    actions: list[Action] = []
+    order = [bucket for wave in waves for bucket in wave]
+    issued = 0
+    resharding: list[int] = []
+
+    def issue_up_to(count: int) -> None:
+        nonlocal issued
+        while issued < min(count, len(order)):
+            actions.append(Action(Phase.UNSHARD, order[issued]))
+            issued += 1
+
+    done = 0
+    for wave in waves:
+        for bucket in wave:
+            issue_up_to(done + 1 + prefetch_count)
+            if buckets[bucket].unshard:
+                actions.append(Action(Phase.WAIT, bucket))
+            done += 1
+        actions += [Action(Phase.ORTHOGONALIZE, bucket) for bucket in wave]
+        for bucket in wave:
+            if buckets[bucket].reshard:
+                actions.append(Action(Phase.RESHARD, bucket))
+            resharding.append(bucket)
+            while len(resharding) > min(prefetch_count, 1):
+                actions.append(Action(Phase.APPLY, resharding.pop(0)))
+    actions += [Action(Phase.APPLY, bucket) for bucket in resharding]
+    return tuple(actions)

@@ -1,0 +1,15 @@
+"""Every fault that `mutate` plants has its place in the package, and tests that should catch it."""
+
+import pytest
+
+from tests.mutate import FAULTS, ROOT, Fault
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
+def test_a_fault_can_be_planted(fault: Fault):
+    text = (ROOT / "muon_dtensor" / fault.file).read_text()
+    assert text.count(fault.old) == 1
+    for where in fault.tests.split():
+        file, _, function = where.partition("::")
+        tests = (ROOT / "tests" / f"test_{file}.py").read_text()
+        assert f"def test_{function}" in tests
