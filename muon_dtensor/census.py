@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from muon_dtensor.adamw import AdamWLocal
 from muon_dtensor.assignment import validate_assignments
 from muon_dtensor.config import DistributedConfig
-from muon_dtensor.errors import GATHERED, PlanError, Problem
+from muon_dtensor.errors import GATHERED, PlanError, Problem, RefusalError
 from muon_dtensor.layout import Layout, MeshSpec, ParamSpec
 from muon_dtensor.options import declaration_of
 from muon_dtensor.orthogonalize.newton_schulz import Body
@@ -109,33 +109,40 @@ class Census:
         for entry in self.muon:
             if entry.name in refused:
                 continue
-            described = self.describer.param(
-                entry.name,
-                entry.param,
-                self._plain,
-                declaration_of(entry.group),
-                num_iterations=entry.group["ns_steps"],
-                wire_dtype=wire_dtype,
-                has_moments=entry.group["normuon_beta"] is not None,
-            )
-            if isinstance(described, Problem):
-                problems.append(described)
+            try:
+                spec = self._spec(entry, wire_dtype)
+            except RefusalError as refusal:
+                seen = placed(entry.param)
+                problems.append(Problem(entry.name, seen, refusal.reason, refusal.remedy))
                 continue
-            specs.append(described)
+            specs.append(spec)
             device = local_part(entry.param).device
-            home = homes.setdefault(described.layout.mesh, device)
+            home = homes.setdefault(spec.layout.mesh, device)
             if home != device:
                 problems.append(
                     Problem(
                         entry.name,
                         f"on {device}",
-                        f"Other parameters of mesh {described.layout.mesh} are on {home}.",
+                        f"Other parameters of mesh {spec.layout.mesh} are on {home}.",
                         "Move them to one device, or give each device an optimizer of its own.",
                     )
                 )
         if problems:
             raise PlanError(problems, num_params=len(self.entries))
         return specs
+
+    def _spec(self, entry: Entry, wire_dtype: torch.dtype) -> ParamSpec:
+        """One parameter of Muon as the planner knows it. Raises RefusalError."""
+        return self.describer.param(
+            entry.name,
+            entry.param,
+            self.layout(entry),
+            declaration_of(entry.group),
+            flat_shape=self._plain.flat_shape(entry.param),
+            num_iterations=entry.group["ns_steps"],
+            wire_dtype=wire_dtype,
+            has_moments=entry.group["normuon_beta"] is not None,
+        )
 
     def must_be_real(self) -> None:
         """Raise PlanError for parameters that nobody can step."""
@@ -222,8 +229,10 @@ class Census:
         return {self.muon[index].name: rank for index, rank in assignments.items()}
 
     def layout(self, entry: Entry) -> Layout:
-        """How a parameter lies; of plain ones what `specs` has learned."""
-        return self.describer.layout(entry.param, self._plain)
+        """The layout of a parameter; of a plain tensor that which `specs` has learned."""
+        if isinstance(entry.param, DTensor):
+            return self.describer.layout(entry.param)
+        return self.describer.shared(self._plain.layout(entry.param))
 
     def misplaced(self) -> str:
         """Which shards torch's distributed checkpoint would misplace; empty for none."""

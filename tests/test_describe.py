@@ -68,7 +68,7 @@ def real_shards(shape: tuple[int, int], num_rows: int, num_cols: int) -> list[st
         parallelize_module(model, mesh["tp"], {"0": style})
         fully_shard(model, mesh=mesh["dp"])
         weight = linear.weight
-        layout = Describer().layout(weight, PlainTensors(None))
+        layout = Describer().layout(weight)
         region = layout.region(layout.mesh.position_of(this_rank()))
         box = tuple(slice(a, b) for a, b in zip(region.start, region.stop, strict=True))
         if not torch.equal(weight.to_local(), numbers[box]):
@@ -90,7 +90,7 @@ def plain_shards(mesh_shape: tuple[int, ...]) -> list[str]:
         for shape in ((13, 7), (3, 2), (1, 1), (0, 5), (16, 8)):
             numbers = torch.arange(shape[0] * shape[1]).view(shape)
             tensor = spread(numbers, mesh, placements)
-            layout = Describer().layout(tensor, PlainTensors(None))
+            layout = Describer().layout(tensor)
             region = layout.region(layout.mesh.position_of(this_rank()))
             box = tuple(slice(a, b) for a, b in zip(region.start, region.stop, strict=True))
             if not torch.equal(tensor.to_local(), numbers[box]):

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,14 +23,11 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.profiler import record_function
 
-from muon_dtensor.errors import Problem, RefusalError, shortened
+from muon_dtensor.errors import RefusalError, shortened
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, ParamSpec
 from muon_dtensor.matrices import flattened
 from muon_dtensor.patterns import Declaration
 from muon_dtensor.planning.normuon_state import moment_cuts
-
-if TYPE_CHECKING:
-    from muon_dtensor.runtime.plain import PlainTensors
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -265,17 +262,18 @@ class Describer:
             self._sub_meshes[mesh] = mesh.names_on(self.plain_mesh, this_rank())
         return self._sub_meshes[mesh]
 
-    def layout(self, tensor: Tensor, plain: "PlainTensors") -> Layout:
-        """The layout of a DTensor, or of a plain tensor that `plain` has learned of."""
-        if isinstance(tensor, DTensor):
-            mesh = self.mesh(tensor.device_mesh)
-            layout = describe_layout(tensor, mesh)
-            if names := self._names_on_plain(mesh):
-                called = dict(zip(mesh.dim_names, names, strict=True))
-                cuts = tuple(tuple(called[name] for name in dims) for dims in layout.cuts)
-                layout = Layout(self.plain_mesh, layout.shape, cuts)
-        else:
-            layout = plain.layout(tensor)
+    def layout(self, tensor: DTensor) -> Layout:
+        """The layout of a DTensor. Raises RefusalError where it has none."""
+        mesh = self.mesh(tensor.device_mesh)
+        layout = describe_layout(tensor, mesh)
+        if names := self._names_on_plain(mesh):
+            called = dict(zip(mesh.dim_names, names, strict=True))
+            cuts = tuple(tuple(called[name] for name in dims) for dims in layout.cuts)
+            layout = Layout(self.plain_mesh, layout.shape, cuts)
+        return self.shared(layout)
+
+    def shared(self, layout: Layout) -> Layout:
+        """An equal layout, one object for all parameters that have it."""
         key = (layout.mesh, layout.shape, layout.cuts, layout.bounds)
         return self._layouts.setdefault(key, layout)
 
@@ -326,26 +324,24 @@ class Describer:
         self,
         fqn: str,
         tensor: Tensor,
-        plain: "PlainTensors",
+        layout: Layout,
         declaration: Declaration,
         *,
+        flat_shape: tuple[int, ...] | None,
         num_iterations: int,
         wire_dtype: torch.dtype,
         has_moments: bool = False,
-    ) -> ParamSpec | Problem:
-        """One parameter of Muon, or why it cannot be one.
+    ) -> ParamSpec:
+        """One parameter of Muon. Raises RefusalError if it cannot be one.
 
-        `has_moments`: NorMuon's, which only a DTensor can hold a part of.
+        Args:
+            layout: of the tensor.
+            flat_shape: the global shape of a tensor that is stored flat.
+            has_moments: NorMuon's, which only a DTensor can hold a part of.
         """
-        seen = placed(tensor)
-        try:
-            layout = self.layout(tensor, plain)
-            flat = plain.flat_shape(tensor)
-            if not isinstance(tensor, DTensor) and not layout.cut_dims:
-                _must_be_annotated_whole(tensor, declaration)
-            matrices = self._matrices(declaration, layout.shape, flat)
-        except RefusalError as refusal:
-            return Problem(fqn, seen, refusal.reason, refusal.remedy)
+        if not isinstance(tensor, DTensor) and not layout.cut_dims:
+            _must_be_annotated_whole(tensor, declaration)
+        matrices = self._matrices(declaration, layout.shape, flat_shape)
         moments: tuple[str, ...] | None = None
         if has_moments:
             own = isinstance(tensor, DTensor) and self.mesh(tensor.device_mesh) == layout.mesh
