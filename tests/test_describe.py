@@ -18,7 +18,6 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from muon_dtensor.layout import Layout, MeshSpec, Region
 from muon_dtensor.runtime.describe import Describer, _cut_order, describe_mesh, this_rank
-from muon_dtensor.runtime.plain import PlainTensors
 from tests.support.cases import mesh_of, spread
 from tests.support.threads import run_threads
 
@@ -110,8 +109,7 @@ def described() -> tuple[bool, bool, str]:
     first = DTensor.from_local(torch.ones(2, 4), mesh, (Shard(0), Replicate()))
     second = DTensor.from_local(torch.ones(2, 4), mesh, (Shard(0), Replicate()))
     same_mesh = describer.mesh(mesh) is describer.mesh(init_device_mesh("cpu", (2, 2)))
-    plain = PlainTensors(None)
-    same_layout = describer.layout(first, plain) is describer.layout(second, plain)
+    same_layout = describer.layout(first) is describer.layout(second)
     return same_mesh, same_layout, str(describe_mesh(mesh))
 
 
