@@ -20,9 +20,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.common import provenance
+from muon_dtensor.algorithms import newton_schulz
+from muon_dtensor.algorithms.kernels import body_of
 from muon_dtensor.errors import GroupOptionError
-from muon_dtensor.orthogonalize import newton_schulz
-from muon_dtensor.orthogonalize.bodies import body_of
 from muon_dtensor.planning.matrix_costs import newton_schulz_flops
 
 GPU_SHAPES = ((1024, 1024), (1024, 4096), (4096, 4096), (4096, 14336), (8192, 8192))

@@ -32,7 +32,7 @@ from benchmarks.common import layered, parameters, provenance
 from muon_dtensor import Muon, create_dtensor_config
 from muon_dtensor.cli.baselines import everyone_gathers
 from muon_dtensor.cli.calibrate_worker import readings_in_turns
-from muon_dtensor.cli.leaving import leave
+from muon_dtensor.cli.shutdown import leave
 from muon_dtensor.planning.presets import PRESETS
 from muon_dtensor.planning.topology import Link, Topology
 

@@ -28,9 +28,9 @@ from torch.distributed.tensor import Shard
 
 from benchmarks.common import layered, parameters, provenance
 from muon_dtensor import Muon
+from muon_dtensor.algorithms import newton_schulz
 from muon_dtensor.cli.calibrate_worker import readings_in_turns
-from muon_dtensor.cli.leaving import leave
-from muon_dtensor.orthogonalize import newton_schulz
+from muon_dtensor.cli.shutdown import leave
 
 DEADLINE_SECONDS = 300
 

@@ -30,15 +30,16 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from benchmarks.common import layered, provenance, seeded
 from muon_dtensor import Muon
+from muon_dtensor.algorithms import newton_schulz
 from muon_dtensor.cli.baselines import everyone_gathers
 from muon_dtensor.cli.calibrate_worker import readings_in_turns
-from muon_dtensor.cli.leaving import leave
-from muon_dtensor.orthogonalize import newton_schulz
+from muon_dtensor.cli.shutdown import leave
+from muon_dtensor.distributed_config.full_tensor import cut_like
 from muon_dtensor.planning.report import PlanReport
-from muon_dtensor.runtime import agreement, executor
-from muon_dtensor.runtime.describe import local_part
-from muon_dtensor.runtime.muon_options import MuonOptions
-from muon_dtensor.runtime.whole import cut_like
+from muon_dtensor.runtime import consistency as agreement
+from muon_dtensor.runtime import executor
+from muon_dtensor.runtime.hyperparameters import MuonOptions
+from muon_dtensor.runtime.torch_private import local_part
 from tests.support.meter import peak_nbytes_of
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)

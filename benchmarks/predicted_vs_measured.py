@@ -25,7 +25,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from benchmarks.common import provenance, seeded
 from muon_dtensor import Muon
 from muon_dtensor.cli.calibrate_worker import measured_topology, median_seconds
-from muon_dtensor.cli.leaving import leave
+from muon_dtensor.cli.shutdown import leave
 from muon_dtensor.planning.presets import topology_of
 from muon_dtensor.planning.topology import Topology
 from tests.support.meter import counting, counting_flops, installed, peak_nbytes_of

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import commit
+from muon_dtensor.cli.baseline_costs import cost_of_way
 from muon_dtensor.cli.models import MODELS, specs_of
-from muon_dtensor.cli.ways import cost_of_way
-from muon_dtensor.layout import MeshSpec, ParamSpec
-from muon_dtensor.planning.plan import Phase, PlanOptions
+from muon_dtensor.layout import MeshSpec
+from muon_dtensor.planning.plan import ParamSpec, Phase, PlanOptions
 from muon_dtensor.planning.presets import PRESETS
 from muon_dtensor.planning.report import PlanReport, plan_report
 from muon_dtensor.planning.simulate import simulate

@@ -38,7 +38,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from muon_dtensor import Muon, clip_grad_norm_, group_parameters
-from muon_dtensor.orthogonalize.bodies import SLOW, bfloat16_slowdown
+from muon_dtensor.algorithms.kernels import SLOW, bfloat16_slowdown
 
 
 @dataclass(frozen=True)

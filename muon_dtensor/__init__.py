@@ -21,16 +21,19 @@ Plan = PlanReport
 
 if TYPE_CHECKING:
     from muon_dtensor.clipping import clip_grad_norm_
-    from muon_dtensor.config import (
+    from muon_dtensor.config_file import MuonConfig
+    from muon_dtensor.distributed_config.config import (
         DistributedConfig,
         create_devicemesh_config,
         create_dtensor_config,
     )
-    from muon_dtensor.full_state import checkpointable, load_full_state_dict
-    from muon_dtensor.group_configs import create_auto_config, create_processgroup_config
+    from muon_dtensor.distributed_config.from_groups import (
+        create_auto_config,
+        create_processgroup_config,
+    )
     from muon_dtensor.grouping import group_parameters
-    from muon_dtensor.job_config import MuonConfig
-    from muon_dtensor.optim import Muon
+    from muon_dtensor.optimizer.full_state import checkpointable, load_full_state_dict
+    from muon_dtensor.optimizer.muon import Muon
 
 __all__ = [
     "AssignmentError",
@@ -60,22 +63,22 @@ __all__ = [
 
 # What needs torch is imported when it is asked for, so that plans can be made without torch.
 _HOMES = {
-    "DistributedConfig": ("config", "DistributedConfig"),
-    "Muon": ("optim", "Muon"),
-    "MuonConfig": ("job_config", "MuonConfig"),
-    "checkpointable": ("full_state", "checkpointable"),
+    "DistributedConfig": ("distributed_config.config", "DistributedConfig"),
+    "Muon": ("optimizer.muon", "Muon"),
+    "MuonConfig": ("config_file", "MuonConfig"),
+    "checkpointable": ("optimizer.full_state", "checkpointable"),
     "clip_grad_norm_": ("clipping", "clip_grad_norm_"),
-    "create_auto_config": ("group_configs", "create_auto_config"),
-    "create_devicemesh_config": ("config", "create_devicemesh_config"),
-    "create_dtensor_config": ("config", "create_dtensor_config"),
-    "create_processgroup_config": ("group_configs", "create_processgroup_config"),
+    "create_auto_config": ("distributed_config.from_groups", "create_auto_config"),
+    "create_devicemesh_config": ("distributed_config.config", "create_devicemesh_config"),
+    "create_dtensor_config": ("distributed_config.config", "create_dtensor_config"),
+    "create_processgroup_config": ("distributed_config.from_groups", "create_processgroup_config"),
     "group_parameters": ("grouping", "group_parameters"),
-    "load_full_state_dict": ("full_state", "load_full_state_dict"),
+    "load_full_state_dict": ("optimizer.full_state", "load_full_state_dict"),
     # the requirement documents import these by these names
-    "_default_assign_fn": ("assignment", "default_assign_fn"),
-    "_gather_fn_async": ("by_hand", "gather_fn_async"),
-    "_load_balanced_assign_fn": ("assignment", "load_balanced_assign_fn"),
-    "_validate_assignments": ("assignment", "validate_assignments"),
+    "_default_assign_fn": ("distributed_config.assignment", "default_assign_fn"),
+    "_gather_fn_async": ("distributed_config.manual_transport", "gather_fn_async"),
+    "_load_balanced_assign_fn": ("distributed_config.assignment", "load_balanced_assign_fn"),
+    "_validate_assignments": ("distributed_config.assignment", "validate_assignments"),
 }
 
 
@@ -84,3 +87,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home, attribute = _HOMES[name]
     return getattr(importlib.import_module(f"muon_dtensor.{home}"), attribute)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -18,15 +18,9 @@ from torch.optim import Optimizer
 
 from muon_dtensor.layout import Layout
 from muon_dtensor.runtime.collectives import all_reduce_max, all_reduce_sum
-from muon_dtensor.runtime.describe import (
-    Describer,
-    describe_layout,
-    local_part,
-    ordinary_mode,
-    this_rank,
-    warning_level,
-)
-from muon_dtensor.runtime.groups import Groups
+from muon_dtensor.runtime.dtensors import Describer, describe_layout
+from muon_dtensor.runtime.process_groups import Groups
+from muon_dtensor.runtime.torch_private import local_part, ordinary_mode, this_rank, warning_level
 from muon_dtensor.runtime.totals import total_of
 
 logger = logging.getLogger("muon_dtensor")

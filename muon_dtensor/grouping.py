@@ -14,13 +14,16 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
 
 from muon_dtensor.errors import GATHERED, GroupOptionError, PlanError, Problem, shortened
-from muon_dtensor.options import ADAMW_DEFAULTS, DECLARED
-from muon_dtensor.runtime.describe import (
-    FlatSlices,
-    gathered_params,
-    placed,
-    warning_level,
+from muon_dtensor.optimizer.options import ADAMW_DEFAULTS, DECLARED
+from muon_dtensor.optimizer.parameter_names import (
+    EMBEDDING_NAME,
+    HEAD_NAME,
+    HEAD_PART,
+    WRAPPING,
 )
+from muon_dtensor.runtime.dtensors import placed
+from muon_dtensor.runtime.fsdp1 import FlatSlices
+from muon_dtensor.runtime.torch_private import gathered_params, warning_level
 
 logger = logging.getLogger("muon_dtensor")
 
@@ -30,23 +33,6 @@ tokens, tables, gains, depthwise convolutions."""
 
 WITHOUT_DECAY = ("norm", "bias", "other")
 """Classes that do not decay unless `weight_decay` says so, as in GPT-2's and nanoGPT's training."""
-
-EMBEDDING_NAME = re.compile(
-    r"(^|[._])(embed|embeds|embedding|embeddings|wte|wpe|vocab)($|[._])", re.IGNORECASE
-)
-
-HEAD_NAME = re.compile(
-    r"(^|[._])(output|output_layer|score|unembed|unembedding|logits|proj_out|qa_outputs)$|^fc$",
-    re.IGNORECASE,
-)
-"""Modules that are a model's last projection, outside numbered layers: a layer's own `output` is a
-hidden matrix."""
-
-HEAD_PART = re.compile(
-    r"^(?!.*multi_?head)(\w+_)?(heads?|classifiers?|generator|predictions)$", re.IGNORECASE
-)
-"""Parts of a module's path under which a model's last projections lie, outside numbered layers:
-`classifier.out_proj`, `v_head.summary`, `lm_heads.0`, `cls.predictions.decoder`."""
 
 NO_MATRIX = re.compile(
     r"(^|_)(tokens?|table|scales?|scale_inv|gamma|log|latents?|prompts?|mask|freqs?|temperature"
@@ -76,9 +62,6 @@ FOLDED_NAME = re.compile(r"(^|\.)\w*experts\w*$")
 
 EXPERTS = re.compile(r"expert", re.IGNORECASE)
 """Classes and names of modules whose 3-D parameters are one matrix per expert."""
-
-WRAPPING = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
-"""What FSDP1, activation checkpointing and torch.compile put into the names of what they wrap."""
 
 MANY = (nn.ModuleList, nn.ModuleDict)
 """Containers of heads rather than a head."""
@@ -200,15 +183,6 @@ def clean_names(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     # FSDP1's own named_parameters leaves its wrappers out inside summon_full_params
     for fqn, param in nn.Module.named_parameters(model):
         yield _Use(modules, fqn).fqn, param
-
-
-def is_embedding_or_head(fqn: str) -> bool:
-    """Whether a parameter's name says that it is an embedding or a model's last projection."""
-    path = ".".join(part for part in fqn.split(".")[:-1] if part not in WRAPPING)
-    if not path:
-        return False
-    is_head = HEAD_NAME.search(path) or HEAD_PART.search(path.rpartition(".")[2])
-    return bool(EMBEDDING_NAME.search(path) or (not _is_numbered(path) and is_head))
 
 
 def _pairs(
@@ -449,11 +423,6 @@ def _num_projections(module: nn.Module) -> int:
 def _is_head_class(module: nn.Module | None) -> bool:
     name = "" if module is None else type(module).__name__
     return name.endswith(("Head", "Heads")) and not name.startswith(("Multi", "Attention"))
-
-
-def _is_numbered(path: str) -> bool:
-    """Whether a path leads into numbered layers."""
-    return any(part.isdecimal() for part in path.split("."))
 
 
 def _of_convolution(

@@ -14,14 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from muon_dtensor.runtime.collectives import maximum_of_all
-from muon_dtensor.runtime.describe import (
-    Describer,
-    describe_layout,
-    local_part,
-    ordinary_mode,
-    this_rank,
-)
-from muon_dtensor.runtime.groups import Groups
+from muon_dtensor.runtime.dtensors import Describer, describe_layout
+from muon_dtensor.runtime.process_groups import Groups
+from muon_dtensor.runtime.torch_private import local_part, ordinary_mode, this_rank
 
 TAU = 100.0
 """The report's threshold of a logit."""

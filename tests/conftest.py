@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._dynamo  # torch's optimizers import it; here, so that forked ranks need not, each
 
-from muon_dtensor.orthogonalize.bodies import tell_of_slow_bfloat16
+from muon_dtensor.algorithms.kernels import tell_of_slow_bfloat16
 from tests.support.pool import close_pools
 
 torch.set_num_threads(1)  # one thread per rank; and a forked process must not inherit a team

@@ -213,7 +213,7 @@ FAULTS = [
         ),
     ),
     *in_files(
-        "patterns.py",
+        "layout/declarations.py",
         "readme::the_rules_of_the_readme_sort_a_model",
         (
             "the first block alone is declared",
@@ -222,7 +222,7 @@ FAULTS = [
         ),
     ),
     *in_files(
-        "orthogonalize/newton_schulz.py",
+        "algorithms/newton_schulz.py",
         "newton_schulz",
         (
             "an iteration in place writes where it reads",
@@ -231,7 +231,7 @@ FAULTS = [
         ),
     ),
     *in_files(
-        "runtime/row_moments.py",
+        "runtime/normuon_state.py",
         "variants",
         (
             "owners tell nothing of their moments",
@@ -245,7 +245,7 @@ FAULTS = [
         ),
     ),
     *in_files(
-        "orthogonalize/normuon.py",
+        "algorithms/normuon.py",
         "variants",
         (
             "moments ignore the mask",
@@ -415,7 +415,7 @@ FAULTS = [
         ),
     ),
     *in_files(
-        "runtime/ballots.py",
+        "runtime/consistency_codec.py",
         "agreement misuse process_groups",
         (
             "a finite overflow in the sums is not rechecked",
@@ -459,7 +459,7 @@ FAULTS = [
         ),
     ),
     *in_files(
-        "runtime/agreement.py",
+        "runtime/consistency.py",
         "agreement misuse frozen_parameters",
         (
             "cast carries nothing over",
@@ -549,7 +549,7 @@ FAULTS = [
         ),
     ),
     *in_files(
-        "options.py",
+        "optimizer/options.py",
         "agreement::every_option_that_a_step_reads_is_compared "
         "checkpoints::options_come_back_with_a_checkpoint "
         "checkpoints::checkpoints_of_torch_leave_options_that_they_do_not_know "
@@ -606,7 +606,7 @@ FAULTS = [
         ),
     ),
     *in_files(
-        "state.py",
+        "optimizer/state.py",
         "checkpoints::damaged_and_foreign_state_is_told_and_changes_nothing gradient_dtypes "
         "variants::moments_of_narrow_parameters_stay_wide torch_optimizers frozen_parameters "
         "layout_faults options_of_speed::a_checkpoint_keeps_momentum_in_bfloat16 torch_tools",
@@ -664,7 +664,7 @@ FAULTS = [
         ),
     ),
     *in_files(
-        "full_state.py",
+        "optimizer/full_state.py",
         "checkpoints::full_state_that_does_not_fit_is_refused "
         "checkpoints::shards_say_where_they_lie_and_come_back",
         (
@@ -684,7 +684,7 @@ FAULTS = [
         ),
     ),
     *in_files(
-        "update.py",
+        "algorithms/update.py",
         "update layouts_bitwise::bf16_parameters variants::cautious_decay_is_the_paper_s "
         "variants::normuon_is_the_paper_s layouts_bitwise::options "
         "agreement::a_masked_step_leaves_all_state_as_a_skipped_one_does",
@@ -742,7 +742,7 @@ FAULTS = [
         ),
     ),
     *in_files(
-        "metrics.py",
+        "optimizer/metrics.py",
         "metrics",
         (
             "metrics miss the bytes of NorMuon's moments",
@@ -756,7 +756,7 @@ FAULTS = [
         ),
     ),
     *in_files(
-        "config.py",
+        "distributed_config/config.py",
         "config config_faults public_api job_config",
         (
             "ep counts as replicated",
@@ -770,7 +770,7 @@ FAULTS = [
         ),
     ),
     *in_files(
-        "runtime/grid.py",
+        "distributed_config/mesh_from_groups.py",
         "config_faults process_groups",
         (
             "groups that are not orthogonal pass",
@@ -779,7 +779,7 @@ FAULTS = [
         ),
     ),
     *in_files(
-        "runtime/describe.py",
+        "runtime/torch_private.py",
         "torch_versions describe checkpoints::state_dict_warns_once_of_misplaced_shards gloo",
         (
             "all ranks warn",
@@ -787,14 +787,18 @@ FAULTS = [
             "    return logging.WARNING",
         ),
         (
-            "strided shards are cut in mesh order",
-            "            factor = placement.split_factor\n",
-            "            factor = 1\n",
-        ),
-        (
             "a cast of a DTensor keeps the old dtype in its spec",
             "    if meta.dtype != shard.dtype:",
             "    if False:",
+        ),
+    ),
+    *in_files(
+        "runtime/dtensors.py",
+        "torch_versions describe checkpoints::state_dict_warns_once_of_misplaced_shards gloo",
+        (
+            "strided shards are cut in mesh order",
+            "            factor = placement.split_factor\n",
+            "            factor = 1\n",
         ),
         (
             "annotated parts of matrices pass",
@@ -803,7 +807,7 @@ FAULTS = [
         ),
     ),
     *in_files(
-        "job_config.py",
+        "config_file.py",
         "job_config",
         (
             "MuonConfig drops an option",
@@ -842,7 +846,7 @@ FAULTS = [
         ),
     ),
     *in_files(
-        "adamw.py",
+        "algorithms/adamw.py",
         "param_groups::adamw_reads_each_of_its_options "
         "agreement::a_masked_step_leaves_all_state_as_a_skipped_one_does",
         ("AdamW ignores lr", '        lr=group["lr"],', "        lr=3e-4,"),
@@ -860,7 +864,7 @@ FAULTS = [
         ("AdamW ignores the mask", "        found_inf=found_inf,", "        found_inf=None,"),
     ),
     *in_files(
-        "prepared.py",
+        "optimizer/planned_step.py",
         "misuse layout_faults frozen_parameters param_groups",
         (
             "a failed step is forgotten",
@@ -913,13 +917,13 @@ FAULTS = [
         ),
     ),
     *in_files(
-        "orthogonalize/newton_schulz.py",
+        "algorithms/newton_schulz.py",
         "newton_schulz",
         ("no scaling by powers of two", "_is_harmless(norm, eps)", "True"),
         ("tall matrices are not transposed", "    if tall:\n        x = x.mT\n", ""),
     ),
     *in_files(
-        "orthogonalize/polar_express.py",
+        "algorithms/polar_express.py",
         "polar_express",
         ("no safety factor", "SAFETY = 1.01", "SAFETY = 1.0"),
         (
@@ -954,7 +958,7 @@ FAULTS = [
         ),
     ),
     *in_files(
-        "runtime/by_functions.py",
+        "distributed_config/custom_transport.py",
         "hand_written",
         (
             "NaN from the functions passes",
@@ -968,7 +972,7 @@ FAULTS = [
         ),
     ),
     *in_files(
-        "runtime/groups.py",
+        "runtime/process_groups.py",
         "async_checkpoint",
         (
             "steps use the default group over several dims",
@@ -978,7 +982,7 @@ FAULTS = [
         ),
     ),
     *in_files(
-        "shards.py",
+        "layout/from_shards.py",
         "process_groups",
         (
             "slices that begin elsewhere pass",

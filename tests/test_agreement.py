@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from muon_dtensor import Muon
 from muon_dtensor.errors import NonFiniteGradientError
-from muon_dtensor.options import READ_BY_ADAMW, READ_BY_MUON
-from muon_dtensor.runtime import agreement, gradients, groups
+from muon_dtensor.optimizer.options import READ_BY_ADAMW, READ_BY_MUON
+from muon_dtensor.runtime import consistency as agreement
+from muon_dtensor.runtime import gradients
+from muon_dtensor.runtime import process_groups as groups
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.options import OTHER_VALUES
 from tests.support.pool import run_processes

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from muon_dtensor import Muon, clip_grad_norm_, create_devicemesh_config
-from muon_dtensor.orthogonalize import newton_schulz, polar_express
-from muon_dtensor.runtime.describe import local_part
+from muon_dtensor.algorithms import newton_schulz, polar_express
+from muon_dtensor.runtime.torch_private import local_part
 from tests.support.cases import mesh_of, tensors_like
 from tests.support.pool import run_processes
 

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from muon_dtensor import Muon, group_parameters
-from muon_dtensor.runtime import groups
+from muon_dtensor.runtime import process_groups as groups
 from tests.support.pool import run_processes
 
 NUM_SAVES = 4

@@ -10,9 +10,9 @@ import torch
 from muon_dtensor.cli import calibrate_worker
 from muon_dtensor.cli.calibrate import calibrate
 from muon_dtensor.cli.calibrate_worker import fitted, measured_topology, with_overheads
-from muon_dtensor.layout import Layout, MeshSpec, ParamSpec
-from muon_dtensor.matrices import matrices_of
-from muon_dtensor.planning.plan import PlanOptions
+from muon_dtensor.layout import Layout, MeshSpec
+from muon_dtensor.layout.matrices import matrices_of
+from muon_dtensor.planning.plan import ParamSpec, PlanOptions
 from muon_dtensor.planning.planner import plan_update
 from muon_dtensor.planning.presets import PRESETS
 from muon_dtensor.planning.report import plan_report

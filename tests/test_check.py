@@ -6,11 +6,11 @@ from unittest import mock
 
 import pytest
 
-from muon_dtensor.layout import Layout, Matrix, MeshSpec, ParamSpec, Region
-from muon_dtensor.matrices import matrices_of
+from muon_dtensor.layout import Layout, Matrix, MeshSpec, Region
+from muon_dtensor.layout.matrices import matrices_of
 from muon_dtensor.planning import check as rules
 from muon_dtensor.planning.check import check, check_routes, wrong_matrices
-from muon_dtensor.planning.plan import Plan, PlanOptions
+from muon_dtensor.planning.plan import ParamSpec, Plan, PlanOptions
 from muon_dtensor.planning.planner import plan_update
 from muon_dtensor.planning.routes import Packing, RankBucket, rank_bucket
 from muon_dtensor.planning.strategies import can_own

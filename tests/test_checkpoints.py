@@ -39,14 +39,15 @@ from muon_dtensor import (
     GroupOptionError,
     Muon,
     checkpointable,
-    full_state,
     group_parameters,
     load_full_state_dict,
 )
+from muon_dtensor.distributed_config.full_tensor import cut_like
 from muon_dtensor.integrations import dion
-from muon_dtensor.options import DECLARED, DEFAULTS
-from muon_dtensor.runtime.describe import can_place_shards, local_part
-from muon_dtensor.runtime.whole import cut_like
+from muon_dtensor.optimizer import full_state
+from muon_dtensor.optimizer.options import DECLARED, DEFAULTS
+from muon_dtensor.runtime.dtensors import can_place_shards
+from muon_dtensor.runtime.torch_private import local_part
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.logs import logged
 from tests.support.options import OTHER_VALUES

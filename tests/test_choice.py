@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muon_dtensor.layout import Layout, MeshSpec, ParamSpec
-from muon_dtensor.matrices import matrices_of
+from muon_dtensor.layout import Layout, MeshSpec
+from muon_dtensor.layout.matrices import matrices_of
 from muon_dtensor.planning.check import check
 from muon_dtensor.planning.memory import bucket_peak_nbytes
-from muon_dtensor.planning.plan import STRATEGIES, Phase, PlanOptions
+from muon_dtensor.planning.plan import STRATEGIES, ParamSpec, Phase, PlanOptions
 from muon_dtensor.planning.presets import PRESETS
 from muon_dtensor.planning.report import plan_report
 from muon_dtensor.planning.search import STAGED_GAIN

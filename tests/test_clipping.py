@@ -17,8 +17,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 from muon_dtensor import Muon, clip_grad_norm_, clipping, group_parameters
-from muon_dtensor.runtime.describe import local_part
-from muon_dtensor.runtime.whole import cut_like
+from muon_dtensor.distributed_config.full_tensor import cut_like
+from muon_dtensor.runtime.torch_private import local_part
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads

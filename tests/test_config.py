@@ -14,7 +14,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from muon_dtensor import Muon, create_devicemesh_config, create_dtensor_config
-from muon_dtensor.runtime import muon_options
+from muon_dtensor.runtime import hyperparameters as muon_options
 from tests.support.cases import Oracle, mesh_of, spread, tensors_like
 from tests.support.logs import logged
 from tests.support.meter import counting, installed

@@ -23,7 +23,7 @@ from muon_dtensor import (
     create_devicemesh_config,
     create_processgroup_config,
 )
-from muon_dtensor.runtime.describe import local_part
+from muon_dtensor.runtime.torch_private import local_part
 from tests.support.cases import Oracle, mesh_of, spread, tensors_like
 from tests.support.deadlines import slowness
 from tests.support.pool import run_processes

@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 
 from muon_dtensor import Muon, StepFailedError
-from muon_dtensor.runtime import agreement
+from muon_dtensor.runtime import consistency as agreement
 from muon_dtensor.runtime.executor import Executor
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.deadlines import Deadline, slowness

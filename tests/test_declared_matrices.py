@@ -24,10 +24,11 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from muon_dtensor import GroupOptionError, Muon, PlanError, PlanReport, group_parameters
-from muon_dtensor.layout import Layout, MeshSpec, ParamSpec, Region
-from muon_dtensor.options import DECLARED
-from muon_dtensor.patterns import Declaration
+from muon_dtensor.layout import Layout, MeshSpec, Region
+from muon_dtensor.layout.declarations import Declaration
+from muon_dtensor.optimizer.options import DECLARED
 from muon_dtensor.planning.check import check, check_routes
+from muon_dtensor.planning.plan import ParamSpec
 from muon_dtensor.planning.report import plan_report
 from muon_dtensor.runtime.packing import box_of, from_matrix, to_matrix, view_box
 from tests.support.cases import mesh_of, spread, tensors_like

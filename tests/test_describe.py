@@ -17,7 +17,8 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from muon_dtensor.layout import Layout, MeshSpec, Region
-from muon_dtensor.runtime.describe import Describer, _cut_order, describe_mesh, this_rank
+from muon_dtensor.runtime.dtensors import Describer, _cut_order, describe_mesh
+from muon_dtensor.runtime.torch_private import this_rank
 from tests.support.cases import mesh_of, spread
 from tests.support.threads import run_threads
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from muon_dtensor import Muon
-from muon_dtensor.runtime import groups
+from muon_dtensor.runtime import process_groups as groups
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.deadlines import Deadline
 from tests.support.pool import run_processes

@@ -1,8 +1,9 @@
-"""A number imports only lower numbers, and siblings on floor 1 don't know each other."""
+"""The layout of the package: folders import only folders below them, modules in no circle."""
 
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,77 +11,33 @@ import pytest
 ROOT = Path(__file__).parent.parent / "muon_dtensor"
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
-MAY_REACH = {
-    "version": (),
-    "errors": (),
-    "layout": (),
-    "shards": ("errors", "layout"),
-    "matrices": ("errors", "layout"),
-    "patterns": ("errors", "layout", "matrices"),
-    "planning": ("errors", "layout", "matrices", "planning"),
-    "orthogonalize": ("errors", "orthogonalize"),
-    "update": (),
-    "adamw": (),
-    "runtime": (
-        *("errors", "layout", "matrices", "patterns", "shards", "planning", "orthogonalize"),
-        "update",
-        "runtime",
-    ),
-    "options": ("errors", "orthogonalize", "patterns", "runtime", "update"),
-    "grouping": ("errors", "options", "runtime"),
-    "assignment": ("errors",),
-    "by_hand": ("assignment", "errors", "layout", "shards", "runtime"),
-    "config": ("assignment", "by_hand", "runtime"),
-    "group_configs": ("assignment", "by_hand", "config", "runtime"),
-    "census": (
-        *("errors", "layout", "matrices", "options", "patterns", "planning", "runtime"),
-        *("adamw", "assignment", "config", "orthogonalize", "state", "version"),
-    ),
-    "settings": ("errors", "options", "orthogonalize", "planning", "runtime"),
-    "state": ("adamw", "errors", "layout", "options", "runtime"),
-    "metrics": ("census", "layout", "orthogonalize", "planning", "runtime", "update"),
-    "prepared": (
-        *("adamw", "census", "config", "errors", "metrics", "options", "planning", "runtime"),
-        *("settings", "state"),
-    ),
-    "optim": (
-        *("errors", "layout", "planning", "runtime", "options", "prepared"),
-        *("config", "grouping", "matrices", "orthogonalize", "settings", "state"),
-    ),
-    "job_config": ("config", "grouping", "optim", "options", "orthogonalize"),
-    "qk_clip": ("runtime",),
-    "clipping": ("layout", "runtime"),
-    "full_state": ("errors", "optim", "runtime", "state"),
-    "integrations": ("",),
-    "cli": ("",),
-    "__init__": ("",),
-}
+LEVELS = (
+    ("errors", "version"),
+    ("layout",),
+    ("planning", "algorithms"),
+    ("runtime",),
+    ("distributed_config",),
+    ("optimizer",),
+    ("clipping", "config_file", "grouping", "qk_clip"),
+    ("integrations", "cli"),
+    ("__init__",),
+)
+"""A folder or module imports only what is in a row above its own, and its own folder. The files of
+one row that are public tools may import each other."""
 
-RUNTIME_MAY_PLAN_WITH = (
-    *(
-        "planning.buffer_placement",
-        "planning.plan",
-        "planning.normuon_state",
-        "planning.routes",
-        "planning.schedule",
-    ),
-)
-ONLY_IN_DESCRIBE = (
-    "_StridedShard",
-    "_is_flat_param",
-    "_fsdp_flattened",
-    "._spec",
-    "._local_",
-    "._profiler",
-    "_disable_dynamo",
-    "_get_default_group",
-)
-HOMES = ("runtime", "config", "job_config", "cli", "integrations")
+THROUGH_THE_DOOR = ("integrations", "cli")
+"""They import public names from `muon_dtensor` itself, as users do."""
+
+STDLIB_ONLY = ("errors", "layout", "planning")
+USE_TORCH_DISTRIBUTED = ("runtime", "distributed_config", "config_file", "cli", "integrations")
 ONLY_TYPES = (
     *("torch.distributed", "torch.distributed.device_mesh", "torch.distributed.tensor"),
     "torch.distributed.checkpoint.state_dict",
 )
-STDLIB_ONLY = ("errors", "layout", "matrices", "patterns", "shards", "planning")
+PRIVATE_NAMES = (
+    *("_StridedShard", "_is_flat_param", "_fsdp_flattened", "._spec", "._local_", "._profiler"),
+    *("_disable_dynamo", "_get_default_group", "_get_default_store", "_module_state_mapping"),
+)
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -89,18 +46,74 @@ def imports(path: Path) -> Iterator[str]:
             assert node.level == 0, f"{path}: imports are absolute"
             assert node.module
             yield node.module
+            if node.module.startswith("muon_dtensor"):  # a module may be imported from its folder
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
 
-def own_imports(path: Path) -> Iterator[str]:
+def module_name(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+NAMES = {module_name(path) for path in MODULES}
+
+
+def own_imports(path: Path) -> set[str]:
+    """Modules of the package that a module imports."""
+    inner = {
+        name.removeprefix("muon_dtensor.") if name != "muon_dtensor" else "__init__"
+        for name in imports(path)
+        if name == "muon_dtensor" or name.startswith("muon_dtensor.")
+    }
+    return inner & NAMES
+
+
+def room_of(name: str) -> str:
+    return name.split(".")[0]
+
+
+def level_of(name: str) -> int:
+    (level,) = (i for i, rooms in enumerate(LEVELS) if room_of(name) in rooms)
+    return level
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_point_down(path):
+    own = module_name(path)
+    for name in own_imports(path):
+        if name == "__init__":
+            assert room_of(own) in THROUGH_THE_DOOR, f"{path} imports public names"
+            continue
+        in_its_folder = room_of(name) == room_of(own)
+        among_tools = {room_of(name), room_of(own)} <= set(LEVELS[6])
+        assert level_of(name) < level_of(own) or in_its_folder or among_tools, (
+            f"{path} imports {name}"
+        )
+
+
+def test_modules_import_each_other_in_no_circle():
+    graph = {module_name(path): own_imports(path) - {"__init__"} for path in MODULES}
+    folders = {name for name in NAMES if any(other.startswith(f"{name}.") for other in NAMES)}
+    for name, targets in graph.items():
+        if name not in folders:  # the face of a folder imports what it shows
+            graph[name] = {t for t in targets if t not in folders or room_of(t) != room_of(name)}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if room_of(module_name(p)) in STDLIB_ONLY], ids=str
+)
+def test_planning_is_stdlib_only(path):
     for name in imports(path):
-        if name == "muon_dtensor" or name.startswith("muon_dtensor."):
-            yield name.removeprefix("muon_dtensor").removeprefix(".")
+        assert name.split(".")[0] in {*sys.stdlib_module_names, "muon_dtensor"}, name
 
 
 def reaches_distributed(source: str) -> bool:
-    """Whether it goes to torch.distributed through the name `torch`, which no import tells."""
+    """Whether it uses torch.distributed through the name `torch`, which no import shows."""
     return any(
         isinstance(node, ast.Attribute)
         and node.attr == "distributed"
@@ -110,36 +123,23 @@ def reaches_distributed(source: str) -> bool:
     )
 
 
-def floor_of(path: Path) -> str:
-    return path.parts[0].removesuffix(".py")
-
-
 @pytest.mark.parametrize("path", MODULES, ids=str)
-def test_imports_point_down(path):
-    for name in own_imports(path):
-        assert name.split(".")[0].startswith(MAY_REACH[floor_of(path)]), f"{path} imports {name}"
-        if floor_of(path) == "runtime" and name.startswith("planning"):
-            assert name in RUNTIME_MAY_PLAN_WITH, f"{path} imports {name}"
-
-
-@pytest.mark.parametrize("path", [p for p in MODULES if floor_of(p) in STDLIB_ONLY], ids=str)
-def test_planning_is_stdlib_only(path):
-    for name in imports(path):
-        assert name.split(".")[0] in {*sys.stdlib_module_names, "muon_dtensor"}, name
-
-
-@pytest.mark.parametrize("path", MODULES, ids=str)
-def test_torch_distributed_has_one_home(path):
+def test_torch_distributed_is_used_in_few_folders(path):
     text = (ROOT / path).read_text()
+    if room_of(module_name(path)) in USE_TORCH_DISTRIBUTED:
+        return
     for name in imports(path):
-        if name.startswith("torch.distributed") and floor_of(path) not in HOMES:
+        if name.startswith("torch.distributed"):
             assert name in ONLY_TYPES, f"{path} imports {name}"
             assert "dist." not in text, f"{path} calls torch.distributed"
-    if floor_of(path) not in HOMES:
-        assert not reaches_distributed(text), f"{path} calls torch.distributed"
-    if path.parts != ("runtime", "describe.py"):
-        for name in ONLY_IN_DESCRIBE:
-            assert name not in text, f"{path} reads torch's private {name}"
+    assert not reaches_distributed(text), f"{path} calls torch.distributed"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.name != "torch_private.py"], ids=str)
+def test_private_names_of_torch_are_in_one_file(path):
+    text = (ROOT / path).read_text()
+    for name in PRIVATE_NAMES:
+        assert name not in text, f"{path} reads torch's private {name}"
 
 
 def test_a_planted_call_is_caught():
@@ -148,6 +148,8 @@ def test_a_planted_call_is_caught():
 
 
 def test_a_planted_import_is_caught(monkeypatch):
-    monkeypatch.setattr("tests.test_floors.own_imports", lambda path: iter(["planning.cost"]))
-    with pytest.raises(AssertionError, match=r"runtime.executor\.py imports planning\.cost"):
-        test_imports_point_down(Path("runtime/executor.py"))
+    monkeypatch.setattr("tests.test_floors.own_imports", lambda path: {"runtime.executor"})
+    with pytest.raises(AssertionError, match=r"planning.cost\.py imports runtime\.executor"):
+        test_imports_point_down(Path("planning/cost.py"))
+    with pytest.raises(pytest.fail.Exception, match="a circle"):
+        test_modules_import_each_other_in_no_circle()

@@ -30,8 +30,8 @@ from muon_dtensor import (
     group_parameters,
     load_full_state_dict,
 )
-from muon_dtensor.runtime.describe import local_part
 from muon_dtensor.runtime.gradients import GradientGate
+from muon_dtensor.runtime.torch_private import local_part
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
 

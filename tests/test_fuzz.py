@@ -21,7 +21,7 @@ from muon_dtensor.planning.check import check
 from muon_dtensor.planning.plan import Plan
 from muon_dtensor.planning.planner import plan_update
 from muon_dtensor.planning.serialize import from_json, to_json
-from muon_dtensor.runtime.describe import local_part
+from muon_dtensor.runtime.torch_private import local_part
 from tests.support.cases import OVERWRITES_MOMENTA, mesh_of, spread, tensors_like
 from tests.support.threads import run_threads
 from tests.test_planning import random_params

@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muon_dtensor import Muon
-from muon_dtensor.runtime.describe import local_part
+from muon_dtensor.runtime.torch_private import local_part
 from tests.support.cases import Case, Oracle, compare_in_process, mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
 

@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from muon_dtensor import Muon
-from muon_dtensor.orthogonalize import bodies, newton_schulz
+from muon_dtensor.algorithms import kernels as bodies
+from muon_dtensor.algorithms import newton_schulz
 from tests.support.cases import tensors_like
 
 pytestmark = [

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 
 from muon_dtensor import Muon
-from muon_dtensor.runtime.describe import local_part
+from muon_dtensor.runtime.torch_private import local_part
 from tests.support.cases import OVERWRITES_MOMENTA, mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads

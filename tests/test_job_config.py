@@ -14,8 +14,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from muon_dtensor import GroupOptionError, Muon, MuonConfig, job_config
-from muon_dtensor.job_config import OptimizerSection
+from muon_dtensor import GroupOptionError, Muon, MuonConfig
+from muon_dtensor import config_file as job_config
+from muon_dtensor.config_file import OptimizerSection
 from tests.support.options import OTHER_VALUES
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads

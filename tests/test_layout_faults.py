@@ -14,10 +14,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from muon_dtensor import Muon, by_hand, create_devicemesh_config, create_processgroup_config
-from muon_dtensor.runtime import groups
-from muon_dtensor.runtime.describe import Describer, describe_mesh, local_part
-from muon_dtensor.runtime.groups import Groups
+from muon_dtensor import Muon, create_devicemesh_config, create_processgroup_config
+from muon_dtensor.distributed_config import manual_transport as by_hand
+from muon_dtensor.runtime import process_groups as groups
+from muon_dtensor.runtime.dtensors import Describer, describe_mesh
+from muon_dtensor.runtime.process_groups import Groups
+from muon_dtensor.runtime.torch_private import local_part
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.logs import logged
 from tests.support.pool import run_processes

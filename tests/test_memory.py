@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 
 from muon_dtensor import Muon
-from muon_dtensor.orthogonalize import newton_schulz
+from muon_dtensor.algorithms import newton_schulz
 from muon_dtensor.planning.memory import bucket_peak_nbytes
 from muon_dtensor.runtime import buffers
 from tests.support.cases import mesh_of, spread, tensors_like

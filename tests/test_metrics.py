@@ -11,11 +11,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from muon_dtensor import DistributedConfig, GroupOptionError, Muon, create_devicemesh_config
-from muon_dtensor.metrics import Measurement
-from muon_dtensor.orthogonalize import newton_schulz
-from muon_dtensor.orthogonalize.residual import orthogonality_residual
-from muon_dtensor.runtime import row_moments
-from muon_dtensor.settings import Settings
+from muon_dtensor.algorithms import newton_schulz
+from muon_dtensor.algorithms.residual import orthogonality_residual
+from muon_dtensor.optimizer.metrics import Measurement
+from muon_dtensor.optimizer.settings import Settings
+from muon_dtensor.runtime import normuon_state as row_moments
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads

@@ -15,9 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from muon_dtensor import Muon, StepFailedError, census
-from muon_dtensor.runtime import agreement
-from muon_dtensor.runtime.describe import local_part
+from muon_dtensor import Muon, StepFailedError
+from muon_dtensor.optimizer import params as census
+from muon_dtensor.runtime import consistency as agreement
+from muon_dtensor.runtime.torch_private import local_part
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads
@@ -359,7 +360,7 @@ def without_any_gradient() -> list[str]:
     def log(level: int, text: str, *_: Any) -> None:
         lines.extend([text] if level == logging.WARNING else [])
 
-    with mock.patch("muon_dtensor.prepared.logger.log", log):
+    with mock.patch("muon_dtensor.optimizer.planned_step.logger.log", log):
         optimizer.step()
         optimizer.step()
     return lines
@@ -378,7 +379,9 @@ def test_a_failure_of_adamw_is_told_as_such():
     matrix, vector = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3))
     optimizer = Muon([{"params": [matrix]}, {"params": [vector], "algorithm": "adamw"}])
     matrix.grad, vector.grad = torch.ones(3, 3), torch.ones(3)
-    failing = mock.patch("muon_dtensor.prepared.adamw_step", side_effect=RuntimeError("no room"))
+    failing = mock.patch(
+        "muon_dtensor.optimizer.planned_step.adamw_step", side_effect=RuntimeError("no room")
+    )
     with failing, pytest.raises(StepFailedError, match=r"failed in AdamW's groups: no room"):
         optimizer.step()
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from muon_dtensor import Muon
-from muon_dtensor.orthogonalize import newton_schulz
-from muon_dtensor.orthogonalize.newton_schulz import EPS, KELLER_JORDAN, quintic, quintic_in_place
+from muon_dtensor.algorithms import newton_schulz
+from muon_dtensor.algorithms.newton_schulz import EPS, KELLER_JORDAN, quintic, quintic_in_place
 from tests.support.cases import tensors_like
 
 SHAPES = [(8, 8), (64, 48), (48, 64), (1, 9), (9, 1), (1, 1), (7, 130), (33, 17), (200, 3)]

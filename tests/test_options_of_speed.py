@@ -21,11 +21,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from muon_dtensor import GroupOptionError, Muon, StepFailedError, prepared
-from muon_dtensor.orthogonalize import bodies, newton_schulz
-from muon_dtensor.runtime.describe import on_host
+from muon_dtensor import GroupOptionError, Muon, StepFailedError
+from muon_dtensor.algorithms import kernels as bodies
+from muon_dtensor.algorithms import newton_schulz
+from muon_dtensor.optimizer import planned_step as prepared
+from muon_dtensor.runtime.hyperparameters import MuonOptions
 from muon_dtensor.runtime.local_param import LocalParam
-from muon_dtensor.runtime.muon_options import MuonOptions
+from muon_dtensor.runtime.torch_private import on_host
 from tests.support.cases import Case, compare_with_oracle, mesh_of, spread, tensors_like
 from tests.support.meter import installed
 from tests.support.pool import run_processes

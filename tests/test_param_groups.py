@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler as schedulers
 
 from muon_dtensor import GroupOptionError, Muon, MuonConfig, group_parameters
 from muon_dtensor.integrations.transformers import MuonFactory
-from muon_dtensor.options import ADAMW_DEFAULTS, DEFAULTS
+from muon_dtensor.optimizer.options import ADAMW_DEFAULTS, DEFAULTS
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
 

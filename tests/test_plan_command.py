@@ -8,10 +8,10 @@ from time import process_time
 import pytest
 from matplotlib import image
 
+from muon_dtensor.cli.baseline_costs import WAYS, cost_of_way
 from muon_dtensor.cli.models import MODELS, specs_of
 from muon_dtensor.cli.plan import plan, sizes_of
 from muon_dtensor.cli.plan_plot import watched
-from muon_dtensor.cli.ways import WAYS, cost_of_way
 from muon_dtensor.layout import MeshSpec
 from muon_dtensor.planning.plan import PlanOptions
 from muon_dtensor.planning.presets import PRESETS, topology_of

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muon_dtensor.errors import PlanError
-from muon_dtensor.layout import Layout, Matrix, MeshSpec, ParamSpec, Region
-from muon_dtensor.matrices import matrices_of
-from muon_dtensor.patterns import Declaration
+from muon_dtensor.layout import Layout, Matrix, MeshSpec, Region
+from muon_dtensor.layout.declarations import Declaration
+from muon_dtensor.layout.matrices import matrices_of
 from muon_dtensor.planning.check import check, check_routes
 from muon_dtensor.planning.matrix_costs import newton_schulz_flops
 from muon_dtensor.planning.memory import bucket_peak_nbytes
-from muon_dtensor.planning.plan import STRATEGIES, Action, Phase, Plan, PlanOptions
+from muon_dtensor.planning.plan import STRATEGIES, Action, ParamSpec, Phase, Plan, PlanOptions
 from muon_dtensor.planning.planner import restrict
 from muon_dtensor.planning.presets import PRESETS
 from muon_dtensor.planning.render import families, quantity

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 
 from muon_dtensor import GroupOptionError, Muon
-from muon_dtensor.orthogonalize import newton_schulz, polar_express
-from muon_dtensor.orthogonalize.polar_express import POLAR_EXPRESS, SAFETY, polar_express_rows
+from muon_dtensor.algorithms import newton_schulz, polar_express
+from muon_dtensor.algorithms.polar_express import POLAR_EXPRESS, SAFETY, polar_express_rows
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.threads import run_threads
 
@@ -258,7 +258,9 @@ def only_on_meta(x: torch.Tensor) -> torch.Tensor:
 
 def test_an_orthogonalizer_is_tried_where_it_will_run(monkeypatch):
     """A kernel of a device is not refused because it fails on the host."""
-    monkeypatch.setattr("muon_dtensor.prepared.META", torch.device("cuda"))  # meta stands for it
+    monkeypatch.setattr(
+        "muon_dtensor.optimizer.planned_step.META", torch.device("cuda")
+    )  # meta stands for it
     param = nn.Parameter(torch.ones(4, 4, device="meta"))
     assert Muon([param], orthogonalizer=only_on_meta).plan.params
     with pytest.raises(GroupOptionError, match=r"fails on \[2, 3\] of torch.bfloat16 on cpu"):

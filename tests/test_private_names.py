@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from muon_dtensor.runtime import describe
+from muon_dtensor.runtime import torch_private
 from tests.support.pool import run_processes
 
 USED = {
@@ -54,7 +54,7 @@ def test_a_private_name_of_torch_is_still_there(name):
     home = importlib.import_module(module)
     assert hasattr(home, attribute), (
         f"torch {torch.__version__} has moved {name} ({USED[name]}): follow it in "
-        "muon_dtensor/runtime/describe.py"
+        "muon_dtensor/runtime/torch_private.py"
     )
 
 
@@ -66,13 +66,15 @@ def test_a_private_attribute_of_dtensors_is_still_there(name):
 
 def test_the_list_is_complete():
     """Every underscored name of somebody else in the one file that may read them is listed."""
-    source = inspect.getsource(describe)
+    source = inspect.getsource(torch_private)
     code = "\n".join(line.partition("#")[0] for line in source.splitlines())
     code = re.sub(r'""".*?"""', "", code, flags=re.DOTALL)
     found = set(re.findall(r"(?<![\w.])(?:\w+\.)*(_[a-z]\w+)", code))
     found |= set(re.findall(r"\b(_StridedShard|FakeStore)\b", code))
-    own = {name for name in vars(describe) if name.startswith("_")}
-    own |= {name for cls in vars(describe).values() if inspect.isclass(cls) for name in vars(cls)}
+    own = {name for name in vars(torch_private) if name.startswith("_")}
+    own |= {
+        name for cls in vars(torch_private).values() if inspect.isclass(cls) for name in vars(cls)
+    }
     own |= set(re.findall(r"self\.(_\w+)", code))
     listed = {name.rpartition(".")[2] for name in USED} | ATTRIBUTES.keys() | OF_FSDP1 | OF_FSDP2
     listed |= OF_GROUPS | {"_internal", "_utils", "_composable_state"}
@@ -80,10 +82,10 @@ def test_the_list_is_complete():
 
 
 def test_no_other_file_names_them():
-    root = Path(describe.__file__).parents[1]
+    root = Path(torch_private.__file__).parents[1]
     names = [name.rpartition(".")[2] for name in USED if "FakeStore" not in name]
     for path in root.rglob("*.py"):
-        if path.name != "describe.py":
+        if path.name != "torch_private.py":
             text = path.read_text()
             assert not [name for name in names if re.search(rf"\b{name}\b", text)], path
 

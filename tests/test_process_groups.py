@@ -25,11 +25,12 @@ from muon_dtensor import (
     group_parameters,
 )
 from muon_dtensor.errors import RefusalError
-from muon_dtensor.layout import Layout, Matrix, MeshSpec, ParamSpec, Region
-from muon_dtensor.matrices import flattened, matrices_of
+from muon_dtensor.layout import Layout, Matrix, MeshSpec, Region
+from muon_dtensor.layout.from_shards import flat_layout_from_shards, layout_from_shards
+from muon_dtensor.layout.matrices import flattened, matrices_of
 from muon_dtensor.planning.check import check, check_routes
+from muon_dtensor.planning.plan import ParamSpec
 from muon_dtensor.planning.report import plan_report
-from muon_dtensor.shards import flat_layout_from_shards, layout_from_shards
 from tests.support.cases import Oracle, mesh_of, spread, tensors_like
 from tests.support.meter import counting, installed
 from tests.support.pool import run_processes

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from muon_dtensor import Muon
-from muon_dtensor.orthogonalize import bodies
+from muon_dtensor.algorithms import kernels as bodies
 from tests.support.deadlines import run_program
 from tests.support.logs import logged
 
@@ -72,7 +72,7 @@ def test_the_ratio_is_measured():
     """Under AVX2 alone it is about 7, with AVX512-BF16 below 1."""
     code = (
         "import torch; torch.set_num_threads(1); "
-        "from muon_dtensor.orthogonalize.bodies import bfloat16_slowdown; "
+        "from muon_dtensor.algorithms.kernels import bfloat16_slowdown; "
         "print(bfloat16_slowdown())"
     )
     done = run_program([sys.executable, "-c", code], 60, env=AVX2)

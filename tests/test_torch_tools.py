@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import lr_scheduler as schedulers
 
 from muon_dtensor import CheckpointError, Muon
-from muon_dtensor.runtime.describe import local_part
+from muon_dtensor.runtime.torch_private import local_part
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads

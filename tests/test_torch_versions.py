@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from muon_dtensor import Muon, MuonConfig, PlanError, create_processgroup_config
-from muon_dtensor.runtime.describe import cast, local_part, patience_of, with_shard, zeros_like
+from muon_dtensor.runtime.torch_private import cast, local_part, patience_of, with_shard, zeros_like
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from muon_dtensor.update import (
+from muon_dtensor.algorithms.update import (
     Place,
     adjusted_lr,
     apply_update,

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from muon_dtensor import GroupOptionError, Muon
-from muon_dtensor.orthogonalize.newton_schulz import KELLER_JORDAN
-from muon_dtensor.orthogonalize.normuon import normalize_rows
+from muon_dtensor.algorithms.newton_schulz import KELLER_JORDAN
+from muon_dtensor.algorithms.normuon import normalize_rows
 from muon_dtensor.planning.normuon_state import reductions
-from muon_dtensor.runtime import row_moments
-from muon_dtensor.runtime.describe import local_part, with_shard
+from muon_dtensor.runtime import normuon_state as row_moments
+from muon_dtensor.runtime.torch_private import local_part, with_shard
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads

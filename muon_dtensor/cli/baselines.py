@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from muon_dtensor.algorithms import newton_schulz
+from muon_dtensor.algorithms.update import direction_of, update_momentum
 from muon_dtensor.layout import Region
-from muon_dtensor.orthogonalize import newton_schulz
-from muon_dtensor.runtime.describe import describe_layout, describe_mesh, local_part, this_rank
+from muon_dtensor.runtime.dtensors import describe_layout, describe_mesh
 from muon_dtensor.runtime.packing import box_of, view_box
-from muon_dtensor.update import direction_of, update_momentum
+from muon_dtensor.runtime.torch_private import local_part, this_rank
 
 
 @torch.no_grad()

@@ -20,17 +20,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from muon_dtensor import Muon
-from muon_dtensor.cli.leaving import leave
+from muon_dtensor.algorithms import newton_schulz
+from muon_dtensor.algorithms.newton_schulz import NUM_ITERATIONS
+from muon_dtensor.algorithms.update import Place, apply_updates, update_momentum, write_directions
+from muon_dtensor.cli.shutdown import leave
 from muon_dtensor.layout import MeshSpec
-from muon_dtensor.orthogonalize import newton_schulz
-from muon_dtensor.orthogonalize.newton_schulz import NUM_ITERATIONS
 from muon_dtensor.planning.matrix_costs import newton_schulz_flops
 from muon_dtensor.planning.plan import Plan
 from muon_dtensor.planning.simulate import applied_nbytes, packed_nbytes, simulate
 from muon_dtensor.planning.topology import Link, Rates, Topology
 from muon_dtensor.planning.traffic import plan_traffic
 from muon_dtensor.runtime.collectives import all_gather_parts, all_reduce_sum, all_to_all
-from muon_dtensor.update import Place, apply_updates, update_momentum, write_directions
 
 ROUNDS = 7
 SIDES = {"cpu": (16, 64, 128, 192, 256, 384, 512, 768, 1024), "cuda": (64, 256, 1024, 4096, 8192)}

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from muon_dtensor import Muon
 from muon_dtensor.cli.baselines import everyone_gathers
-from muon_dtensor.cli.leaving import leave
+from muon_dtensor.cli.shutdown import leave
 from muon_dtensor.planning.render import quantity
 
 TIMED_ROUNDS = 7

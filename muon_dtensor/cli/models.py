@@ -6,8 +6,9 @@ Shapes with their sources. Plans nothing, and needs no torch.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from muon_dtensor.layout import Layout, MeshSpec, ParamSpec
-from muon_dtensor.matrices import matrices_of
+from muon_dtensor.layout import Layout, MeshSpec
+from muon_dtensor.layout.matrices import matrices_of
+from muon_dtensor.planning.plan import ParamSpec
 
 FSDP_DIMS = ("dp_shard", "fsdp", "cp")
 """Mesh dims over which fully_shard cuts dim 0 (torchtitan folds cp into it)."""

@@ -8,10 +8,10 @@ import sys
 from math import prod
 from pathlib import Path
 
+from muon_dtensor.cli.baseline_costs import WayCost, cost_of_way
 from muon_dtensor.cli.models import specs_of
 from muon_dtensor.cli.plan_plot import plot as draw
 from muon_dtensor.cli.plan_table import show, show_compared
-from muon_dtensor.cli.ways import WayCost, cost_of_way
 from muon_dtensor.layout import MeshSpec
 from muon_dtensor.planning.plan import PlanOptions
 from muon_dtensor.planning.presets import topology_of
@@ -76,7 +76,7 @@ def plan(
         sizes = sizes_of(mesh, ranks)
         if ":" in model:
             # needs torch, which the presets do not
-            from muon_dtensor.cli.factory import plan_of_factory
+            from muon_dtensor.cli.user_model import plan_of_factory
 
             made = plan_of_factory(model, sizes, options)
         else:

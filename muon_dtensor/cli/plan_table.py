@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from muon_dtensor.cli.ways import WayCost
+from muon_dtensor.cli.baseline_costs import WayCost
 from muon_dtensor.planning.render import collective_text, duration, instead, quantity
 from muon_dtensor.planning.report import PlanReport
 

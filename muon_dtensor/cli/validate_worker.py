@@ -27,8 +27,8 @@ from muon_dtensor import (
     create_devicemesh_config,
     group_parameters,
 )
-from muon_dtensor.cli.leaving import leave
-from muon_dtensor.cli.named import named
+from muon_dtensor.cli.load_object import named
+from muon_dtensor.cli.shutdown import leave
 from muon_dtensor.cli.validate import params_file
 from muon_dtensor.grouping import clean_names
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from muon_dtensor.errors import CheckpointError
-from muon_dtensor.options import complete
+from muon_dtensor.optimizer.options import complete
 
 ALGORITHMS = {"muon": "muon", "normuon": "muon", "adamw": "adamw"}
 

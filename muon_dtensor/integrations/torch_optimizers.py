@@ -14,10 +14,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 
+from muon_dtensor.distributed_config.full_tensor import cut_like
 from muon_dtensor.errors import CheckpointError, shortened
-from muon_dtensor.optim import Muon
-from muon_dtensor.runtime.describe import warning_level
-from muon_dtensor.runtime.whole import cut_like
+from muon_dtensor.optimizer.muon import Muon
+from muon_dtensor.runtime.torch_private import warning_level
 
 logger = logging.getLogger("muon_dtensor")
 

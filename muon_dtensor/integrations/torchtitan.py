@@ -23,9 +23,9 @@ from torchtitan.config import override
 
 from muon_dtensor.errors import GroupOptionError
 from muon_dtensor.grouping import group_parameters
-from muon_dtensor.optim import Muon
-from muon_dtensor.options import ADAMW_DEFAULTS, DEFAULTS
-from muon_dtensor.runtime.describe import warning_level
+from muon_dtensor.optimizer.muon import Muon
+from muon_dtensor.optimizer.options import ADAMW_DEFAULTS, DEFAULTS
+from muon_dtensor.runtime.torch_private import warning_level
 
 logger = logging.getLogger("muon_dtensor")
 

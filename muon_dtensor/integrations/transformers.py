@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from muon_dtensor.config import create_devicemesh_config
+from muon_dtensor.distributed_config.config import create_devicemesh_config
 from muon_dtensor.grouping import group_parameters
-from muon_dtensor.optim import Muon
-from muon_dtensor.options import DEFAULTS
+from muon_dtensor.optimizer.muon import Muon
+from muon_dtensor.optimizer.options import DEFAULTS
 
 
 class MuonFactory:

@@ -2,8 +2,8 @@
 
 from collections import Counter, defaultdict
 
-from muon_dtensor.layout import ParamSpec, Region
-from muon_dtensor.planning.plan import Bucket, Phase, Plan
+from muon_dtensor.layout import Region
+from muon_dtensor.planning.plan import Bucket, ParamSpec, Phase, Plan
 from muon_dtensor.planning.routes import Packing, rank_bucket
 from muon_dtensor.planning.schedule import buffer_sequence, phases_of
 from muon_dtensor.planning.strategies import can_own, strategies_for

@@ -4,8 +4,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import accumulate
 
-from muon_dtensor.layout import Layout, Matrix, MeshSpec, ParamSpec
-from muon_dtensor.planning.plan import Plan
+from muon_dtensor.layout import Layout, Matrix, MeshSpec
+from muon_dtensor.planning.plan import ParamSpec, Plan
 
 MOMENT_ITEMSIZE = 4
 

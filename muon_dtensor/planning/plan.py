@@ -8,10 +8,42 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-from muon_dtensor.layout import Matrix, MeshSpec, ParamSpec, Region
+from muon_dtensor.layout import Layout, Matrix, MeshSpec, Region
 from muon_dtensor.planning.presets import PRESETS
 from muon_dtensor.planning.strategies import Collective, Strategy
 from muon_dtensor.planning.topology import Topology
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """All a planner may know of one parameter.
+
+    `matrices` hold each of its elements once. `num_iterations` of Newton-Schulz, in `wire_dtype`,
+    which is also what travels. `dtype` is that of the stored parameter. `moment_cuts`:
+    the mesh dims that cut NorMuon's row second moments, see `planning.normuon_state`; None without
+    them.
+    """
+
+    fqn: str
+    layout: Layout
+    dtype: str
+    matrices: tuple[Matrix, ...]
+    num_iterations: int = 5
+    wire_dtype: str = "bfloat16"
+    moment_cuts: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not all(type(text) is str for text in (self.fqn, self.dtype, self.wire_dtype)):
+            raise ValueError("names and dtypes are strings")
+        if self.moment_cuts and (not self.layout.cuts or self.moment_cuts != self.layout.cuts[0]):
+            raise ValueError(f"moments are cut as tensor dim 0 is or not, got {self.moment_cuts}")
+        if type(self.num_iterations) is not int or self.num_iterations < 0:
+            raise ValueError(f"num_iterations is an integer from 0 on, got {self.num_iterations}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.layout.shape
+
 
 STRATEGIES = ("auto", "owned", "owned_staged")
 """Values of `PlanOptions.strategy`. A matrix that one rank alone holds is local in any case."""

@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from muon_dtensor.errors import AssignmentError, PlanError, Problem
-from muon_dtensor.layout import ParamSpec
 from muon_dtensor.planning.buckets import BufferBound, OwnedMatrix, deal, owned_matrix
 from muon_dtensor.planning.check import wrong_matrices
 from muon_dtensor.planning.matrix_costs import ITEMSIZES, WIRE_DTYPES, matrix_flops
 from muon_dtensor.planning.owners import Candidate, assign_owners, possible_owners
-from muon_dtensor.planning.plan import Action, Assignment, Bucket, Plan, PlanOptions
+from muon_dtensor.planning.plan import Action, Assignment, Bucket, ParamSpec, Plan, PlanOptions
 from muon_dtensor.planning.schedule import buffer_sequence, live_sets, schedule
 from muon_dtensor.planning.search import Choice, GroupKey, Strategies, search
 from muon_dtensor.planning.strategies import Strategy, can_own, strategies_for

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-from muon_dtensor.layout import Layout, ParamSpec
+from muon_dtensor.layout import Layout
 from muon_dtensor.planning.cost import PlanCost
 from muon_dtensor.planning.matrix_costs import matrix_flops
 from muon_dtensor.planning.memory import bucket_peak_nbytes
 from muon_dtensor.planning.normuon_state import reductions
-from muon_dtensor.planning.plan import Alternative, Bucket, Plan
+from muon_dtensor.planning.plan import Alternative, Bucket, ParamSpec, Plan
 from muon_dtensor.planning.simulate import Prediction
 from muon_dtensor.planning.strategies import AllToAll
 from muon_dtensor.planning.traffic import BucketTraffic, bucket_traffic

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from muon_dtensor.layout import Matrix, MeshSpec, ParamSpec, Region
+from muon_dtensor.layout import Matrix, MeshSpec, Region
 from muon_dtensor.planning import render, serialize
 from muon_dtensor.planning.cost import PlanCost, plan_cost
-from muon_dtensor.planning.plan import Action, Assignment, Bucket, Plan, PlanOptions
+from muon_dtensor.planning.plan import Action, Assignment, Bucket, ParamSpec, Plan, PlanOptions
 from muon_dtensor.planning.planner import plan_update
 from muon_dtensor.planning.simulate import Prediction, simulate
 from muon_dtensor.planning.traffic import BucketTraffic, plan_traffic

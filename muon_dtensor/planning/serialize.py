@@ -8,14 +8,15 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from muon_dtensor.layout import Layout, Matrix, MeshSpec, ParamSpec, Region
-from muon_dtensor.matrices import matrices_of
+from muon_dtensor.layout import Layout, Matrix, MeshSpec, Region
+from muon_dtensor.layout.matrices import matrices_of
 from muon_dtensor.planning.check import check
 from muon_dtensor.planning.plan import (
     Action,
     Alternative,
     Assignment,
     Bucket,
+    ParamSpec,
     Plan,
     PlanOptions,
 )

@@ -19,8 +19,8 @@ from muon_dtensor.planning.buffer_placement import assign_offsets
 from muon_dtensor.planning.routes import Packing, RankBucket
 from muon_dtensor.planning.schedule import BufferKey, Program, lifetimes
 from muon_dtensor.runtime.collectives import finish
-from muon_dtensor.runtime.describe import range_of
 from muon_dtensor.runtime.packing import view_slots
+from muon_dtensor.runtime.torch_private import range_of
 
 KEPT_ON = ("cpu",)
 """Types of device where buffers are kept."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from muon_dtensor.planning.routes import RankCollective
-from muon_dtensor.runtime.describe import patience_of
+from muon_dtensor.runtime.torch_private import patience_of
 
 T = TypeVar("T")
 

@@ -12,6 +12,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
+from muon_dtensor.algorithms.update import Place, apply_updates, update_momentum, write_directions
 from muon_dtensor.errors import StepFailedError
 from muon_dtensor.planning.plan import Action, Assignment, Phase, Plan
 from muon_dtensor.planning.schedule import (
@@ -26,13 +27,12 @@ from muon_dtensor.planning.schedule import (
     Wait,
     lower,
 )
-from muon_dtensor.runtime.bucket_run import BucketRun, Run
 from muon_dtensor.runtime.buffers import ExchangeBuffers, Flight
 from muon_dtensor.runtime.collectives import barrier, issue
-from muon_dtensor.runtime.describe import patience_of, range_of
-from muon_dtensor.runtime.groups import Groups
+from muon_dtensor.runtime.compiled_bucket import BucketRun, Run
+from muon_dtensor.runtime.hyperparameters import MuonOptions
 from muon_dtensor.runtime.local_param import LocalParam
-from muon_dtensor.runtime.muon_options import MuonOptions
+from muon_dtensor.runtime.normuon_state import RowMoments
 from muon_dtensor.runtime.packing import (
     assemble,
     disassemble,
@@ -42,14 +42,9 @@ from muon_dtensor.runtime.packing import (
     to_matrix,
     view_box,
 )
-from muon_dtensor.runtime.row_moments import RowMoments
+from muon_dtensor.runtime.process_groups import Groups
+from muon_dtensor.runtime.torch_private import patience_of, range_of
 from muon_dtensor.runtime.trace import Trace
-from muon_dtensor.update import (
-    Place,
-    apply_updates,
-    update_momentum,
-    write_directions,
-)
 
 Look = Callable[[Assignment, Tensor], None]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from muon_dtensor.errors import NonFiniteGradientError
-from muon_dtensor.runtime.agreement import Agreement
-from muon_dtensor.runtime.ballots import (
+from muon_dtensor.runtime.consistency import Agreement
+from muon_dtensor.runtime.consistency_codec import (
     MISSING,
     NOTHING_HERE,
     PRESENT,
@@ -22,7 +22,7 @@ from muon_dtensor.runtime.ballots import (
     of_dtype,
     read,
 )
-from muon_dtensor.runtime.describe import (
+from muon_dtensor.runtime.torch_private import (
     HostCopy,
     dtype_name,
     local_part,

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from muon_dtensor.runtime.describe import local_part
-from muon_dtensor.runtime.muon_options import MuonOptions
+from muon_dtensor.runtime.hyperparameters import MuonOptions
+from muon_dtensor.runtime.torch_private import local_part
 
 
 @dataclass(frozen=True, slots=True)

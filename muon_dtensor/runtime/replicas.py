@@ -14,7 +14,7 @@ from torch import Tensor
 
 from muon_dtensor.layout import Layout, MeshSpec
 from muon_dtensor.runtime.collectives import all_reduce_max
-from muon_dtensor.runtime.groups import Groups
+from muon_dtensor.runtime.process_groups import Groups
 
 NUM_SAMPLES = 4
 

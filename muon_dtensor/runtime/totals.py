@@ -10,7 +10,7 @@ from torch import Tensor
 
 from muon_dtensor.layout import Layout, MeshSpec
 from muon_dtensor.runtime.collectives import all_reduce_max, all_reduce_sum
-from muon_dtensor.runtime.groups import Groups
+from muon_dtensor.runtime.process_groups import Groups
 
 
 def total_of(

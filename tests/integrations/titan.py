@@ -23,13 +23,13 @@ from torchtitan.components.optimizer import (
 from torchtitan.config import OverrideConfig, apply_overrides
 from torchtitan.experiments.torchft import optimizer as torchft_optimizer
 
+from muon_dtensor.distributed_config.full_tensor import cut_like
 from muon_dtensor.integrations.torchtitan import (
     MuonMixin,
     muon_optimizers,
     use_muon,
 )
-from muon_dtensor.runtime.describe import local_part
-from muon_dtensor.runtime.whole import cut_like
+from muon_dtensor.runtime.torch_private import local_part
 from tests.support.cases import tensors_like
 
 DIM, HEADS = 8, 2

@@ -18,7 +18,7 @@ from muon_dtensor import (
     create_dtensor_config,
     create_processgroup_config,
 )
-from muon_dtensor.runtime.describe import num_ranks
+from muon_dtensor.runtime.torch_private import num_ranks
 from tests.requirements.models import batch
 from tests.support.pool import run_processes
 

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from muon_dtensor.runtime import muon_options
-from muon_dtensor.runtime.describe import local_part
+from muon_dtensor.runtime import hyperparameters as muon_options
+from muon_dtensor.runtime.torch_private import local_part
 
 _local = threading.local()
 _all_to_all_single = dist.all_to_all_single

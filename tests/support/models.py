@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from muon_dtensor.layout import Layout, MeshSpec, ParamSpec
-from muon_dtensor.matrices import matrices_of
+from muon_dtensor.layout import Layout, MeshSpec
+from muon_dtensor.layout.matrices import matrices_of
+from muon_dtensor.planning.plan import ParamSpec
 
 Cuts = tuple[tuple[str, ...], ...]
 

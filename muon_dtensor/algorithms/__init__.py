@@ -1,0 +1,9 @@
+"""Matrices in, polar factors out. Knows torch; knows no mesh and no parameter."""
+
+from muon_dtensor.algorithms.newton_schulz import newton_schulz
+from muon_dtensor.algorithms.polar_express import polar_express
+
+ORTHOGONALIZERS = ("newton_schulz", "polar_express", "custom")
+"""What a param group may name; "custom" is the callable that the optimizer was given."""
+
+__all__ = ["ORTHOGONALIZERS", "newton_schulz", "polar_express"]

@@ -1,0 +1,57 @@
+"""Polar Express: the coefficients that converge fastest in the worst case, one row an iteration.
+
+Holds the table and what was changed of it. Decides neither dtype nor number of iterations.
+"""
+
+import torch
+from torch import Tensor
+
+from muon_dtensor.algorithms.newton_schulz import EPS, Body, Coefficients, iterate, quintic
+
+# Amsel, Persson, Musco & Gower 2025, "The Polar Express", arXiv:2505.16932, algorithm 1: for
+# singular values in [1e-3, 1], each row is the odd quintic that is nearest to 1 (minimax) on the
+# interval to which the rows before it map. Cushion 0.02407327424182761 (section 4.4): a row is made
+# for an interval that begins no lower than this times its end, and then centered on the real one.
+# Rederived in float64 by tests/test_polar_express.py.
+_MINIMAX = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
+
+SAFETY = 1.01
+"""Each row but the last works on X / 1.01 (ibid., section 4.4: 1.01), so that rounding in bfloat16,
+which may lift a singular value over 1, leaves it where the polynomial is near 1."""
+
+POLAR_EXPRESS: tuple[Coefficients, ...] = (
+    *((a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in _MINIMAX[:-1]),
+    _MINIMAX[-1],
+)
+
+
+def polar_express(
+    x: Tensor,  # [*batch, rows, cols]
+    *,
+    num_iterations: int,
+    eps: float = EPS,
+    dtype: torch.dtype = torch.bfloat16,
+    body: Body = quintic,
+    overwrite: bool = False,
+) -> Tensor:
+    """The approximate polar factor U V^T of every matrix; see `iterate`."""
+    rows = polar_express_rows(num_iterations)
+    return iterate(x, rows, eps=eps, dtype=dtype, body=body, overwrite=overwrite)
+
+
+def polar_express_rows(num_iterations: int) -> tuple[Coefficients, ...]:
+    """The (a, b, c) of each iteration.
+
+    With more than eight the last row, a Newton-Schulz step of fifth order, is repeated.
+    """
+    rows = POLAR_EXPRESS[:num_iterations]
+    return rows + POLAR_EXPRESS[-1:] * (num_iterations - len(rows))

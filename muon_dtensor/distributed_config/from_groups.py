@@ -1,0 +1,196 @@
+"""Configs from process groups, as the frameworks before DeviceMesh hand them around.
+
+Turns groups into the mesh they make and into what each cuts. The planner does the rest.
+"""
+
+from collections.abc import Mapping
+
+from torch.distributed import ProcessGroup
+
+from muon_dtensor.distributed_config.assignment import AssignFn
+from muon_dtensor.distributed_config.config import (
+    DistributedConfig,
+    GatherFn,
+    RedistributeFn,
+    base_state,
+)
+from muon_dtensor.distributed_config.manual_transport import (
+    assign_by_index,
+    assign_by_rank,
+    cut_here,
+    gather_to_all,
+    gather_to_one,
+    scatter_from_one,
+)
+from muon_dtensor.distributed_config.mesh_from_groups import check_groups, mesh_of_groups
+from muon_dtensor.runtime.plain_tensors import PlainRule, TensorDim
+from muon_dtensor.runtime.torch_private import ordinary_mode
+
+
+@ordinary_mode()
+def create_processgroup_config(
+    *,
+    fsdp_pg: ProcessGroup | None = None,
+    tp_pg: ProcessGroup | None = None,
+    dp_pg: ProcessGroup | None = None,
+    ep_pg: ProcessGroup | None = None,
+    cp_pg: ProcessGroup | None = None,
+    pp_pg: ProcessGroup | None = None,
+    fsdp_shard_dim: TensorDim = 0,
+    tp_shard_dim: TensorDim = None,
+    async_gpu_parallelism: bool = True,
+    prefetch_count: int = 1,
+) -> DistributedConfig:
+    """For plain tensors that are shards, or replicas, over process groups.
+
+    DTensors keep their own placements, and slices of FSDP1's flat parameters are known by what
+    FSDP1 keeps of them. All ranks of the groups call this together, and make all such configs in
+    one order. By hand, `gather_fn(t, dst_rank, state)` gives the whole tensor on `dst_rank` and
+    None elsewhere; `redistribute_fn(whole_or_None, src_rank, state)` gives each rank its shard.
+
+    Args:
+        fsdp_pg: over which parameters are cut along `fsdp_shard_dim`, in pieces of any sizes.
+        tp_pg: over which they are cut along `tp_shard_dim`, before `fsdp_pg` cuts them.
+        dp_pg, cp_pg: over which they are replicated: their ranks share the work.
+        ep_pg, pp_pg: whose ranks hold different parameters (experts, stages): each is on its own.
+        fsdp_shard_dim: the tensor dim; or one per parameter, as a list in the order of the
+            optimizer's parameters, or by name. In those, None is a parameter that is replicated
+            over the group; None for all says nothing, and plain tensors are refused.
+        tp_shard_dim: the same for `tp_pg`.
+        async_gpu_parallelism: see DistributedConfig.
+        prefetch_count: see DistributedConfig.
+
+    Raises:
+        ValueError: a group without this rank, groups that are not orthogonal, or that make no
+            grid with those of the other ranks.
+    """
+    return _config(
+        {
+            "dp": ("dp_pg", dp_pg),
+            "fsdp": ("fsdp_pg", fsdp_pg),
+            "cp": ("cp_pg", cp_pg),
+            "tp": ("tp_pg", tp_pg),
+        },
+        {"ep_pg": ep_pg, "pp_pg": pp_pg},
+        {"tp": tp_shard_dim, "fsdp": fsdp_shard_dim},
+        (assign_by_index, gather_to_one, scatter_from_one),
+        async_gpu_parallelism=async_gpu_parallelism,
+        prefetch_count=prefetch_count,
+    )
+
+
+@ordinary_mode()
+def create_auto_config(
+    *,
+    fsdp_process_group: ProcessGroup | None = None,
+    tp_process_group: ProcessGroup | None = None,
+    tp_shard_dim: TensorDim = None,
+    shard_process_group: ProcessGroup | None = None,
+    replicate_process_group: ProcessGroup | None = None,
+    cp_process_group: ProcessGroup | None = None,
+    ddp_process_group: ProcessGroup | None = None,
+    ep_process_group: ProcessGroup | None = None,
+    pp_process_group: ProcessGroup | None = None,
+    pp_stage_id: int | None = None,
+    pp_num_stages: int | None = None,
+    fsdp_shard_dim: TensorDim = None,
+    async_gpu_parallelism: bool = True,
+    prefetch_count: int = 1,
+) -> DistributedConfig:
+    """For models wrapped with process groups: FSDP1, HYBRID_SHARD, DDP, and plain shards.
+
+    DTensors keep their own placements, and slices of FSDP1's flat parameters are known by what
+    FSDP1 keeps of them. All ranks of the groups call this together, and make all such configs in
+    one order. By hand, `assign_fn` gives `{rank: [index, ...]}`, `gather_fn` the whole tensor on
+    every rank, and `redistribute_fn` cuts this rank's shard out of it.
+
+    Args:
+        fsdp_process_group, shard_process_group: over which parameters are cut; give one.
+        tp_process_group: over which they are cut along `tp_shard_dim`, before FSDP cuts them.
+        tp_shard_dim: the tensor dim; or one per parameter, as a list in the order of the
+            optimizer's parameters, or by name. In those, None is a parameter that is replicated
+            over the group.
+        replicate_process_group, ddp_process_group, cp_process_group: over which they are
+            replicated: their ranks share the work.
+        ep_process_group, pp_process_group: whose ranks hold different parameters (experts,
+            stages): each is on its own.
+        pp_stage_id, pp_num_stages: checked, and kept in `state`.
+        fsdp_shard_dim: as `tp_shard_dim`, for plain tensors that FSDP1 has not flattened. The
+            optimizer does not guess it; called by hand, `gather_fn` and `redistribute_fn` take the
+            last tensor dim.
+        async_gpu_parallelism: see DistributedConfig.
+        prefetch_count: see DistributedConfig.
+
+    Raises:
+        ValueError: a group without this rank, groups that are not orthogonal, or that make no
+            grid with those of the other ranks; a stage that does not exist.
+    """
+    if fsdp_process_group is not None and shard_process_group is not None:
+        raise ValueError("fsdp_process_group and shard_process_group are the same cut: give one")
+    if (pp_stage_id is None) != (pp_num_stages is None):
+        raise ValueError("give pp_stage_id and pp_num_stages together")
+    if pp_num_stages is not None and pp_stage_id not in range(pp_num_stages):
+        raise ValueError(
+            f"pp_stage_id must be from 0 to pp_num_stages - 1 = {pp_num_stages - 1}, got "
+            f"{pp_stage_id}"
+        )
+    config = _config(
+        {
+            "ddp": ("ddp_process_group", ddp_process_group),
+            "replicate": ("replicate_process_group", replicate_process_group),
+            "shard": ("shard_process_group", shard_process_group),
+            "fsdp": ("fsdp_process_group", fsdp_process_group),
+            "cp": ("cp_process_group", cp_process_group),
+            "tp": ("tp_process_group", tp_process_group),
+        },
+        {"ep_process_group": ep_process_group, "pp_process_group": pp_process_group},
+        {"tp": tp_shard_dim, "shard": fsdp_shard_dim, "fsdp": fsdp_shard_dim},
+        (assign_by_rank, gather_to_all, cut_here),
+        async_gpu_parallelism=async_gpu_parallelism,
+        prefetch_count=prefetch_count,
+    )
+    if pp_stage_id is not None:
+        config.state |= {"pp_stage_id": pp_stage_id, "pp_num_stages": pp_num_stages}
+    return config
+
+
+def _config(
+    roles: Mapping[str, tuple[str, ProcessGroup | None]],
+    apart: Mapping[str, ProcessGroup | None],
+    shard_dims: Mapping[str, TensorDim],
+    functions: tuple[AssignFn, GatherFn, RedistributeFn],
+    *,
+    async_gpu_parallelism: bool,
+    prefetch_count: int,
+) -> DistributedConfig:
+    """`roles`: mesh dims, outermost first, with the keyword and group of each.
+
+    `apart`: keywords and groups whose ranks hold different parameters. `shard_dims`: of the roles
+    that cut, outermost cut first.
+    """
+    for role, tensor_dims in shard_dims.items():
+        _check_tensor_dims("tp_shard_dim" if role == "tp" else "fsdp_shard_dim", tensor_dims)
+    given = {word: group for word, group in (*roles.values(), *apart.items()) if group is not None}
+    checked = check_groups(given)
+    dims = {role: checked[word] for role, (word, _) in roles.items() if word in checked}
+    rule = None
+    if dims:
+        cuts = tuple((role, shard_dims[role]) for role in shard_dims if role in dims)
+        rule = PlainRule(mesh_of_groups(dims), cuts)
+    state = {**base_state(rule), **checked}
+    return DistributedConfig(*functions, state, async_gpu_parallelism, prefetch_count)
+
+
+def _check_tensor_dims(keyword: str, tensor_dims: object) -> None:
+    """Raise ValueError for what tells no tensor dims."""
+    if isinstance(tensor_dims, Mapping):
+        values, is_right = list(tensor_dims.values()), all(isinstance(n, str) for n in tensor_dims)
+    elif isinstance(tensor_dims, (list, tuple)):
+        values, is_right = list(tensor_dims), True
+    else:
+        values, is_right = [tensor_dims], True
+    if not is_right or any(type(value) is not int and value is not None for value in values):
+        raise ValueError(
+            f"{keyword} must be a tensor dim, one per parameter, or {{name: dim or None}}, got "
+            f"{tensor_dims!r}"
+        )

@@ -1,0 +1,152 @@
+"""Where the elements of a tensor are: which mesh dims cut which tensor dim, in which order."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+from muon_dtensor.layout.mesh import MeshSpec
+from muon_dtensor.layout.region import Region
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A tensor's global shape and, per tensor dim, the mesh dims that cut it, outermost first.
+
+    Without `bounds` every cut follows torch.chunk: n rows over k ranks are pieces of ceil(n / k)
+    rows, the last one shorter, the rest empty. With them a tensor dim is cut anywhere: per tensor
+    dim the ends of its pieces in the order of `cuts`, beginning with 0. Bounds that are
+    torch.chunk's are dropped. Mesh dims that cut nothing replicate the tensor.
+    """
+
+    mesh: MeshSpec
+    shape: tuple[int, ...]
+    cuts: tuple[tuple[str, ...], ...]
+    bounds: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if any(type(size) is not int or size < 0 for size in self.shape):
+            raise ValueError(f"tensor dims are integers from 0 on, got {self.shape}")
+        if len(self.cuts) != len(self.shape):
+            raise ValueError(f"{len(self.cuts)} cuts for {len(self.shape)} tensor dims")
+        used = [name for dims in self.cuts for name in dims]
+        if len(set(used)) != len(used):
+            raise ValueError(f"a mesh dim cuts a tensor at most once, got {self.cuts}")
+        if unknown := set(used) - set(self.mesh.dim_names):
+            raise ValueError(f"unknown mesh dims {sorted(unknown)} on mesh {self.mesh}")
+        if self.bounds is not None:
+            self._check_bounds(self.bounds)
+            if self.bounds == self._chunk_bounds:
+                object.__setattr__(self, "bounds", None)
+
+    def _check_bounds(self, bounds: tuple[tuple[int, ...], ...]) -> None:
+        if len(bounds) != len(self.shape):
+            raise ValueError(f"{len(bounds)} bounds for {len(self.shape)} tensor dims")
+        for size, dims, ends in zip(self.shape, self.cuts, bounds, strict=True):
+            if (
+                any(type(end) is not int for end in ends)
+                or len(ends) != self.mesh.num_ranks_along(dims) + 1
+                or (ends[0], ends[-1]) != (0, size)
+                or any(first > last for first, last in pairwise(ends))
+            ):
+                raise ValueError(f"bounds {ends} do not cut {size} over {dims} of {self.mesh}")
+
+    @cached_property
+    def cut_dims(self) -> tuple[str, ...]:
+        """Mesh dims of more than one rank that cut some tensor dim, in mesh order."""
+        used = {name for dims in self.cuts for name in dims}
+        return tuple(n for n in self.mesh.dim_names if n in used and self.mesh.sizes[n] > 1)
+
+    @cached_property
+    def replica_dims(self) -> tuple[str, ...]:
+        """Mesh dims along which every rank holds the same shard, in mesh order."""
+        cut = self.cut_dims
+        return tuple(n for n in self.mesh.dim_names if n not in cut and self.mesh.sizes[n] > 1)
+
+    @cached_property
+    def _bounds(self) -> tuple[tuple[int, ...], ...]:
+        """Per tensor dim the ends of its consecutive pieces, beginning with 0."""
+        return self._chunk_bounds if self.bounds is None else self.bounds
+
+    @property
+    def _chunk_bounds(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(
+            _chunk_bounds(num_rows, tuple(self.mesh.sizes[name] for name in mesh_dims))
+            for num_rows, mesh_dims in zip(self.shape, self.cuts, strict=True)
+        )
+
+    def region(self, position: int) -> Region:
+        """The box of the global tensor that the rank at this position stores."""
+        start, stop = [], []
+        for dims, bounds in zip(self.cuts, self._bounds, strict=True):
+            index = self.mesh.index_along(position, dims)
+            start.append(bounds[index])
+            stop.append(bounds[index + 1])
+        return Region(tuple(start), tuple(stop))
+
+    @cached_property
+    def _holders(self) -> dict[Region, dict[int, Region]]:
+        return {}
+
+    def holders(self, region: Region) -> dict[int, Region]:
+        """Who in one replica holds which part of a region: {home: its part}, homes ascending.
+
+        A home is a position with coordinate 0 along the replica dims. Empty parts are left out.
+        """
+        known = self._holders.get(region)
+        if known is None:
+            known = self._holders[region] = self._find_holders(region)
+        return known
+
+    @cached_property
+    def _largest_parts(self) -> dict[Region, int]:
+        return {}
+
+    def largest_part(self, region: Region) -> int:
+        """Elements of the largest part of a region that any rank holds."""
+        if region not in self._largest_parts:
+            holders = self.holders(region)
+            self._largest_parts[region] = max(part.numel for part in holders.values())
+        return self._largest_parts[region]
+
+    def _find_holders(self, region: Region) -> dict[int, Region]:
+        parts: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = [(0, (), ())]
+        for tensor_dim, (dims, bounds) in enumerate(zip(self.cuts, self._bounds, strict=True)):
+            low, high = region.start[tensor_dim], region.stop[tensor_dim]
+            touched = [
+                (self.mesh.offset_of(index, dims), max(low, first), min(high, last))
+                for index, (first, last) in enumerate(pairwise(bounds))
+                if max(low, first) < min(high, last)
+            ]
+            parts = [
+                (offset + more, (*start, first), (*stop, last))
+                for offset, start, stop in parts
+                for more, first, last in touched
+            ]
+        return {home: Region(start, stop) for home, start, stop in sorted(parts)}
+
+    def home(self, position: int) -> int:
+        """The position in the first replica that stores the same shard as this one."""
+        return position - self.replica_offset(position)
+
+    def replica_offset(self, position: int) -> int:
+        """What separates this position from its home: it tells the replica."""
+        index = self.mesh.index_along(position, self.replica_dims)
+        return self.mesh.offset_of(index, self.replica_dims)
+
+    @cached_property
+    def replica_offsets(self) -> tuple[int, ...]:
+        """The offsets of all replicas, the first one 0."""
+        dims = self.replica_dims
+        return tuple(self.mesh.offset_of(i, dims) for i in range(self.mesh.num_ranks_along(dims)))
+
+
+def _chunk_bounds(num_rows: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Ends of the pieces that torch.chunk makes of so many rows, size after size."""
+    bounds = [0, num_rows]
+    for size in sizes:
+        cut = [0]
+        for first, last in pairwise(bounds):
+            step = -(-(last - first) // size)
+            cut += [min(first + step * (index + 1), last) for index in range(size)]
+        bounds = cut
+    return tuple(bounds)

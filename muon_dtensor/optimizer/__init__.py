@@ -1,0 +1,1 @@
+"""`Muon` and what it is made of."""

@@ -1,0 +1,154 @@
+"""What a step did, as plain numbers: norms of gradients, momenta and updates, bytes, seconds.
+
+Measures one step with the other ranks. Updates nothing.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from muon_dtensor.algorithms.residual import orthogonality_residual
+from muon_dtensor.algorithms.update import adjusted_lr
+from muon_dtensor.layout import Layout
+from muon_dtensor.optimizer.params import Census, Entry
+from muon_dtensor.planning.normuon_state import reductions
+from muon_dtensor.planning.plan import Assignment, Bucket
+from muon_dtensor.planning.report import PlanReport
+from muon_dtensor.runtime.process_groups import Groups
+from muon_dtensor.runtime.torch_private import local_part, this_rank
+from muon_dtensor.runtime.totals import total_of
+from muon_dtensor.runtime.trace import Trace
+
+State = Mapping[Tensor, dict[str, Any]]
+"""What an optimizer keeps of each parameter, by name."""
+
+SUMMED = ("grad", "momentum", "update", "param", "numel")
+"""What is summed over the elements of a param group: squares, and how many there are."""
+
+
+class Measurement:
+    """One step: made before it, `finish` called after it.
+
+    Holds a copy of this rank's shards of all parameters in between.
+    """
+
+    def __init__(self, plan: PlanReport, census: Census, number: int, trace: Trace | None) -> None:
+        """`number`: of the measurement; each looks at another matrix. `trace`: the user's."""
+        self._plan, self._census = plan, census
+        self._before = {
+            entry.name: local_part(entry.param).detach().clone() for entry in census.entries
+        }
+        self.trace = trace or Trace(this_rank())
+        self._first_span = len(self.trace.spans)
+        whole = [(bucket, a) for bucket in plan.buckets for a in bucket.assignments]
+        self._sample: tuple[Bucket, Assignment] | None = None
+        if whole:
+            self._sample = whole[number % len(whole)]
+        self._residual: Tensor | None = None
+
+    def look(self, assignment: Assignment, polar_factor: Tensor) -> None:
+        """Called with every whole polar factor [rows, cols] that this rank makes."""
+        if self._sample is None or assignment != self._sample[1]:
+            return
+        if self._sample[0].mesh.ranks[assignment.owner] == this_rank():
+            self._residual = orthogonality_residual(polar_factor)
+
+    def finish(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        grads: Mapping[str, Tensor],
+        state: State,
+        process_groups: Groups,
+    ) -> dict[str, float]:
+        """The numbers of the step; see `Muon.metrics`. A collective of all parameters' meshes.
+
+        `grads`: those that the step used, by name of parameter, placed as their parameters.
+        """
+        total = self._totals(len(groups), grads, state, process_groups)
+        numbers: dict[str, float] = {}
+        every_grad = 0.0
+        for index, group in enumerate(groups):
+            sums = dict(zip(SUMMED, total[index * len(SUMMED) :], strict=False))
+            numel = sums.pop("numel")
+            here = f"group{index}"
+            numbers[f"{here}/lr"] = float(group["lr"])
+            numbers[f"{here}/effective_lr"] = self._effective_lr(index, group)
+            numbers |= {f"{here}/{name}_norm": square**0.5 for name, square in sums.items()}
+            numbers[f"{here}/update_rms"] = (sums["update"] / numel) ** 0.5 if numel else 0.0
+            every_grad += sums["grad"]
+        numbers["grad_norm"] = every_grad**0.5
+        if self._sample is not None:
+            numbers["orthogonality_residual"] = total[-1]
+        return {**numbers, **self._of_this_rank()}
+
+    def _totals(
+        self,
+        num_groups: int,
+        grads: Mapping[str, Tensor],
+        state: State,
+        process_groups: Groups,
+    ) -> list[float]:
+        """SUMMED of each param group one after the other, and the residual."""
+        device, size = self._census.shared_device, num_groups * len(SUMMED) + 1
+        values: list[tuple[Layout, Tensor]] = []
+        for entry in self._census.entries:
+            row = torch.zeros(size, dtype=torch.float64, device=device)
+            parts = [part.to(device) for part in self._squares(entry, grads.get(entry.name), state)]
+            first = entry.group_index * len(SUMMED)
+            row[first : first + len(parts)] = torch.stack(parts)
+            row[first + len(parts)] = local_part(entry.param).numel()
+            values.append((self._census.layout(entry), row))
+        if self._sample is not None:
+            mesh = self._sample[0].mesh
+            row = torch.zeros(size, dtype=torch.float64, device=device)
+            if self._residual is not None:
+                row[-1] = self._residual
+            # cut over all dims, so that every rank's counts
+            values.append((Layout(mesh, (mesh.num_ranks,), (mesh.dim_names,)), row))
+        if not values:
+            return [0.0] * size
+        numbers: list[float] = total_of(values, process_groups, this_rank()).tolist()
+        return numbers
+
+    def _squares(self, entry: Entry, grad: Tensor | None, state: State) -> Iterator[Tensor]:
+        """Of this rank's gradient, momentum, update and parameter."""
+        kept = state[entry.param]
+        momentum = kept["momentum_buffer" if entry.group["algorithm"] == "muon" else "exp_avg"]
+        now = local_part(entry.param).detach()
+        yield _square(now.new_empty(0) if grad is None else local_part(grad))
+        yield _square(local_part(momentum))
+        wide = torch.promote_types(now.dtype, torch.float32)
+        yield _square(now.to(wide) - self._before[entry.name].to(wide))
+        yield _square(now)
+
+    def _effective_lr(self, index: int, group: Mapping[str, Any]) -> float:
+        """lr times the scale of each matrix of a group, weighted by elements."""
+        names = {entry.name for entry in self._census.muon if entry.group_index == index}
+        matrices = [m for spec in self._plan.params if spec.fqn in names for m in spec.matrices]
+        numel = sum(m.numel for m in matrices)
+        scaled = sum(
+            m.numel * float(adjusted_lr(group["lr"], group["adjust_lr_fn"], m.rows, m.cols))
+            for m in matrices
+        )
+        return scaled / numel if numel else float(group["lr"])
+
+    def _of_this_rank(self) -> dict[str, float]:
+        rank, cost = this_rank(), self._plan.cost
+        sent = cost.sent_nbytes[cost.ranks.index(rank)] if rank in cost.ranks else 0
+        sent += sum(r.sent_nbytes for r in reductions(self._plan.plan) if r.mesh.holds(rank))
+        numbers = {"sent_nbytes": float(sent)}
+        for span in self.trace.spans[self._first_span :]:
+            name = f"seconds/{span.phase.name.lower()}"
+            numbers[name] = numbers.get(name, 0.0) + span.stop - span.start
+        return numbers
+
+
+def _square(part: Tensor) -> Tensor:
+    """The sum of the squares, in float64."""
+    if not part.numel():
+        return torch.zeros((), dtype=torch.float64, device=part.device)
+    wide = torch.promote_types(part.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(part, dtype=wide)
+    return norm.double().square()

@@ -1,0 +1,136 @@
+"""What a param group says about a step, as one value, and the orthogonalizer it wants.
+
+Knows no mesh, and which parameters are meant.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from muon_dtensor.algorithms import newton_schulz, polar_express
+from muon_dtensor.algorithms.newton_schulz import Body
+from muon_dtensor.algorithms.normuon import normalize_rows
+from muon_dtensor.algorithms.update import adjusted_lr
+from muon_dtensor.errors import GroupOptionError
+
+Orthogonalizer = Callable[[Tensor], Tensor]
+"""[*batch, rows, cols] to the same: what the user may bring."""
+
+
+def check_orthogonalizer(
+    function: Orthogonalizer, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise GroupOptionError unless a user's function keeps the shape of matrices of this dtype.
+
+    Called on every rank when the optimizer is made, with matrices on the device of parameters: in a
+    step the owner alone would raise.
+    """
+    for shape in ((2, 3), (3, 2), (1, 2, 3)):
+        try:
+            eye = torch.eye(*shape[-2:], dtype=dtype, device=device)
+            result = function(eye.expand(shape).contiguous())
+        except Exception as error:
+            raise GroupOptionError(
+                f"the orthogonalizer fails on {list(shape)} of {dtype} on {device}: {error!r}"
+            ) from error
+        if not isinstance(result, Tensor) or result.shape != shape:
+            seen = list(result.shape) if isinstance(result, Tensor) else repr(result)
+            raise GroupOptionError(
+                f"the orthogonalizer must keep the shape: it returned {seen} for {list(shape)}"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MuonOptions:
+    """What a param group says about the step of its parameters, with the meaning torch gives.
+
+    `decay` is 1 - lr weight_decay; `custom` the orthogonalizer of the user, if the group wants it;
+    `body` makes the iterations, `cautious` is about weight decay. Where `capturable`, an lr that is
+    a tensor stays one, and so does all that is computed from it: nobody waits for its value.
+    """
+
+    lr: float | Tensor
+    decay: float | Tensor
+    momentum: float
+    nesterov: bool
+    ns_coefficients: tuple[float, float, float]
+    eps: float
+    ns_steps: int
+    adjust_lr_fn: str | None
+    orthogonalizer: str
+    custom: Orthogonalizer | None
+    body: Body
+    capturable: bool
+    normuon_beta: float | None
+    cautious: bool
+
+    @classmethod
+    def of(
+        cls, group: Mapping[str, Any], custom: Orthogonalizer | None, body: Body
+    ) -> "MuonOptions":
+        """What this param group says."""
+        decay = 1 - group["lr"] * group["weight_decay"]
+        return cls(
+            lr=group["lr"],
+            decay=decay if group["capturable"] else float(decay),
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
+            ns_coefficients=tuple(group["ns_coefficients"]),
+            eps=group["eps"],
+            ns_steps=group["ns_steps"],
+            adjust_lr_fn=group["adjust_lr_fn"],
+            orthogonalizer=group["orthogonalizer"],
+            custom=custom if group["orthogonalizer"] == "custom" else None,
+            body=body,
+            capturable=group["capturable"],
+            normuon_beta=group["normuon_beta"],
+            cautious=group["cautious_weight_decay"],
+        )
+
+    def matrix_lr(self, rows: int, cols: int) -> float | Tensor:
+        """The learning rate of a matrix of this size; see `update.adjusted_lr`."""
+        scaled = adjusted_lr(self.lr, self.adjust_lr_fn, rows, cols)
+        return scaled if self.capturable else float(scaled)
+
+    def normalized(self, polar_factor: Tensor, moments: Tensor, keep: Tensor | None) -> Tensor:
+        """A polar factor [rows, cols] after NorMuon; see `orthogonalize.normuon`."""
+        assert self.normuon_beta is not None, "only NorMuon keeps moments"
+        return normalize_rows(
+            polar_factor, moments, beta=self.normuon_beta, eps=self.eps, keep=keep
+        )
+
+    def polar_factor(self, x: Tensor, dtype: torch.dtype, *, overwrite: bool = False) -> Tensor:
+        """The approximate polar factor of every matrix of `x` [*batch, rows, cols], in `dtype`.
+
+        With `overwrite` it may lie in the memory of `x`.
+
+        Raises RuntimeError if the user's orthogonalizer returns another shape.
+        """
+        if self.custom is not None:
+            result = self.custom(x)
+            if result.shape != x.shape:
+                raise RuntimeError(
+                    f"the orthogonalizer returned {list(result.shape)} for {list(x.shape)}"
+                )
+            return result.to(dtype)
+        if self.orthogonalizer == "polar_express":
+            return polar_express(
+                x,
+                num_iterations=self.ns_steps,
+                eps=self.eps,
+                dtype=dtype,
+                body=self.body,
+                overwrite=overwrite,
+            )
+        return newton_schulz(
+            x,
+            coefficients=self.ns_coefficients,
+            num_iterations=self.ns_steps,
+            eps=self.eps,
+            dtype=dtype,
+            body=self.body,
+            overwrite=overwrite,
+        )

@@ -1,0 +1,272 @@
+"""torch's private names, and small helpers over its public ones, in one file."""
+
+import gc
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.profiler import record_function
+
+StridedShard = _StridedShard
+local_shape_and_offset = _compute_local_shape_and_global_offset
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` is `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def this_rank() -> int:
+    """The global rank of this process; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    """How many ranks the default process group has; 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def default_store() -> Any:
+    """The key-value store by which the ranks of the default process group found each other."""
+    return dist.distributed_c10d._get_default_store()
+
+
+@contextmanager
+def pretended_ranks(world_size: int) -> Iterator[None]:
+    """A default process group of so many ranks, of which this process is rank 0 and the only one.
+
+    Its collectives return at once and move nothing. Raises RuntimeError if there is a default
+    process group already.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("there is a process group already; plan before it is made")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def patience_of(group: dist.ProcessGroup) -> timedelta | None:
+    """How long a rank waits for the others of a gloo group: the timeout of the default group.
+
+    Groups of a DeviceMesh's dims have torch's 30 minutes, whatever init_process_group was told.
+    None where the backend sees to it: NCCL's watchdog does.
+    """
+    if not dist.get_backend(group) == dist.get_backend() == "gloo":
+        return None
+    backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+    # torch has public ways to set a timeout (2.15), and none to read it; torchcomms may wrap gloo
+    timeout: timedelta | None = getattr(getattr(backend, "options", None), "_timeout", None)
+    return timeout
+
+
+def device_type_of(group: dist.ProcessGroup) -> str:
+    """Where the tensors of a process group live: "cuda" if NCCL moves them, else "cpu"."""
+    has_nccl = "nccl" in str(dist.get_backend_config(group))
+    return "cuda" if has_nccl and torch.cuda.is_available() else "cpu"
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The shard this rank stores, as a plain tensor sharing its storage."""
+    # what to_local gives without a graph, at a tenth of its time
+    local: Tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return local
+
+
+@contextmanager
+def ordinary_mode() -> Iterator[None]:
+    """Disable autocast, reset the default device, and leave inference mode.
+
+    What this package computes, and the state it keeps, depend on none of them.
+    """
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(mode=False))
+        for device_type in ("cpu", "cuda", "xpu"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+def warning_level(tensors: Iterable[Tensor] = ()) -> int:
+    """Log level of a message that all ranks of some tensors emit.
+
+    WARNING on the first of these ranks, INFO on the others. The first rank is the lowest on the
+    meshes of the DTensors (so that a pipeline stage is heard), and 0 where there is none.
+    """
+    meshes = {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
+    first = min((int(mesh.mesh.min()) for mesh in meshes), default=0)
+    return logging.WARNING if this_rank() == first else logging.INFO
+
+
+@dataclass(frozen=True, slots=True)
+class FSDP2Param:
+    """One parameter that `fully_shard` manages in this process.
+
+    `sharded` is the DTensor; `unsharded` the whole tensor between all-gather and reshard, which
+    modules hold in its place meanwhile; `shape` that of the whole tensor.
+    """
+
+    sharded: Tensor
+    unsharded: Tensor | None
+    shape: tuple[int, ...]
+
+
+def fsdp2_params() -> list[FSDP2Param]:
+    """All parameters that `fully_shard` manages in this process."""
+    found = []
+    for module in (reference() for reference in _module_state_mapping.keyrefs()):
+        state = module is not None and _module_state_mapping[module]()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # torch before 2.12 has one
+            groups = [group for group in [getattr(state, "_fsdp_param_group", None)] if group]
+        for param in (param for group in groups for param in group.fsdp_params):
+            unsharded = getattr(param, "_unsharded_param", None)
+            found.append(FSDP2Param(param.sharded_param, unsharded, tuple(param._orig_size)))
+    return found
+
+
+def gathered_params() -> set[int]:
+    """Ids of the whole tensors that FSDP2's modules hold between all-gather and reshard."""
+    return {id(param.unsharded) for param in fsdp2_params() if param.unsharded is not None}
+
+
+def is_flat_param(value: object) -> bool:
+    """Whether this is a flat parameter of FSDP1, which marks them and gives them no class."""
+    return type(value) is nn.Parameter and "_is_flat_param" in value.__dict__
+
+
+def is_flattened(tensor: Tensor) -> bool:
+    """Whether FSDP1 keeps this parameter in a flat one."""
+    return hasattr(tensor, "_fsdp_flattened")
+
+
+@dataclass(frozen=True, slots=True)
+class FlattenedParam:
+    """A parameter that FSDP1 has flattened.
+
+    `shape`: before that. `start`: where this rank's slice begins in it; None without a slice.
+    """
+
+    param: Tensor
+    shape: tuple[int, ...]
+    start: int | None
+    is_dtensor: bool
+
+
+def flattened_params() -> Iterator[FlattenedParam]:
+    """All parameters that FSDP1 has flattened.
+
+    Only the flat parameter knows their shapes, and nothing leads from them to it. So all objects
+    are searched for flat parameters: 0.1 s.
+    """
+    for flat in filter(is_flat_param, gc.get_objects()):
+        originals = zip(
+            *(flat._params or (), flat._shapes, flat._param_extensions, flat._shard_param_infos),
+            strict=False,
+        )
+        for param, shape, extension, info in originals:
+            start = info.intra_param_start_idx
+            yield FlattenedParam(param, tuple(shape), start, extension is not None)
+
+
+def are_in_modules(params: Iterable[Tensor]) -> bool:
+    """Whether some module of this process holds any of these parameters. Searches all objects."""
+    wanted = {id(param) for param in params}
+    modules = (found for found in gc.get_objects() if isinstance(found, nn.Module))
+    return any(id(param) in wanted for m in modules for param in m.parameters(recurse=False))
+
+
+class HostCopy:
+    """An asynchronous copy of a small tensor to pinned host memory.
+
+    `tolist` waits for the copy alone, not for what was queued on the device after it.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+        self._event: torch.Event | None = None
+        if values.device.type == "cpu" or is_capturing(values.device):
+            return
+        self._values = torch.empty_like(values, device="cpu", pin_memory=True)
+        self._values.copy_(values, non_blocking=True)
+        self._event = torch.Event(values.device.type)
+        self._event.record()
+
+    def tolist(self) -> list[Any]:
+        """The values as nested lists of numbers."""
+        if self._event is not None:
+            self._event.synchronize()
+        numbers: list[Any] = self._values.tolist()
+        return numbers
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph captures what this thread does on a device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def range_of(name: str) -> AbstractContextManager[object]:
+    """A named range for torch's profiler; nothing, and in no time, where none is running."""
+    is_on = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    return record_function(name) if is_on else nullcontext()
+
+
+uncompiled = torch._disable_dynamo  # type: ignore[attr-defined]
+"""Of a function that torch.compile leaves as it is; decides so without importing the compiler."""
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """The same values in host memory that a GPU can copy from; a DTensor stays on its mesh."""
+    local = local_part(tensor)
+    if local.device.type == "cpu":
+        return tensor
+    pinned = torch.empty_like(local, device="cpu", pin_memory=True)
+    pinned.copy_(local)
+    return with_shard(tensor, pinned)
+
+
+def with_shard(tensor: Tensor, shard: Tensor) -> Tensor:
+    """Another shard of the same shape in place of this rank's; of a plain tensor the shard itself.
+
+    The result has the shard's dtype and device, and does not require a gradient. Unlike torch's own
+    operators on DTensors, which take up to 2 s for each new shape on a mesh of four dims (torch
+    2.14), it asks no sharding strategy; and unlike `DTensor.from_local` it leaves a shard where it
+    is, also on the host of a GPU's mesh (FSDP2's offload policy).
+    """
+    if not isinstance(tensor, DTensor):
+        return shard
+    spec = tensor._spec
+    meta = spec.tensor_meta
+    assert meta is not None, "a DTensor knows its shape"
+    if meta.dtype != shard.dtype:
+        spec = replace(spec, tensor_meta=type(meta)(meta.shape, meta.stride, shard.dtype))
+    return DTensor(shard, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+
+def zeros_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros placed as a tensor is, of its dtype or another one."""
+    return with_shard(tensor, torch.zeros_like(local_part(tensor).detach(), dtype=dtype))
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """`tensor.to(device, dtype)`, placed as before; the tensor itself if it is so already."""
+    local = local_part(tensor)
+    moved = local.to(device=device or local.device, dtype=dtype)
+    return tensor if moved is local else with_shard(tensor, moved)
