@@ -55,7 +55,7 @@ def in_files(file: str, tests: str, *faults: tuple[str, str, str]) -> list[Fault
 FAULTS = [
     *in_files(
         "runtime/executor.py",
-        "layouts_bitwise::matrices gloo config misuse options_of_speed",
+        "layouts_bitwise::matrices gloo config misuse speed_options",
         (
             "momenta of matrices owned elsewhere are not updated",
             "        self._update_momenta(run.unpacked, params, keep)\n",
@@ -103,7 +103,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/executor.py",
-        "variants agreement",
+        "variants consistency",
         (
             "the mask does not reach NorMuon",
             "local.options.normalized(polar_factor, moments, keep)",
@@ -112,7 +112,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/executor.py",
-        "agreement",
+        "consistency",
         (
             "the mask does not reach the momenta",
             "            update_momentum(momenta, grads, momentum, keep)",
@@ -121,7 +121,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/executor.py",
-        "agreement",
+        "consistency",
         (
             "the mask does not reach the parameters",
             "                    cautious=options.cautious,\n                    keep=keep,",
@@ -171,7 +171,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/buffers.py",
-        "arena options_of_speed::a_step_that_failed_leaves_its_buffers_to_it",
+        "buffer_placement speed_options::a_step_that_failed_leaves_its_buffers_to_it",
         (
             "a block is lent again after a failed step",
             "        self._block = None\n        self._buffers.clear()\n",
@@ -185,7 +185,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/gradients.py",
-        "agreement::which_steps_wait_for_their_ballots",
+        "consistency::which_steps_wait_for_their_ballots",
         (
             "a device waits in every step",
             'return self.device.type == "cpu" or not',
@@ -204,7 +204,7 @@ FAULTS = [
     ),
     *in_files(
         "cli/plan_plot.py",
-        "plan_command::the_picture_is_drawn",
+        "plan::the_picture_is_drawn",
         (
             "nothing is drawn",
             "    _timeline(made, top.subplots())\n    load, sent = bottom.subplots(1, 2)\n"
@@ -258,7 +258,7 @@ FAULTS = [
     ),
     *in_files(
         "planning/schedule.py",
-        "arena gloo memory::buffers_stay_under_the_cap planning",
+        "buffer_placement gloo memory::buffers_stay_under_the_cap planner",
         (
             "a buffer's life ends an event early",
             "            life.last = index\n",
@@ -282,7 +282,7 @@ FAULTS = [
     ),
     *in_files(
         "planning/buffer_placement.py",
-        "arena gloo memory::buffers_stay_under_the_cap",
+        "buffer_placement gloo memory::buffers_stay_under_the_cap",
         (
             "lives that touch may share a place",
             "p.life.first <= life.last and life.first <= p.life.last",
@@ -292,7 +292,7 @@ FAULTS = [
     ),
     *in_files(
         "planning/routes.py",
-        "gloo planning strategies::bitwise strategies::strategies_over_gloo",
+        "gloo planner strategies::bitwise strategies::strategies_over_gloo",
         (
             "runs are merged though their sources do not touch",
             "if last and last.source + last.numel == offset:",
@@ -306,7 +306,7 @@ FAULTS = [
     ),
     *in_files(
         "planning/routes.py",
-        "options_of_speed",
+        "speed_options",
         (
             "batches hold matrices of different sizes",
             "by_size[matrix.rows, matrix.cols].append(assignment)",
@@ -315,7 +315,7 @@ FAULTS = [
     ),
     *in_files(
         "planning/check.py",
-        "check planning",
+        "check planner",
         (
             "overlapping matrices pass",
             "    if held != whole.numel or _overlap(regions):",
@@ -354,7 +354,7 @@ FAULTS = [
     ),
     *in_files(
         "planning/owners.py",
-        "planning layouts_bitwise::matrices",
+        "planner layouts_bitwise::matrices",
         (
             "the smallest matrix goes first",
             "key=lambda i: (-costs[i], work[i][0].name)",
@@ -373,7 +373,7 @@ FAULTS = [
     ),
     *in_files(
         "planning/buckets.py",
-        "planning memory::buffers_stay_under_the_cap",
+        "planner memory::buffers_stay_under_the_cap",
         (
             "the cap of a bucket is not kept",
             "        if not runs or bound.nbytes > limit:",
@@ -382,7 +382,7 @@ FAULTS = [
     ),
     *in_files(
         "planning/strategies.py",
-        "planning layouts_bitwise::matrices strategies::bitwise",
+        "planner layouts_bitwise::matrices strategies::bitwise",
         (
             "replicas share nothing",
             "    apart, same = _dims_apart(layout, matrix), layout.replica_dims\n",
@@ -396,7 +396,7 @@ FAULTS = [
     ),
     *in_files(
         "planning/normuon_state.py",
-        "planning variants",
+        "planner variants",
         (
             "moments are cut where rows of others are touched",
             "        if rows != set(range(first, last)):\n            return ()",
@@ -416,7 +416,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/consistency_codec.py",
-        "agreement misuse process_groups",
+        "consistency misuse from_groups",
         (
             "a finite overflow in the sums is not rechecked",
             "        for grad in nonempty:\n            extremes += torch.aminmax(grad)\n",
@@ -460,7 +460,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/consistency.py",
-        "agreement misuse frozen_parameters",
+        "consistency misuse frozen_parameters",
         (
             "cast carries nothing over",
             "                carried.copy_(torch.maximum(carried, found))\n",
@@ -500,7 +500,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/gradients.py",
-        "agreement gradient_dtypes misuse gloo",
+        "consistency gradient_dtypes misuse gloo",
         (
             "a gradient of another dtype on one rank passes",
             "            if grad is not None and grad.dtype != self._params[name].dtype:\n"
@@ -550,7 +550,7 @@ FAULTS = [
     ),
     *in_files(
         "optimizer/options.py",
-        "agreement::every_option_that_a_step_reads_is_compared "
+        "consistency::every_option_that_a_step_reads_is_compared "
         "checkpoints::options_come_back_with_a_checkpoint "
         "checkpoints::checkpoints_of_torch_leave_options_that_they_do_not_know "
         "param_groups torch_optimizers declared_matrices checkpoints frozen_parameters",
@@ -609,7 +609,7 @@ FAULTS = [
         "optimizer/state.py",
         "checkpoints::damaged_and_foreign_state_is_told_and_changes_nothing gradient_dtypes "
         "variants::moments_of_narrow_parameters_stay_wide torch_optimizers frozen_parameters "
-        "layout_faults options_of_speed::a_checkpoint_keeps_momentum_in_bfloat16 torch_tools",
+        "layout_faults speed_options::a_checkpoint_keeps_momentum_in_bfloat16 torch_tools",
         (
             "state that is missing passes",
             '            if "format_version" in saved and lacking:',
@@ -687,7 +687,7 @@ FAULTS = [
         "algorithms/update.py",
         "update layouts_bitwise::bf16_parameters variants::cautious_decay_is_the_paper_s "
         "variants::normuon_is_the_paper_s layouts_bitwise::options "
-        "agreement::a_masked_step_leaves_all_state_as_a_skipped_one_does",
+        "consistency::a_masked_step_leaves_all_state_as_a_skipped_one_does",
         ("cautious decay leaves zeros out", "polar_factor.sign() >= 0", "polar_factor.sign() > 0"),
         (
             "narrow dtypes round alpha late",
@@ -757,7 +757,7 @@ FAULTS = [
     ),
     *in_files(
         "distributed_config/config.py",
-        "config config_faults public_api job_config",
+        "config config_faults public_api config_file",
         (
             "ep counts as replicated",
             'if n not in ("pp", "ep"))',
@@ -771,7 +771,7 @@ FAULTS = [
     ),
     *in_files(
         "distributed_config/mesh_from_groups.py",
-        "config_faults process_groups",
+        "config_faults from_groups",
         (
             "groups that are not orthogonal pass",
             "            if shared != [here]:",
@@ -780,7 +780,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/torch_private.py",
-        "torch_versions describe checkpoints::state_dict_warns_once_of_misplaced_shards gloo",
+        "torch_versions dtensors checkpoints::state_dict_warns_once_of_misplaced_shards gloo",
         (
             "all ranks warn",
             "    return logging.WARNING if this_rank() == first else logging.INFO",
@@ -794,7 +794,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/dtensors.py",
-        "torch_versions describe checkpoints::state_dict_warns_once_of_misplaced_shards gloo",
+        "torch_versions dtensors checkpoints::state_dict_warns_once_of_misplaced_shards gloo",
         (
             "strided shards are cut in mesh order",
             "            factor = placement.split_factor\n",
@@ -808,7 +808,7 @@ FAULTS = [
     ),
     *in_files(
         "config_file.py",
-        "job_config",
+        "config_file",
         (
             "MuonConfig drops an option",
             'for name in ("name", "adamw", "rules", "class_weight_decay"):',
@@ -848,7 +848,7 @@ FAULTS = [
     *in_files(
         "algorithms/adamw.py",
         "param_groups::adamw_reads_each_of_its_options "
-        "agreement::a_masked_step_leaves_all_state_as_a_skipped_one_does",
+        "consistency::a_masked_step_leaves_all_state_as_a_skipped_one_does",
         ("AdamW ignores lr", '        lr=group["lr"],', "        lr=3e-4,"),
         ("AdamW ignores eps", '        eps=group["eps"],', "        eps=1e-8,"),
         (
@@ -959,7 +959,7 @@ FAULTS = [
     ),
     *in_files(
         "distributed_config/custom_transport.py",
-        "hand_written",
+        "custom_transport",
         (
             "NaN from the functions passes",
             "        if look_for_nan and not shard.isfinite().all():",
@@ -983,7 +983,7 @@ FAULTS = [
     ),
     *in_files(
         "layout/from_shards.py",
-        "process_groups",
+        "from_groups",
         (
             "slices that begin elsewhere pass",
             "        if numel and start != expected:",

@@ -11,5 +11,5 @@ def test_a_fault_can_be_planted(fault: Fault):
     assert text.count(fault.old) == 1
     for where in fault.tests.split():
         file, _, function = where.partition("::")
-        tests = (ROOT / "tests" / f"test_{file}.py").read_text()
-        assert f"def test_{function}" in tests
+        (path,) = (ROOT / "tests").rglob(f"test_{file}.py")
+        assert f"def test_{function}" in path.read_text()

@@ -12,7 +12,7 @@ from muon_dtensor.algorithms.newton_schulz import EPS, Body, Coefficients, itera
 # singular values in [1e-3, 1], each row is the odd quintic that is nearest to 1 (minimax) on the
 # interval to which the rows before it map. Cushion 0.02407327424182761 (section 4.4): a row is made
 # for an interval that begins no lower than this times its end, and then centered on the real one.
-# Rederived in float64 by tests/test_polar_express.py.
+# Rederived in float64 by tests/algorithms/test_polar_express.py.
 _MINIMAX = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),

@@ -180,8 +180,8 @@ def apply_update(
 #   ones, and the transposed O of a tall matrix is one, take no block. So the bits depend on where
 #   in the whole matrix an element lies, which a shard must imitate. Parameters that are not stored
 #   row-major are not imitated: 3 to 5 % of their elements differ by one rounding from torch on the
-#   same strides. Wider dtypes and GPUs round one way everywhere. tests/test_update.py compares with
-#   torch's own add.
+#   same strides. Wider dtypes and GPUs round one way everywhere. tests/algorithms/
+#   test_update.py compares with torch's own add.
 
 
 def _rounds_by_place(param: Tensor, update: Tensor) -> bool:

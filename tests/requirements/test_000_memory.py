@@ -10,8 +10,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from muon_dtensor import Muon, create_auto_config
 from tests.requirements.models import TinyTransformer, batch, differences, whole_params
+from tests.support.meter import LiveStorages, workspace_nbytes
 from tests.support.pool import run_processes
-from tests.test_memory import LiveStorages, workspace_nbytes
 
 
 def wrapped(dim: int, layers: int) -> tuple[nn.Module, Muon]:

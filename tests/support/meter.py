@@ -137,3 +137,10 @@ def peak_nbytes_of(optimizer: Optimizer, enough: float = math.inf) -> int:
         is_over = torch.tensor(float(min(peaks) > enough))
         dist.all_reduce(is_over, op=dist.ReduceOp.MAX)
     return min(peaks)
+
+
+def workspace_nbytes(rows: int, cols: int) -> int:
+    """Of one matrix: itself, assembled, and what Newton-Schulz holds beside it."""
+    with LiveStorages() as meter:
+        _newton_schulz(torch.ones(rows, cols, dtype=torch.bfloat16))
+    return meter.peak_nbytes

@@ -148,7 +148,7 @@ def test_a_planted_call_is_caught():
 
 
 def test_a_planted_import_is_caught(monkeypatch):
-    monkeypatch.setattr("tests.test_floors.own_imports", lambda path: {"runtime.executor"})
+    monkeypatch.setattr("tests.test_package_layout.own_imports", lambda path: {"runtime.executor"})
     with pytest.raises(AssertionError, match=r"planning.cost\.py imports runtime\.executor"):
         test_imports_point_down(Path("planning/cost.py"))
     with pytest.raises(pytest.fail.Exception, match="a circle"):

@@ -11,7 +11,7 @@ from tests.support.torchrun import EXAMPLES, torchrun
 
 pytestmark = pytest.mark.P1
 
-SCRIPT = Path(__file__).parent / "support" / "killed_training.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "killed_training.py"
 CONFIG = {"steps": 60, "dim": 16, "layers": 1, "context": 8, "batch": 4, "val_batches": 1}
 
 

@@ -12,8 +12,8 @@ from muon_dtensor import DistributedConfig, Muon, create_processgroup_config
 from tests.support.cases import Oracle, tensors_like
 from tests.support.meter import counting, installed
 from tests.support.pool import process_outcomes, run_processes
+from tests.support.separate import Separate
 from tests.support.threads import run_threads
-from tests.test_declared_matrices import Separate
 
 SHAPES = [(8, 12), (12, 12), (4, 16), (8, 3, 5)]
 WORLD = 4

@@ -17,9 +17,9 @@ from muon_dtensor.planning.normuon_state import reductions
 from muon_dtensor.runtime import normuon_state as row_moments
 from muon_dtensor.runtime.torch_private import local_part, with_shard
 from tests.support.cases import mesh_of, spread, tensors_like
+from tests.support.layouts import EVEN, EXPERTS, LAYOUTS, ODD
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads
-from tests.test_layouts_bitwise import EVEN, EXPERTS, LAYOUTS, ODD
 
 R, S0, S1, S2 = Replicate(), Shard(0), Shard(1), Shard(2)
 NORMUON = {"normuon_beta": 0.9, "adjust_lr_fn": "match_rms_adamw", "lr": 0.1}

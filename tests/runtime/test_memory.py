@@ -11,24 +11,16 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 
 from muon_dtensor import Muon
-from muon_dtensor.algorithms import newton_schulz
 from muon_dtensor.planning.memory import bucket_peak_nbytes
 from muon_dtensor.runtime import buffers
 from tests.support.cases import mesh_of, spread, tensors_like
-from tests.support.meter import LiveStorages, peak_nbytes_of
+from tests.support.meter import peak_nbytes_of, workspace_nbytes
 from tests.support.pool import run_processes
 
 pytestmark = pytest.mark.P1
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
 F32, BF16 = torch.float32, torch.bfloat16
-
-
-def workspace_nbytes(rows: int, cols: int) -> int:
-    """Of one matrix: itself, assembled, and what Newton-Schulz holds beside it."""
-    with LiveStorages() as meter:
-        newton_schulz(torch.ones(rows, cols, dtype=torch.bfloat16))
-    return meter.peak_nbytes
 
 
 def peak_of_a_step(

@@ -39,13 +39,13 @@ ATTRIBUTES = {
 
 OF_FSDP1 = {"_is_flat_param", "_fsdp_flattened", "_params", "_shapes", "_param_extensions"}
 OF_FSDP1 |= {"_shard_param_infos"}
-"""Marks of FSDP1's flat parameters; tests/test_process_groups.py shards by it for real."""
+"""Marks of FSDP1's flat parameters; test_from_groups.py shards by it for real."""
 
 OF_FSDP2 = {"_orig_size", "_unsharded_param", "_fsdp_param_group", "_fsdp_param_groups"}
-"""What FSDP2 keeps of a parameter; tests/test_misuse.py makes optimizers at the wrong time."""
+"""What FSDP2 keeps of a parameter; optimizer/test_misuse.py makes optimizers at the wrong time."""
 
 OF_GROUPS = {"_get_backend", "_timeout"}
-"""Of a gloo process group; tests/test_deaths.py lets it run out."""
+"""Of a gloo process group; tests/runtime/test_deaths.py lets it run out."""
 
 
 @pytest.mark.parametrize("name", USED)

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -32,10 +31,11 @@ from muon_dtensor.planning.plan import ParamSpec
 from muon_dtensor.planning.report import plan_report
 from muon_dtensor.runtime.packing import box_of, from_matrix, to_matrix, view_box
 from tests.support.cases import mesh_of, spread, tensors_like
+from tests.support.layouts import LAYOUTS
 from tests.support.meter import counting, installed
 from tests.support.pool import run_processes
+from tests.support.separate import Separate
 from tests.support.threads import run_threads
-from tests.test_layouts_bitwise import LAYOUTS
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
 
@@ -61,53 +61,6 @@ DECLARATIONS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "depthwise": ((8, 1, 3), {"matrix": "c 1 k -> c k"}),
     "folded-both": ((4, 6, 5), {"matrix": "a b c -> (c a) b"}),
 }
-
-
-def split_whole(whole: Tensor, options: dict[str, Any]) -> list[Tensor]:
-    """The logical matrices, by einops and torch.split: not by the code under test."""
-    sizes = options.get("split_sizes")
-    blocks = [whole] if sizes is None else whole.split(list(sizes), options.get("split_dim", 0))
-    patterns = options.get("matrix")
-    if not isinstance(patterns, tuple):
-        patterns = (patterns,) * len(blocks)
-    axes = options.get("matrix_axes") or {}
-    found: list[Tensor] = []
-    for block, pattern in zip(blocks, patterns, strict=True):
-        result = block
-        if pattern is not None:
-            known = {n: size for n, size in axes.items() if n in pattern}
-            result = einops.rearrange(block, pattern, **known)
-        found += result.reshape(-1, *result.shape[-2:]).unbind()
-    return [matrix.contiguous() for matrix in found]
-
-
-class Separate:
-    """torch.optim.Muon on every logical matrix stored on its own; the whole is put back."""
-
-    def __init__(self, whole: Tensor, options: dict[str, Any], **muon: Any) -> None:
-        self.shape, self.options = whole.shape, options
-        self.matrices = [nn.Parameter(m.clone()) for m in split_whole(whole, options)]
-        self.optimizer = torch.optim.Muon(self.matrices, **muon)
-        # where each element of the whole went: the same split of their numbers
-        numbers = torch.arange(whole.numel()).view(whole.shape)
-        self.places = [n.flatten() for n in split_whole(numbers, options)]
-
-    def step(self, grad: Tensor) -> None:
-        for matrix, part in zip(self.matrices, split_whole(grad, self.options), strict=True):
-            matrix.grad = part.clone()
-        self.optimizer.step()
-
-    def whole(self) -> Tensor:
-        return self._put_back(self.matrices)
-
-    def momentum(self) -> Tensor:
-        return self._put_back([self.optimizer.state[m]["momentum_buffer"] for m in self.matrices])
-
-    def _put_back(self, parts: Sequence[Tensor]) -> Tensor:
-        flat = torch.empty(self.shape.numel(), dtype=self.matrices[0].dtype)
-        for place, part in zip(self.places, parts, strict=True):
-            flat[place] = part.detach().flatten()
-        return flat.view(self.shape)
 
 
 def compare(

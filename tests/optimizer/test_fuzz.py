@@ -1,4 +1,4 @@
-"""Random cases, 100 in every run and 2,000 (20,000 plans) with `pytest -m slow tests/test_fuzz.py`.
+"""Random cases: 100 in every run; 2,000, and 20,000 plans, with `pytest -m slow -k fuzz`.
 
 Steps are held bitwise against torch.optim.Muon and AdamW on whole matrices; plans against
 `planning.check`, and plans with one thing changed must be refused by it.
@@ -23,8 +23,8 @@ from muon_dtensor.planning.planner import plan_update
 from muon_dtensor.planning.serialize import from_json, to_json
 from muon_dtensor.runtime.torch_private import local_part
 from tests.support.cases import OVERWRITES_MOMENTA, mesh_of, spread, tensors_like
+from tests.support.random_plans import random_params
 from tests.support.threads import run_threads
-from tests.test_planning import random_params
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
 Shape = tuple[int, ...]

@@ -14,7 +14,7 @@ from muon_dtensor.algorithms import kernels as bodies
 from tests.support.deadlines import run_program
 from tests.support.logs import logged
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "DNNL_MAX_CPU_ISA": "AVX2"}
 """Lets torch compute as on a processor without AVX512 and AMX."""
 

@@ -17,13 +17,11 @@ from hypothesis import strategies as st
 from muon_dtensor.errors import PlanError
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, Region
 from muon_dtensor.layout.declarations import Declaration
-from muon_dtensor.layout.matrices import matrices_of
 from muon_dtensor.planning.check import check, check_routes
 from muon_dtensor.planning.matrix_costs import newton_schulz_flops
 from muon_dtensor.planning.memory import bucket_peak_nbytes
-from muon_dtensor.planning.plan import STRATEGIES, Action, ParamSpec, Phase, Plan, PlanOptions
+from muon_dtensor.planning.plan import Action, ParamSpec, Phase, Plan, PlanOptions
 from muon_dtensor.planning.planner import restrict
-from muon_dtensor.planning.presets import PRESETS
 from muon_dtensor.planning.render import families, quantity
 from muon_dtensor.planning.report import PlanReport, plan_report
 from muon_dtensor.planning.routes import rank_bucket
@@ -31,8 +29,9 @@ from muon_dtensor.planning.serialize import digest, to_json
 from muon_dtensor.planning.strategies import Owned
 from tests.support.deadlines import run_program
 from tests.support.models import anchors, layered, llama3_70b, param_spec
+from tests.support.random_plans import random_params
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 LLAMA_MESH = {"dp_replicate": 16, "dp_shard": 64, "tp": 8}
 
 
@@ -209,7 +208,7 @@ def test_every_rank_makes_the_same_plan():
             [sys.executable, "-c", code],
             60,
             env={"PYTHONHASHSEED": seed},
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[2],
         )
         assert run.returncode == 0, run.stderr
         digests.add(run.stdout)
@@ -399,31 +398,6 @@ def test_words():
     assert families(["a.0.w1", "a.1.w1", "a.2.w1"]) == "a.{0..2}.w1"
     assert families(["a.0.w", "a.4.w"]) == "a.{0,4}.w"
     assert families(["x"]) == "x"
-
-
-@st.composite
-def random_params(draw) -> tuple[list[ParamSpec], PlanOptions]:
-    names = draw(st.permutations(["a", "b", "c"]))[: draw(st.integers(1, 3))]
-    sizes = draw(st.lists(st.integers(1, 4), min_size=len(names), max_size=len(names)))
-    mesh = MeshSpec.of(**dict(zip(names, sizes, strict=True)))
-    specs = []
-    for index in range(draw(st.integers(1, 6))):
-        ndim = draw(st.integers(2, 3))
-        shape = tuple(draw(st.lists(st.integers(0, 17), min_size=ndim, max_size=ndim)))
-        cuts: list[list[str]] = [[] for _ in range(ndim)]
-        for name in draw(st.permutations(names)):
-            where = draw(st.integers(-1, ndim - 1))
-            if where >= 0:
-                cuts[where].append(name)
-        layout = Layout(mesh, shape, tuple(map(tuple, cuts)))
-        specs.append(ParamSpec(f"p{index}", layout, "float32", matrices_of(shape)))
-    cap = draw(st.sampled_from([1, 50, 400, 10**9]))
-    strategy = draw(st.sampled_from(STRATEGIES))
-    exact = draw(st.booleans())
-    prefetch_count = draw(st.integers(0, 3))
-    topology = PRESETS[draw(st.sampled_from(sorted(PRESETS)))]
-    options = PlanOptions(cap, prefetch_count, strategy=strategy, exact=exact, topology=topology)
-    return specs, options
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

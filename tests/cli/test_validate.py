@@ -25,7 +25,7 @@ from tests.support.deadlines import run_program
 
 pytestmark = pytest.mark.P1
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def validate(out: Path, *flags: str, prefix: tuple[str, ...] = ()) -> tuple[int, str]:
@@ -61,9 +61,9 @@ def other_data(model: nn.Module) -> tuple[nn.Module, Any]:
 
 
 THE_USER_S_OWN = (
-    *("--model", "tests.test_validate:transformer"),
-    *("--batch", "tests.test_validate:tokens"),
-    *("--setup", "tests.test_validate:hsdp"),
+    *("--model", "tests.cli.test_validate:transformer"),
+    *("--batch", "tests.cli.test_validate:tokens"),
+    *("--setup", "tests.cli.test_validate:hsdp"),
 )
 
 
@@ -134,9 +134,9 @@ def polar_express(model: nn.Module, config: DistributedConfig | None) -> Muon:
 
 
 TOKENS = (
-    *("--model", "tests.test_validate:TokenModel"),
-    *("--batch", "tests.test_validate:token_batch"),
-    *("--loss", "tests.test_validate:next_token_loss"),
+    *("--model", "tests.cli.test_validate:TokenModel"),
+    *("--batch", "tests.cli.test_validate:token_batch"),
+    *("--loss", "tests.cli.test_validate:next_token_loss"),
 )
 
 
@@ -182,7 +182,7 @@ def test_right_setups_pass(tmp_path, flags):
 
 
 def test_a_wrong_setup_fails(tmp_path):
-    status, text = validate(tmp_path, "--setup", "tests.test_validate:other_data")
+    status, text = validate(tmp_path, "--setup", "tests.cli.test_validate:other_data")
     assert status == 1
     assert "up.weight" in text
     assert "FAIL: 5 of 5 parameters differ by more than 1e-05." in text
@@ -190,28 +190,28 @@ def test_a_wrong_setup_fails(tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_setup_that_averages_nothing_fails(tmp_path, precision):
-    flags = ("--setup", "tests.test_validate:not_averaged", "--precision", precision)
+    flags = ("--setup", "tests.cli.test_validate:not_averaged", "--precision", precision)
     status, text = validate(tmp_path, *flags)
     assert status == 1
     assert re.search(r"FAIL: [345] of 5 parameters", text), text
 
 
 def test_a_setup_that_is_not_parallel_is_refused(tmp_path):
-    status, text = validate(tmp_path, "--setup", "tests.test_validate:not_parallel")
+    status, text = validate(tmp_path, "--setup", "tests.cli.test_validate:not_parallel")
     assert status == 2
     assert "its plan says 'this rank alone' of every matrix" in text
     assert "PASS" not in text
 
 
 def test_token_ids_a_loss_and_an_optimizer_of_the_user_s(tmp_path):
-    flags = ("--optimizer", "tests.test_validate:polar_express")
+    flags = ("--optimizer", "tests.cli.test_validate:polar_express")
     status, text = validate(tmp_path, *TOKENS, *flags)
     assert status == 0, text
     assert "PASS: all 4 parameters match within 1e-05." in text
 
 
 def test_a_compiled_model_has_the_names_of_its_parameters(tmp_path):
-    status, text = validate(tmp_path, "--setup", "tests.test_validate:compiled")
+    status, text = validate(tmp_path, "--setup", "tests.cli.test_validate:compiled")
     assert status == 0, text
     assert "each batch is shared by 2 data ranks" in text
 
@@ -222,7 +222,7 @@ def test_a_config_file_and_ranks_that_see_the_same_data(tmp_path):
         "[optimizer]\nlr = 0.02\nns_dtype = 'float32'\n"
         "[[optimizer.rules]]\npattern = 'wqkv'\nsplit_sizes = [8, 8, 8]\n"
     )
-    flags = ("--setup", "tests.test_validate:tensor_parallel", "--optimizer", str(path))
+    flags = ("--setup", "tests.cli.test_validate:tensor_parallel", "--optimizer", str(path))
     status, text = validate(tmp_path, *TOKENS, *flags)
     assert status == 0, text
     assert "PASS: all 4 parameters match within 1e-05." in text
@@ -231,11 +231,11 @@ def test_a_config_file_and_ranks_that_see_the_same_data(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (("--batch", "tests.test_validate:odd_batch"), "does not divide over 2 data ranks"),
-        (("--setup", "tests.test_validate:no_pair"), "must return (wrapped model, Distr"),
+        (("--batch", "tests.cli.test_validate:odd_batch"), "does not divide over 2 data ranks"),
+        (("--setup", "tests.cli.test_validate:no_pair"), "must return (wrapped model, Distr"),
         (("--precision", "bf16", "--ranks", "3"), "needs a number of data ranks that is a power"),
-        (("--model", "tests.test_validate:nothing"), "names no function"),
-        (("--model", "tests.test_validate:transformer"), "has no input_dim"),
+        (("--model", "tests.cli.test_validate:nothing"), "names no function"),
+        (("--model", "tests.cli.test_validate:transformer"), "has no input_dim"),
         (("--num-steps", "0"), "must be 1 or more"),
     ],
     ids=["odd-batch", "no-pair", "three-ranks", "no-function", "no-batch", "no-steps"],
