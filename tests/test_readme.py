@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from muon_dtensor import Muon
 from muon_dtensor.cli.demo_worker import load_script
 from muon_dtensor.planning.presets import PRESETS
 from tests.requirements.models import TinyTransformer
+from tests.support.deadlines import run_program
 from tests.support.pool import run_processes
 from tests.support.torchrun import EXAMPLES
 
@@ -68,6 +70,16 @@ def test_the_table_of_setups_says_what_plans_say(setup, code, says):
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+def test_the_example_runs_under_torchrun(tmp_path):
+    """Copied into an empty folder, as a user would."""
+    (tmp_path / "example.py").write_text(BLOCKS[0])
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
+    command = [sys.executable, *torchrun, "example.py"]
+    run = run_program(command, 120, env={"OMP_NUM_THREADS": "1"}, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "mesh (dp_shard=4): 2 matrices" in run.stdout
+
+
 def the_quick_start() -> str:
     """On the model of examples/train_gpt.py, over dp_shard=2 and tp=2; what it prints."""
     script = load_script(str(EXAMPLES / "train_gpt.py"))
@@ -76,7 +88,7 @@ def the_quick_start() -> str:
     scope = {"fully_shard": lambda sharded: sharded, "parallelize_module": lambda _: model}
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        exec(BLOCKS[0], scope)
+        exec(BLOCKS[1], scope)
     return out.getvalue()
 
 
@@ -101,7 +113,7 @@ class Fused(nn.Module):
 
 def test_the_rules_of_the_readme_sort_a_model():
     scope: dict[str, Any] = {"group_parameters": muon_dtensor.group_parameters, "model": Fused()}
-    exec(BLOCKS[1], scope)
+    exec(BLOCKS[2], scope)
     plan = Muon(scope["groups"]).plan
     counts = {spec.fqn: len(spec.matrices) for spec in plan.params}
     assert counts == {"wqkv.weight": 3, "wo.weight": 32, "conv.weight": 1}
@@ -111,6 +123,6 @@ def test_a_calibrated_topology_explains_as_the_readme_says(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     Path("mine.json").write_text(PRESETS["gloo-local"].to_json())
     params = [("layers.0.attention.wq.weight", nn.Parameter(torch.ones(4, 4)))]
-    exec(BLOCKS[2], {"Muon": Muon, "params": params})
+    exec(BLOCKS[3], {"Muon": Muon, "params": params})
     assert "layers.0.attention.wq.weight" in capsys.readouterr().out
-    assert len(BLOCKS) == 3, "every block is run here"
+    assert len(BLOCKS) == 4, "every block is run here"

@@ -1,4 +1,4 @@
-"""Which subcommand runs. Knows no optimizer."""
+"""Entry point of the `muon-dtensor` command."""
 
 import importlib.util
 import sys
@@ -15,6 +15,8 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(2)
+    if sys.argv[1:] == ["--version"]:
+        raise SystemExit(version())
     import tyro
 
     from muon_dtensor.cli.calibrate import calibrate

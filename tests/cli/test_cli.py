@@ -60,6 +60,7 @@ def test_bad_flags_are_one_line_and_status_2(flags, message):
 
 def test_version_and_unknown_commands():
     assert "torch" in muon_dtensor("version").stdout
+    assert muon_dtensor("--version").stdout == muon_dtensor("version").stdout
     assert muon_dtensor("dance").returncode == 2
 
 
