@@ -1,6 +1,6 @@
 """A job's optimizer and parallelism as one value, from TOML, YAML or a command line.
 
-Sections and keys are torchtitan's, for people without torchtitan. Reads no model.
+Sections and keys are torchtitan's, for people without torchtitan.
 """
 
 import dataclasses
@@ -23,11 +23,8 @@ from muon_dtensor.distributed_config.config import (
 )
 from muon_dtensor.grouping import group_parameters
 from muon_dtensor.optimizer.muon import Muon
-from muon_dtensor.optimizer.options import ADAMW_DEFAULTS, DEFAULTS, complete, did_you_mean
-
-DType = Literal["bfloat16", "float32"]
-AdjustLr = Literal["original", "match_rms_adamw", "spectral_norm", "spectral_unclamped", "rms_norm"]
-
+from muon_dtensor.optimizer.options import ADAMW_DEFAULTS, OPTIONS, Option, complete, did_you_mean
+from muon_dtensor.runtime.torch_private import dtype_name
 
 EXTRA = "pip install 'muon_dtensor[cli]'"
 
@@ -60,44 +57,37 @@ class RuleSection:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+def _in_files(option: Option) -> tuple[str, Any, Any]:
+    """Name, type and default of an option as config files spell them: dtypes by name."""
+    default = option.default
+    return (
+        option.name,
+        option.type,
+        dtype_name(default) if isinstance(default, torch.dtype) else default,
+    )
+
+
+_Options: Any = dataclasses.make_dataclass(
+    "_Options",
+    [
+        _in_files(option)
+        for option in OPTIONS.values()
+        if option.in_constructor and option.type is not None
+    ],
+    frozen=True,
+    kw_only=True,
+)
+
+
 @dataclass(frozen=True, kw_only=True)
-class OptimizerSection:
+class OptimizerSection(_Options):  # type: ignore[misc]  # of OPTIONS
     """`[optimizer]`: the keywords of `Muon`, with its meaning and defaults; dtypes by name.
 
     `class_weight_decay`: of classes of parameters by name; see `group_parameters`.
     """
 
     name: Literal["Muon"] = "Muon"
-    lr: float = DEFAULTS["lr"]
-    weight_decay: float = DEFAULTS["weight_decay"]
     class_weight_decay: dict[str, float] = field(default_factory=dict)
-    momentum: float = DEFAULTS["momentum"]
-    nesterov: bool = DEFAULTS["nesterov"]
-    ns_coefficients: tuple[float, float, float] = DEFAULTS["ns_coefficients"]
-    eps: float = DEFAULTS["eps"]
-    ns_steps: int = DEFAULTS["ns_steps"]
-    adjust_lr_fn: AdjustLr | None = None
-    orthogonalizer: Literal["newton_schulz", "polar_express"] = "newton_schulz"
-    normuon_beta: float | None = None
-    cautious_weight_decay: bool = False
-    ns_dtype: DType = "bfloat16"
-    bucket_mb: float = 256
-    prefetch_count: int | None = None
-    batched: bool | None = None
-    missing_grad: Literal["raise", "zero"] = "raise"
-    nonfinite: Literal["raise", "skip", "propagate"] = "raise"
-    strategy: Literal["auto", "owned", "owned_staged"] = "auto"
-    exact: bool = True
-    topology: str | None = None
-    momentum_dtype: DType | None = None
-    offload_momentum: bool = False
-    compile: bool = False
-    kernels: Literal["torch", "auto", "symmetric"] = "torch"
-    capturable: bool = False
-    metrics_every: int = 0
-    trace: bool = False
-    async_gpu_parallelism: bool | None = None
-    check_replicas: bool = True
     adamw: AdamWSection = field(default_factory=AdamWSection)
     rules: tuple[RuleSection, ...] = ()
 

@@ -601,7 +601,7 @@ FAULTS = [
         ),
         (
             "checkpoints of another format are taken",
-            '    if group["format_version"] != FORMAT_VERSION:',
+            '    if value != FORMAT_VERSION:',
             "    if False:",
         ),
     ),

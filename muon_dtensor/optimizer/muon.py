@@ -20,6 +20,7 @@ from muon_dtensor.distributed_config.config import DistributedConfig, create_dte
 from muon_dtensor.errors import CheckpointError, GroupOptionError, shortened
 from muon_dtensor.optimizer.options import (
     DEFAULTS,
+    OPTIONS,
     complete,
     complete_loaded,
     settle_numbers,
@@ -182,28 +183,15 @@ class Muon(Optimizer):
         async_gpu_parallelism: bool | None = None,
         check_replicas: bool = True,
     ) -> None:
+        options = {name: value for name, value in locals().items() if name in OPTIONS}
         if isinstance(params, Generator) and getgeneratorstate(params) == GEN_CLOSED:
             raise ValueError(
                 "params is a generator that was used up before, so the optimizer would hold no "
                 "parameter. Call model.parameters() or model.named_parameters() anew."
             )
-        self._settings = Settings(
-            ns_dtype=ns_dtype,
-            bucket_mb=bucket_mb,
-            batched=batched,
-            missing_grad=missing_grad,
-            nonfinite=nonfinite,
-            strategy=strategy,
-            exact=exact,
-            topology=topology,
-            momentum_dtype=momentum_dtype,
-            offload_momentum=offload_momentum,
-            compile=compile,
-            kernels=kernels,
-            custom=orthogonalizer if callable(orthogonalizer) else None,
-            metrics_every=metrics_every,
-            check_replicas=check_replicas,
-        )
+        custom = orthogonalizer if callable(orthogonalizer) else None
+        options["orthogonalizer"] = orthogonalizer if custom is None else "custom"
+        self._settings = Settings.of(options, custom)
         self._given_config = distributed_config or create_dtensor_config()
         said = {"prefetch_count": prefetch_count, "async_gpu_parallelism": async_gpu_parallelism}
         self._in_its_place: dict[str, Any] = {n: v for n, v in said.items() if v is not None}
@@ -215,20 +203,7 @@ class Muon(Optimizer):
         self._num_steps = 0
         self._metrics: dict[str, float] = {}
         self._beta1s: list[float | None] = []
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients,
-            "eps": eps,
-            "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn,
-            "orthogonalizer": "custom" if callable(orthogonalizer) else orthogonalizer,
-            "capturable": capturable,
-            "normuon_beta": normuon_beta,
-            "cautious_weight_decay": cautious_weight_decay,
-        }
+        defaults = {name: options[name] for name in DEFAULTS if name in options}
         complete({}, defaults)
         groups: Any = params if isinstance(params, Tensor) else list(params) or [{"params": []}]
         super().__init__(groups, defaults)

@@ -1,6 +1,6 @@
-"""What a param group may say, what it says by default, and which values are out of range.
+"""The options of `Muon`: names, defaults, allowed values; and what param groups make of them.
 
-Plain values only, so that groups pass through checkpoints. Sees no tensor but a learning rate.
+Values in groups are plain, so that they pass through checkpoints.
 
 Note [Momentum of AdamW]
     torch's OneCycleLR and CyclicLR write `momentum` into every group of an optimizer that has that
@@ -11,50 +11,201 @@ Note [Momentum of AdamW]
 
 import difflib
 import logging
+import math
 import re
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from copy import copy
+from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from muon_dtensor.algorithms import ORTHOGONALIZERS
+from muon_dtensor.algorithms.kernels import KERNELS
 from muon_dtensor.algorithms.newton_schulz import EPS, KELLER_JORDAN, NUM_ITERATIONS
 from muon_dtensor.algorithms.update import ADJUST_LR_FNS
 from muon_dtensor.errors import GroupOptionError
 from muon_dtensor.layout.declarations import Declaration
+from muon_dtensor.planning.plan import STRATEGIES
 from muon_dtensor.runtime.torch_private import warning_level
 
 logger = logging.getLogger("muon_dtensor")
 
 ALGORITHMS = ("muon", "adamw")
 
+MOST_ITERATIONS = 99
+"""torch.optim.Muon refuses 100 and more."""
+
 FORMAT_VERSION = 1
 """Of state dicts. A group carries it, for nothing else passes through every way of saving."""
 
-DEFAULTS: dict[str, Any] = {
-    "lr": 1e-3,
-    "weight_decay": 0.1,
-    "momentum": 0.95,
-    "nesterov": True,
-    "ns_coefficients": KELLER_JORDAN,
-    "eps": EPS,
-    "ns_steps": NUM_ITERATIONS,
-    "adjust_lr_fn": None,
-    "algorithm": "muon",
-    "betas": (0.9, 0.95),
-    "matrix": None,
-    "matrix_axes": None,
-    "split_sizes": None,
-    "split_dim": 0,
-    "orthogonalizer": "newton_schulz",
-    "capturable": False,
-    "normuon_beta": None,
-    "cautious_weight_decay": False,
-    "format_version": FORMAT_VERSION,
+Check = Callable[[str, Any], None]
+"""Raises GroupOptionError, which names the option and its range, for a value out of it."""
+
+
+def one_of(*allowed: object) -> Check:
+    """One of some values."""
+
+    def check(name: str, value: object) -> None:
+        if value not in allowed:
+            expected = ", ".join(map(str, allowed))
+            raise GroupOptionError(f"{name} must be one of {expected}, got {value}")
+
+    return check
+
+
+def boolean(name: str, value: object) -> None:
+    """True or False."""
+    if type(value) is not bool:
+        raise GroupOptionError(f"{name} is True or False, got {value!r}")
+
+
+def anything(name: str, value: object) -> None:
+    """Checked elsewhere: together with other options, or by the planner."""
+
+
+def numbers(count: int) -> Check:
+    """A tuple or list of so many numbers."""
+
+    def check(name: str, value: object) -> None:
+        if not _are_numbers(value, count):
+            word = {2: "two", 3: "three"}[count]
+            raise GroupOptionError(f"{name} must be {word} numbers, got {value}")
+
+    return check
+
+
+def _normuon_beta(name: str, value: Any) -> None:
+    if value is not None and not (isinstance(value, (int, float)) and 0 <= value < 1):
+        raise GroupOptionError(f"{name} must be None or in [0, 1), got {value!r}")
+
+
+def _ns_steps(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_ITERATIONS:
+        raise GroupOptionError(f"{name} must be an integer in 0..{MOST_ITERATIONS}, got {value}")
+
+
+def _orthogonalizer(name: str, value: Any) -> None:
+    if value not in ORTHOGONALIZERS:
+        raise GroupOptionError(
+            f"{name} must be one of {', '.join(ORTHOGONALIZERS)}, got {value!r}; a callable is "
+            "given to the constructor"
+        )
+
+
+def _format_version(name: str, value: Any) -> None:
+    if value != FORMAT_VERSION:
+        raise GroupOptionError(
+            f"{name} must be {FORMAT_VERSION}, got {value!r}: this checkpoint was written by "
+            "another release of muon_dtensor; load it with that one"
+        )
+
+
+def _betas(name: str, value: Any) -> None:
+    if not _are_numbers(value, 2) or not all(0 <= beta < 1 for beta in value):
+        raise GroupOptionError(f"{name} must be two numbers in [0, 1), got {value}")
+
+
+def _bucket_mb(name: str, value: Any) -> None:
+    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+        raise GroupOptionError(f"{name} must be a number above 0, got {value!r}")
+
+
+def _metrics_every(name: str, value: Any) -> None:
+    if type(value) is not int or value < 0:
+        raise GroupOptionError(f"{name} is a number of steps, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option.
+
+    `type`: as config files and command lines spell its value; None where they cannot. `check`:
+    raises GroupOptionError for a value out of range. `in_groups`: a param group can have a value of
+    its own. `in_constructor`: it is a keyword of `Muon`, which documents it.
+    """
+
+    name: str
+    default: Any
+    type: Any
+    check: Check
+    in_groups: bool = False
+    in_constructor: bool = True
+
+
+def _group(name: str, default: Any, type: Any, check: Check, **where: bool) -> Option:
+    return Option(name, default, type, check, in_groups=True, **where)
+
+
+DType = Literal["bfloat16", "float32"]
+_BFLOAT16_OR_FLOAT32 = (torch.bfloat16, torch.float32)
+
+OPTIONS: dict[str, Option] = {
+    option.name: option
+    for option in (
+        # those of torch.optim.Muon, with its defaults; validate() checks the range of numbers
+        _group("lr", 1e-3, float, anything),
+        _group("weight_decay", 0.1, float, anything),
+        _group("momentum", 0.95, float, anything),
+        _group("nesterov", True, bool, boolean),
+        _group("ns_coefficients", KELLER_JORDAN, tuple[float, float, float], numbers(3)),
+        _group("eps", EPS, float, anything),
+        _group("ns_steps", NUM_ITERATIONS, int, _ns_steps),
+        _group(
+            "adjust_lr_fn",
+            None,
+            Literal[*filter(None, ADJUST_LR_FNS)] | None,
+            one_of(*ADJUST_LR_FNS),
+        ),
+        # of param groups alone
+        _group("algorithm", "muon", None, one_of(*ALGORITHMS), in_constructor=False),
+        _group("betas", (0.9, 0.95), None, _betas, in_constructor=False),
+        _group("matrix", None, None, anything, in_constructor=False),
+        _group("matrix_axes", None, None, anything, in_constructor=False),
+        _group("split_sizes", None, None, anything, in_constructor=False),
+        _group("split_dim", 0, None, anything, in_constructor=False),
+        _group("format_version", FORMAT_VERSION, None, _format_version, in_constructor=False),
+        # of both
+        _group(
+            "orthogonalizer",
+            "newton_schulz",
+            Literal["newton_schulz", "polar_express"],
+            _orthogonalizer,
+        ),
+        _group("capturable", False, bool, boolean),
+        _group("normuon_beta", None, float | None, _normuon_beta),
+        _group("cautious_weight_decay", False, bool, boolean),
+        # of the optimizer as a whole
+        Option("ns_dtype", torch.bfloat16, DType, one_of(*_BFLOAT16_OR_FLOAT32)),
+        Option("bucket_mb", 256, float, _bucket_mb),
+        Option("prefetch_count", None, int | None, anything),
+        Option("batched", None, bool | None, anything),
+        Option("missing_grad", "raise", Literal["raise", "zero"], one_of("raise", "zero")),
+        Option(
+            "nonfinite",
+            "raise",
+            Literal["raise", "skip", "propagate"],
+            one_of("raise", "skip", "propagate"),
+        ),
+        Option("strategy", "auto", Literal[STRATEGIES], anything),
+        Option("exact", True, bool, anything),
+        Option("topology", None, str | None, anything),
+        Option("momentum_dtype", None, DType | None, one_of(None, *_BFLOAT16_OR_FLOAT32)),
+        Option("offload_momentum", False, bool, boolean),
+        Option("compile", False, bool, boolean),
+        Option("kernels", "torch", Literal[KERNELS], anything),
+        Option("metrics_every", 0, int, _metrics_every),
+        Option("trace", False, bool, anything),
+        Option("async_gpu_parallelism", None, bool | None, anything),
+        Option("check_replicas", True, bool, boolean),
+    )
 }
-"""Option names of every group, and the constructor's defaults: those of torch.optim.Muon."""
+"""All options by name."""
+
+DEFAULTS: dict[str, Any] = {o.name: o.default for o in OPTIONS.values() if o.in_groups}
+"""Options of every param group, with the constructor's defaults."""
 
 ADAMW_DEFAULTS: dict[str, Any] = {
     "lr": 3e-4,
@@ -96,9 +247,6 @@ HINTS = {"foreach", "fused"}
 
 NOT_OFFERED = ("amsgrad", "maximize", "differentiable")
 """What torch's AdamW may be told in a checkpoint, and we cannot do."""
-
-MOST_ITERATIONS = 99
-"""torch.optim.Muon refuses 100 and more."""
 
 
 def complete(
@@ -239,46 +387,12 @@ def validate(group: Mapping[str, Any], *, reads_tensors: bool = True) -> None:
         is_read = reads_tensors or not isinstance(value, Tensor)
         if is_read and not value >= 0:
             raise GroupOptionError(f"{name} must be 0 or more, got {value!r}")
-    if group["algorithm"] not in ALGORITHMS:
-        raise GroupOptionError(
-            f"algorithm must be one of {', '.join(ALGORITHMS)}, got {group['algorithm']!r}"
-        )
-    one_of("adjust_lr_fn", group["adjust_lr_fn"], ADJUST_LR_FNS)
+    for name in DEFAULTS:
+        OPTIONS[name].check(name, group[name])
     beta = group["normuon_beta"]
-    if beta is not None and not (isinstance(beta, (int, float)) and 0 <= beta < 1):
-        raise GroupOptionError(f"normuon_beta must be None or in [0, 1), got {beta!r}")
     if group["algorithm"] == "adamw" and (beta is not None or group["cautious_weight_decay"]):
         raise GroupOptionError("normuon_beta and cautious_weight_decay are for Muon's groups only")
-    for name in ("nesterov", "cautious_weight_decay", "capturable"):
-        if type(group[name]) is not bool:
-            raise GroupOptionError(f"{name} is True or False, got {group[name]!r}")
-    if group["format_version"] != FORMAT_VERSION:
-        raise GroupOptionError(
-            f"format_version must be {FORMAT_VERSION}, got {group['format_version']!r}: this "
-            "checkpoint was written by another release of muon_dtensor; load it with that one"
-        )
-    steps = group["ns_steps"]
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps <= MOST_ITERATIONS:
-        raise GroupOptionError(f"ns_steps must be an integer in 0..{MOST_ITERATIONS}, got {steps}")
-    if not _are_numbers(group["ns_coefficients"], 3):
-        raise GroupOptionError(
-            f"ns_coefficients must be three numbers, got {group['ns_coefficients']}"
-        )
-    if group["orthogonalizer"] not in ORTHOGONALIZERS:
-        raise GroupOptionError(
-            f"orthogonalizer must be one of {', '.join(ORTHOGONALIZERS)}, got "
-            f"{group['orthogonalizer']!r}; a callable is given to the constructor"
-        )
     declaration_of(group)
-    betas = group["betas"]
-    if not _are_numbers(betas, 2) or not all(0 <= beta < 1 for beta in betas):
-        raise GroupOptionError(f"betas must be two numbers in [0, 1), got {betas}")
-
-
-def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    """Raise GroupOptionError, which says what is allowed, for anything else."""
-    if value not in allowed:
-        raise GroupOptionError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value}")
 
 
 def declaration_of(group: Mapping[str, Any]) -> Declaration:

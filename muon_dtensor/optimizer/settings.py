@@ -1,25 +1,20 @@
-"""What the constructor says about the optimizer as a whole, beside its param groups.
+"""The options of the optimizer as a whole, checked."""
 
-Checks every value, and hands it to those who use it. Holds no tensor.
-"""
-
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from muon_dtensor.algorithms.kernels import body_of
 from muon_dtensor.algorithms.newton_schulz import Body
 from muon_dtensor.errors import GroupOptionError
-from muon_dtensor.optimizer.options import one_of
+from muon_dtensor.optimizer.options import OPTIONS
 from muon_dtensor.planning.plan import PlanOptions
 from muon_dtensor.planning.presets import PRESETS, topology_of
 from muon_dtensor.planning.topology import Topology
 from muon_dtensor.runtime.hyperparameters import Orthogonalizer
-
-WIRE_DTYPES = (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -28,7 +23,7 @@ class Settings:
 
     Raises:
         GroupOptionError: a value out of its range.
-        ValueError: `bucket_mb`, or a `topology` that is none.
+        ValueError: an unknown `topology`.
     """
 
     ns_dtype: torch.dtype
@@ -48,17 +43,9 @@ class Settings:
     check_replicas: bool
 
     def __post_init__(self) -> None:
-        one_of("ns_dtype", self.ns_dtype, WIRE_DTYPES)
-        one_of("missing_grad", self.missing_grad, ("raise", "zero"))
-        one_of("nonfinite", self.nonfinite, ("raise", "skip", "propagate"))
-        one_of("momentum_dtype", self.momentum_dtype, (None, torch.bfloat16, torch.float32))
-        if not (isinstance(self.bucket_mb, (int, float)) and 0 < self.bucket_mb < math.inf):
-            raise ValueError(f"bucket_mb must be a number above 0, got {self.bucket_mb!r}")
-        for name in ("offload_momentum", "compile", "check_replicas"):
-            if type(getattr(self, name)) is not bool:
-                raise GroupOptionError(f"{name} is True or False, got {getattr(self, name)!r}")
-        if type(self.metrics_every) is not int or self.metrics_every < 0:
-            raise ValueError(f"metrics_every is a number of steps, got {self.metrics_every!r}")
+        for field in fields(self):
+            if field.name in OPTIONS:
+                OPTIONS[field.name].check(field.name, getattr(self, field.name))
         if self.exact and self.kernels != "torch":
             raise GroupOptionError(
                 f"kernels={self.kernels!r} round otherwise than torch.optim.Muon: say exact=False "
@@ -72,6 +59,12 @@ class Settings:
         self.body()
         if self.topology is not None:
             object.__setattr__(self, "topology", topology_of(self.topology))
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], custom: Orthogonalizer | None) -> "Settings":
+        """Those of the constructor's options that are settings."""
+        names = [field.name for field in fields(cls) if field.name in options]
+        return cls(custom=custom, **{name: options[name] for name in names})
 
     def body(self) -> Body:
         """What multiplies the matrices of an iteration."""

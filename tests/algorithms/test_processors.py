@@ -18,7 +18,10 @@ ROOT = Path(__file__).parents[2]
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "DNNL_MAX_CPU_ISA": "AVX2"}
 """Lets torch compute as on a processor without AVX512 and AMX."""
 
-EXACT = ("test_layouts_bitwise", "test_newton_schulz", "test_update", "test_polar_express")
+EXACT = (
+    "runtime/test_layouts_bitwise",
+    *("algorithms/test_newton_schulz", "algorithms/test_update", "algorithms/test_polar_express"),
+)
 
 
 @pytest.mark.P1

@@ -1,0 +1,98 @@
+"""Events: what each phase of a bucket does, which buffers it needs, and how long."""
+
+import pytest
+from hypothesis import given, settings
+
+from muon_dtensor.layout import MeshSpec
+from muon_dtensor.planning.buckets import BufferBound, owned_matrix
+from muon_dtensor.planning.matrix_costs import ITEMSIZES
+from muon_dtensor.planning.memory import bucket_peak_nbytes
+from muon_dtensor.planning.owners import Candidate
+from muon_dtensor.planning.plan import Action, Phase
+from muon_dtensor.planning.report import plan_report
+from muon_dtensor.planning.schedule import (
+    Compute,
+    Content,
+    Repack,
+    Send,
+    Wait,
+    buffer_sequence,
+    flat,
+    lifetimes,
+    live_sets,
+    lower,
+    phases_of,
+)
+from muon_dtensor.planning.strategies import Owned
+from tests.support.random_plans import random_params
+
+MESH = MeshSpec.of(r=2, a=2, b=2)
+STRATEGIES = [
+    pytest.param(Owned(), 0, 0, id="local"),
+    pytest.param(Owned(("a", "b")), 1, 1, id="direct"),
+    pytest.param(Owned((), ("r",)), 0, 1, id="replicas"),
+    pytest.param(Owned(("a", "b"), ("r",)), 1, 1, id="shared-1-hop"),
+    pytest.param(Owned(("a", "b"), ("r",), hops=2), 1, 2, id="shared-2-hops"),
+    pytest.param(Owned(("a", "b"), ("r",), hops=2, is_staged=True), 2, 3, id="staged"),
+]
+
+
+@pytest.mark.parametrize(("strategy", "num_unshard", "num_reshard"), STRATEGIES)
+def test_every_collective_is_sent_once_and_waited_for_once(strategy, num_unshard, num_reshard):
+    sequence = buffer_sequence(strategy, MESH)
+    assert (len(sequence.unshard), len(sequence.reshard)) == (num_unshard, num_reshard)
+    program = lower([Action(phase, 0) for phase in phases_of(sequence)], {0: sequence})
+    events = [event for _, event in flat(program)]
+    sent = [event.hop.index for event in events if isinstance(event, Send)]
+    assert sent == [event.hop.index for event in events if isinstance(event, Wait)]
+    assert sent == list(range(num_unshard + num_reshard))
+    assert [event.hop.index for event in events if isinstance(event, Repack)] == [
+        hop.index for hop in sequence.hops if hop.repacks
+    ]
+    assert [e.buffer for e in events if isinstance(e, Compute)] == [sequence.wholes]
+    lives = lifetimes(program)
+    assert {number for _, number in lives} == set(range(len(sequence.contents)))
+
+
+def test_what_numbered_buffers_hold():
+    staged = buffer_sequence(Owned(("a", "b"), is_staged=True), MESH)
+    pieces, middle, wholes = Content(()), Content(("b",)), Content(("b", "a"))
+    assert staged.contents == (pieces, middle, middle, wholes, middle, middle, pieces)
+    shared = buffer_sequence(Owned(("a", "b"), ("r",)), MESH)
+    wholes = Content(("a", "b"))
+    assert shared.contents == (pieces, wholes, Content(("a", "b"), copies=2), Content(None))
+
+
+def test_what_is_held_together():
+    assert live_sets(buffer_sequence(Owned(), MESH)) == ((0,),)
+    assert live_sets(buffer_sequence(Owned(("a", "b")), MESH)) == ((0,), (0, 1), (1,), (1, 2), (2,))
+
+
+def test_actions_of_other_buckets_are_left_out():
+    sequence = buffer_sequence(Owned(), MESH)
+    schedule = [Action(Phase.UNSHARD, 0), Action(Phase.UNSHARD, 1), Action(Phase.APPLY, 0)]
+    assert [action for action, _ in lower(schedule, {0: sequence})] == [schedule[0], schedule[2]]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(random_params())
+def test_the_bound_of_a_bucket_is_no_less_than_its_buffers(case):
+    specs, options = case
+    report = plan_report(specs, options)
+    for traffic in report.traffic:
+        bucket, sequence = traffic.bucket, traffic.sequence
+        bound = BufferBound(live_sets(sequence))
+        for a in bucket.assignments:
+            spec = report.spec(a)
+            candidate = Candidate(a.param, a.matrix, report.matrix(a), 1, (spec.fqn, a.matrix))
+            bound.add(
+                owned_matrix(
+                    candidate,
+                    a.owner,
+                    spec.layout,
+                    strategy=bucket.strategy,
+                    sequence=sequence,
+                    itemsize=ITEMSIZES[bucket.wire_dtype],
+                )
+            )
+        assert bound.nbytes >= bucket_peak_nbytes(traffic)
