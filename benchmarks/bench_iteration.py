@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.common import provenance
 from muon_dtensor.algorithms import newton_schulz
-from muon_dtensor.algorithms.kernels import body_of
+from muon_dtensor.algorithms.kernels import kernel_of
 from muon_dtensor.errors import GroupOptionError
 from muon_dtensor.planning.matrix_costs import newton_schulz_flops
 
@@ -81,7 +81,7 @@ def products(x: Tensor) -> Callable[[], object]:
 def has_symmetric_kernels() -> bool:
     """Whether gram-newton-schulz is installed, on a GPU that it knows."""
     try:
-        body_of("symmetric", compiles=False)
+        kernel_of("symmetric", compiles=False)
     except GroupOptionError:
         return False
     return True
@@ -98,10 +98,10 @@ def measure(rows: int, cols: int, config: Config) -> Row:
         "batched": (lambda: newton_schulz(stacked), config.batch * flops),
     }
     if config.compile:
-        compiled = body_of("torch", compiles=True)
+        compiled = kernel_of("torch", compiles=True)
         ways["compiled"] = (lambda: newton_schulz(stacked[0], body=compiled), flops)
     if has_symmetric_kernels():
-        symmetric = body_of("symmetric", compiles=False)
+        symmetric = kernel_of("symmetric", compiles=False)
         batch = config.batch * flops
         ways["symmetric, batched"] = (lambda: newton_schulz(stacked, body=symmetric), batch)
     found = {name: work / seconds_of(body, config) / 1e12 for name, (body, work) in ways.items()}

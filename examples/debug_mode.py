@@ -1,4 +1,4 @@
-"""Debug mode: one rank works at a time, nothing is in flight meanwhile, and a trace shows it.
+"""Debug mode: one rank works at a time, nothing is in flight overlapped, and a trace shows it.
 
     torchrun --nproc-per-node 4 examples/debug_mode.py --out /tmp
 

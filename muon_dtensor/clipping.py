@@ -1,7 +1,7 @@
 """Clipping gradients by their norm, whatever meshes they live on.
 
 torch's own `clip_grad_norm_` stacks norms, and fails where they live on different meshes, as those
-of a norm's weight and of a matrix under TP do (torch 2.13). Changes gradients only.
+of a norm's weight and of a matrix under TP do (torch 2.13).
 """
 
 import logging
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from muon_dtensor.layout import Layout
 from muon_dtensor.runtime.collectives import all_reduce_max, all_reduce_sum
-from muon_dtensor.runtime.dtensors import Describer, describe_layout
+from muon_dtensor.runtime.dtensors import LayoutCache, describe_layout
 from muon_dtensor.runtime.process_groups import Groups
 from muon_dtensor.runtime.torch_private import local_part, ordinary_mode, this_rank, warning_level
 from muon_dtensor.runtime.totals import total_of
@@ -176,7 +176,7 @@ def _log_near_eps(factor: float) -> None:
 
 
 def _total_norm(params: Sequence[Tensor], p: float, pp_group: ProcessGroup | None) -> Tensor:
-    describer = Describer()
+    layout_cache = LayoutCache()
     values: list[tuple[Layout, Tensor]] = []
     dtype, device = torch.float32, torch.device("cpu")
     for index, param in enumerate(params):
@@ -186,10 +186,10 @@ def _total_norm(params: Sequence[Tensor], p: float, pp_group: ProcessGroup | Non
             grad = grad.redistribute(placements=whole)
         like = param if grad is None else grad
         if isinstance(like, DTensor):
-            layout = describe_layout(like, describer.mesh(like.device_mesh))
+            layout = describe_layout(like, layout_cache.mesh(like.device_mesh))
         else:
             shape = tuple(like.shape)
-            layout = Layout(describer.plain_mesh, shape, ((),) * len(shape))
+            layout = Layout(layout_cache.plain_mesh, shape, ((),) * len(shape))
         local = local_part(like)
         device = local.device if index == 0 else device
         wide = torch.float64 if local.dtype == torch.float64 else torch.float32
@@ -200,7 +200,7 @@ def _total_norm(params: Sequence[Tensor], p: float, pp_group: ProcessGroup | Non
             norm = torch.linalg.vector_norm(local, p, dtype=wide).double()
             power = norm if math.isinf(p) else norm**p
         values.append((layout, power))
-    groups = Groups(describer.device_meshes, this_rank())
+    groups = Groups(layout_cache.device_meshes, this_rank())
     total = total_of(values, groups, this_rank(), take_largest=math.isinf(p)).to(device)
     if pp_group is not None:
         (all_reduce_max if math.isinf(p) else all_reduce_sum)(total, pp_group)

@@ -1,7 +1,4 @@
-"""Every error this package raises on purpose.
-
-Says who is told what. Knows no tensor and no mesh: callers bring the words.
-"""
+"""Every error that this package raises on purpose, and their texts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

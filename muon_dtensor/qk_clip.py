@@ -1,6 +1,6 @@
 """QK-clip of MuonClip: shrinks the query and key weights of heads whose logits grow too large.
 
-A hook for after the step. Knows which rows are which head's; knows nothing of the optimizer.
+A hook to call after the step.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from muon_dtensor.runtime.collectives import maximum_of_all
-from muon_dtensor.runtime.dtensors import Describer, describe_layout
+from muon_dtensor.runtime.dtensors import LayoutCache, describe_layout
 from muon_dtensor.runtime.process_groups import Groups
 from muon_dtensor.runtime.torch_private import local_part, ordinary_mode, this_rank
 
@@ -136,9 +136,9 @@ class QKClip:
         weights = [rows.weight for layer in self._layers for rows in layer]
         if mesh is None:
             mesh = next((w.device_mesh for w in weights if isinstance(w, DTensor)), None)
-        self._describer = Describer()
-        self._mesh = None if mesh is None else self._describer.mesh(mesh)
-        self._groups = Groups(self._describer.device_meshes, this_rank())
+        self._layout_cache = LayoutCache()
+        self._mesh = None if mesh is None else self._layout_cache.mesh(mesh)
+        self._groups = Groups(self._layout_cache.device_meshes, this_rank())
         self._heads = [layer[0].num_heads for layer in self._layers]
         device = local_part(weights[0]).device if weights else torch.device("cpu")
         self._seen = torch.zeros(len(layers), max(self._heads, default=0), device=device)
@@ -179,7 +179,7 @@ class QKClip:
         factors = rows.factors(gamma)
         weight = rows.weight
         if isinstance(weight, DTensor):
-            layout = describe_layout(weight, self._describer.mesh(weight.device_mesh))
+            layout = describe_layout(weight, self._layout_cache.mesh(weight.device_mesh))
             region = layout.region(layout.mesh.position_of(this_rank()))
             factors = factors[region.start[0] : region.stop[0]]
         local = local_part(weight)

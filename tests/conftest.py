@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch._dynamo  # torch's optimizers import it; here, so that forked ranks need not, each
 
-from muon_dtensor.algorithms.kernels import tell_of_slow_bfloat16
+from muon_dtensor.algorithms.kernels import log_slow_bfloat16
 from tests.support.pool import close_pools
 
 torch.set_num_threads(1)  # one thread per rank; and a forked process must not inherit a team
 
 
 # told once per process: here, lest a test's log depend on the processor and on who came first
-tell_of_slow_bfloat16(logging.WARNING)
-tell_of_slow_bfloat16(logging.INFO)
+log_slow_bfloat16(logging.WARNING)
+log_slow_bfloat16(logging.INFO)
 
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # its own are 200 ms

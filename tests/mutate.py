@@ -88,7 +88,7 @@ FAULTS = [
         ),
         (
             "AdamW's failure is told as a phase",
-            "        self._is_meanwhile = True\n",
+            "        self._is_overlapped = True\n",
             "",
         ),
     ),
@@ -142,8 +142,8 @@ FAULTS = [
         "deaths gloo",
         (
             "the timeout of the default group is not applied",
-            "flight.patience = patience_of(group)",
-            "flight.patience = None",
+            "flight.timeout = timeout_of(group)",
+            "flight.timeout = None",
         ),
     ),
     *in_files(
@@ -601,7 +601,7 @@ FAULTS = [
         ),
         (
             "checkpoints of another format are taken",
-            '    if value != FORMAT_VERSION:',
+            "    if value != FORMAT_VERSION:",
             "    if False:",
         ),
     ),
@@ -873,8 +873,8 @@ FAULTS = [
         ),
         (
             "a step that fails is not unfinished",
-            "        self.is_unfinished = not self._config.is_by_hand",
-            "        self.is_unfinished = False and not self._config.is_by_hand",
+            "        self.is_unfinished = not self._config.uses_custom_transport",
+            "        self.is_unfinished = False and not self._config.uses_custom_transport",
         ),
         (
             "replicas are not compared",
@@ -883,7 +883,7 @@ FAULTS = [
         ),
         (
             "state that was cleared is not made anew",
-            "            and all(state.get(entry.param) for entry in self.census.entries)",
+            "            and all(state.get(entry.param) for entry in self.table.entries)",
             "            and True",
         ),
         (

@@ -1,4 +1,4 @@
-"""Matrices in, polar factors out. Knows torch; knows no mesh and no parameter."""
+"""Iterations that orthogonalize matrices, and elementwise updates; no torch.distributed."""
 
 from muon_dtensor.algorithms.newton_schulz import newton_schulz
 from muon_dtensor.algorithms.polar_express import polar_express

@@ -1,6 +1,6 @@
-"""Who multiplies the matrices of an iteration: torch, a compiled torch, or symmetric kernels.
+"""The implementations of an iteration: torch, torch.compile, or symmetric GPU kernels.
 
-The first is exact. Chooses by name; does not know what is orthogonalized.
+Only the first is exact.
 """
 
 import importlib
@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muon_dtensor.algorithms.newton_schulz import Body, Coefficients, quintic, quintic_in_place
+from muon_dtensor.algorithms.newton_schulz import (
+    Coefficients,
+    IterationKernel,
+    quintic,
+    quintic_in_place,
+)
 from muon_dtensor.errors import GroupOptionError
 
 logger = logging.getLogger("muon_dtensor")
@@ -23,7 +28,7 @@ KERNELS = ("torch", "auto", "symmetric")
 PACKAGE = "gram_newton_schulz"
 
 
-def body_of(kernels: str, *, compiles: bool) -> Body:
+def kernel_of(kernels: str, *, compiles: bool) -> IterationKernel:
     """The body of an iteration, which may overwrite its input.
 
     Args:
@@ -76,7 +81,7 @@ def bfloat16_slowdown() -> float:
 
 
 @cache
-def tell_of_slow_bfloat16(level: int) -> None:
+def log_slow_bfloat16(level: int) -> None:
     """Log once, at this level, if this host's bfloat16 products are slow."""
     if (ratio := bfloat16_slowdown()) >= SLOW:
         logger.log(
@@ -89,8 +94,8 @@ def tell_of_slow_bfloat16(level: int) -> None:
 
 
 @cache
-def _compiled() -> Body:
-    body: Body = torch.compile(quintic)
+def _compiled() -> IterationKernel:
+    body: IterationKernel = torch.compile(quintic)
     return body
 
 
@@ -100,7 +105,7 @@ def _tell(why_not: str) -> None:
 
 
 @cache
-def _symmetric() -> tuple[Body | None, str]:
+def _symmetric() -> tuple[IterationKernel | None, str]:
     """The package's iteration as a body, or why there is none."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9:
         return None, "no GPU of the Hopper generation or newer"

@@ -1,7 +1,6 @@
 """The approximate polar factor by quintic iterations: Newton-Schulz and Polar Express.
 
-Holds the operation order that makes the result bitwise that of torch.optim.Muon. Decides neither
-dtype nor coefficients.
+The order of operations is that of torch.optim.Muon, so results are bitwise equal.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 Coefficients = tuple[float, float, float]
-Body = Callable[[Tensor, Sequence[Coefficients]], Tensor]
+IterationKernel = Callable[[Tensor, Sequence[Coefficients]], Tensor]
 
 # Keller Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024,
 # https://kellerjordan.github.io/posts/muon/ : chosen to maximize the slope at zero, not to
@@ -58,7 +57,7 @@ def newton_schulz(
     num_iterations: int = NUM_ITERATIONS,
     eps: float = EPS,
     dtype: torch.dtype = torch.bfloat16,
-    body: Body = quintic,
+    body: IterationKernel = quintic,
     overwrite: bool = False,
 ) -> Tensor:
     """The approximate polar factor U V^T of every matrix, by equal iterations; see `iterate`."""
@@ -72,7 +71,7 @@ def iterate(
     *,
     eps: float = EPS,
     dtype: torch.dtype = torch.bfloat16,
-    body: Body = quintic,
+    body: IterationKernel = quintic,
     overwrite: bool = False,
 ) -> Tensor:
     """The approximate polar factor U V^T of every matrix, in `dtype`.

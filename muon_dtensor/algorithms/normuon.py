@@ -1,7 +1,4 @@
-"""NorMuon: every neuron's part of an update is as large as it usually is not. One matrix at a time.
-
-A neuron is a row. Knows no mesh: whoever calls it has the whole matrix.
-"""
+"""NorMuon: divide each row of the update by its running second moment. One matrix at a time."""
 
 import math
 

@@ -1,12 +1,15 @@
-"""Polar Express: the coefficients that converge fastest in the worst case, one row an iteration.
-
-Holds the table and what was changed of it. Decides neither dtype nor number of iterations.
-"""
+"""Polar Express: the coefficients that converge fastest in the worst case, one row an iteration."""
 
 import torch
 from torch import Tensor
 
-from muon_dtensor.algorithms.newton_schulz import EPS, Body, Coefficients, iterate, quintic
+from muon_dtensor.algorithms.newton_schulz import (
+    EPS,
+    Coefficients,
+    IterationKernel,
+    iterate,
+    quintic,
+)
 
 # Amsel, Persson, Musco & Gower 2025, "The Polar Express", arXiv:2505.16932, algorithm 1: for
 # singular values in [1e-3, 1], each row is the odd quintic that is nearest to 1 (minimax) on the
@@ -40,7 +43,7 @@ def polar_express(
     num_iterations: int,
     eps: float = EPS,
     dtype: torch.dtype = torch.bfloat16,
-    body: Body = quintic,
+    body: IterationKernel = quintic,
     overwrite: bool = False,
 ) -> Tensor:
     """The approximate polar factor U V^T of every matrix; see `iterate`."""

@@ -1,4 +1,4 @@
-"""How far a polar factor is from one. Knows one matrix."""
+"""The distance of a matrix from the nearest one with orthonormal rows."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
-"""Everything elementwise in Muon: momentum, Nesterov, learning-rate scale, decay, update.
+"""The elementwise parts of Muon: momentum, Nesterov, learning-rate scale, decay, update.
 
-Works on local shards as on whole tensors. Knows no mesh; a mask is the only way it skips.
+Works on local shards as on whole tensors. A mask is the only way to skip a step.
 """
 
 import math
@@ -84,7 +84,7 @@ def write_directions(
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class MatrixSlice:
     """Where a piece lies: in a matrix of `rows` x `cols`, from its element `start` on, row-major.
 
     A piece is a box of the matrix, or an interval of its elements; of any other, `positions`
@@ -103,7 +103,7 @@ class Place:
 def apply_updates(
     params: list[Tensor],
     polar_factors: list[Tensor],
-    places: Sequence[Place],
+    places: Sequence[MatrixSlice],
     *,
     decay: float | Tensor,
     matrix_lr: float | Tensor,
@@ -135,7 +135,7 @@ def apply_updates(
 def apply_update(
     param: Tensor,
     polar_factor: Tensor,
-    place: Place,
+    place: MatrixSlice,
     *,
     decay: float | Tensor,
     matrix_lr: float | Tensor,
@@ -189,7 +189,7 @@ def _rounds_by_place(param: Tensor, update: Tensor) -> bool:
     return reduced and param.dtype == update.dtype and param.device.type == "cpu"
 
 
-def _add_by_place(param: Tensor, update: Tensor, alpha: float, place: Place) -> None:
+def _add_by_place(param: Tensor, update: Tensor, alpha: float, place: MatrixSlice) -> None:
     """param += alpha update; see Note [Where torch rounds]."""
     alpha = float(torch.tensor(alpha, dtype=param.dtype))
     numel = place.rows * place.cols

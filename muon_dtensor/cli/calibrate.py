@@ -14,7 +14,7 @@ def calibrate(ranks: int = 4, out: Path = Path("topology.json"), name: str = "")
 
     Takes the ranks that torchrun started, on one node or several; else starts `--ranks` processes
     here. Measures GPUs over nccl where each rank of a node has one, else the host over gloo. A
-    minute or two; nothing else should run meanwhile.
+    minute or two; nothing else should run overlapped.
 
     Args:
         ranks: processes to start.

@@ -22,7 +22,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from muon_dtensor import Muon
 from muon_dtensor.algorithms import newton_schulz
 from muon_dtensor.algorithms.newton_schulz import NUM_ITERATIONS
-from muon_dtensor.algorithms.update import Place, apply_updates, update_momentum, write_directions
+from muon_dtensor.algorithms.update import (
+    MatrixSlice,
+    apply_updates,
+    update_momentum,
+    write_directions,
+)
 from muon_dtensor.cli.shutdown import leave
 from muon_dtensor.layout import MeshSpec
 from muon_dtensor.planning.matrix_costs import newton_schulz_flops
@@ -125,7 +130,7 @@ class _Bench:
         num, side = 16, 512
         params, momenta, grads = (list(self.randn(num, side, side)) for _ in range(3))
         wires = list(self.randn(num, side, side, dtype=torch.bfloat16))
-        places = [Place(side, side, 0, False)] * num
+        places = [MatrixSlice(side, side, 0, False)] * num
 
         def body() -> None:
             for i in range(num):

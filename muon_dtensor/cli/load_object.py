@@ -1,4 +1,4 @@
-"""Functions of the user that a flag names. Knows nothing of what they do."""
+"""Loads the function that a flag names as `pkg.mod:fn`."""
 
 import importlib
 import sys

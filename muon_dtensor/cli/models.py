@@ -1,7 +1,4 @@
-"""Known models as a planner sees them: names, shapes, and how torchtitan cuts them.
-
-Shapes with their sources. Plans nothing, and needs no torch.
-"""
+"""Shapes of known models, with their sources, and how torchtitan shards them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

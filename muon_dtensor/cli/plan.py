@@ -1,7 +1,4 @@
-"""`muon-dtensor plan`: what a step will do on a cluster, before anyone pays for it.
-
-Parses and prints. The planner plans; no process group and no GPU is needed.
-"""
+"""`muon-dtensor plan`: shows what a step will do on a cluster, without a process group or GPU."""
 
 import difflib
 import sys

@@ -1,4 +1,4 @@
-"""Plans as tables for a terminal. Plans nothing."""
+"""Plans as tables for a terminal."""
 
 import sys
 from collections.abc import Mapping
@@ -7,7 +7,14 @@ from rich.console import Console
 from rich.table import Table
 
 from muon_dtensor.cli.baseline_costs import WayCost
-from muon_dtensor.planning.render import collective_text, duration, instead, quantity
+from muon_dtensor.planning.render import (
+    collective_text,
+    duration,
+    instead,
+    machine,
+    quantity,
+    ranges,
+)
 from muon_dtensor.planning.report import PlanReport
 
 
@@ -24,6 +31,7 @@ def show(made: PlanReport) -> None:
         table.add_column(name)
     for name in ("MB/rank", "GFLOP/rank", "predicted ms"):
         table.add_column(name, justify="right")
+    rows: dict[tuple[str, ...], list[int]] = {}
     for index, priced in enumerate(cost.buckets):
         bucket = priced.bucket
         hops = priced.sequence.hops
@@ -31,8 +39,7 @@ def show(made: PlanReport) -> None:
         nothing = [0] * bucket.mesh.num_ranks
         sent = zip(nothing, *(priced.sent_nbytes(hop) for hop in hops), strict=True)
         exchange, compute = prediction.exchange_seconds[index], prediction.compute_seconds[index]
-        table.add_row(
-            str(index),
+        row = (
             bucket.strategy.text,
             str(len(bucket.assignments)),
             "\n".join(lines) or "none",
@@ -40,6 +47,9 @@ def show(made: PlanReport) -> None:
             f"{max(priced.flops) / 1e9:.1f}",
             f"{1e3 * exchange:.2f} sent\n{1e3 * compute:.2f} computed",
         )
+        rows.setdefault(row, []).append(index)
+    for cells, indices in rows.items():
+        table.add_row(ranges(indices), *cells)
     console().print(table, markup=False)
     told = set()
     for index, bucket in enumerate(made.buckets):
@@ -58,7 +68,7 @@ def show(made: PlanReport) -> None:
         f"redundancy {cost.redundancy:.2f}, makespan efficiency {efficiency:.0%} "
         f"(all ranks busy would be 100%), "
         f"peak memory {quantity(max(cost.peak_nbytes, default=0), 'B')} a rank\n"
-        f"predicted {duration(prediction.seconds)} a step on {made.options.topology.name}; "
+        f"predicted {duration(prediction.seconds)} a step on {machine(made.options.topology)}; "
         f"digest {made.digest[:16]}"
     )
 

@@ -1,7 +1,4 @@
-"""How a rank leaves its process group before it ends.
-
-A workaround, in one place. Knows nothing of what the ranks did.
-"""
+"""Leaves the process group before a rank ends: a workaround, in one place."""
 
 import time
 

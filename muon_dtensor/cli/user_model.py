@@ -1,8 +1,4 @@
-"""Plans for a model that the user's own code builds and shards, without memory or machines.
-
-The model stands on the meta device, its mesh on a process group that only pretends. Prints
-nothing.
-"""
+"""Plans a model that the user's code builds and shards, on the meta device."""
 
 import inspect
 from collections.abc import Mapping

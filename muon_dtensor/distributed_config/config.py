@@ -19,7 +19,7 @@ from muon_dtensor.distributed_config.manual_transport import (
     gather_to_one,
     scatter_from_one,
 )
-from muon_dtensor.runtime.plain_tensors import PlainRule
+from muon_dtensor.runtime.plain_tensors import PlainLayoutRule
 from muon_dtensor.runtime.torch_private import device_type_of, ordinary_mode, this_rank
 
 TITAN_DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -72,7 +72,7 @@ class DistributedConfig:
     prefetch_count: int = 1
 
     @property
-    def is_by_hand(self) -> bool:
+    def uses_custom_transport(self) -> bool:
         """Whether the config's own functions move tensors, rather than a plan."""
         return not (_is_made(self.gather_fn) and _is_made(self.redistribute_fn))
 
@@ -94,12 +94,12 @@ class DistributedConfig:
         return mesh
 
     @property
-    def plain_rule(self) -> PlainRule | None:
+    def plain_rule(self) -> PlainLayoutRule | None:
         """How plain tensors lie; None: they are each rank's own."""
-        rule: PlainRule | None = self.state.get("plain_rule")
-        if self.is_by_hand:
+        rule: PlainLayoutRule | None = self.state.get("plain_rule")
+        if self.uses_custom_transport:
             mesh = self.mesh if rule is None else rule.mesh
-            return None if mesh is None else PlainRule(mesh)
+            return None if mesh is None else PlainLayoutRule(mesh)
         return rule
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _is_made(function: object) -> bool:
     return any(function is made for made in MADE_FUNCTIONS)
 
 
-def base_state(rule: PlainRule | None) -> dict[str, Any]:
+def base_state(rule: PlainLayoutRule | None) -> dict[str, Any]:
     """What is in the state of every made config."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     ranks = None if rule is None else sorted(rule.mesh.mesh.flatten().tolist())
@@ -178,7 +178,7 @@ def create_devicemesh_config(
     plain_mesh: DeviceMesh | None = mesh
     if wanted is not None and wanted != names:
         plain_mesh = mesh[wanted] if wanted else None
-    rule = None if plain_mesh is None else PlainRule(plain_mesh)
+    rule = None if plain_mesh is None else PlainLayoutRule(plain_mesh)
     return DistributedConfig(
         assign_by_index,
         gather_to_one,

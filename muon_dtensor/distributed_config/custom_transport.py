@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from muon_dtensor.algorithms.update import (
-    Place,
+    MatrixSlice,
     adjusted_lr,
     apply_update,
     direction_of,
@@ -39,7 +39,7 @@ class FunctionParam:
 
 
 @dataclass(frozen=True)
-class ByFunctions:
+class CustomTransport:
     """Gathers, orthogonalizes at the owner, and hands back, parameter by parameter.
 
     Contract: all ranks call `run` with the same parameters in the same order. Nothing changes
@@ -88,7 +88,7 @@ class ByFunctions:
             apply_update(
                 target,
                 shard.to(target.dtype),
-                Place(rows, cols, 0, is_transposed=True),
+                MatrixSlice(rows, cols, 0, is_transposed=True),
                 decay=param.local.options.decay,
                 matrix_lr=float(param.local.options.lr),
                 cautious=param.local.options.cautious,

@@ -23,7 +23,7 @@ from muon_dtensor.distributed_config.manual_transport import (
     scatter_from_one,
 )
 from muon_dtensor.distributed_config.mesh_from_groups import check_groups, mesh_of_groups
-from muon_dtensor.runtime.plain_tensors import PlainRule, TensorDim
+from muon_dtensor.runtime.plain_tensors import PlainLayoutRule, TensorDim
 from muon_dtensor.runtime.torch_private import ordinary_mode
 
 
@@ -176,7 +176,7 @@ def _config(
     rule = None
     if dims:
         cuts = tuple((role, shard_dims[role]) for role in shard_dims if role in dims)
-        rule = PlainRule(mesh_of_groups(dims), cuts)
+        rule = PlainLayoutRule(mesh_of_groups(dims), cuts)
     state = {**base_state(rule), **checked}
     return DistributedConfig(*functions, state, async_gpu_parallelism, prefetch_count)
 

@@ -25,8 +25,8 @@ from muon_dtensor.errors import RefusalError
 from muon_dtensor.layout import Layout
 from muon_dtensor.layout.from_shards import layout_from_shards
 from muon_dtensor.runtime.collectives import gather_from_mesh
-from muon_dtensor.runtime.dtensors import Describer, describe_layout
-from muon_dtensor.runtime.plain_tensors import PlainRule
+from muon_dtensor.runtime.dtensors import LayoutCache, describe_layout
+from muon_dtensor.runtime.plain_tensors import PlainLayoutRule
 from muon_dtensor.runtime.process_groups import Groups, is_destroyed
 from muon_dtensor.runtime.torch_private import this_rank
 
@@ -103,11 +103,11 @@ def scatter_from_one(whole: Tensor | None, src_rank: int, state: State) -> Tenso
                 "no mesh: each rank redistributes its own tensor, and this passed None"
             )
         return whole
-    describer = Describer(rule.mesh)
-    groups = Groups(describer.device_meshes, this_rank())
-    known = learn_whole(whole, describer.plain_mesh, groups, src_rank)
+    layout_cache = LayoutCache(rule.mesh)
+    groups = Groups(layout_cache.device_meshes, this_rank())
+    known = learn_whole(whole, layout_cache.plain_mesh, groups, src_rank)
     _must_be_chunked(known, state)
-    return scatter(known, _chunked(known, rule, describer), groups, src_rank)
+    return scatter(known, _chunked(known, rule, layout_cache), groups, src_rank)
 
 
 def cut_here(whole: Tensor | None, rank: int, state: State) -> Tensor:
@@ -120,15 +120,15 @@ def cut_here(whole: Tensor | None, rank: int, state: State) -> Tensor:
         raise ValueError("every rank cuts its shard out of the whole tensor; this one has None")
     if (rule := _last_if_unsaid(_rule(state))) is None:
         return whole
-    describer = Describer(rule.mesh)
+    layout_cache = LayoutCache(rule.mesh)
     _must_be_chunked(whole, state)
-    return cut_out(whole, _chunked(whole, rule, describer))
+    return cut_out(whole, _chunked(whole, rule, layout_cache))
 
 
-def _rule(state: State) -> PlainRule | None:
+def _rule(state: State) -> PlainLayoutRule | None:
     """Of the config; for a bare state like {"fsdp_pg": group, "rank": ...}, from its groups."""
     if "plain_rule" in state:
-        rule: PlainRule | None = state["plain_rule"]
+        rule: PlainLayoutRule | None = state["plain_rule"]
         return rule
     cuts = {"tp_pg": state.get("tp_shard_dim"), "fsdp_pg": state.get("fsdp_shard_dim", 0)}
     names = ("dp_pg", "fsdp_pg", "cp_pg", "tp_pg")
@@ -142,35 +142,39 @@ def _rule(state: State) -> PlainRule | None:
                 del _meshes[key]
         _meshes[known] = (given, mesh_of_groups(check_groups(given)))
     _, mesh = _meshes[known]
-    return PlainRule(mesh, tuple((n, d) for n, d in cuts.items() if n in given))
+    return PlainLayoutRule(mesh, tuple((n, d) for n, d in cuts.items() if n in given))
 
 
-def _last_if_unsaid(rule: PlainRule | None) -> PlainRule | None:
+def _last_if_unsaid(rule: PlainLayoutRule | None) -> PlainLayoutRule | None:
     """The rule of `create_auto_config`'s functions: what cuts no said dim cuts the last one."""
     if rule is None:
         return None
-    return PlainRule(rule.mesh, tuple((name, -1 if d is None else d) for name, d in rule.cuts))
+    return PlainLayoutRule(
+        rule.mesh, tuple((name, -1 if d is None else d) for name, d in rule.cuts)
+    )
 
 
-def _start(shard: Tensor, dst_rank: int | None, rule: PlainRule | None, state: State) -> Gathering:
-    describer = Describer(None if rule is None else rule.mesh)
+def _start(
+    shard: Tensor, dst_rank: int | None, rule: PlainLayoutRule | None, state: State
+) -> Gathering:
+    layout_cache = LayoutCache(None if rule is None else rule.mesh)
     if isinstance(shard, DTensor):
-        mesh = describer.mesh(shard.device_mesh)
+        mesh = layout_cache.mesh(shard.device_mesh)
         layout, shard = describe_layout(shard, mesh), shard.to_local()
         if (
             dst_rank is not None
             and not mesh.holds(dst_rank)
-            and describer.plain_mesh.holds(dst_rank)
+            and layout_cache.plain_mesh.holds(dst_rank)
         ):
             return Gathering(None, layout, (), shard, shard, None)  # it is gathered elsewhere
     elif rule is None:
-        layout = Layout(describer.plain_mesh, tuple(shard.shape), ((),) * shard.ndim)
+        layout = Layout(layout_cache.plain_mesh, tuple(shard.shape), ((),) * shard.ndim)
     else:
-        layout = _layout_of_shards(shard, rule, describer)
+        layout = _layout_of_shards(shard, rule, layout_cache)
     if rule is not None:
         numel = prod(layout.shape)
-        state.setdefault(CUT_OTHERWISE, {})[numel] = _is_cut_otherwise(layout, rule, describer)
-    groups = Groups(describer.device_meshes, this_rank())
+        state.setdefault(CUT_OTHERWISE, {})[numel] = _is_cut_otherwise(layout, rule, layout_cache)
+    groups = Groups(layout_cache.device_meshes, this_rank())
     return start_gather(shard, layout, groups, dst_rank)
 
 
@@ -179,8 +183,8 @@ CUT_OTHERWISE = "cut_otherwise"
 from shards that are not those into which it would be cut again}."""
 
 
-def _is_cut_otherwise(layout: Layout, rule: PlainRule, describer: Describer) -> bool:
-    mesh = describer.plain_mesh
+def _is_cut_otherwise(layout: Layout, rule: PlainLayoutRule, layout_cache: LayoutCache) -> bool:
+    mesh = layout_cache.plain_mesh
     try:
         chunked = Layout(mesh, layout.shape, rule.cuts_by_hand(len(layout.shape)))
     except RefusalError:
@@ -203,17 +207,17 @@ def _must_be_chunked(whole: Tensor, state: State) -> None:
         )
 
 
-def _layout_of_shards(shard: Tensor, rule: PlainRule, describer: Describer) -> Layout:
-    mesh, rank = describer.plain_mesh, this_rank()
-    groups = Groups(describer.device_meshes, rank).along_each_dim(mesh)
+def _layout_of_shards(shard: Tensor, rule: PlainLayoutRule, layout_cache: LayoutCache) -> Layout:
+    mesh, rank = layout_cache.plain_mesh, this_rank()
+    groups = Groups(layout_cache.device_meshes, rank).along_each_dim(mesh)
     told = gather_from_mesh(tuple(shard.shape), groups, rank)
     shapes = {mesh.position_of(other): shape for other, shape in told.items()}
     return layout_from_shards(mesh, rule.cuts_by_hand(shard.ndim), shapes)
 
 
-def _chunked(whole: Tensor, rule: PlainRule, describer: Describer) -> Layout:
+def _chunked(whole: Tensor, rule: PlainLayoutRule, layout_cache: LayoutCache) -> Layout:
     shape = tuple(whole.shape)
-    return Layout(describer.plain_mesh, shape, rule.cuts_by_hand(whole.ndim))
+    return Layout(layout_cache.plain_mesh, shape, rule.cuts_by_hand(whole.ndim))
 
 
 MADE_FUNCTIONS = (

@@ -1,7 +1,4 @@
-"""Checkpoints of microsoft/dion's Muon, NorMuon's momentum and AdamW, for `Muon.load_state_dict`.
-
-Knows their keys; needs nothing of that package.
-"""
+"""Converts checkpoints of microsoft/dion's Muon, NorMuon and AdamW for `Muon.load_state_dict`."""
 
 from collections.abc import Mapping
 from typing import Any

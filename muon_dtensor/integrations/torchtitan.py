@@ -5,8 +5,6 @@
 or, for any of its recipes, without an edit:
 
     --override.imports muon_dtensor.integrations.torchtitan.use_muon
-
-Knows torchtitan's names; knows nothing of meshes, which the parameters bring.
 """
 
 import logging

@@ -1,7 +1,4 @@
-"""Which logical matrices a parameter holds, as the user declares them: patterns and splits.
-
-Reads einops patterns only to know the boxes; einops itself reshapes them. Knows no tensor.
-"""
+"""Declarations of logical matrices in a parameter: einops patterns and splits."""
 
 import re
 from collections.abc import Mapping, Sequence

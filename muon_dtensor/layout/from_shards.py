@@ -1,7 +1,7 @@
-"""From the shapes of all ranks' shards to the layout of the tensor they make.
+"""The layout of a tensor from the shapes of all ranks' shards.
 
-For tensors whose shards say nothing about each other (plain tensors under process groups, slices
-of flat parameters). Integers and names only; does not know who told it the shapes.
+For plain tensors under process groups and slices of flat parameters, whose shards do not describe
+themselves.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
-"""Which boxes of a parameter are matrices that Muon orthogonalizes, each on its own.
+"""Logical matrices: the boxes of a parameter that Muon orthogonalizes, each on its own.
 
-Declared on the global tensor, so that every mesh gives the same update. Does not know the mesh.
+They are boxes of the global tensor, so every mesh gives the same update.
 """
 
 from dataclasses import dataclass, replace

@@ -16,7 +16,7 @@ from muon_dtensor.distributed_config.full_tensor import cut_like, with_its_place
 from muon_dtensor.errors import CheckpointError, RefusalError
 from muon_dtensor.optimizer.muon import Muon
 from muon_dtensor.optimizer.state import CUT_AS_THEIR_PARAMETER, MOMENTS
-from muon_dtensor.runtime.dtensors import Describer, can_place_shards, misplaced_shards
+from muon_dtensor.runtime.dtensors import LayoutCache, can_place_shards, misplaced_shards
 from muon_dtensor.runtime.torch_private import local_part
 
 
@@ -38,8 +38,8 @@ def checkpointable(state_dict: dict[str, Any]) -> Iterator[None]:
     Raises:
         CheckpointError: there are such shards, and torch is older than 2.14.
     """
-    describer = Describer()
-    found = list(_misplaced(state_dict, "", describer))
+    layout_cache = LayoutCache()
+    found = list(_misplaced(state_dict, "", layout_cache))
     if found and not can_place_shards():
         raise CheckpointError(misplaced_shards([name for _, _, name, _ in found]))
     try:
@@ -52,22 +52,22 @@ def checkpointable(state_dict: dict[str, Any]) -> Iterator[None]:
 
 
 def _misplaced(
-    values: Any, name: str, describer: Describer
+    values: Any, name: str, layout_cache: LayoutCache
 ) -> Iterator[tuple[Any, Any, str, DTensor]]:
     """Container, key, name and value of each shard in it that torch misplaces."""
     if not isinstance(values, (dict, list)):
         return
     for key, value in values.items() if isinstance(values, dict) else enumerate(values):
         here = f"{name}.{key}" if name else str(key)
-        if isinstance(value, DTensor) and _is_misplaced(value, describer):
+        if isinstance(value, DTensor) and _is_misplaced(value, layout_cache):
             yield values, key, here, value
         else:
-            yield from _misplaced(value, here, describer)
+            yield from _misplaced(value, here, layout_cache)
 
 
-def _is_misplaced(tensor: DTensor, describer: Describer) -> bool:
+def _is_misplaced(tensor: DTensor, layout_cache: LayoutCache) -> bool:
     try:
-        return describer.is_misplaced(tensor)
+        return layout_cache.is_misplaced(tensor)
     except RefusalError:  # placements that this package does not know are torch's own affair
         return False
 

@@ -1,7 +1,4 @@
-"""What a step did, as plain numbers: norms of gradients, momenta and updates, bytes, seconds.
-
-Measures one step with the other ranks. Updates nothing.
-"""
+"""Measures a step: norms of gradients, momenta and updates, bytes, seconds, as plain numbers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +9,7 @@ from torch import Tensor
 from muon_dtensor.algorithms.residual import orthogonality_residual
 from muon_dtensor.algorithms.update import adjusted_lr
 from muon_dtensor.layout import Layout
-from muon_dtensor.optimizer.params import Census, Entry
+from muon_dtensor.optimizer.params import Entry, ParameterTable
 from muon_dtensor.planning.normuon_state import reductions
 from muon_dtensor.planning.plan import Assignment, Bucket
 from muon_dtensor.planning.report import PlanReport
@@ -34,11 +31,13 @@ class Measurement:
     Holds a copy of this rank's shards of all parameters in between.
     """
 
-    def __init__(self, plan: PlanReport, census: Census, number: int, trace: Trace | None) -> None:
+    def __init__(
+        self, plan: PlanReport, table: ParameterTable, number: int, trace: Trace | None
+    ) -> None:
         """`number`: of the measurement; each looks at another matrix. `trace`: the user's."""
-        self._plan, self._census = plan, census
+        self._plan, self._table = plan, table
         self._before = {
-            entry.name: local_part(entry.param).detach().clone() for entry in census.entries
+            entry.name: local_part(entry.param).detach().clone() for entry in table.entries
         }
         self.trace = trace or Trace(this_rank())
         self._first_span = len(self.trace.spans)
@@ -91,15 +90,15 @@ class Measurement:
         process_groups: Groups,
     ) -> list[float]:
         """SUMMED of each param group one after the other, and the residual."""
-        device, size = self._census.shared_device, num_groups * len(SUMMED) + 1
+        device, size = self._table.shared_device, num_groups * len(SUMMED) + 1
         values: list[tuple[Layout, Tensor]] = []
-        for entry in self._census.entries:
+        for entry in self._table.entries:
             row = torch.zeros(size, dtype=torch.float64, device=device)
             parts = [part.to(device) for part in self._squares(entry, grads.get(entry.name), state)]
             first = entry.group_index * len(SUMMED)
             row[first : first + len(parts)] = torch.stack(parts)
             row[first + len(parts)] = local_part(entry.param).numel()
-            values.append((self._census.layout(entry), row))
+            values.append((self._table.layout(entry), row))
         if self._sample is not None:
             mesh = self._sample[0].mesh
             row = torch.zeros(size, dtype=torch.float64, device=device)
@@ -125,7 +124,7 @@ class Measurement:
 
     def _effective_lr(self, index: int, group: Mapping[str, Any]) -> float:
         """lr times the scale of each matrix of a group, weighted by elements."""
-        names = {entry.name for entry in self._census.muon if entry.group_index == index}
+        names = {entry.name for entry in self._table.muon if entry.group_index == index}
         matrices = [m for spec in self._plan.params if spec.fqn in names for m in spec.matrices]
         numel = sum(m.numel for m in matrices)
         scaled = sum(

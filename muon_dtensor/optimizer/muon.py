@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from muon_dtensor.algorithms.kernels import tell_of_slow_bfloat16
+from muon_dtensor.algorithms.kernels import log_slow_bfloat16
 from muon_dtensor.distributed_config.config import DistributedConfig, create_dtensor_config
 from muon_dtensor.errors import CheckpointError, GroupOptionError, shortened
 from muon_dtensor.optimizer.options import (
@@ -27,7 +27,7 @@ from muon_dtensor.optimizer.options import (
     validate,
 )
 from muon_dtensor.optimizer.parameter_names import is_embedding_or_head
-from muon_dtensor.optimizer.planned_step import Prepared
+from muon_dtensor.optimizer.planned_step import PlannedStep
 from muon_dtensor.optimizer.settings import Settings
 from muon_dtensor.optimizer.state import check_loaded, follow_params, keep_wide
 from muon_dtensor.planning.report import PlanReport
@@ -61,7 +61,7 @@ class Muon(Optimizer):
         W <- (1 - lr weight_decay) W - lr s O,   s from adjust_lr_fn
 
     A bfloat16 or float16 parameter that is not stored row-major (channels_last, transposed) may
-    differ from torch by one rounding; see `update`, Note [Where torch rounds].
+    differ from torch by one rounding; see `algorithms.update`, Note [Where torch rounds].
 
     A 2-D parameter is one matrix, a 3-D parameter `[e, m, n]` is e matrices, unless its group
     declares others. Each is brought together, on one rank unless `plan` says otherwise,
@@ -77,7 +77,7 @@ class Muon(Optimizer):
         momentum: of the moving average B.
         nesterov: orthogonalize D instead of B.
         ns_coefficients: (a, b, c) of the iteration.
-        eps: least Frobenius norm to divide by; see `orthogonalize.newton_schulz`.
+        eps: least Frobenius norm to divide by; see `algorithms.newton_schulz`.
         ns_steps: iterations, 0 to 99.
         adjust_lr_fn: None or "original": s = sqrt(max(1, rows / cols)); "match_rms_adamw":
             s = 0.2 sqrt(max(rows, cols)) (Liu et al. 2025, arXiv:2502.16982). As Dion has them:
@@ -110,12 +110,12 @@ class Muon(Optimizer):
         offload_momentum: keep the momentum in pinned host memory, and bring each bucket's to the
             GPU when its turn comes. Nothing changes where parameters are on the host.
         compile: run the iteration through torch.compile; rounds differently.
-        kernels: "torch"; with exact=False "auto" or "symmetric": see `orthogonalize.bodies`.
+        kernels: "torch"; with exact=False "auto" or "symmetric": see `algorithms.kernels`.
         capturable: let a CUDA graph capture the step, after one step outside; an lr that is a
             tensor on the GPU then stays there.
         normuon_beta: divide the rows of each update by the root of their second moments, which
-            decay by this (the paper: 0.95); None for Muon. See `orthogonalize.normuon`.
-        cautious_weight_decay: decay only what the update moves towards zero; see `update`.
+            decay by this (the paper: 0.95); None for Muon. See `algorithms.normuon`.
+        cautious_weight_decay: decay only what the update moves towards zero; see `algorithms.update`.
         async_gpu_parallelism: False lets ranks orthogonalize one after the other, to debug.
             Default: that of `distributed_config`, or True.
         check_replicas: before the first step, compare a few elements of every parameter between
@@ -126,7 +126,7 @@ class Muon(Optimizer):
 
     A param group may name any of the options up to `adjust_lr_fn`, `orthogonalizer`,
     `normuon_beta`, `cautious_weight_decay`, and which matrices its parameters hold: `matrix`,
-    `matrix_axes`, `split_sizes`, `split_dim`, see `patterns.Declaration`. With
+    `matrix_axes`, `split_sizes`, `split_dim`, see `layout.declarations.Declaration`. With
     `algorithm="adamw"` and `betas`, `eps`, `weight_decay`, `lr` torch's own AdamW steps a group, of
     any shape. One that does not name them has `options.ADAMW_DEFAULTS`, for the ones above are
     Muon's. Its `momentum` is another name of betas[0], which cyclic schedulers write. Unknown
@@ -197,7 +197,7 @@ class Muon(Optimizer):
         self._in_its_place: dict[str, Any] = {n: v for n, v in said.items() if v is not None}
         self._trace = Trace(this_rank()) if trace else None
         self._plain = PlainTensors(None)
-        self._prepared: Prepared | None = None
+        self._prepared: PlannedStep | None = None
         self._sweeps_twice: dict[frozenset[int], bool] = {}
         self._has_told_of_shards = False
         self._num_steps = 0
@@ -210,8 +210,8 @@ class Muon(Optimizer):
         self._settle_numbers()
         self._prepare(exchange=True)
         self._warn_of_params(has_config=distributed_config is not None)
-        is_told = this_rank() == 0 and logger.isEnabledFor(logging.INFO)
-        if is_told and not self._config.is_by_hand:
+        logs = this_rank() == 0 and logger.isEnabledFor(logging.INFO)
+        if logs and not self._config.uses_custom_transport:
             logger.info("%s; print(optimizer.plan) says more", self.plan.headline())
 
     @ordinary_mode()
@@ -240,7 +240,7 @@ class Muon(Optimizer):
 
         Raises RuntimeError under a hand-written DistributedConfig, whose functions nobody can plan.
         """
-        if self._config.is_by_hand:
+        if self._config.uses_custom_transport:
             raise RuntimeError("a hand-written DistributedConfig moves matrices without a plan")
         return self._ready.report
 
@@ -250,7 +250,7 @@ class Muon(Optimizer):
         return replace(self._given_config, **self._in_its_place)
 
     @property
-    def _ready(self) -> Prepared:
+    def _ready(self) -> PlannedStep:
         assert self._prepared is not None, "the constructor prepares"
         return self._prepared
 
@@ -271,8 +271,8 @@ class Muon(Optimizer):
 
     def _warn_of_params(self, *, has_config: bool) -> None:
         """Log what is legal and probably meant otherwise."""
-        census = self._ready.census
-        named = [entry.name for entry in census.muon]
+        table = self._ready.table
+        named = [entry.name for entry in table.muon]
         if dubious := [name for name in named if is_embedding_or_head(name)]:
             logger.log(
                 warning_level(self._all_params()),
@@ -281,10 +281,10 @@ class Muon(Optimizer):
                 len(dubious),
                 shortened(dubious),
             )
-        on_host = any(entry.param.device.type == "cpu" for entry in census.muon)
+        on_host = any(entry.param.device.type == "cpu" for entry in table.muon)
         if on_host and self._settings.ns_dtype == torch.bfloat16:
-            tell_of_slow_bfloat16(warning_level())
-        plain = [entry.name for entry in census.muon if not isinstance(entry.param, DTensor)]
+            log_slow_bfloat16(warning_level())
+        plain = [entry.name for entry in table.muon if not isinstance(entry.param, DTensor)]
         if plain and not has_config and num_ranks() > 1:
             logger.log(
                 warning_level(),
@@ -309,7 +309,7 @@ class Muon(Optimizer):
                     "the optimizer was made: make the optimizer anew"
                 )
             self._plain = PlainTensors(config.plain_rule)
-        self._prepared = Prepared(
+        self._prepared = PlannedStep(
             self.param_groups,
             self._plain,
             config,
@@ -406,11 +406,11 @@ class Muon(Optimizer):
         self._ready.gate.read_past(forget=False)
         self._settle_numbers()
         self._settings.wait_for_momentum()
-        if not self._has_told_of_shards and (misplaced := self._ready.census.misplaced()):
+        if not self._has_told_of_shards and (misplaced := self._ready.table.misplaced()):
             self._has_told_of_shards = True
             logger.log(warning_level(self._all_params()), "%s", misplaced)
         saved = super().state_dict()
-        for number in self._ready.census.without_state(self.state):
+        for number in self._ready.table.without_state(self.state):
             saved["state"].setdefault(number, {})  # frozen, not lost
         return saved
 
@@ -422,7 +422,7 @@ class Muon(Optimizer):
         loaded. `checkpointable` lets torch 2.14 save them; before, a full state dict can be saved.
         Ask before a run, on any rank.
         """
-        if misplaced := self._ready.census.misplaced():
+        if misplaced := self._ready.table.misplaced():
             raise CheckpointError(misplaced)
 
     @ordinary_mode()

@@ -1,4 +1,4 @@
-"""What the name of a parameter tells of its role in a model."""
+"""The role of a parameter in a model, from its name."""
 
 import re
 

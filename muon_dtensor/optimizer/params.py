@@ -1,6 +1,6 @@
-"""All parameters of an optimizer, as planner, agreement and algorithms want to know them.
+"""The parameter table of an optimizer: names, layouts, and what planner and steps need of each.
 
-Collects every problem before it raises one error. Plans nothing.
+Collects every problem before it raises one error.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from muon_dtensor.algorithms.adamw import AdamWLocal
-from muon_dtensor.algorithms.newton_schulz import Body
+from muon_dtensor.algorithms.newton_schulz import IterationKernel
 from muon_dtensor.distributed_config.assignment import validate_assignments
 from muon_dtensor.distributed_config.config import DistributedConfig
 from muon_dtensor.distributed_config.custom_transport import FunctionParam
@@ -27,7 +27,7 @@ from muon_dtensor.planning.plan import ParamSpec, Plan
 from muon_dtensor.planning.planner import restrict
 from muon_dtensor.planning.serialize import digest
 from muon_dtensor.runtime.consistency_codec import Manifest
-from muon_dtensor.runtime.dtensors import Describer, misplaced_shards, placed
+from muon_dtensor.runtime.dtensors import LayoutCache, misplaced_shards, placed
 from muon_dtensor.runtime.hyperparameters import MuonOptions, Orthogonalizer
 from muon_dtensor.runtime.local_param import LocalParam
 from muon_dtensor.runtime.plain_tensors import PlainTensors
@@ -58,7 +58,7 @@ class Entry:
     group_index: int
 
 
-class Census:
+class ParameterTable:
     """The parameters of all param groups, in order; unnamed ones are numbered.
 
     `entries` are those that can train: they require gradients, have one, or have state because they
@@ -79,7 +79,7 @@ class Census:
         self.adamw = tuple(e for e in self.entries if e.group["algorithm"] == "adamw")
         self._plain = plain
         self.stored_otherwise: dict[str, Problem] = {}
-        self.describer = Describer(None if plain.rule is None else plain.rule.mesh)
+        self.layout_cache = LayoutCache(None if plain.rule is None else plain.rule.mesh)
 
     def specs(
         self, wire_dtype: torch.dtype, *, whole: DeviceMesh | None, exchange: bool
@@ -97,9 +97,9 @@ class Census:
             PlanError: parameters that Muon cannot step, all of them told at once.
         """
         if whole is not None:
-            self._must_lie_on(self.describer.mesh(whole))
+            self._must_lie_on(self.layout_cache.mesh(whole))
         named = [(entry.given_name, entry.param) for entry in self.all_entries]
-        self._plain.learn(named, self.describer, exchange=exchange)
+        self._plain.learn(named, self.layout_cache, exchange=exchange)
         problems = [*self._problems(), *self._find_stored_otherwise()]
         refused = {problem.fqn for problem in problems}
         specs: list[ParamSpec] = []
@@ -131,7 +131,7 @@ class Census:
 
     def _param_spec(self, entry: Entry, wire_dtype: torch.dtype) -> ParamSpec:
         """One parameter of Muon as the planner knows it. Raises RefusalError."""
-        return self.describer.param(
+        return self.layout_cache.param(
             entry.name,
             entry.param,
             self.layout(entry),
@@ -170,9 +170,9 @@ class Census:
         for entry in self.entries:
             if not isinstance(entry.param, DTensor):
                 continue
-            mesh = self.describer.mesh(entry.param.device_mesh)
+            mesh = self.layout_cache.mesh(entry.param.device_mesh)
             stored = tuple(local_part(entry.param).shape)
-            expected = self.describer.expected_shape(entry.param)
+            expected = self.layout_cache.expected_shape(entry.param)
             if not mesh.holds(this_rank()) or expected in (None, stored):
                 continue
             problem = Problem(
@@ -192,7 +192,7 @@ class Census:
 
     def _must_lie_on(self, whole: MeshSpec) -> None:
         for entry in self.entries:
-            home = self.describer.home(entry.param)
+            home = self.layout_cache.home(entry.param)
             if not home.rank_set <= whole.rank_set:
                 raise ValueError(
                     f"{entry.name} lives on mesh {home} with ranks {min(home.ranks)} to "
@@ -229,15 +229,15 @@ class Census:
     def layout(self, entry: Entry) -> Layout:
         """The layout of a parameter; of a plain tensor that which `specs` has learned."""
         if isinstance(entry.param, DTensor):
-            return self.describer.layout(entry.param)
-        return self.describer.shared(self._plain.layout(entry.param))
+            return self.layout_cache.layout(entry.param)
+        return self.layout_cache.shared(self._plain.layout(entry.param))
 
     def misplaced(self) -> str:
         """Which shards torch's distributed checkpoint would misplace; empty for none."""
         names = [
             entry.name
             for entry in self.entries
-            if isinstance(entry.param, DTensor) and self.describer.is_misplaced(entry.param)
+            if isinstance(entry.param, DTensor) and self.layout_cache.is_misplaced(entry.param)
         ]
         return misplaced_shards(names) if names else ""
 
@@ -259,7 +259,7 @@ class Census:
         """
         members: dict[frozenset[int], list[tuple[Entry, MeshSpec]]] = {}
         for entry in self.all_entries:
-            mesh = self.describer.home(entry.param)
+            mesh = self.layout_cache.home(entry.param)
             if mesh.dim_names and mesh.holds(this_rank()):
                 members.setdefault(mesh.rank_set, []).append((entry, mesh))
         for rank_set, found in members.items():
@@ -303,7 +303,7 @@ class Census:
         state: Mapping[Tensor, Mapping[str, Any]],
         groups: Sequence[Mapping[str, Any]],
         custom: Orthogonalizer | None,
-        body: Body,
+        body: IterationKernel,
     ) -> dict[int, LocalParam]:
         """The parameters of Muon that have a gradient, by index among them.
 
@@ -361,7 +361,7 @@ class Census:
         Ballots need values: for parameters on the meta device it is the device of their mesh.
         """
         alone = [e.param for e in self.entries]
-        shared = [param for param in alone if self.describer.home(param).dim_names]
+        shared = [param for param in alone if self.layout_cache.home(param).dim_names]
         first = next(iter(shared or alone), None)
         if first is not None and not local_part(first).is_meta:
             return local_part(first).device

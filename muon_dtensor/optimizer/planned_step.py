@@ -1,7 +1,6 @@
-"""What an optimizer makes ready before it steps, and makes anew when its param groups change.
+"""A plan of the param groups, with the checks and the executor that carry it out.
 
-Brings parameters, plan, agreement and executor together, and carries a step out. Keeps no state of
-parameters, and no value of a param group.
+It is made again when param groups change. State of parameters lives in the optimizer.
 """
 
 import logging
@@ -17,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from muon_dtensor.algorithms.adamw import adamw_step
 from muon_dtensor.distributed_config.config import DistributedConfig
-from muon_dtensor.distributed_config.custom_transport import ByFunctions
+from muon_dtensor.distributed_config.custom_transport import CustomTransport
 from muon_dtensor.errors import (
     GroupOptionError,
     PlanError,
@@ -27,7 +26,7 @@ from muon_dtensor.errors import (
 )
 from muon_dtensor.optimizer.metrics import Measurement, State
 from muon_dtensor.optimizer.options import as_text, planned_options, validate
-from muon_dtensor.optimizer.params import Census, can_train
+from muon_dtensor.optimizer.params import ParameterTable, can_train
 from muon_dtensor.optimizer.settings import Settings
 from muon_dtensor.optimizer.state import drop_stale, follow_grad_dtypes, make_state
 from muon_dtensor.planning.check import check
@@ -53,7 +52,7 @@ logger = logging.getLogger("muon_dtensor")
 META = torch.device("meta")
 
 
-class Prepared:
+class PlannedStep:
     """A plan of these param groups, and who agrees on it and walks it."""
 
     def __init__(
@@ -65,7 +64,7 @@ class Prepared:
         state: State,
         *,
         trace: Trace | None,
-        before: "Prepared | None",
+        before: "PlannedStep | None",
         exchange: bool,
     ) -> None:
         """Raises what the constructor of `Muon` raises about parameters.
@@ -88,21 +87,21 @@ class Prepared:
                     "a param group has orthogonalizer='custom': give it to the constructor, "
                     "Muon(..., orthogonalizer=function)"
                 )
-            if group["normuon_beta"] is not None and config.is_by_hand:
+            if group["normuon_beta"] is not None and config.uses_custom_transport:
                 raise GroupOptionError("normuon_beta needs a plan; yours is a hand-written config")
         for name in ("offload_momentum", "metrics_every"):
-            if config.is_by_hand and getattr(settings, name):
+            if config.uses_custom_transport and getattr(settings, name):
                 raise GroupOptionError(f"{name} needs a plan; yours is a hand-written config")
-        self.census = census = Census(groups, plain, state)
+        self.table = table = ParameterTable(groups, plain, state)
         self._check_orthogonalizer()
-        if config.is_by_hand:
-            census.must_be_real()
+        if config.uses_custom_transport:
+            table.must_be_real()
             specs = []
             self._owners = self._assigned_by_hand(before)
         else:
-            specs = census.specs(settings.ns_dtype, whole=config.mesh, exchange=exchange)
-            self._owners = census.owners(config, specs)
-        on_gpu = any(entry.param.device.type == "cuda" for entry in census.muon)
+            specs = table.specs(settings.ns_dtype, whole=config.mesh, exchange=exchange)
+            self._owners = table.owners(config, specs)
+        on_gpu = any(entry.param.device.type == "cuda" for entry in table.muon)
         options = settings.plan_options(
             on_gpu=on_gpu,
             prefetch_count=config.prefetch_count,
@@ -113,48 +112,48 @@ class Prepared:
         check(self.plan)
         self._tell_of_owners(before)
         rank = this_rank()
-        self._process_groups = process_groups = Groups(census.describer.device_meshes, rank)
-        self.agreement = Agreement(list(census.manifests(self.plan)), process_groups, rank)
+        self._process_groups = process_groups = Groups(table.layout_cache.device_meshes, rank)
+        self.agreement = Agreement(list(table.manifests(self.plan)), process_groups, rank)
         self.gate = GradientGate(
-            {entry.name: entry.param for entry in census.entries},
+            {entry.name: entry.param for entry in table.entries},
             self.agreement,
-            device=census.shared_device,
+            device=table.shared_device,
             missing_grad=settings.missing_grad,
             nonfinite=settings.nonfinite,
-            of_own_dtype=[entry.name for entry in census.adamw],
+            of_own_dtype=[entry.name for entry in table.adamw],
         )
         if before is not None:
             self.gate.follow(before.gate)
-        self._params = [entry.param for entry in census.all_entries]
-        self._frozen = [e.param for e in census.all_entries if not can_train(e.param, state)]
+        self._params = [entry.param for entry in table.all_entries]
+        self._frozen = [e.param for e in table.all_entries if not can_train(e.param, state)]
         self._planned = [planned_options(group) for group in groups]
         self._planned_config = (config.planned, config.plain_rule)
         self._texts: tuple[str, ...] = ()
         self._valid = [dict(group) for group in groups]
         self._read: Sequence[Mapping[str, Any]] = groups
         self._devices = [local_part(param).device for param in self._params]
-        devices = [local_part(entry.param).device for entry in census.muon]
+        devices = [local_part(entry.param).device for entry in table.muon]
         self.executor = Executor(self.plan, rank, process_groups, devices, trace)
         self._is_connected = False
         self._has_told = False
-        skips_replicas = config.is_by_hand or not settings.check_replicas
+        skips_replicas = config.uses_custom_transport or not settings.check_replicas
         self.has_compared_replicas: bool = (
             skips_replicas if before is None else before.has_compared_replicas
         )
         # what all ranks hold while this is not yet compared: it was made for the groups before
-        self._agreed: Prepared | None = None
+        self._agreed: PlannedStep | None = None
         self._is_agreed: bool = False
         if before is not None:
             self._agreed = before if before._is_agreed else before._agreed
         self.is_unfinished: bool = before is not None and before.is_unfinished
 
-    def _assigned_by_hand(self, before: "Prepared | None") -> dict[str, int]:
+    def _assigned_by_hand(self, before: "PlannedStep | None") -> dict[str, int]:
         """Owners by the user's `assign_fn`."""
-        params = [entry.param for entry in self.census.muon]
-        known = [entry.param for entry in before.census.muon] if before else None
+        params = [entry.param for entry in self.table.muon]
+        known = [entry.param for entry in before.table.muon] if before else None
         if before and known and len(known) == len(params) and all(map(is_, known, params)):
             return before._owners
-        return self.census.assigned(self._config, params)
+        return self.table.assigned(self._config, params)
 
     def must_be_finished(self) -> None:
         """Raise StepFailedError where a step has failed, and nothing was loaded since."""
@@ -188,14 +187,14 @@ class Prepared:
             self._planned == [planned_options(group) for group in groups]
             and self._planned_config == (config.planned, config.plain_rule)
             and not any(can_train(param, {}) for param in self._frozen)
-            and all(state.get(entry.param) for entry in self.census.entries)
+            and all(state.get(entry.param) for entry in self.table.entries)
         )
 
     def make_state(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
         """What is missing of it, or kept in another dtype or place than wanted."""
         settings = self._settings
         specs = {spec.fqn: spec for spec in self.plan.params}
-        for entry in self.census.entries:
+        for entry in self.table.entries:
             spec = specs.get(entry.name)
             moments = spec and spec.moment_cuts is not None and moment_layout(spec)
             make_state(
@@ -216,7 +215,7 @@ class Prepared:
         fault: Exception | None,
     ) -> dict[str, float]:
         """`step`, and its metrics; `number`, `trace`: see `Measurement`, `fault`: see `step`."""
-        measurement = Measurement(self.report, self.census, number, trace)
+        measurement = Measurement(self.report, self.table, number, trace)
         with self.executor.watched(measurement.trace, measurement.look):
             grads = self.step(state, sweeps_twice, is_measured=True, fault=fault)
         self._settings.wait_for_momentum()
@@ -240,7 +239,7 @@ class Prepared:
 
         Raises what `Muon.step` raises.
         """
-        stored_otherwise = list(self.census.stored_otherwise.values())
+        stored_otherwise = list(self.table.stored_otherwise.values())
         try:
             self.agreement.prove_plan(self.gate.device, sweeps_twice)
             if stored_otherwise:  # on every rank, for the lines that ranks compare say so
@@ -268,10 +267,10 @@ class Prepared:
                 self._read = self._valid
         if keep is False:
             return grads
-        if not grads and self.census.entries:
+        if not grads and self.table.entries:
             self._tell_of_no_gradient()
         planned._connect()
-        self.is_unfinished = not self._config.is_by_hand  # such functions see to that themselves
+        self.is_unfinished = not self._config.uses_custom_transport
         planned._step_all(grads, state, self._read, keep if isinstance(keep, Tensor) else None)
         self.is_unfinished = False
         return grads
@@ -280,7 +279,7 @@ class Prepared:
         """All ranks hold this plan: that of before, and state that only it needs, can go."""
         if not self._is_agreed:
             self._agreed, self._is_agreed = None, True
-            for entry in self.census.entries:
+            for entry in self.table.entries:
                 drop_stale(state[entry.param], entry.group)
 
     def _connect(self) -> None:
@@ -289,12 +288,14 @@ class Prepared:
             self.executor.connect()
             self._is_connected = True
 
-    def _tell_of_owners(self, before: "Prepared | None") -> None:
+    def _tell_of_owners(self, before: "PlannedStep | None") -> None:
         """Log which parameters the user's `assign_fn` gives to ranks that cannot own all of them.
 
         `before`: what was prepared before; it has told of the same owners.
         """
-        if self._config.is_by_hand or (before is not None and before._owners == self._owners):
+        if self._config.uses_custom_transport or (
+            before is not None and before._owners == self._owners
+        ):
             return
         stay = [
             name
@@ -314,7 +315,7 @@ class Prepared:
         settings = self._settings
         if settings.custom is None:
             return
-        of_custom = [e for e in self.census.muon if e.group["orthogonalizer"] == "custom"]
+        of_custom = [e for e in self.table.muon if e.group["orthogonalizer"] == "custom"]
         for device in sorted({local_part(e.param).device for e in of_custom} - {META}, key=str):
             check_orthogonalizer(settings.custom, settings.ns_dtype, device)
 
@@ -333,8 +334,8 @@ class Prepared:
     def _differing_replicas(self) -> Exception | None:
         """What to say of parameters whose replicas hold different values."""
         shards = [
-            (entry.name, self.census.layout(entry), local_part(entry.param).detach())
-            for entry in self.census.entries
+            (entry.name, self.table.layout(entry), local_part(entry.param).detach())
+            for entry in self.table.entries
             if not local_part(entry.param).is_meta
         ]
         names = differing_replicas(shards, self._process_groups, this_rank())
@@ -349,10 +350,10 @@ class Prepared:
 
     def _tell_of_no_gradient(self) -> None:
         """Raise RuntimeError if `fully_shard` came after the optimizer; else log it once."""
-        mine = {id(entry.param) for entry in self.census.all_entries}
+        mine = {id(entry.param) for entry in self.table.all_entries}
         shapes = Counter(p.shape for p in fsdp2_params() if id(p.sharded) not in mine)
-        plain = Counter(tuple(entry.param.shape) for entry in self.census.entries)
-        is_plain = not any(isinstance(entry.param, DTensor) for entry in self.census.entries)
+        plain = Counter(tuple(entry.param.shape) for entry in self.table.entries)
+        is_plain = not any(isinstance(entry.param, DTensor) for entry in self.table.entries)
         if is_plain and plain <= shapes and not are_in_modules(self._params):
             raise RuntimeError(
                 "no parameter of this optimizer has a gradient, and fully_shard has replaced "
@@ -376,16 +377,16 @@ class Prepared:
     ) -> None:
         config, settings = self._config, self._settings
         if settings.momentum_dtype is None:
-            muon = [entry for entry in self.census.muon if entry.name in grads]
+            muon = [entry for entry in self.table.muon if entry.name in grads]
             follow_grad_dtypes([(state[e.param], grads[e.name]) for e in muon])
-        found = self.census.muon_params(grads, state, groups, settings.custom, settings.body())
-        if not config.is_by_hand:
+        found = self.table.muon_params(grads, state, groups, settings.custom, settings.body())
+        if not config.uses_custom_transport:
             local = {index: param.on_this_rank() for index, param in found.items()}
             self.executor.run(local, mask, partial(self._step_adamw, grads, state, groups, mask))
             return
-        moved = self.census.function_params(found, self._owners)
+        moved = self.table.function_params(found, self._owners)
         rank = config.state.get("rank", this_rank())
-        by_functions = ByFunctions(
+        by_functions = CustomTransport(
             config.gather_fn, config.redistribute_fn, config.state, rank, settings.ns_dtype
         )
         detect_misuse = mask is None and settings.nonfinite != "propagate"
@@ -399,7 +400,7 @@ class Prepared:
         groups: Sequence[Mapping[str, Any]],
         keep: Tensor | None,
     ) -> None:
-        leaves = self.census.adamw_leaves(grads, state)
+        leaves = self.table.adamw_leaves(grads, state)
         found_inf = None if keep is None else (~keep).to(torch.float32)
         for index, group in enumerate(groups):
             adamw_step(leaves.get(index, []), group, found_inf)

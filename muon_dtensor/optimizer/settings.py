@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch
 
-from muon_dtensor.algorithms.kernels import body_of
-from muon_dtensor.algorithms.newton_schulz import Body
+from muon_dtensor.algorithms.kernels import kernel_of
+from muon_dtensor.algorithms.newton_schulz import IterationKernel
 from muon_dtensor.errors import GroupOptionError
 from muon_dtensor.optimizer.options import OPTIONS
 from muon_dtensor.planning.plan import PlanOptions
@@ -66,9 +66,9 @@ class Settings:
         names = [field.name for field in fields(cls) if field.name in options]
         return cls(custom=custom, **{name: options[name] for name in names})
 
-    def body(self) -> Body:
+    def body(self) -> IterationKernel:
         """What multiplies the matrices of an iteration."""
-        return body_of(self.kernels, compiles=self.compile)
+        return kernel_of(self.kernels, compiles=self.compile)
 
     def wait_for_momentum(self) -> None:
         """Until copies of it to the host, which nothing else waits for, have arrived."""

@@ -1,7 +1,4 @@
-"""What the optimizer keeps of a parameter between steps, and which saved state fits it.
-
-Knows tensors and their placements. Does not step, and does not plan.
-"""
+"""The state of a parameter between steps, and checks of loaded state."""
 
 import logging
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence

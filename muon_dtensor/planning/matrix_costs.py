@@ -1,4 +1,4 @@
-"""What one element and one matrix cost: bytes by dtype, flops by size. Knows no mesh."""
+"""Bytes by dtype and flops by size of a matrix."""
 
 from muon_dtensor.layout import Matrix
 

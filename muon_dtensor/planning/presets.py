@@ -1,7 +1,4 @@
-"""Machines by name, and topologies from files.
-
-Numbers with their sources. Prices nothing.
-"""
+"""Topologies by name, with the sources of their numbers, and from files."""
 
 from pathlib import Path
 

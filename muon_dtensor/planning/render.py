@@ -4,7 +4,7 @@ import difflib
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -13,9 +13,11 @@ from muon_dtensor.planning.cost import PlanCost
 from muon_dtensor.planning.matrix_costs import matrix_flops
 from muon_dtensor.planning.memory import bucket_peak_nbytes
 from muon_dtensor.planning.normuon_state import reductions
-from muon_dtensor.planning.plan import Alternative, Bucket, ParamSpec, Plan
+from muon_dtensor.planning.plan import Alternative, Assignment, Bucket, ParamSpec, Plan
+from muon_dtensor.planning.presets import PRESETS
 from muon_dtensor.planning.simulate import Prediction
 from muon_dtensor.planning.strategies import AllToAll
+from muon_dtensor.planning.topology import Topology
 from muon_dtensor.planning.traffic import BucketTraffic, bucket_traffic
 
 MOST_ROWS, MOST_LINES = 8, 28
@@ -59,6 +61,12 @@ def families(names: Iterable[str]) -> str:
             text = text.replace("#", str(low) if low == high else inner, 1)
         texts.append(text)
     return ", ".join(texts)
+
+
+def machine(topology: Topology) -> str:
+    """A topology by name, and whether its prices were measured."""
+    is_estimate = topology in PRESETS.values() and topology.name != "gloo-local"
+    return f"{topology.name}{' (data sheets, not calibrated)' * is_estimate}"
 
 
 def cuts_text(layout: Layout) -> str:
@@ -129,7 +137,7 @@ def summary(plan: Plan, cost: PlanCost, prediction: Prediction, digest: str) -> 
         f"(cap {quantity(plan.options.bucket_nbytes, 'B')} a bucket, "
         f"{plan.options.prefetch_count} prefetched), {quantity(max(cost.peak_nbytes), 'B')} with "
         "work space",
-        f"predicted {duration(prediction.seconds)} a step on {plan.options.topology.name}",
+        f"predicted {duration(prediction.seconds)} a step on {machine(plan.options.topology)}",
     ]
     for reduction in reductions(plan):
         sizes = " x ".join(f"{name}={reduction.mesh.sizes[name]}" for name in reduction.mesh_dims)
@@ -172,7 +180,7 @@ def _bucket_rows(plan: Plan, cost: PlanCost, prediction: Prediction) -> list[lis
     rows = []
     told: set[tuple[Alternative, ...]] = set()
     for (head, *tail), numbers in same.items():
-        title = f"bucket {numbers[0]}  " if len(numbers) == 1 else f"buckets {_ranges(numbers)}  "
+        title = f"bucket {numbers[0]}  " if len(numbers) == 1 else f"buckets {ranges(numbers)}  "
         bucket = plan.buckets[numbers[0]]
         others = [] if bucket.alternatives in told else instead(bucket)
         told.add(bucket.alternatives)
@@ -263,10 +271,10 @@ def _param_lines(plan: Plan) -> list[str]:
 
 
 def _listed(noun: str, numbers: Sequence[int]) -> str:
-    return f"{noun}{'s' if len(numbers) > 1 else ''} {_ranges(numbers)}"
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """Sorted numbers with runs collapsed, `0-3,8`."""
     runs: list[list[int]] = []
     for number in numbers:
@@ -297,29 +305,42 @@ def explain(plan: Plan, fqn: str) -> str:
         f"{fqn}  {shape_text(spec)} {spec.dtype} on {spec.layout.mesh}",
         f"  stored: {cuts_text(spec.layout)}",
     ]
+    alike: dict[tuple[str, ...], list[tuple[str, int]]] = {}
     for number, bucket in enumerate(plan.buckets):
         for assignment in bucket.assignments:
-            if assignment.param != index:
-                continue
-            matrix = plan.matrix(assignment)
-            holders = plan.holders(assignment)
-            region = matrix.region
-            box = ", ".join(f"{a}:{b}" for a, b in zip(region.start, region.stop, strict=True))
-            alone = bucket_traffic(plan, replace(bucket, assignments=(assignment,)))
-            rank = bucket.mesh.ranks[assignment.owner]
-            lines += [
-                f"  matrix [{box}] in bucket {number}, {bucket.strategy.text}",
-                f"    in {_count(len(holders), 'piece', 'pieces')} on each of "
-                f"{_count(len(spec.layout.replica_offsets), 'replica', 'replicas')}; "
-                f"rank {rank} orthogonalizes it, {quantity(sum(alone.flops), 'FLOP')}",
-            ]
-            for phase in ("unshard", "reshard"):
-                for hop in getattr(alone.sequence, phase):
-                    nbytes = quantity(sum(alone.sent_nbytes(hop)), "B")
-                    text = collective_text(bucket, hop.collective)
-                    lines.append(f"    {phase}: {nbytes} by {text}")
-            lines.append(f"    because {reason(plan, bucket)}")
-            lines += [f"      {line}" for line in instead(bucket)]
+            if assignment.param == index:
+                region = plan.matrix(assignment).region
+                ends = zip(region.start, region.stop, strict=True)
+                box = f"[{', '.join(f'{first}:{last}' for first, last in ends)}]"
+                details = tuple(_matrix_lines(plan, number, bucket, assignment))
+                rank = bucket.mesh.ranks[assignment.owner]
+                alike.setdefault(details, []).append((box, rank))
+    for (place, pieces, flops, *others), matrices in alike.items():
+        boxes, ranks = zip(*matrices, strict=True)
+        if len(matrices) == 1:
+            lines.append(f"  matrix {boxes[0]} in {place}")
+            lines.append(f"    {pieces}; rank {ranks[0]} orthogonalizes it, {flops}")
+        else:
+            owners = _listed("rank", sorted(set(ranks)))
+            lines.append(f"  {len(boxes)} matrices {boxes[0]} to {boxes[-1]} in {place}")
+            lines.append(f"    each {pieces}, {flops}; owned by {owners}")
+        lines += others
     if len(lines) == 2:
         lines.append("  no elements, nothing to do")
     return "\n".join(lines)
+
+
+def _matrix_lines(plan: Plan, number: int, bucket: Bucket, assignment: Assignment) -> Iterator[str]:
+    """Where one matrix is orthogonalized, its pieces and work, what it sends, and why so."""
+    layout, holders = plan.spec(assignment).layout, plan.holders(assignment)
+    alone = bucket_traffic(plan, replace(bucket, assignments=(assignment,)))
+    yield f"bucket {number}, {bucket.strategy.text}"
+    replicas = _count(len(layout.replica_offsets), "replica", "replicas")
+    yield f"in {_count(len(holders), 'piece', 'pieces')} on each of {replicas}"
+    yield quantity(sum(alone.flops), "FLOP")
+    for phase in ("unshard", "reshard"):
+        for hop in getattr(alone.sequence, phase):
+            nbytes = quantity(sum(alone.sent_nbytes(hop)), "B")
+            yield f"    {phase}: {nbytes} by {collective_text(bucket, hop.collective)}"
+    yield f"    because {reason(plan, bucket)}"
+    yield from (f"      {line}" for line in instead(bucket))

@@ -1,7 +1,4 @@
-"""What a machine costs: links by mesh dim, matrix products by size, memory, cores.
-
-Values and formulas. Knows no plan, and measures nothing: `muon-dtensor calibrate` does.
-"""
+"""The prices of a machine: links by mesh dim, matrix products by size, memory, cores."""
 
 import json
 import math

@@ -1,10 +1,10 @@
-"""The exchange buffers of one rank. Knows how long each lives, and nothing of what is in them.
+"""The exchange buffers of one rank.
 
 Note [Kept buffers]
     On the host all buffers lie in one block that is kept from step to step, and so are the views
     of their slots: pages that the kernel maps anew cost as much as packing does (12 layers of
     d = 384 on 4 ranks: 4,300 page faults and a sixth of a step). On a device they are made anew:
-    its allocator keeps memory by itself, and lends it to forward and backward in between.
+    torch's allocator keeps the memory, and lends it to forward and backward in between.
 """
 
 from collections.abc import Mapping
@@ -87,7 +87,7 @@ class ExchangeBuffers:
 
 
 @dataclass(slots=True)
-class Flight:
+class InFlight:
     """What is live of one bucket between its phases; see Note [Three buffers].
 
     `buffer` is what the next phase reads: `wholes`, later what a hop back has brought. `sending`
@@ -97,10 +97,10 @@ class Flight:
     buffer: Tensor
     sending: Tensor | None = None
     work: Work | None = None
-    patience: timedelta | None = None
+    timeout: timedelta | None = None
 
     def wait(self) -> None:
         if self.work is not None:
             with range_of("muon wait"):
-                finish(self.work, self.patience)
+                finish(self.work, self.timeout)
         self.work = self.sending = None

@@ -1,7 +1,4 @@
-"""One planned collective, one torch call.
-
-Knows how torch spells it. Knows neither plans nor parameters.
-"""
+"""Calls of torch.distributed: one function for each collective."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -13,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from muon_dtensor.planning.routes import RankCollective
-from muon_dtensor.runtime.torch_private import patience_of
+from muon_dtensor.runtime.torch_private import timeout_of
 
 T = TypeVar("T")
 
@@ -41,20 +38,20 @@ def all_to_all(
     return work
 
 
-def finish(work: Work | None, patience: timedelta | None) -> None:
-    """Wait for a collective, no longer than `patience`. Raises RuntimeError after that."""
+def finish(work: Work | None, timeout: timedelta | None) -> None:
+    """Wait for a collective, no longer than `timeout`. Raises RuntimeError after that."""
     assert work is not None, "async_op=True returns a Work"
-    if patience is None:
+    if timeout is None:
         work.wait()
     else:
-        work.wait(patience)
+        work.wait(timeout)
 
 
 def connect_ranks(group: ProcessGroup, device: torch.device) -> None:
     """One element from each rank of a group to each other, and wait for it."""
     send = torch.zeros(dist.get_world_size(group), device=device)
     work = dist.all_to_all_single(torch.empty_like(send), send, group=group, async_op=True)
-    finish(work, patience_of(group))
+    finish(work, timeout_of(group))
 
 
 def barrier(group: ProcessGroup) -> None:
@@ -74,20 +71,20 @@ def maximum_of_all(values: Tensor, group: ProcessGroup) -> None:
     everywhere = values.repeat(dist.get_world_size(group))
     received = torch.empty_like(everywhere)
     work = dist.all_to_all_single(received, everywhere, group=group, async_op=True)
-    finish(work, patience_of(group))
+    finish(work, timeout_of(group))
     torch.amax(received.view(-1, values.numel()), dim=0, out=values)
 
 
 def all_reduce_max(values: Tensor, group: ProcessGroup) -> None:
     """The elementwise maximum over a group, in place."""
     work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group, async_op=True)
-    finish(work, patience_of(group))
+    finish(work, timeout_of(group))
 
 
 def all_reduce_sum(values: Tensor, group: ProcessGroup) -> None:
     """The elementwise sum over a group, in place."""
     work = dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group, async_op=True)
-    finish(work, patience_of(group))
+    finish(work, timeout_of(group))
 
 
 def all_gather_parts(everything: Tensor, part: Tensor, group: ProcessGroup) -> None:

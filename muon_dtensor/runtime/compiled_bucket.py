@@ -1,4 +1,4 @@
-"""One bucket on one rank, with all that can be worked out before the first step."""
+"""One bucket compiled for one rank: everything that is known before the first step."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from muon_dtensor.algorithms.update import Place
+from muon_dtensor.algorithms.update import MatrixSlice
 from muon_dtensor.layout import Matrix
 from muon_dtensor.planning.plan import DEVICE_BATCH_NUMEL, Action, Assignment, Phase, Plan
 from muon_dtensor.planning.routes import Slot, rank_bucket
@@ -25,7 +25,7 @@ class Piece:
     param: int
     slot: Slot
     box: Box | None
-    place: Place
+    place: MatrixSlice
 
 
 Run = tuple[int, Box | None]
@@ -40,7 +40,7 @@ class PackingBatch:
     pieces: tuple[tuple[int, ...], ...]
 
 
-class BucketRun:
+class CompiledBucket:
     """What one rank does for one bucket of a plan, and where. Holds no tensor of the step."""
 
     def __init__(self, plan: Plan, index: int, rank: int, devices: Sequence[torch.device]) -> None:
@@ -80,7 +80,7 @@ class BucketRun:
             positions = view_box(
                 from_matrix(everything, matrix), box_of(slot.region, matrix.region)
             ).contiguous()
-        place = Place(matrix.rows, matrix.cols, start, is_transposed, positions)
+        place = MatrixSlice(matrix.rows, matrix.cols, start, is_transposed, positions)
         return Piece(param, slot, box, place)
 
     def _parts(self) -> dict[Assignment, tuple[Part, ...]]:

@@ -1,6 +1,4 @@
-"""What one rank votes, as integers, and what reduced votes say.
-
-Knows numbers and their meaning. Reduces nothing, and asks nobody.
+"""Encodes what a rank reports before a step as integers, and decodes the reduced integers.
 
 Note [Ballot]
     Nine int64, reduced by MAX over every set of ranks that a mesh holds, smaller sets first.

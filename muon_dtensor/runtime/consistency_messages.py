@@ -1,7 +1,4 @@
-"""Who differs from whom, in words: what every rank raises once a ballot shows a difference.
-
-Takes what was gathered from all ranks. Sends nothing.
-"""
+"""Error messages that say which ranks differ, and in what."""
 
 from collections.abc import Iterator, Mapping, Sequence
 

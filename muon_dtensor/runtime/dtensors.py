@@ -82,7 +82,7 @@ def _cut_order(
     return tuple(order)
 
 
-class Describer:
+class LayoutCache:
     """Describes parameters, equal meshes and layouts as one and the same object."""
 
     def __init__(self, plain_mesh: DeviceMesh | None = None) -> None:

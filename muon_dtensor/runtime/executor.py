@@ -1,8 +1,4 @@
-"""Walks a Plan on one rank; decides nothing.
-
-Takes local tensors and numbers, moves and updates them in the plan's order. Does not know param
-groups, and reads no value from a device but a tensor lr.
-"""
+"""Executes a plan on one rank: interprets the events of its schedule."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +8,12 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from muon_dtensor.algorithms.update import Place, apply_updates, update_momentum, write_directions
+from muon_dtensor.algorithms.update import (
+    MatrixSlice,
+    apply_updates,
+    update_momentum,
+    write_directions,
+)
 from muon_dtensor.errors import StepFailedError
 from muon_dtensor.planning.plan import Action, Assignment, Phase, Plan
 from muon_dtensor.planning.schedule import (
@@ -27,12 +28,12 @@ from muon_dtensor.planning.schedule import (
     Wait,
     lower,
 )
-from muon_dtensor.runtime.buffers import ExchangeBuffers, Flight
+from muon_dtensor.runtime.buffers import ExchangeBuffers, InFlight
 from muon_dtensor.runtime.collectives import barrier, issue
-from muon_dtensor.runtime.compiled_bucket import BucketRun, Run
+from muon_dtensor.runtime.compiled_bucket import CompiledBucket, Run
 from muon_dtensor.runtime.hyperparameters import MuonOptions
 from muon_dtensor.runtime.local_param import LocalParam
-from muon_dtensor.runtime.normuon_state import RowMoments
+from muon_dtensor.runtime.normuon_state import RowSecondMoments
 from muon_dtensor.runtime.packing import (
     assemble,
     disassemble,
@@ -43,10 +44,10 @@ from muon_dtensor.runtime.packing import (
     view_box,
 )
 from muon_dtensor.runtime.process_groups import Groups
-from muon_dtensor.runtime.torch_private import patience_of, range_of
+from muon_dtensor.runtime.torch_private import range_of, timeout_of
 from muon_dtensor.runtime.trace import Trace
 
-Look = Callable[[Assignment, Tensor], None]
+Observer = Callable[[Assignment, Tensor], None]
 
 _Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
@@ -71,7 +72,7 @@ class Executor:
         self._trace = trace
         self._groups = groups
         self._runs = {
-            index: BucketRun(plan, index, rank, devices)
+            index: CompiledBucket(plan, index, rank, devices)
             for index, bucket in enumerate(plan.buckets)
             if bucket.mesh.holds(rank)
         }
@@ -81,14 +82,14 @@ class Executor:
             {index: run.local for index, run in self._runs.items()},
             {index: (run.dtype, run.device) for index, run in self._runs.items()},
         )
-        self._flights: dict[int, Flight] = {}
-        self._moments = RowMoments(plan, rank, groups)
-        self._look: Look | None = None
+        self._flights: dict[int, InFlight] = {}
+        self._moments = RowSecondMoments(plan, rank, groups)
+        self._look: Observer | None = None
         self._now: Action | None = None
-        self._is_meanwhile = False
+        self._is_overlapped = False
 
     @contextmanager
-    def watched(self, trace: Trace, look: Look) -> Iterator[None]:
+    def watched(self, trace: Trace, look: Observer) -> Iterator[None]:
         """Let another trace record the phases inside, and `look` see each whole polar factor."""
         before, self._trace, self._look = self._trace, trace, look
         try:
@@ -107,7 +108,7 @@ class Executor:
         self,
         params: dict[int, LocalParam],
         keep: Tensor | None = None,
-        meanwhile: Callable[[], None] | None = None,
+        overlapped: Callable[[], None] | None = None,
     ) -> None:
         """One step. `params` maps indices of `plan.params` to those that have a gradient.
 
@@ -115,11 +116,11 @@ class Executor:
 
         Args:
             keep: a bool scalar on the device; where it is False all bytes move and nothing changes.
-            meanwhile: AdamW's work of this rank, which is done while the first exchanges are in
+            overlapped: AdamW's work of this rank, which is done while the first exchanges are in
                 flight, and in any case.
         """
         try:
-            self._walk(params, keep, meanwhile)
+            self._walk(params, keep, overlapped)
         except BaseException as error:
             # exchanges of this step may be in flight yet: the next one must not meet them
             self._flights.clear()
@@ -131,7 +132,7 @@ class Executor:
             self._trace.step += 1
 
     def _where(self) -> str:
-        if self._is_meanwhile:
+        if self._is_overlapped:
             return "AdamW's groups"
         if (now := self._now) is None:
             return "the row moments of NorMuon"
@@ -141,35 +142,35 @@ class Executor:
         self,
         params: dict[int, LocalParam],
         keep: Tensor | None,
-        meanwhile: Callable[[], None] | None,
+        overlapped: Callable[[], None] | None,
     ) -> None:
-        self._is_meanwhile = False
+        self._is_overlapped = False
         for action, events in self._program:
             self._now = action
-            if meanwhile is not None and action.phase is not Phase.UNSHARD:
-                self._do(meanwhile)
-                meanwhile = None
+            if overlapped is not None and action.phase is not Phase.UNSHARD:
+                self._do(overlapped)
+                overlapped = None
             run = self._runs[action.bucket]
             if action.phase is Phase.ORTHOGONALIZE and self.plan.options.sequential:
                 self._act_in_turn(action, events, run, params, keep)
             else:
                 self._act(action, events, run, params, keep)
-        if meanwhile is not None:
-            self._do(meanwhile)
+        if overlapped is not None:
+            self._do(overlapped)
         self._now = None
         kept = {index: p.moments for index, p in params.items() if p.moments is not None}
         self._moments.tell(kept)
 
-    def _do(self, meanwhile: Callable[[], None]) -> None:
-        self._is_meanwhile = True
-        meanwhile()
-        self._is_meanwhile = False
+    def _do(self, overlapped: Callable[[], None]) -> None:
+        self._is_overlapped = True
+        overlapped()
+        self._is_overlapped = False
 
     def _act(
         self,
         action: Action,
         events: Sequence[Event],
-        run: BucketRun,
+        run: CompiledBucket,
         params: dict[int, LocalParam],
         keep: Tensor | None,
     ) -> None:
@@ -187,7 +188,7 @@ class Executor:
     def _interpret(
         self,
         events: Sequence[Event],
-        run: BucketRun,
+        run: CompiledBucket,
         params: dict[int, LocalParam],
         keep: Tensor | None,
     ) -> None:
@@ -195,7 +196,7 @@ class Executor:
             match event:
                 case Fill(buffer=number):
                     buffer = self._buffers.take(run.index, number)
-                    self._flights[run.index] = Flight(buffer)
+                    self._flights[run.index] = InFlight(buffer)
                     self._fill(run, buffer, params, keep)
                 case UpdateMomenta():
                     self._update_momenta(run.unpacked, params, keep)
@@ -214,7 +215,7 @@ class Executor:
 
     @contextmanager
     def _momenta_here(
-        self, run: BucketRun, params: dict[int, LocalParam]
+        self, run: CompiledBucket, params: dict[int, LocalParam]
     ) -> Iterator[dict[int, LocalParam]]:
         """Bring offloaded momenta of a bucket to the device, and copy them back afterwards."""
         away = {
@@ -232,7 +233,7 @@ class Executor:
 
     def _fill(
         self,
-        run: BucketRun,
+        run: CompiledBucket,
         buffer: Tensor,
         params: dict[int, LocalParam],
         keep: Tensor | None,
@@ -246,7 +247,7 @@ class Executor:
 
     def _write_directions(
         self,
-        run: BucketRun,
+        run: CompiledBucket,
         indices: Sequence[int],
         views: list[Tensor],
         params: dict[int, LocalParam],
@@ -275,25 +276,25 @@ class Executor:
         for momentum, (momenta, grads) in groups.items():
             update_momentum(momenta, grads, momentum, keep)
 
-    def _repack(self, run: BucketRun, flight: Flight, hop: Hop) -> None:
+    def _repack(self, run: CompiledBucket, flight: InFlight, hop: Hop) -> None:
         """Fill the send buffer of a collective."""
         send = self._buffers.take(run.index, hop.send)
         repack(flight.buffer, send, run.local.collective(hop).moves)
         flight.buffer = send
 
-    def _send(self, run: BucketRun, flight: Flight, hop: Hop) -> None:
+    def _send(self, run: CompiledBucket, flight: InFlight, hop: Hop) -> None:
         """Issue a collective; what it receives becomes the flight's buffer."""
         flight.sending = flight.buffer
         flight.buffer = self._buffers.take(run.index, hop.recv)
         collective = run.local.collective(hop)
         group = self._groups.over(run.bucket.mesh, collective.collective.mesh_dims)
         flight.work = issue(collective, flight.sending, flight.buffer, group)
-        flight.patience = patience_of(group)
+        flight.timeout = timeout_of(group)
 
     def _orthogonalize(
         self,
-        run: BucketRun,
-        flight: Flight,
+        run: CompiledBucket,
+        flight: InFlight,
         params: dict[int, LocalParam],
         keep: Tensor | None,
     ) -> None:
@@ -312,8 +313,8 @@ class Executor:
 
     def _orthogonalize_batch(
         self,
-        run: BucketRun,
-        flight: Flight,
+        run: CompiledBucket,
+        flight: InFlight,
         views: list[Tensor],
         options: MuonOptions,
         batch: Sequence[tuple[Assignment, LocalParam]],
@@ -338,13 +339,13 @@ class Executor:
         for (assignment, local), polar_factor in zip(batch, polar_factors, strict=True):
             self._put(run, views, assignment, polar_factor, local, keep)
 
-    def _wholes(self, run: BucketRun, buffer: Tensor) -> list[Tensor]:
+    def _wholes(self, run: CompiledBucket, buffer: Tensor) -> list[Tensor]:
         """The slots of a buffer of whole matrices."""
         return self._buffers.views(run.index, run.sequence.wholes, buffer, run.local.wholes)
 
     def _assemble(
         self,
-        run: BucketRun,
+        run: CompiledBucket,
         buffer: Tensor,
         views: list[Tensor],
         assignments: Sequence[Assignment],
@@ -367,7 +368,7 @@ class Executor:
 
     def _put(
         self,
-        run: BucketRun,
+        run: CompiledBucket,
         views: list[Tensor],
         assignment: Assignment,
         polar_factor: Tensor,
@@ -387,7 +388,7 @@ class Executor:
         self,
         action: Action,
         events: Sequence[Event],
-        run: BucketRun,
+        run: CompiledBucket,
         params: dict[int, LocalParam],
         keep: Tensor | None,
     ) -> None:
@@ -400,7 +401,7 @@ class Executor:
 
     def _apply(
         self,
-        run: BucketRun,
+        run: CompiledBucket,
         buffer: Tensor,
         params: dict[int, LocalParam],
         keep: Tensor | None,
@@ -409,7 +410,7 @@ class Executor:
         views = self._buffers.views(run.index, run.sequence.results, buffer, run.local.results)
         for batch in run.applying:
             groups: dict[
-                tuple[MuonOptions, int, int], tuple[list[Tensor], list[Tensor], list[Place]]
+                tuple[MuonOptions, int, int], tuple[list[Tensor], list[Tensor], list[MatrixSlice]]
             ] = {}
             for index in batch:
                 piece = run.results[index]

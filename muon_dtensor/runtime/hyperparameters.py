@@ -1,7 +1,4 @@
-"""What a param group says about a step, as one value, and the orthogonalizer it wants.
-
-Knows no mesh, and which parameters are meant.
-"""
+"""The options of a param group that a step reads, as one value, and its orthogonalizer."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +8,7 @@ import torch
 from torch import Tensor
 
 from muon_dtensor.algorithms import newton_schulz, polar_express
-from muon_dtensor.algorithms.newton_schulz import Body
+from muon_dtensor.algorithms.newton_schulz import IterationKernel
 from muon_dtensor.algorithms.normuon import normalize_rows
 from muon_dtensor.algorithms.update import adjusted_lr
 from muon_dtensor.errors import GroupOptionError
@@ -62,14 +59,14 @@ class MuonOptions:
     adjust_lr_fn: str | None
     orthogonalizer: str
     custom: Orthogonalizer | None
-    body: Body
+    body: IterationKernel
     capturable: bool
     normuon_beta: float | None
     cautious: bool
 
     @classmethod
     def of(
-        cls, group: Mapping[str, Any], custom: Orthogonalizer | None, body: Body
+        cls, group: Mapping[str, Any], custom: Orthogonalizer | None, body: IterationKernel
     ) -> "MuonOptions":
         """What this param group says."""
         decay = 1 - group["lr"] * group["weight_decay"]

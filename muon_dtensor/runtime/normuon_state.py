@@ -48,7 +48,7 @@ def zeros_beside(param: Tensor, layout: Layout, rank: int) -> Tensor:
     return whole
 
 
-class RowMoments:
+class RowSecondMoments:
     """Of all parameters of a plan that NorMuon steps, seen from one rank."""
 
     def __init__(self, plan: Plan, rank: int, groups: Groups) -> None:

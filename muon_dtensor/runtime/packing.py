@@ -1,7 +1,4 @@
-"""Local shards <-> flat buffers <-> whole matrices.
-
-Copies between places that the routes name. Computes nothing and sends nothing.
-"""
+"""Copies between local shards, flat buffers and whole matrices."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,6 @@
-"""How tensors that are no DTensors lie: replicated, or cut, on a mesh that a config names.
+"""Layouts of tensors that are not DTensors: replicated, or cut, on the mesh of a config.
 
-Learns the sizes of their shards from all ranks, once. Knows no plan.
+Ranks exchange the sizes of their shards once.
 """
 
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -17,7 +17,7 @@ from muon_dtensor.layout import Layout, MeshSpec
 from muon_dtensor.layout.from_shards import flat_layout_from_shards, layout_from_shards
 from muon_dtensor.layout.matrices import TO_ADAMW
 from muon_dtensor.runtime.collectives import gather_from_mesh
-from muon_dtensor.runtime.dtensors import Describer
+from muon_dtensor.runtime.dtensors import LayoutCache
 from muon_dtensor.runtime.fsdp1 import FlatSlices
 from muon_dtensor.runtime.process_groups import Groups
 from muon_dtensor.runtime.torch_private import this_rank
@@ -30,7 +30,7 @@ None in place of a number: the parameter is replicated. None for all: nobody sai
 
 
 @dataclass(frozen=True)
-class PlainRule:
+class PlainLayoutRule:
     """Where plain tensors lie. `cuts`: mesh dims and the tensor dims they cut, outermost first.
 
     All other mesh dims replicate them; a mesh dim of one rank cuts nothing. Slices of FSDP1's flat
@@ -122,7 +122,7 @@ class _Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _PlainLayout:
     """What was worked out of one tensor.
 
     `flat`: its whole shape, if it is stored flat. `by_the_rule`: whether a rule for all plain
@@ -142,19 +142,19 @@ class PlainTensors:
     Tensors are held weakly, so that a parameter that was replaced (by FSDP2) can be freed.
     """
 
-    def __init__(self, rule: PlainRule | None) -> None:
+    def __init__(self, rule: PlainLayoutRule | None) -> None:
         self.rule = rule
-        self._found: MutableMapping[Tensor, _Found] = WeakTensorKeyDictionary()
+        self._found: MutableMapping[Tensor, _PlainLayout] = WeakTensorKeyDictionary()
         self._is_mixed = False
 
     def learn(
-        self, named: Sequence[tuple[str, Tensor]], describer: Describer, *, exchange: bool
+        self, named: Sequence[tuple[str, Tensor]], layout_cache: LayoutCache, *, exchange: bool
     ) -> None:
         """Work out the layouts of those parameters that are new; a collective if any can be cut.
 
         Args:
             named: all parameters, DTensors too: a rule may count them.
-            describer: where meshes are described.
+            layout_cache: where meshes are described.
             exchange: take part in the collective even if nothing is new here.
 
         Raises:
@@ -172,8 +172,8 @@ class PlainTensors:
         ]
         if self.rule is None or not self.rule.real_cuts:
             for _, _, tensor in new:
-                layout = _whole_everywhere(tensor, slices, describer)
-                self._found[tensor] = _Found(layout)
+                layout = _whole_everywhere(tensor, slices, layout_cache)
+                self._found[tensor] = _PlainLayout(layout)
             return
         for mesh_dim, dims in self.rule.real_cuts:
             if isinstance(dims, Sequence) and len(dims) > len(named):
@@ -182,12 +182,12 @@ class PlainTensors:
                 )
         if not (new or exchange):
             return
-        mesh, rank = describer.mesh(self.rule.mesh), this_rank()
+        mesh, rank = layout_cache.mesh(self.rule.mesh), this_rank()
         mine = [
             _Shard(name, tuple(t.shape), slices.shape_of(t), slices.start_of(t))
             for _, name, t in new
         ]
-        groups = Groups(describer.device_meshes, rank).along_each_dim(mesh)
+        groups = Groups(layout_cache.device_meshes, rank).along_each_dim(mesh)
         table = gather_from_mesh(mine, groups, rank)
         _must_match(mesh, table)
         for turn, (index, name, tensor) in enumerate(new):
@@ -197,7 +197,7 @@ class PlainTensors:
                     raise refusal
                 found = self._find(mesh, tensor, shards, (name, index))
             except RefusalError as error:
-                found = _Found(error)
+                found = _PlainLayout(error)
             empty = any(0 in shard.shape for shard in shards.values())
             self._found[tensor] = replace(found, sometimes_empty=empty)
 
@@ -207,7 +207,7 @@ class PlainTensors:
         tensor: Tensor,
         shards: Mapping[int, _Shard],
         named: tuple[str, int],
-    ) -> _Found:
+    ) -> _PlainLayout:
         """From what all ranks told of a tensor; `named` is its name and index.
 
         Raises RefusalError.
@@ -224,9 +224,9 @@ class PlainTensors:
         if whole is None:
             cuts = self.rule.cuts_of(*named, tensor.ndim)
             layout = layout_from_shards(mesh, cuts, shapes)
-            return _Found(layout, by_the_rule=self.rule.is_for_all())
+            return _PlainLayout(layout, by_the_rule=self.rule.is_for_all())
         if all(shape == whole for shape in shapes.values()):  # NO_SHARD
-            return _Found(layout_from_shards(mesh, ((),) * len(whole), shapes))
+            return _PlainLayout(layout_from_shards(mesh, ((),) * len(whole), shapes))
         cutting = [mesh_dim for mesh_dim, _ in self.rule.real_cuts]
         if len(cutting) != 1:
             raise RefusalError(
@@ -236,13 +236,13 @@ class PlainTensors:
             )
         slices = {position: (shard.start, prod(shard.shape)) for position, shard in shards.items()}
         layout = flat_layout_from_shards(mesh, cutting[0], whole, slices)
-        return _Found(layout, flat=whole)
+        return _PlainLayout(layout, flat=whole)
 
-    def of(self, tensors: Sequence[Tensor]) -> list[_Found | None]:
+    def of(self, tensors: Sequence[Tensor]) -> list[_PlainLayout | None]:
         """What is known of each tensor, for `restore` in a copy; None of what was not learned."""
         return [self._found.get(tensor) for tensor in tensors]
 
-    def restore(self, tensors: Sequence[Tensor], found: Sequence[_Found | None]) -> None:
+    def restore(self, tensors: Sequence[Tensor], found: Sequence[_PlainLayout | None]) -> None:
         """Take over what `of` gave of the tensors that these are copies of; asks no other rank."""
         self._found.update({t: f for t, f in zip(tensors, found, strict=True) if f is not None})
 
@@ -280,7 +280,7 @@ class PlainTensors:
 
 
 def _whole_everywhere(
-    tensor: Tensor, slices: FlatSlices, describer: Describer
+    tensor: Tensor, slices: FlatSlices, layout_cache: LayoutCache
 ) -> Layout | RefusalError:
     """A plain tensor that lies whole on every rank of its mesh."""
     if refusal := slices.refusal_of(tensor):
@@ -293,7 +293,7 @@ def _whole_everywhere(
             f"It is a slice of a flat parameter of FSDP1, {list(shape)} when whole.",
             "Pass distributed_config=create_auto_config(fsdp_process_group=...).",
         )
-    return Layout(describer.plain_mesh, tuple(tensor.shape), ((),) * tensor.ndim)
+    return Layout(layout_cache.plain_mesh, tuple(tensor.shape), ((),) * tensor.ndim)
 
 
 def _must_match(mesh: MeshSpec, table: Mapping[int, Sequence[_Shard]]) -> None:

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from muon_dtensor.layout import MeshSpec
 from muon_dtensor.runtime.collectives import connect_ranks
-from muon_dtensor.runtime.torch_private import patience_of
+from muon_dtensor.runtime.torch_private import timeout_of
 
 _own: WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...], ProcessGroup]] = WeakKeyDictionary()
 """By default process group, and by ranks: forgotten with the default group."""
@@ -96,6 +96,6 @@ class Groups:
         own = _own.setdefault(world, {})
         if ranks not in own:
             own[ranks] = dist.new_group(
-                list(ranks), timeout=patience_of(world), use_local_synchronization=True
+                list(ranks), timeout=timeout_of(world), use_local_synchronization=True
             )
         return own[ranks]

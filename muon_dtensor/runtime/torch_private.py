@@ -60,7 +60,7 @@ def pretended_ranks(world_size: int) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def patience_of(group: dist.ProcessGroup) -> timedelta | None:
+def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
     """How long a rank waits for the others of a gloo group: the timeout of the default group.
 
     Groups of a DeviceMesh's dims have torch's 30 minutes, whatever init_process_group was told.
@@ -120,7 +120,7 @@ class FSDP2Param:
     """One parameter that `fully_shard` manages in this process.
 
     `sharded` is the DTensor; `unsharded` the whole tensor between all-gather and reshard, which
-    modules hold in its place meanwhile; `shape` that of the whole tensor.
+    modules hold in its place overlapped; `shape` that of the whole tensor.
     """
 
     sharded: Tensor

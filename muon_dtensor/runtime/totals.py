@@ -1,7 +1,4 @@
-"""Sums over shards: each element of a tensor counted once, however many ranks hold it.
-
-Knows layouts and process groups. Does not know what is summed.
-"""
+"""Sums over shards in which each element of a tensor counts once, however many ranks hold it."""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,4 @@
-"""When this rank did what, as the Chrome tracing tools show it.
-
-Takes times; changes nothing, and waits for nothing.
-"""
+"""Records when this rank ran which phase, for the Chrome tracing tools."""
 
 import json
 import time

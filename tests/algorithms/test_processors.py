@@ -36,12 +36,12 @@ def test_updates_are_exact_on_a_processor_that_has_avx2_alone():
 
 @pytest.fixture
 def _untold(monkeypatch):
-    bodies.tell_of_slow_bfloat16.cache_clear()
+    bodies.log_slow_bfloat16.cache_clear()
     yield
-    bodies.tell_of_slow_bfloat16.cache_clear()
+    bodies.log_slow_bfloat16.cache_clear()
     monkeypatch.undo()
     for level in (logging.WARNING, logging.INFO):  # as tests/conftest.py left it
-        bodies.tell_of_slow_bfloat16(level)
+        bodies.log_slow_bfloat16(level)
 
 
 def param() -> nn.Parameter:

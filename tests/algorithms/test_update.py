@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from muon_dtensor.algorithms.update import (
-    Place,
+    MatrixSlice,
     adjusted_lr,
     apply_update,
     apply_updates,
@@ -38,7 +38,7 @@ def test_pieces_round_as_the_whole(shape, dtype, update_dtype):
         apply_update(
             result[a:b, c:d],
             update[a:b, c:d].contiguous(),
-            Place(rows, cols, a * cols + c, rows > cols),
+            MatrixSlice(rows, cols, a * cols + c, rows > cols),
             decay=1 - 0.02 * 0.1,
             matrix_lr=0.0137,
         )
@@ -57,7 +57,7 @@ def test_several_pieces_round_as_each_by_itself(dtype, update_dtype):
     expected = [p.clone().mul_(0.99) for p in params]
     for weight, update in zip(expected, polar_factors, strict=True):
         weight.add_(update, alpha=-0.123)
-    places, options = [Place(16, 24, 0, False)] * 4, {"decay": 0.99, "matrix_lr": 0.123}
+    places, options = [MatrixSlice(16, 24, 0, False)] * 4, {"decay": 0.99, "matrix_lr": 0.123}
     apart = [p.clone() for p in params]
     apply_updates(params, polar_factors, places, **options)
     apply_updates(apart[:2], polar_factors[:2], places[:2], **options)
@@ -73,10 +73,12 @@ def test_a_mask_keeps_or_leaves_everything(kept):
     bad = grad if kept else torch.full_like(grad, math.nan)
     update_momentum([masked_momentum], [bad], 0.9, keep)
     options = {"decay": 0.97, "matrix_lr": 0.2}
-    apply_update(masked_weight, update * bad / grad, Place(6, 5, 0, True), **options, keep=keep)
+    apply_update(
+        masked_weight, update * bad / grad, MatrixSlice(6, 5, 0, True), **options, keep=keep
+    )
     if kept:
         update_momentum([momentum], [grad], 0.9)
-        apply_update(weight, update, Place(6, 5, 0, True), **options)
+        apply_update(weight, update, MatrixSlice(6, 5, 0, True), **options)
     assert torch.equal(masked_momentum, momentum)
     torch.testing.assert_close(masked_weight, weight, rtol=1e-6, atol=1e-6)
 
@@ -112,6 +114,6 @@ def test_cautious_decay_takes_what_the_update_leaves_alone():
     """O W >= 0 holds where O is zero (eq. 2 of arXiv:2510.12402)."""
     param = torch.tensor([[2.0, -2.0, 2.0, 0.0]])
     polar_factor = torch.tensor([[0.0, 0.0, -1.0, 1.0]])
-    place = Place(1, 4, 0, is_transposed=False)
+    place = MatrixSlice(1, 4, 0, is_transposed=False)
     apply_update(param, polar_factor, place, decay=0.5, matrix_lr=0.25, cautious=True)
     assert param.tolist() == [[1.0, -1.0, 2.25, -0.25]]

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from muon_dtensor import Muon, StepFailedError
-from muon_dtensor.optimizer import params as census
+from muon_dtensor.optimizer import params as table
 from muon_dtensor.runtime import consistency as agreement
 from muon_dtensor.runtime.torch_private import local_part
 from tests.support.cases import mesh_of, spread, tensors_like
@@ -105,8 +105,8 @@ def test_two_optimizers_in_different_order_are_told():
 
 
 def other_version() -> tuple[str, str, bool]:
-    version = census.VERSIONS if dist.get_rank() != 3 else "muon_dtensor 9.9, torch 2.13.0"
-    with mock.patch.object(census, "VERSIONS", version):
+    version = table.VERSIONS if dist.get_rank() != 3 else "muon_dtensor 9.9, torch 2.13.0"
+    with mock.patch.object(table, "VERSIONS", version):
         mesh, params, optimizer = made()
         set_grads(mesh, params, 0)
         return told(optimizer.step, params)

@@ -330,7 +330,7 @@ def test_symmetric_kernels_iterate_as_we_do():
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
         mock.patch.object(bodies.importlib, "import_module", return_value=package),
     ):
-        body = bodies.body_of("symmetric", compiles=False)
+        body = bodies.kernel_of("symmetric", compiles=False)
     bodies._symmetric.cache_clear()
     for shape in ((12, 20), (20, 12), (3, 8, 16)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))

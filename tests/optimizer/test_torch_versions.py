@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from muon_dtensor import Muon, MuonConfig, PlanError, create_processgroup_config
-from muon_dtensor.runtime.torch_private import cast, local_part, patience_of, with_shard, zeros_like
+from muon_dtensor.runtime.torch_private import cast, local_part, timeout_of, with_shard, zeros_like
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads
@@ -218,11 +218,11 @@ def patience_after() -> list[timedelta | None]:
     """Of a mesh dim's group at first, after the default's timeout was set, and where gloo is
     wrapped by a backend that has no options."""
     group = mesh_of((2, 2)).get_group("a")
-    found = [patience_of(group)]
+    found = [timeout_of(group)]
     set_timeout(33)
-    found.append(patience_of(group))
+    found.append(timeout_of(group))
     with mock.patch.object(dist.ProcessGroup, "_get_backend", return_value=object()):
-        found.append(patience_of(group))
+        found.append(timeout_of(group))
         param = nn.Parameter(spread(torch.ones(8, 4), mesh_of((2, 2)), (R, S0)))
         param.grad = spread(torch.ones(8, 4), mesh_of((2, 2)), (R, S0))
         Muon([param], strategy="owned").step()

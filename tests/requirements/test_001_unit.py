@@ -233,5 +233,5 @@ class TestHelperFunctions:
         config = DistributedConfig(lambda params, state: {}, nothing, nothing, {"rank": 0})
         assert config.async_gpu_parallelism
         assert config.prefetch_count == 1
-        assert config.is_by_hand
+        assert config.uses_custom_transport
         assert config.names_owners

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from muon_dtensor.layout import Layout, MeshSpec, Region
-from muon_dtensor.runtime.dtensors import Describer, _cut_order, describe_mesh
+from muon_dtensor.runtime.dtensors import LayoutCache, _cut_order, describe_mesh
 from muon_dtensor.runtime.torch_private import this_rank
 from tests.support.cases import mesh_of, spread
 from tests.support.threads import run_threads
@@ -68,7 +68,7 @@ def real_shards(shape: tuple[int, int], num_rows: int, num_cols: int) -> list[st
         parallelize_module(model, mesh["tp"], {"0": style})
         fully_shard(model, mesh=mesh["dp"])
         weight = linear.weight
-        layout = Describer().layout(weight)
+        layout = LayoutCache().layout(weight)
         region = layout.region(layout.mesh.position_of(this_rank()))
         box = tuple(slice(a, b) for a, b in zip(region.start, region.stop, strict=True))
         if not torch.equal(weight.to_local(), numbers[box]):
@@ -90,7 +90,7 @@ def plain_shards(mesh_shape: tuple[int, ...]) -> list[str]:
         for shape in ((13, 7), (3, 2), (1, 1), (0, 5), (16, 8)):
             numbers = torch.arange(shape[0] * shape[1]).view(shape)
             tensor = spread(numbers, mesh, placements)
-            layout = Describer().layout(tensor)
+            layout = LayoutCache().layout(tensor)
             region = layout.region(layout.mesh.position_of(this_rank()))
             box = tuple(slice(a, b) for a, b in zip(region.start, region.stop, strict=True))
             if not torch.equal(tensor.to_local(), numbers[box]):
@@ -106,11 +106,11 @@ def test_regions_of_plain_placements(mesh_shape):
 
 def described() -> tuple[bool, bool, str]:
     mesh = init_device_mesh("cpu", (2, 2))
-    describer = Describer()
+    layout_cache = LayoutCache()
     first = DTensor.from_local(torch.ones(2, 4), mesh, (Shard(0), Replicate()))
     second = DTensor.from_local(torch.ones(2, 4), mesh, (Shard(0), Replicate()))
-    same_mesh = describer.mesh(mesh) is describer.mesh(init_device_mesh("cpu", (2, 2)))
-    same_layout = describer.layout(first) is describer.layout(second)
+    same_mesh = layout_cache.mesh(mesh) is layout_cache.mesh(init_device_mesh("cpu", (2, 2)))
+    same_layout = layout_cache.layout(first) is layout_cache.layout(second)
     return same_mesh, same_layout, str(describe_mesh(mesh))
 
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from muon_dtensor import Muon, create_devicemesh_config, create_processgroup_config
 from muon_dtensor.distributed_config import manual_transport as by_hand
 from muon_dtensor.runtime import process_groups as groups
-from muon_dtensor.runtime.dtensors import Describer, describe_mesh
+from muon_dtensor.runtime.dtensors import LayoutCache, describe_mesh
 from muon_dtensor.runtime.process_groups import Groups
 from muon_dtensor.runtime.torch_private import local_part
 from tests.support.cases import mesh_of, spread, tensors_like
@@ -305,8 +305,8 @@ def test_equal_meshes_are_one_mesh_and_another_object_at_the_same_place_is_not()
 
 
 def meshes_by_value() -> tuple[bool, bool]:
-    describer = Describer()
-    first = describer.mesh(mesh_of((2, 2)))
+    layout_cache = LayoutCache()
+    first = layout_cache.mesh(mesh_of((2, 2)))
     gc.collect()
-    second = describer.mesh(init_device_mesh("cpu", (4, 1), mesh_dim_names=("a", "b")))
-    return describer.mesh(mesh_of((2, 2))) is first, second.shape == (4, 1)
+    second = layout_cache.mesh(init_device_mesh("cpu", (4, 1), mesh_dim_names=("a", "b")))
+    return layout_cache.mesh(mesh_of((2, 2))) is first, second.shape == (4, 1)
