@@ -115,7 +115,7 @@ class Muon(Optimizer):
             tensor on the GPU then stays there.
         normuon_beta: divide the rows of each update by the root of their second moments, which
             decay by this (the paper: 0.95); None for Muon. See `algorithms.normuon`.
-        cautious_weight_decay: decay only what the update moves towards zero; see `algorithms.update`.
+        cautious_weight_decay: decay only what the update moves towards zero.
         async_gpu_parallelism: False lets ranks orthogonalize one after the other, to debug.
             Default: that of `distributed_config`, or True.
         check_replicas: before the first step, compare a few elements of every parameter between

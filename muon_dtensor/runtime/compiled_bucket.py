@@ -116,7 +116,7 @@ class CompiledBucket:
 
     @property
     def _most_cast(self) -> int:
-        """Elements of which the direction is held before it is cast; see `planning.workspace`."""
+        """Elements of which the direction is held before it is cast; see `planning.memory`."""
         largest = max((piece.slot.region.numel for piece in self.pieces), default=0)
         return largest if self.device.type == "cpu" else max(largest, DEVICE_BATCH_NUMEL)
 

@@ -324,7 +324,7 @@ class Executor:
         """Matrices of one size, each to its polar factor in place.
 
         `gives_up`: the buffer holds nothing else, and its memory may serve the iteration; see
-        `workspace`.
+        `memory.workspaces`.
         """
         x, is_own = self._assemble(run, flight.buffer, views, [a for a, _ in batch])
         if gives_up and is_own:

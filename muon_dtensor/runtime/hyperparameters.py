@@ -93,7 +93,7 @@ class MuonOptions:
         return scaled if self.capturable else float(scaled)
 
     def normalized(self, polar_factor: Tensor, moments: Tensor, keep: Tensor | None) -> Tensor:
-        """A polar factor [rows, cols] after NorMuon; see `orthogonalize.normuon`."""
+        """A polar factor [rows, cols] after NorMuon; see `algorithms.normuon`."""
         assert self.normuon_beta is not None, "only NorMuon keeps moments"
         return normalize_rows(
             polar_factor, moments, beta=self.normuon_beta, eps=self.eps, keep=keep
