@@ -571,13 +571,13 @@ FAULTS = [
         ),
         (
             "NorMuon's option is lost in a checkpoint",
-            'KEPT = (*DECLARED, "orthogonalizer", "capturable", "normuon_beta",',
-            'KEPT = (*DECLARED, "orthogonalizer", "capturable",',
+            '    *("adjust_lr_fn", "betas"),\n',
+            '    *("adjust_lr_fn", "betas", "normuon_beta"),\n',
         ),
         (
             "the orthogonalizer is lost in a checkpoint",
-            'KEPT = (*DECLARED, "orthogonalizer",',
-            "KEPT = (*DECLARED,",
+            '    *("adjust_lr_fn", "betas"),\n',
+            '    *("adjust_lr_fn", "betas", "orthogonalizer"),\n',
         ),
         (
             "a checkpoint's declaration replaces the live one",

@@ -337,8 +337,14 @@ def settle_numbers(group: MutableMapping[str, Any], known: float | None) -> floa
 
 DECLARED = ("matrix", "matrix_axes", "split_sizes", "split_dim")
 
-KEPT = (*DECLARED, "orthogonalizer", "capturable", "normuon_beta", "cautious_weight_decay")
-"""What checkpoints of torch's Muon and AdamW cannot say."""
+OF_TORCH = (
+    *("lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps"),
+    *("adjust_lr_fn", "betas"),
+)
+"""Options that torch's Muon or AdamW has, and so its checkpoints."""
+
+KEPT = tuple(name for name in DEFAULTS if name not in (*OF_TORCH, "algorithm", "format_version"))
+"""Options that a group keeps when a checkpoint of torch's Muon or AdamW is loaded."""
 
 
 def complete_loaded(group: dict[str, Any], known: Mapping[str, Any]) -> None:

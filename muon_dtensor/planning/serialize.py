@@ -20,7 +20,7 @@ from muon_dtensor.planning.plan import (
     Plan,
     PlanOptions,
 )
-from muon_dtensor.planning.strategies import Collective, Owned, Strategy
+from muon_dtensor.planning.strategies import STRATEGY_CLASSES, Collective, Strategy
 from muon_dtensor.planning.topology import Topology
 
 NOT_A_PLAN = (
@@ -104,7 +104,9 @@ def _strategy_to_json(strategy: Strategy) -> dict[str, Any]:
 
 
 def _strategy_from_json(value: dict[str, Any]) -> Strategy:
-    kinds: dict[str, Callable[..., Strategy]] = {kind.__name__.lower(): kind for kind in (Owned,)}
+    kinds: dict[str, Callable[..., Strategy]] = {
+        kind.__name__.lower(): kind for kind in STRATEGY_CLASSES
+    }
     if not isinstance(value["kind"], str) or value["kind"] not in kinds:
         raise ValueError(f"unknown strategy {value['kind']!r} in the JSON text of a plan")
     fields = {k: tuple(v) if k.endswith("_dims") else v for k, v in value.items() if k != "kind"}

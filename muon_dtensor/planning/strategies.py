@@ -92,6 +92,8 @@ class Owned:
 
 
 Strategy = Owned
+STRATEGY_CLASSES: tuple[type[Strategy], ...] = (Owned,)
+"""The members of the union `Strategy`, for JSON: a class goes by its name in lower case."""
 
 
 def strategies_for(layout: Layout, matrix: Region) -> tuple[Strategy, ...]:

@@ -51,7 +51,7 @@ class CompiledBucket:
         self.local = rank_bucket(plan, bucket, self.position)
         self.sequence = self.local.sequence
         self.batches = self.local.batches(plan.options)
-        kind = bucket.strategy.kind.split("_")[0]
+        kind = bucket.strategy.kind
         self.names = {
             phase: f"muon {Action(phase, index)} {phase.name.lower()} {kind}" for phase in Phase
         }

@@ -25,6 +25,7 @@ from muon_dtensor import GroupOptionError, Muon, StepFailedError
 from muon_dtensor.algorithms import kernels as bodies
 from muon_dtensor.algorithms import newton_schulz
 from muon_dtensor.optimizer import planned_step as prepared
+from muon_dtensor.planning.plan import STRATEGIES
 from muon_dtensor.runtime.hyperparameters import MuonOptions
 from muon_dtensor.runtime.local_param import LocalParam
 from muon_dtensor.runtime.torch_private import on_host
@@ -359,7 +360,7 @@ def test_on_the_host_momentum_is_offloaded_already():
     assert on_host(buffer) is buffer
 
 
-@pytest.mark.parametrize("strategy", ["owned", "owned_staged"])
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
 @pytest.mark.parametrize(
     ("mesh_shape", "placements"), [((2, 2), (R, S0)), ((2, 2), (S0, S1)), ((4,), (R,))], ids=str
 )
