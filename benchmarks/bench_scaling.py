@@ -3,8 +3,8 @@
     python -m benchmarks.bench_scaling --json scaling.json
 
 Starts torchrun for each number of ranks. Beyond the cores of the machine no step can be faster:
-the ideal is the work of one rank divided by the ranks or the cores, whichever are fewer. How well
-the work is shared is told by the CPU time of the busiest rank, which does not depend on the cores:
+the ideal is the work of one rank divided by the ranks or the cores, whichever are fewer. The CPU
+time of the busiest rank measures how well the work is shared, however many cores there are: that
 of the thread that steps, without gloo's threads.
 """
 

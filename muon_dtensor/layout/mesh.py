@@ -10,7 +10,7 @@ from math import prod
 class MeshSpec:
     """A device mesh as values: named dims, their sizes, and the global rank of each position.
 
-    A position is the row-major index of a coordinate. A mesh without dims is one rank by itself;
+    A position is the row-major index of a coordinate. A mesh without dims is one rank alone;
     parameters that no mesh holds (plain tensors) live there.
     """
 

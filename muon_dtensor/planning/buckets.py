@@ -143,7 +143,7 @@ def _rounds(matrices: Iterable[OwnedMatrix]) -> list[list[OwnedMatrix]]:
 def _split(
     level: Sequence[OwnedMatrix], empty: BufferBound, cap_nbytes: int
 ) -> tuple[tuple[OwnedMatrix, ...], ...]:
-    """Consecutive runs under the cap, or near what the largest matrix needs by itself."""
+    """Consecutive runs under the cap, or near what the largest matrix needs alone."""
     largest = max(empty.of([matrix]).nbytes for matrix in level)
     limit = cap_nbytes if largest <= cap_nbytes else OVER_CAP * largest
     runs: list[list[OwnedMatrix]] = []

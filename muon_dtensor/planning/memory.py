@@ -115,7 +115,7 @@ def _applying(plan: Plan, traffic: BucketTraffic) -> dict[int, int]:
 def _packing(plan: Plan, traffic: BucketTraffic) -> dict[int, int]:
     """The direction of the largest piece before it is cast.
 
-    On the host several are packed at once only where they are no larger together, on a device up to
+    On the host several are packed together only if they are no larger than one, on a device up to
     `DEVICE_BATCH_NUMEL` elements.
     """
     largest: dict[int, int] = defaultdict(int)

@@ -132,7 +132,7 @@ class Action:
 
 
 DEVICE_BATCH_NUMEL = 1 << 22
-"""Elements that a device packs at once where it may: launches no longer count for so many. The
+"""Elements that a device packs together where it may: launches no longer count for so many. The
 host takes at most as many as the largest piece has, which stay in its cache."""
 
 
@@ -141,7 +141,7 @@ class PlanOptions:
     """What the user may say about the plan as a whole.
 
     `bucket_nbytes`: most bytes of buffers one bucket may hold on any rank; a matrix that needs
-    more by itself travels alone. `prefetch_count`: buckets whose exchange is in flight while
+    more than that travels alone. `prefetch_count`: buckets whose exchange is in flight while
     another is orthogonalized. `batched`: whether an owner stacks its equal-shaped matrices of a
     bucket, as many as `bucket_nbytes` hold, into one batch (faster on GPUs, rounds differently).
     `sequential`: ranks orthogonalize one after the other, in the order of global ranks; for

@@ -305,7 +305,7 @@ def explain(plan: Plan, fqn: str) -> str:
         f"{fqn}  {shape_text(spec)} {spec.dtype} on {spec.layout.mesh}",
         f"  stored: {cuts_text(spec.layout)}",
     ]
-    alike: dict[tuple[str, ...], list[tuple[str, int]]] = {}
+    equal: dict[tuple[str, ...], list[tuple[str, int]]] = {}
     for number, bucket in enumerate(plan.buckets):
         for assignment in bucket.assignments:
             if assignment.param == index:
@@ -314,8 +314,8 @@ def explain(plan: Plan, fqn: str) -> str:
                 box = f"[{', '.join(f'{first}:{last}' for first, last in ends)}]"
                 details = tuple(_matrix_lines(plan, number, bucket, assignment))
                 rank = bucket.mesh.ranks[assignment.owner]
-                alike.setdefault(details, []).append((box, rank))
-    for (place, pieces, flops, *others), matrices in alike.items():
+                equal.setdefault(details, []).append((box, rank))
+    for (place, pieces, flops, *others), matrices in equal.items():
         boxes, ranks = zip(*matrices, strict=True)
         if len(matrices) == 1:
             lines.append(f"  matrix {boxes[0]} in {place}")

@@ -45,7 +45,7 @@ def default_store() -> Any:
 def pretended_ranks(world_size: int) -> Iterator[None]:
     """A default process group of so many ranks, of which this process is rank 0 and the only one.
 
-    Its collectives return at once and move nothing. Raises RuntimeError if there is a default
+    Its collectives return immediately and move nothing. Raises RuntimeError if there is a default
     process group already.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
