@@ -4,12 +4,12 @@ Sections and keys are torchtitan's, for people without torchtitan.
 """
 
 import dataclasses
+import json
 import re
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -36,11 +36,17 @@ TITAN_DEGREES = {
     "pipeline_parallel_degree": "pp",
     "expert_parallel_degree": "ep",
 }
-"""torchtitan's keys of `[parallelism]`, and ours."""
+"""torchtitan's keys of `[parallelism]`, by ours."""
+
+
+class _Section:
+    """A section of a config file."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # pydantic's name for it
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamWSection:
+class AdamWSection(_Section):
     """`[optimizer.adamw]`: embeddings, heads, norms and biases."""
 
     lr: float = ADAMW_DEFAULTS["lr"]
@@ -50,8 +56,8 @@ class AdamWSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RuleSection:
-    """`[[optimizer.rules]]`: options of the parameters whose names a regex is found in."""
+class RuleSection(_Section):
+    """`[[optimizer.rules]]`: options of the parameters whose names match a regex."""
 
     pattern: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +80,7 @@ _Options: Any = dataclasses.make_dataclass(
         for option in OPTIONS.values()
         if option.in_constructor and option.type is not None
     ],
+    bases=(_Section,),
     frozen=True,
     kw_only=True,
 )
@@ -83,7 +90,7 @@ _Options: Any = dataclasses.make_dataclass(
 class OptimizerSection(_Options):  # type: ignore[misc]  # of OPTIONS
     """`[optimizer]`: the keywords of `Muon`, with its meaning and defaults; dtypes by name.
 
-    `class_weight_decay`: of classes of parameters by name; see `group_parameters`.
+    `class_weight_decay`: weight decay per class of parameters; see `group_parameters`.
     """
 
     name: Literal["Muon"] = "Muon"
@@ -93,11 +100,11 @@ class OptimizerSection(_Options):  # type: ignore[misc]  # of OPTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelismSection:
-    """`[parallelism]`: how many ranks each way; -1, for one of them, is what is left.
+class ParallelismSection(_Section):
+    """`[parallelism]`: the size of each mesh dim; one may be -1: all remaining ranks.
 
-    torchtitan's keys (`data_parallel_shard_degree`, ...) are taken too. `ep` divides dp_shard x
-    cp x tp: experts are cut over as many of those ranks.
+    torchtitan's keys (`data_parallel_shard_degree`, ...) are accepted too. `ep` divides
+    dp_shard x cp x tp: experts are cut over that many of those ranks.
     """
 
     dp_replicate: int = 1
@@ -109,14 +116,15 @@ class ParallelismSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MuonConfig:
+class MuonConfig(_Section):
     """An optimizer and the meshes of its parameters.
 
         config = MuonConfig.from_toml("job.toml")
         model = fully_shard(Model(), mesh=config.build_mesh()["dp_shard"])
         optimizer = config.build_optimizer(model)
 
-    Unknown keys and values of another type are a ValueError that names the nearest right key.
+    Reading a file or a dict needs pydantic (extra `cli`). Unknown keys and values of a wrong type
+    raise a ValueError that names the nearest right key.
     """
 
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
@@ -124,14 +132,14 @@ class MuonConfig:
 
     @classmethod
     def from_toml(cls, path: str | Path, *, others: Sequence[str] = ()) -> "MuonConfig":
-        """Of a TOML file. `others`: sections of it that are somebody else's."""
+        """From a TOML file. `others`: its sections that other programs read."""
         import tomllib
 
         return cls.from_dict(tomllib.loads(Path(path).read_text()), others=others)
 
     @classmethod
     def from_yaml(cls, path: str | Path, *, others: Sequence[str] = ()) -> "MuonConfig":
-        """Of a YAML file, by PyYAML's safe loader, to which 2e-2 is a number. `others`: as above.
+        """From a YAML file, by PyYAML's safe loader; 2e-2 is read as a number. `others`: as above.
 
         Raises ImportError without PyYAML.
         """
@@ -141,7 +149,7 @@ class MuonConfig:
             raise ImportError(f"YAML needs PyYAML: {EXTRA}") from error
 
         class Loader(yaml.SafeLoader):  # type: ignore[misc]
-            """YAML 1.1 takes an exponent for a number only behind a decimal point and a sign."""
+            """YAML 1.1 reads an exponent as a number only with a decimal point and a sign."""
 
         Loader.add_implicit_resolver(
             "tag:yaml.org,2002:float",
@@ -154,10 +162,10 @@ class MuonConfig:
     def from_cli(
         cls, args: Sequence[str] | None = None, *, default: "MuonConfig | None" = None
     ) -> "MuonConfig":
-        """Of a command line, `--optimizer.lr 0.02 --parallelism.tp 2`, by tyro.
+        """From a command line, `--optimizer.lr 0.02 --parallelism.tp 2`, by tyro.
 
-        `default`: what it does not name, such as a file's; `args`: default sys.argv. Raises
-        ImportError without tyro.
+        `default`: values of options that the command line does not name, such as those of a file.
+        `args`: default sys.argv. Raises ImportError without tyro.
         """
         try:
             import tyro
@@ -168,16 +176,42 @@ class MuonConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, others: Sequence[str] = ()) -> "MuonConfig":
-        """Of nested dicts. Raises ValueError, or GroupOptionError for the options of a rule."""
-        mine = {name: value for name, value in values.items() if name not in others}
-        made: MuonConfig = _section(cls, mine, "")
-        return made
+        """From nested dicts, checked by pydantic.
+
+        Raises:
+            ValueError: unknown keys and values of a wrong type, all of them, one per line.
+            GroupOptionError: wrong options of a rule.
+            ImportError: pydantic is not installed.
+        """
+        try:
+            import pydantic
+        except ImportError as error:
+            raise ImportError(f"config files need pydantic: {EXTRA}") from error
+
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a config file has sections with keys, got {values!r}")
+        sections = {name: value for name, value in values.items() if name not in others}
+        if isinstance(parallelism := sections.get("parallelism"), Mapping):
+            sections["parallelism"] = _with_short_names(parallelism)
+        optimizer = sections.get("optimizer")
+        if isinstance(optimizer, Mapping) and isinstance(optimizer.get("rules"), (list, tuple)):
+            rules = [_flat_rule(rule) for rule in optimizer["rules"]]
+            sections["optimizer"] = {**optimizer, "rules": rules}
+        try:  # strict, but as JSON: a list for a tuple, an integer for a float
+            config = pydantic.TypeAdapter(cls).validate_json(
+                json.dumps(sections, default=str), strict=True
+            )
+        except pydantic.ValidationError as error:
+            raise ValueError("\n".join(map(_message, error.errors()))) from None
+        for rule in config.optimizer.rules:
+            complete(rule.options, {}, is_ours=True)
+        return config
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Of the mesh dims of more than one rank, outermost first; one may be -1."""
-        given = {name: getattr(self.parallelism, name) for name in TITAN_DIMS}
-        return {name: size for name, size in given.items() if size != 1}
+        """Sizes of the mesh dims of more than one rank, outermost first; one may be -1."""
+        sizes = {name: getattr(self.parallelism, name) for name in TITAN_DIMS}
+        return {name: size for name, size in sizes.items() if size != 1}
 
     def build_mesh(self, device_type: str | None = None) -> DeviceMesh:
         """The mesh of dense parameters: pp, dp_replicate, dp_shard, cp, tp, where above 1.
@@ -187,7 +221,7 @@ class MuonConfig:
         """
         sizes: dict[str, Any] = self.sizes or {"dp_shard": 1}
         mesh = create_devicemesh_config(device_type=device_type, **sizes).mesh
-        assert mesh is not None, "it was made of sizes"
+        assert mesh is not None, "a config of sizes has a mesh"
         return mesh
 
     def build_expert_mesh(self, device_type: str | None = None) -> DeviceMesh:
@@ -217,9 +251,13 @@ class MuonConfig:
     ) -> Muon:
         """The optimizer of a model, sharded or not; under DDP its replicas share the work.
 
-        Parameters that are no DTensors are taken to be replicated over all of the mesh but pp; with
-        one rank, or none but pipeline stages, they are each rank's own. `mesh`: what `build_mesh`
-        has returned; default: another like it. `distributed_config`: in place of all that.
+        Plain tensors are replicated over all mesh dims but pp; with one rank, or with pipeline
+        stages alone, they belong to one rank each.
+
+        Args:
+            model: any module.
+            mesh: the result of `build_mesh`; default: a new one like it.
+            distributed_config: replaces the config made from `mesh`.
         """
         section = self.optimizer
         groups = group_parameters(
@@ -227,7 +265,7 @@ class MuonConfig:
             lr=section.lr,
             weight_decay={"matrix": section.weight_decay, **section.class_weight_decay},
             adamw=dataclasses.asdict(section.adamw),
-            rules=[(rule.pattern, rule.options) for rule in section.rules],
+            rules=[(rule.pattern, _with_tuples(rule.options)) for rule in section.rules],
         )
         options = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
         for name in ("name", "adamw", "rules", "class_weight_decay"):
@@ -240,72 +278,51 @@ class MuonConfig:
         return Muon(groups, distributed_config=config, **options)
 
 
-def _section(cls: Any, values: object, where: str) -> Any:
-    """A dataclass of this class from a mapping; `where` it stands, for messages."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"[{where}] is a section with keys, got {values!r}")
-    if cls is RuleSection:
-        return _rule(values, where)
-    hints = get_type_hints(cls)
-    if cls is ParallelismSection:
-        values = _with_short_names(values)
-    for name in values:
-        if name not in hints:
-            hint = did_you_mean(name, hints) or f" Keys are {', '.join(hints)}."
-            raise ValueError(f"unknown key '{f'{where}.' * bool(where)}{name}'.{hint}")
-    return cls(**{n: _value(hints[n], v, f"{where}.{n}".strip(".")) for n, v in values.items()})
+def _with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a rule as param groups hold them."""
+    return {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
 
 
-def _with_short_names(values: Mapping[str, Any]) -> dict[str, Any]:
+def _flat_rule(rule: object) -> object:
+    """A rule as `RuleSection`, whose options stand beside its pattern in a file."""
+    if not isinstance(rule, Mapping) or not isinstance(rule.get("options", {}), Mapping):
+        return rule
+    options = {name: value for name, value in rule.items() if name not in ("pattern", "options")}
+    pattern = {"pattern": rule["pattern"]} if "pattern" in rule else {}
+    return {**pattern, "options": {**rule.get("options", {}), **options}}
+
+
+def _with_short_names(parallelism: Mapping[str, Any]) -> dict[str, Any]:
     """torchtitan's keys of `[parallelism]` by ours. Raises ValueError for a size given twice."""
-    short: dict[str, Any] = {}
-    for name, value in values.items():
-        known = TITAN_DEGREES.get(name, name)
-        if known in short:
-            raise ValueError(f"parallelism.{known} is given twice, by two names")
-        short[known] = value
-    return short
+    sizes: dict[str, Any] = {}
+    for key, size in parallelism.items():
+        name = TITAN_DEGREES.get(key, key)
+        if name in sizes:
+            raise ValueError(f"parallelism.{name} is given twice, by two names")
+        sizes[name] = size
+    return sizes
 
 
-def _rule(values: Mapping[str, Any], where: str) -> RuleSection:
-    """A pattern and, flat beside it, options of a param group."""
-    options = {**values.get("options", {}), **values}
-    options.pop("options", None)
-    pattern = options.pop("pattern", None)
-    if not isinstance(pattern, str):
-        raise ValueError(f"{where} needs a pattern, a regex of names; got {pattern!r}")
-    options = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
-    complete(options, {}, is_ours=True)
-    return RuleSection(pattern=pattern, options=options)
+def _message(error: Mapping[str, Any]) -> str:
+    """One line for one of pydantic's errors: which key, what is wrong, what was read."""
+    where = ".".join(map(str, error["loc"]))
+    match error["type"]:
+        case "unexpected_keyword_argument":
+            *sections, key = error["loc"]
+            keys = _keys(sections)
+            hint = did_you_mean(key, keys) or f" Keys are {', '.join(keys)}."
+            return f"unknown key '{where}'.{hint}"
+        case "dataclass_type":
+            return f"[{where}] is a section with keys, got {error['input']!r}"
+    hint = ""
+    if error["type"] == "literal_error":
+        hint = did_you_mean(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
+    return f"{where}: {error['msg']}, got {error['input']!r}.{hint}"
 
 
-def _value(kind: Any, value: Any, where: str) -> Any:
-    """A value of this type, from what TOML and YAML make of it. Raises ValueError."""
-    origin, args = get_origin(kind), get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _section(kind, value, where)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _value(next(arg for arg in args if arg is not type(None)), value, where)
-    if origin is Literal:
-        if value in args:
-            return value
-        hint = did_you_mean(value, map(str, args))
-        raise ValueError(f"{where} is one of {', '.join(map(str, args))}, got {value!r}.{hint}")
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{where} is a table of numbers by name, got {value!r}")
-        return {name: _value(args[1], number, f"{where}.{name}") for name, number in value.items()}
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)) or (... not in args and len(value) != len(args)):
-            raise ValueError(f"{where} is a list of {len(args)}, got {value!r}")
-        kinds = [args[0]] * len(value) if ... in args else args
-        return tuple(
-            _value(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
-        )
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{where} is of type {kind.__name__}, got {value!r}")
-    return value
+def _keys(sections: Sequence[str | int]) -> list[str]:
+    """Names of the keys of a section of `MuonConfig`, by its path."""
+    section: Any = MuonConfig()
+    for name in sections:
+        section = RuleSection if name == "rules" else getattr(section, str(name), section)
+    return [key.name for key in dataclasses.fields(section)]

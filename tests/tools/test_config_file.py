@@ -109,23 +109,55 @@ def test_a_command_line_goes_over_a_file(written):
         ("[parallelism]\nzzz = 1", "Keys are dp_replicate, dp_shard, cp, tp, pp, ep"),
         ("[optimizer]\nlearning_rate = 1", "'optimizer.learning_rate'. Did you mean 'lr'"),
         ("[optimizer]\nwd = 1", "'optimizer.wd'. Did you mean 'weight_decay'"),
-        ("[optimizer]\nclass_weight_decay = 1", "is a table of numbers by name, got 1"),
+        (
+            "[optimizer]\nclass_weight_decay = 1",
+            "class_weight_decay: Input should be an object, got 1",
+        ),
         ("[optimizer.adamw]\nbeta = 1", "'optimizer.adamw.beta'. Did you mean 'betas'"),
-        ("[optimizer]\nlr = 'fast'", "optimizer.lr is of type float, got 'fast'"),
-        ("[optimizer]\nlr = true", "optimizer.lr is of type float, got True"),
-        ("[optimizer]\nns_steps = 5.5", "optimizer.ns_steps is of type int, got 5.5"),
-        ("[optimizer]\nnesterov = 1", "optimizer.nesterov is of type bool, got 1"),
-        ("[optimizer]\nnonfinite = 'skp'", "one of raise, skip, propagate, got 'skp'. Did you"),
-        ("[optimizer]\nns_coefficients = [1.0, 2.0]", "is a list of 3"),
-        ("[optimizer.adamw]\nbetas = ['a', 0.5]", r"optimizer.adamw.betas\[0\] is of type float"),
+        ("[optimizer]\nlr = 'fast'", "optimizer.lr: Input should be a valid number, got 'fast'"),
+        ("[optimizer]\nlr = true", "optimizer.lr: Input should be a valid number, got True"),
+        ("[optimizer]\nns_steps = 5.5", "ns_steps: Input should be a valid integer, got 5.5"),
+        ("[optimizer]\nnesterov = 1", "nesterov: Input should be a valid boolean, got 1"),
+        ("[optimizer]\nnonfinite = 'skp'", "got 'skp'. Did you mean 'skip'"),
+        (
+            "[optimizer]\nns_coefficients = [1.0, 2.0]",
+            r"ns_coefficients.2: Field required, got \[1.0, 2.0\]",
+        ),
+        (
+            "[optimizer.adamw]\nbetas = ['a', 0.5]",
+            "optimizer.adamw.betas.0: Input should be a valid number",
+        ),
         ("optimizer = 3", r"\[optimizer\] is a section with keys, got 3"),
-        ("[[optimizer.rules]]\nlr = 0.1", "needs a pattern"),
-        ("[optimizer]\nname = 'AdamW'", "optimizer.name is one of Muon"),
+        ("[[optimizer.rules]]\nlr = 0.1", "optimizer.rules.0.pattern: Field required"),
+        ("[optimizer]\nname = 'AdamW'", "optimizer.name: Input should be 'Muon', got 'AdamW'"),
     ],
 )
 def test_what_is_wrong_is_named(written, text, message):
     with pytest.raises(ValueError, match=message):
         MuonConfig.from_toml(written(text))
+
+
+def test_all_wrong_keys_are_named_at_once(written):
+    text = "[optimizer]\nlr = 'fast'\nweight_decy = 1\n[parallelism]\ntp = 1.5"
+    with pytest.raises(ValueError, match="weight_decy") as raised:
+        MuonConfig.from_toml(written(text))
+    assert len(str(raised.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1", r"a config file has sections with keys, got \[1\]"),
+        ("optimizer: {rules: 3}", "optimizer.rules: Input should be .*, got 3"),
+        ("optimizer: {rules: [3]}", r"\[optimizer.rules.0\] is a section with keys, got 3"),
+        ("optimizer: {rules: [{pattern: x, options: 3}]}", "options: Input should be an object"),
+        ("optimizer: {lr: 2020-01-01}", "optimizer.lr: Input should be a valid number"),
+        ("optimizer: {1: 2}", "unknown key 'optimizer.1'"),
+    ],
+)
+def test_odd_values_of_yaml_are_named(written, text, message):
+    with pytest.raises(ValueError, match=message):
+        MuonConfig.from_yaml(written(text, "job.yaml"))
 
 
 def test_rules_are_checked_when_they_are_read(written):
@@ -168,7 +200,9 @@ expert_parallel_degree = 2
         MuonConfig.from_toml(written(text + "tp = 2"))
 
 
-@pytest.mark.parametrize(("module", "read"), [("yaml", "from_yaml"), ("tyro", "from_cli")])
+@pytest.mark.parametrize(
+    ("module", "read"), [("yaml", "from_yaml"), ("tyro", "from_cli"), ("pydantic", "from_yaml")]
+)
 def test_a_missing_extra_is_named(written, monkeypatch, module, read):
     monkeypatch.setitem(sys.modules, module, None)
     argument: Any = written("", "job.yaml") if read == "from_yaml" else []
