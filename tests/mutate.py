@@ -58,7 +58,7 @@ FAULTS = [
         "layouts_bitwise::matrices gloo config misuse speed_options",
         (
             "momenta of matrices owned elsewhere are not updated",
-            "        self._update_momenta(run.unpacked, params, keep)\n",
+            "        self._update_momenta(bucket.momentum_only, params, keep)\n",
             "",
         ),
         (
@@ -68,7 +68,7 @@ FAULTS = [
         ),
         (
             "flights of a failed step are kept",
-            "            self._flights.clear()\n",
+            "            self._in_flight.clear()\n",
             "",
         ),
         (
@@ -83,7 +83,7 @@ FAULTS = [
         ),
         (
             "an offloaded momentum is not written back",
-            "            local.momentum_buffer.copy_(here[index].momentum_buffer, non_blocking=True)\n",
+            "            local.momentum_buffer.copy_(on_device[index].momentum_buffer, non_blocking=True)\n",
             "            pass\n",
         ),
         (
@@ -97,7 +97,7 @@ FAULTS = [
         "variants::normuon_over_real_processes",
         (
             "NorMuon's moments are not told",
-            "        self._moments.tell(kept)\n",
+            "        self._moments.tell(moments)\n",
             "",
         ),
     ),
@@ -151,7 +151,7 @@ FAULTS = [
         "async_checkpoint gloo",
         (
             "groups of the plan are not connected",
-            "                self._groups.connect(run.bucket.mesh, collective.mesh_dims)\n",
+            "                self._groups.connect(bucket.mesh, collective.mesh_dims)\n",
             "                pass\n",
         ),
     ),
@@ -165,7 +165,7 @@ FAULTS = [
         ),
         (
             "what was put together is kept beside the iteration",
-            "overwrite=is_own)",
+            "overwrite=is_copy)",
             "overwrite=False)",
         ),
     ),
@@ -333,7 +333,7 @@ FAULTS = [
         ),
         (
             "a rank that gets what it does not hold passes",
-            "            if {s.assignment for s in here.results.slots} - {a for a, _ in here.touched}:",
+            "            if {s.assignment for s in here.results.slots} - {a for a, _ in here.stored}:",
             "            if False:",
         ),
         (
@@ -822,7 +822,7 @@ FAULTS = [
         ),
         (
             "MuonConfig drops the rules",
-            "rules=[(rule.pattern, rule.options) for rule in section.rules],",
+            "rules=[(rule.pattern, _with_tuples(rule.options)) for rule in section.rules],",
             "rules=[],",
         ),
         (

@@ -216,7 +216,7 @@ class PlannedStep:
     ) -> dict[str, float]:
         """`step`, and its metrics; `number`, `trace`: see `Measurement`, `fault`: see `step`."""
         measurement = Measurement(self.report, self.table, number, trace)
-        with self.executor.watched(measurement.trace, measurement.look):
+        with self.executor.observed(measurement.trace, measurement.look):
             grads = self.step(state, sweeps_twice, is_measured=True, fault=fault)
         self._settings.wait_for_momentum()
         return measurement.finish(self._read, grads, state, self._process_groups)

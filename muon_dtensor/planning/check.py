@@ -133,9 +133,9 @@ def check_routes(plan: Plan) -> None:
             for assignment in here.owned:
                 region = here.matrices[assignment].region
                 _must_tile(here.wholes, region, assignment, number, position)
-            for assignment, region in here.touched:
+            for assignment, region in here.stored:
                 _must_tile(here.results, region, assignment, number, position)
-            if {s.assignment for s in here.results.slots} - {a for a, _ in here.touched}:
+            if {s.assignment for s in here.results.slots} - {a for a, _ in here.stored}:
                 raise ValueError(f"bucket {number}: position {position} gets what it does not hold")
         if bucket.strategy.is_local and any(r.reshard for r in ranks):
             raise ValueError(f"bucket {number} is local and still moves data")

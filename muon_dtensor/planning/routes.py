@@ -1,16 +1,16 @@
-"""One rank's part of a bucket: which piece lies where in which flat buffer, and who gets it.
+"""One rank's part of a bucket: the offset of each piece in each flat buffer, and its peer.
 
 Derived from a Plan for one position at a time, so that a plan for thousands of ranks stays
 small. Offsets and numels count elements of the wire dtype.
 
 Note [Three buffers]
     `pieces`: this rank's pieces of the matrices owned in its replica, sorted by owner.
-    `wholes`: the pieces of what this rank orthogonalizes, sorted by sender. Where all of that is
-    on this rank already no exchange is needed, and `wholes` is `pieces`.
-    `results`: the pieces of the update this rank applies, sorted by sender.
-    A piece that a rank sends to itself has its place too, so buffers need no special case, and
-    results of an owner travel back through the mirror image of the exchanges that brought the
-    pieces. `schedule`, Note [Numbered buffers], has the others in between.
+    `wholes`: all pieces of the matrices this rank owns, sorted by sender. If this rank stores
+    them all, no exchange is needed and `wholes` is `pieces`.
+    `results`: the pieces of the update that this rank applies, sorted by sender.
+    A piece that a rank sends to itself has a slot too, so buffers need no special case. Results
+    return through the mirror images of the exchanges that brought the pieces. The buffers in
+    between are in `schedule`, Note [Numbered buffers].
 """
 
 from collections import defaultdict
@@ -30,7 +30,7 @@ Piece = tuple[Assignment, Region]
 
 @dataclass(frozen=True)
 class Slot:
-    """One piece of one matrix in a flat buffer; `region` in coordinates of the parameter."""
+    """A piece in a flat buffer; `region` in coordinates of the parameter."""
 
     assignment: Assignment
     region: Region
@@ -47,7 +47,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Packing:
-    """A flat buffer: slots grouped by the peer they come from or go to, peers in rank order."""
+    """The slots of a flat buffer, grouped by source or destination, peers in rank order."""
 
     by_peer: tuple[tuple[Slot, ...], ...]
 
@@ -76,9 +76,9 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class RankCollective:
-    """A collective as one rank sees it: what it sends, what it receives.
+    """A collective on one rank: the packings it sends and receives.
 
-    `moves`: how the send buffer is filled from the buffer before; none where it is that one.
+    `moves`: copies that fill the send buffer from the previous buffer; empty if it is that buffer.
     """
 
     collective: Collective
@@ -89,15 +89,15 @@ class RankCollective:
 
 @dataclass(frozen=True)
 class RankBucket:
-    """One bucket as one rank sees it; see Note [Three buffers].
+    """One bucket on one rank; see Note [Three buffers].
 
-    `touched`: this rank's pieces of all matrices of the bucket, owned in whichever replica.
-    `shards`: per parameter the box this rank stores. `owned`: what it orthogonalizes.
+    `stored`: this rank's pieces of all matrices of the bucket, whichever replica owns them.
+    `shards`: per parameter the box this rank stores. `owned`: the matrices it orthogonalizes.
     """
 
     bucket: Bucket
     sequence: BufferSequence
-    touched: tuple[Piece, ...]
+    stored: tuple[Piece, ...]
     shards: dict[int, Region]
     owned: tuple[Assignment, ...]
     matrices: dict[Assignment, Matrix]
@@ -114,7 +114,7 @@ class RankBucket:
         return self.reshard[-1].recv if self.reshard else self.wholes
 
     def collective(self, hop: Hop) -> RankCollective:
-        """What this rank sends and receives in a hop of the sequence."""
+        """The collective of a hop of the sequence."""
         return (*self.unshard, *self.reshard)[hop.index]
 
     @cached_property
@@ -127,20 +127,21 @@ class RankBucket:
         return tuple(numels)
 
     @cached_property
-    def runs(self) -> tuple[tuple[int, Region], ...]:
-        """The touched pieces by parameter; where they are all of a shard, the shard itself."""
+    def momentum_regions(self) -> tuple[tuple[int, Region], ...]:
+        """Per parameter the stored pieces; the shard itself if they are all of it."""
         by_param: dict[int, list[Region]] = defaultdict(list)
-        for assignment, region in self.touched:
+        for assignment, region in self.stored:
             by_param[assignment.param].append(region)
-        runs: list[tuple[int, Region]] = []
+        result: list[tuple[int, Region]] = []
         for param, regions in by_param.items():
             shard = self.shards[param]
-            whole = sum(region.numel for region in regions) == shard.numel
-            runs += [(param, shard)] if whole else [(param, region) for region in regions]
-        return tuple(runs)
+            if sum(region.numel for region in regions) == shard.numel:
+                regions = [shard]
+            result += [(param, region) for region in regions]
+        return tuple(result)
 
     def batches(self, options: PlanOptions) -> tuple[tuple[Assignment, ...], ...]:
-        """Owned matrices that are orthogonalized together: of one size if batched, else alone."""
+        """Owned matrices, batch by batch: one by one, or several of one size if batched."""
         if not options.batched:  # in the order of the buffer
             return tuple((assignment,) for assignment in self.owned)
         by_size: dict[tuple[int, int], list[Assignment]] = defaultdict(list)
@@ -148,33 +149,33 @@ class RankBucket:
             matrix = self.matrices[assignment]
             by_size[matrix.rows, matrix.cols].append(assignment)
         batches: list[tuple[Assignment, ...]] = []
-        for (rows, cols), found in by_size.items():
+        for (rows, cols), owned in by_size.items():
             most = options.most_batched(ITEMSIZES[self.bucket.wire_dtype] * rows * cols)
-            batches += [tuple(found[i : i + most]) for i in range(0, len(found), most)]
+            batches += [tuple(owned[i : i + most]) for i in range(0, len(owned), most)]
         return tuple(batches)
 
 
 def rank_bucket(plan: Plan, bucket: Bucket, position: int) -> RankBucket:
-    """What the rank at this position does for a bucket of its mesh."""
-    touched = []
+    """The part of the rank at this position in a bucket of its mesh."""
+    stored = []
     for assignment in bucket.assignments:
         layout = plan.spec(assignment).layout
         region = plan.holders(assignment).get(layout.home(position))
         if region is not None:
-            touched.append((assignment, region))
+            stored.append((assignment, region))
     owned = tuple(a for a in bucket.assignments if a.owner == position)
-    here = _Here(plan, bucket, position, tuple(touched), owned)
+    view = _RankView(plan, bucket, position, tuple(stored), owned)
     sequence = buffer_sequence(bucket.strategy, bucket.mesh)
     unshard: list[RankCollective] = []
     for index, collective in enumerate(bucket.unshard):
-        unshard.append(_rank_collective(here, collective, bucket.unshard[:index]))
+        unshard.append(_rank_collective(view, collective, bucket.unshard[:index]))
     reshard: list[RankCollective] = []
     for collective in bucket.reshard:
         mirrored = [c for c in unshard if c.collective.mesh_dims == collective.mesh_dims]
         if collective.route is Route.TO_HOLDERS and mirrored:
             reshard.append(RankCollective(collective, mirrored[0].recv, mirrored[0].send))
         else:
-            reshard.append(_rank_collective(here, collective, ()))
+            reshard.append(_rank_collective(view, collective, ()))
     wholes = _pack([[(a, plan.matrix(a).region) for a in owned]])
     pieces = unshard[0].send if unshard else wholes
     received = [pieces, *(collective.recv for collective in (*unshard, *reshard))]
@@ -187,10 +188,10 @@ def rank_bucket(plan: Plan, bucket: Bucket, position: int) -> RankBucket:
     return RankBucket(
         bucket=bucket,
         sequence=sequence,
-        touched=tuple(touched),
-        shards={a.param: plan.spec(a).layout.region(position) for a, _ in touched},
+        stored=tuple(stored),
+        shards={a.param: plan.spec(a).layout.region(position) for a, _ in stored},
         owned=owned,
-        matrices={a: plan.matrix(a) for a in (*(a for a, _ in touched), *owned)},
+        matrices={a: plan.matrix(a) for a in (*(a for a, _ in stored), *owned)},
         pieces=pieces,
         unshard=collectives[: len(unshard)],
         reshard=collectives[len(unshard) :],
@@ -198,78 +199,78 @@ def rank_bucket(plan: Plan, bucket: Bucket, position: int) -> RankBucket:
 
 
 @dataclass(frozen=True, slots=True)
-class _Here:
-    """One position, what it stores of a bucket's matrices, and which of them it orthogonalizes."""
+class _RankView:
+    """One position, the pieces of a bucket's matrices it stores, and the matrices it owns."""
 
     plan: Plan
     bucket: Bucket
     position: int
-    touched: tuple[Piece, ...]
+    stored: tuple[Piece, ...]
     owned: tuple[Assignment, ...]
 
-    def touched_by(self, assignment: Assignment, position: int) -> Region | None:
-        """What another position stores of a matrix."""
+    def stored_by(self, assignment: Assignment, position: int) -> Region | None:
+        """The region of a matrix that another position stores."""
         layout = self.plan.spec(assignment).layout
         return self.plan.holders(assignment).get(layout.home(position))
 
 
 def _rank_collective(
-    here: _Here, collective: Collective, before: Sequence[Collective]
+    view: _RankView, collective: Collective, before: Sequence[Collective]
 ) -> RankCollective:
-    """`before`: the collectives that have moved the pieces already."""
-    plan, position = here.plan, here.position
-    peers = here.bucket.mesh.peers(position, collective.mesh_dims)
+    """`before`: the collectives that have moved the pieces before this one."""
+    plan, position = view.plan, view.position
+    peers = view.bucket.mesh.peers(position, collective.mesh_dims)
     match collective.route:
         case Route.TO_OWNER:
             done = tuple(name for c in before for name in c.mesh_dims)
-            send, recv = _towards_owner(here, collective.mesh_dims, done, peers)
+            send, recv = _to_owner(view, collective.mesh_dims, done, peers)
         case Route.TO_HOLDERS:
-            send, recv = _held_by(here, peers), _owned_by(here.touched, peers)
+            send, recv = _held_by(view, peers), _owned_by(view.stored, peers)
         case Route.TO_REPLICAS:
-            recv = [_owned_near(plan, here.touched, peer) for peer in peers]
-            send = [_owned_near(plan, here.touched, position)] * len(peers)
+            recv = [_owned_in_replica_of(peer, plan, view.stored) for peer in peers]
+            send = [_owned_in_replica_of(position, plan, view.stored)] * len(peers)
         case _:
             assert_never(collective.route)
     return RankCollective(collective, _pack(send), _pack(recv))
 
 
-def _towards_owner(
-    here: _Here, dims: tuple[str, ...], done: tuple[str, ...], peers: Sequence[int]
+def _to_owner(
+    view: _RankView, dims: tuple[str, ...], done: tuple[str, ...], peers: Sequence[int]
 ) -> tuple[list[list[Piece]], list[list[Piece]]]:
-    """What a rank sends and receives when pieces move along `dims`, having moved along `done`.
+    """The pieces a rank sends and receives when they move along `dims`, after moves along `done`.
 
-    After a move along some dims a piece is where its owner is along these, and where its holder
-    is along all others.
+    After a move along some dims a piece has its owner's coordinates along these, and its holder's
+    along all others.
     """
-    mesh, position = here.bucket.mesh, here.position
+    mesh, position = view.bucket.mesh, view.position
     send: dict[int, list[Piece]] = {peer: [] for peer in peers}
     recv: dict[int, list[Piece]] = {peer: [] for peer in peers}
-    for assignment in here.bucket.assignments:
-        layout = here.plan.spec(assignment).layout
+    for assignment in view.bucket.assignments:
+        layout = view.plan.spec(assignment).layout
         if layout.replica_offset(assignment.owner) != layout.replica_offset(position):
             continue
         target = mesh.moved(position, dims, to=assignment.owner)
-        send[target] += [(assignment, box) for _, box in _arrived(here, assignment, done)]
-        for home, box in _arrived(here, assignment, (*done, *dims)):
+        send[target] += [(assignment, box) for _, box in _pieces_after(view, assignment, done)]
+        for home, box in _pieces_after(view, assignment, (*done, *dims)):
             recv[mesh.moved(position, dims, to=home)].append((assignment, box))
     return list(send.values()), list(recv.values())
 
 
-def _arrived(
-    here: _Here, assignment: Assignment, done: tuple[str, ...]
+def _pieces_after(
+    view: _RankView, assignment: Assignment, done: tuple[str, ...]
 ) -> list[tuple[int, Region]]:
-    """The pieces of a matrix that are at this rank after moves along `done`, by their homes."""
-    mesh, layout = here.bucket.mesh, here.plan.spec(assignment).layout
-    if mesh.index_along(here.position, done) != mesh.index_along(assignment.owner, done):
+    """The pieces of a matrix on this rank after moves along `done`, each with its home."""
+    mesh, layout = view.bucket.mesh, view.plan.spec(assignment).layout
+    if mesh.index_along(view.position, done) != mesh.index_along(assignment.owner, done):
         return []
-    holders, home = here.plan.holders(assignment), layout.home(here.position)
+    holders, home = view.plan.holders(assignment), layout.home(view.position)
     base = home - mesh.offset_of(mesh.index_along(home, done), done)
     homes = sorted(base + mesh.offset_of(i, done) for i in range(mesh.num_ranks_along(done)))
     return [(home, holders[home]) for home in homes if home in holders]
 
 
 def _owned_by(pieces: Iterable[Piece], peers: Sequence[int]) -> list[list[Piece]]:
-    """Per peer, those of the pieces whose matrix it owns."""
+    """Per peer, the pieces whose matrix it owns."""
     owned: dict[int, list[Piece]] = {peer: [] for peer in peers}
     for assignment, region in pieces:
         if assignment.owner in owned:
@@ -277,22 +278,22 @@ def _owned_by(pieces: Iterable[Piece], peers: Sequence[int]) -> list[list[Piece]
     return list(owned.values())
 
 
-def _held_by(here: _Here, peers: Sequence[int]) -> list[list[Piece]]:
-    """Per peer, the pieces it holds of the matrices this rank owns."""
+def _held_by(view: _RankView, peers: Sequence[int]) -> list[list[Piece]]:
+    """Per peer, the pieces it stores of the matrices this rank owns."""
     return [
-        [(a, box) for a in here.owned if (box := here.touched_by(a, peer)) is not None]
+        [(a, box) for a in view.owned if (box := view.stored_by(a, peer)) is not None]
         for peer in peers
     ]
 
 
-def _owned_near(plan: Plan, pieces: Iterable[Piece], position: int) -> list[Piece]:
-    """Those of the pieces whose matrix is owned in the replica of this position."""
-    near = []
+def _owned_in_replica_of(position: int, plan: Plan, pieces: Iterable[Piece]) -> list[Piece]:
+    """The pieces whose matrix is owned in the replica of this position."""
+    owned = []
     for assignment, region in pieces:
         layout = plan.spec(assignment).layout
         if layout.replica_offset(assignment.owner) == layout.replica_offset(position):
-            near.append((assignment, region))
-    return near
+            owned.append((assignment, region))
+    return owned
 
 
 def _pack(by_peer: Sequence[Sequence[Piece]]) -> Packing:
@@ -307,11 +308,11 @@ def _pack(by_peer: Sequence[Sequence[Piece]]) -> Packing:
 
 
 def _moves(source: Packing, target: Packing) -> tuple[Move, ...]:
-    """How to fill `target` with slots that `source` holds; adjacent runs are merged."""
-    places = {(slot.assignment, slot.region): slot.offset for slot in source.slots}
+    """Copies that fill `target` with the slots of `source`; adjacent runs are merged."""
+    offsets = {(slot.assignment, slot.region): slot.offset for slot in source.slots}
     merged: list[Move] = []
     for slot in target.slots:
-        offset, numel = places[slot.assignment, slot.region], slot.region.numel
+        offset, numel = offsets[slot.assignment, slot.region], slot.region.numel
         last = merged[-1] if merged else None
         if last and last.source + last.numel == offset:  # targets have no gaps between them
             merged[-1] = Move(last.source, last.target, last.numel + numel)

@@ -1,4 +1,4 @@
-"""One bucket compiled for one rank: everything that is known before the first step."""
+"""One bucket compiled for one rank: every index and batch that is known before the first step."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,135 +11,149 @@ from muon_dtensor.algorithms.update import MatrixSlice
 from muon_dtensor.layout import Matrix
 from muon_dtensor.planning.plan import DEVICE_BATCH_NUMEL, Action, Assignment, Phase, Plan
 from muon_dtensor.planning.routes import Slot, rank_bucket
-from muon_dtensor.runtime.packing import Box, Part, box_of, from_matrix, view_box
+from muon_dtensor.runtime.packing import Box, IndexedBox, box_of, from_matrix, view_box
 
 HOST_BATCH_NUMEL = 1 << 17
-"""Elements of two float32 tensors and of one in bfloat16 that fit into 2 MiB of cache, and more
-than the time of a launch counts for."""
+"""Elements per batch on a host: two float32 tensors and one in bfloat16 fit into 2 MiB of cache,
+and the copies take longer than the launch."""
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A slot of a buffer and where it lies: in the local shard, and in its matrix."""
+class CompiledSlot:
+    """A slot of a buffer with its two indexers.
+
+    `in_shard`: its box in the local shard of parameter `param`. `in_matrix`: where its elements
+    lie in the matrix.
+    """
 
     param: int
-    slot: Slot
-    box: Box | None
-    place: MatrixSlice
-
-
-Run = tuple[int, Box | None]
-"""A part of the local shard of a parameter."""
+    numel: int
+    in_shard: Box | None
+    in_matrix: MatrixSlice
 
 
 @dataclass(frozen=True, slots=True)
 class PackingBatch:
-    """Runs whose momentum is due, and then pieces by index: those of a tuple are packed at once."""
+    """Boxes of local shards whose momentum is updated, then slots that are filled, by index.
 
-    runs: tuple[Run, ...]
-    pieces: tuple[tuple[int, ...], ...]
+    The slots of one tuple are filled by one call.
+    """
+
+    momenta: tuple[IndexedBox, ...]
+    slots: tuple[tuple[int, ...], ...]
 
 
 class CompiledBucket:
-    """What one rank does for one bucket of a plan, and where. Holds no tensor of the step."""
+    """What one rank does for one bucket of a plan. Holds no tensor of the step.
+
+    `planned`: the bucket of the plan; `local`: this rank's part of it.
+    `pieces`, `results`: the slots of the first and of the last buffer.
+    `parts`: per owned matrix, the slots of its parts, by index, and their boxes in it.
+    `packing`: batches that fill the first buffer.
+    `momentum_only`: boxes of shards whose momentum is updated, with no slot in the first buffer.
+    `applying`: batches of results, by index.
+    """
 
     def __init__(self, plan: Plan, index: int, rank: int, devices: Sequence[torch.device]) -> None:
         """`devices`: where the local shard of each of `plan.params` lives."""
         self.index = index
-        self.bucket = bucket = plan.buckets[index]
+        bucket = plan.buckets[index]
+        self.planned, self.mesh = bucket, bucket.mesh
         self.position = bucket.mesh.position_of(rank)
         self.local = rank_bucket(plan, bucket, self.position)
         self.sequence = self.local.sequence
         self.batches = self.local.batches(plan.options)
         kind = bucket.strategy.kind
-        self.names = {
+        self.profiler_names = {
             phase: f"muon {Action(phase, index)} {phase.name.lower()} {kind}" for phase in Phase
         }
         self.device = devices[bucket.assignments[0].param]
         self.dtype: torch.dtype = getattr(torch, bucket.wire_dtype)
         self._num_iterations = {a.param: plan.spec(a).num_iterations for a in bucket.assignments}
-        self._rounding = {
+        self._rounds_by_position = {
             a.param
             for a in bucket.assignments
             if self.device.type == "cpu" and plan.spec(a).dtype in ("bfloat16", "float16")
         }
-        self.pieces = [self._piece(slot) for slot in self.local.pieces.slots]
-        self.results = [self._piece(slot) for slot in self.local.results.slots]
+        self.pieces = [self._compile(slot) for slot in self.local.pieces.slots]
+        self.results = [self._compile(slot) for slot in self.local.results.slots]
         self.parts = self._parts()
-        self.packing, self.unpacked = self._packing()
+        self.packing, self.momentum_only = self._packing()
         self.applying = self._applying()
 
-    def _piece(self, slot: Slot) -> Piece:
+    def _compile(self, slot: Slot) -> CompiledSlot:
         matrix, param = self.local.matrices[slot.assignment], slot.assignment.param
         start = slot.region.relative_to(matrix.region).offset_in(matrix.region.shape)
-        box = box_of(slot.region, self.local.shards[param])
         is_transposed = matrix.rows > matrix.cols and self._num_iterations[param] > 0
         positions: Tensor | None = None
-        if param in self._rounding and not _is_row_major(matrix):
-            everything = torch.arange(matrix.numel).view(matrix.rows, matrix.cols)
+        if param in self._rounds_by_position and not _is_row_major(matrix):
+            all_positions = torch.arange(matrix.numel).view(matrix.rows, matrix.cols)
             positions = view_box(
-                from_matrix(everything, matrix), box_of(slot.region, matrix.region)
+                from_matrix(all_positions, matrix), box_of(slot.region, matrix.region)
             ).contiguous()
-        place = MatrixSlice(matrix.rows, matrix.cols, start, is_transposed, positions)
-        return Piece(param, slot, box, place)
+        return CompiledSlot(
+            param,
+            slot.region.numel,
+            in_shard=box_of(slot.region, self.local.shards[param]),
+            in_matrix=MatrixSlice(matrix.rows, matrix.cols, start, is_transposed, positions),
+        )
 
-    def _parts(self) -> dict[Assignment, tuple[Part, ...]]:
-        """Of what this rank orthogonalizes, the slots by index and where each belongs."""
-        parts: dict[Assignment, list[Part]] = defaultdict(list)
-        for number, slot in enumerate(self.local.wholes.slots):
+    def _parts(self) -> dict[Assignment, tuple[IndexedBox, ...]]:
+        parts: dict[Assignment, list[IndexedBox]] = defaultdict(list)
+        for index, slot in enumerate(self.local.wholes.slots):
             matrix = self.local.matrices[slot.assignment]
-            parts[slot.assignment].append((number, box_of(slot.region, matrix.region)))
-        return {assignment: tuple(found) for assignment, found in parts.items()}
+            parts[slot.assignment].append((index, box_of(slot.region, matrix.region)))
+        return {assignment: tuple(boxes) for assignment, boxes in parts.items()}
 
-    def _packing(self) -> tuple[list[PackingBatch], list[Run]]:
-        """What is packed, in batches, and the runs of parameters of which nothing is."""
-        by_param: dict[int, list[int]] = defaultdict(list)
-        for number, piece in enumerate(self.pieces):
-            by_param[piece.param].append(number)
-        runs: dict[int, list[Run]] = defaultdict(list)
-        for param, region in self.local.runs:
-            runs[param].append((param, box_of(region, self.local.shards[param])))
-        sizes = [piece.slot.region.numel for piece in self.pieces]
-        params = list(by_param)
-        numels = [sum(sizes[number] for number in by_param[param]) for param in params]
+    def _packing(self) -> tuple[list[PackingBatch], list[IndexedBox]]:
+        slots_of: dict[int, list[int]] = defaultdict(list)
+        for index, piece in enumerate(self.pieces):
+            slots_of[piece.param].append(index)
+        boxes_of: dict[int, list[IndexedBox]] = defaultdict(list)
+        for param, region in self.local.momentum_regions:
+            boxes_of[param].append((param, box_of(region, self.local.shards[param])))
+        sizes = [piece.numel for piece in self.pieces]
+        params = list(slots_of)
+        numels = [sum(sizes[index] for index in slots_of[param]) for param in params]
         batches = []
-        for taken in _cut(range(len(params)), numels, self._most_at_once):
-            due = [run for index in taken for run in runs.pop(params[index], [])]
-            numbers = [number for index in taken for number in by_param[params[index]]]
-            batches.append(PackingBatch(tuple(due), tuple(_cut(numbers, sizes, self._most_cast))))
-        return batches, [run for found in runs.values() for run in found]
+        for in_batch in _cut(range(len(params)), numels, self._max_batch_numel):
+            momenta = [box for i in in_batch for box in boxes_of.pop(params[i], [])]
+            slots = [index for i in in_batch for index in slots_of[params[i]]]
+            cut_slots = tuple(_cut(slots, sizes, self._max_direction_numel))
+            batches.append(PackingBatch(tuple(momenta), cut_slots))
+        return batches, [box for boxes in boxes_of.values() for box in boxes]
 
     @property
-    def _most_at_once(self) -> int:
-        """Elements that are worked on in one go: all that stays in the cache of a host."""
+    def _max_batch_numel(self) -> int:
+        """Most elements of one batch: what stays in the cache of a host."""
         return HOST_BATCH_NUMEL if self.device.type == "cpu" else DEVICE_BATCH_NUMEL
 
     @property
-    def _most_cast(self) -> int:
-        """Elements of which the direction is held before it is cast; see `planning.memory`."""
-        largest = max((piece.slot.region.numel for piece in self.pieces), default=0)
+    def _max_direction_numel(self) -> int:
+        """Most elements of a direction that is held before its cast; see `planning.memory`."""
+        largest = max((piece.numel for piece in self.pieces), default=0)
         return largest if self.device.type == "cpu" else max(largest, DEVICE_BATCH_NUMEL)
 
     def _applying(self) -> list[tuple[int, ...]]:
-        """Results that are applied together, by index: of one size of matrix where they can be."""
+        """Matrices of one size are next to each other: one call applies their results."""
         by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for number, piece in enumerate(self.results):
-            by_size[piece.place.rows, piece.place.cols].append(number)
-        numbers = [number for found in by_size.values() for number in found]
-        sizes = [piece.slot.region.numel for piece in self.results]
-        return list(_cut(numbers, sizes, self._most_at_once))
+        for index, result in enumerate(self.results):
+            by_size[result.in_matrix.rows, result.in_matrix.cols].append(index)
+        order = [index for indices in by_size.values() for index in indices]
+        sizes = [result.numel for result in self.results]
+        return list(_cut(order, sizes, self._max_batch_numel))
 
 
-def _cut(numbers: Iterable[int], sizes: Sequence[int], most: int) -> Iterator[tuple[int, ...]]:
-    """Runs of these numbers whose sizes add up to no more than `most`, or that are alone."""
+def _cut(indices: Iterable[int], sizes: Sequence[int], max_numel: int) -> Iterator[tuple[int, ...]]:
+    """Cut indices into runs whose sizes add up to at most `max_numel`; a larger one is alone."""
     batch: list[int] = []
     total = 0
-    for number in numbers:
-        if batch and total + sizes[number] > most:
+    for index in indices:
+        if batch and total + sizes[index] > max_numel:
             yield tuple(batch)
             batch, total = [], 0
-        batch.append(number)
-        total += sizes[number]
+        batch.append(index)
+        total += sizes[index]
     if batch:
         yield tuple(batch)
 

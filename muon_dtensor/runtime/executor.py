@@ -1,4 +1,4 @@
-"""Executes a plan on one rank: interprets the events of its schedule."""
+"""Executes a plan on one rank by interpreting the events of its schedule."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -30,11 +30,12 @@ from muon_dtensor.planning.schedule import (
 )
 from muon_dtensor.runtime.buffers import ExchangeBuffers, InFlight
 from muon_dtensor.runtime.collectives import barrier, issue
-from muon_dtensor.runtime.compiled_bucket import CompiledBucket, Run
+from muon_dtensor.runtime.compiled_bucket import CompiledBucket
 from muon_dtensor.runtime.hyperparameters import MuonOptions
 from muon_dtensor.runtime.local_param import LocalParam
 from muon_dtensor.runtime.normuon_state import RowSecondMoments
 from muon_dtensor.runtime.packing import (
+    IndexedBox,
     assemble,
     disassemble,
     fill,
@@ -56,7 +57,7 @@ class Executor:
     """Runs the steps of one plan on one rank.
 
     Contract: all ranks of the plan's meshes call `run` the same number of times, in the same
-    order, with the same set of parameters that have gradients. Nothing here can tell.
+    order, with the same set of parameters that have gradients. This class does not check it.
     """
 
     def __init__(
@@ -71,37 +72,39 @@ class Executor:
         self.plan = plan
         self._trace = trace
         self._groups = groups
-        self._runs = {
+        self._buckets = {
             index: CompiledBucket(plan, index, rank, devices)
             for index, bucket in enumerate(plan.buckets)
             if bucket.mesh.holds(rank)
         }
-        self._program = lower(plan.schedule, {i: run.sequence for i, run in self._runs.items()})
+        self._program = lower(
+            plan.schedule, {i: bucket.sequence for i, bucket in self._buckets.items()}
+        )
         self._buffers = ExchangeBuffers(
             self._program,
-            {index: run.local for index, run in self._runs.items()},
-            {index: (run.dtype, run.device) for index, run in self._runs.items()},
+            {index: bucket.local for index, bucket in self._buckets.items()},
+            {index: (bucket.dtype, bucket.device) for index, bucket in self._buckets.items()},
         )
-        self._flights: dict[int, InFlight] = {}
+        self._in_flight: dict[int, InFlight] = {}
         self._moments = RowSecondMoments(plan, rank, groups)
-        self._look: Observer | None = None
-        self._now: Action | None = None
+        self._observer: Observer | None = None
+        self._action: Action | None = None
         self._is_overlapped = False
 
     @contextmanager
-    def watched(self, trace: Trace, look: Observer) -> Iterator[None]:
-        """Let another trace record the phases inside, and `look` see each whole polar factor."""
-        before, self._trace, self._look = self._trace, trace, look
+    def observed(self, trace: Trace, observer: Observer) -> Iterator[None]:
+        """Record phases in `trace`, and call `observer` with each polar factor, in this context."""
+        previous, self._trace, self._observer = self._trace, trace, observer
         try:
             yield
         finally:
-            self._trace, self._look = before, None
+            self._trace, self._observer = previous, None
 
     def connect(self) -> None:
-        """Connect every process group the plan needs, in plan order: a collective of its ranks."""
-        for run in self._runs.values():
-            for collective in (*run.bucket.unshard, *run.bucket.reshard):
-                self._groups.connect(run.bucket.mesh, collective.mesh_dims)
+        """Connect every process group of the plan, in plan order. A collective of its ranks."""
+        for bucket in self._buckets.values():
+            for collective in (*bucket.planned.unshard, *bucket.planned.reshard):
+                self._groups.connect(bucket.mesh, collective.mesh_dims)
         self._moments.connect()
 
     def run(
@@ -110,33 +113,37 @@ class Executor:
         keep: Tensor | None = None,
         overlapped: Callable[[], None] | None = None,
     ) -> None:
-        """One step. `params` maps indices of `plan.params` to those that have a gradient.
-
-        Raises StepFailedError, which names the phase and the bucket, for whatever went wrong.
+        """Run one step.
 
         Args:
+            params: the parameters that have a gradient, by their index in `plan.params`.
             keep: a bool scalar on the device; where it is False all bytes move and nothing changes.
-            overlapped: AdamW's work of this rank, which is done while the first exchanges are in
-                flight, and in any case.
+            overlapped: AdamW's work of this rank. Runs once, while the first exchanges are in
+                flight if there are any.
+
+        Raises:
+            StepFailedError: any error inside; names the phase and the bucket.
         """
         try:
             self._walk(params, keep, overlapped)
         except BaseException as error:
-            # exchanges of this step may be in flight yet: the next one must not meet them
-            self._flights.clear()
+            # exchanges of this step may still be in flight: the next step must not wait for them
+            self._in_flight.clear()
             self._buffers.forget()
             if isinstance(error, Exception):
-                raise StepFailedError(f"The step failed in {self._where()}: {error}") from error
+                raise StepFailedError(
+                    f"The step failed in {self._failed_phase()}: {error}"
+                ) from error
             raise
         if self._trace is not None:
             self._trace.step += 1
 
-    def _where(self) -> str:
+    def _failed_phase(self) -> str:
         if self._is_overlapped:
             return "AdamW's groups"
-        if (now := self._now) is None:
+        if self._action is None:
             return "the row moments of NorMuon"
-        return f"phase {now} ({now.phase.name.lower()})"
+        return f"phase {self._action} ({self._action.phase.name.lower()})"
 
     def _walk(
         self,
@@ -146,22 +153,22 @@ class Executor:
     ) -> None:
         self._is_overlapped = False
         for action, events in self._program:
-            self._now = action
+            self._action = action
             if overlapped is not None and action.phase is not Phase.UNSHARD:
-                self._do(overlapped)
+                self._run_overlapped(overlapped)
                 overlapped = None
-            run = self._runs[action.bucket]
+            bucket = self._buckets[action.bucket]
             if action.phase is Phase.ORTHOGONALIZE and self.plan.options.sequential:
-                self._act_in_turn(action, events, run, params, keep)
+                self._run_in_turn(action, events, bucket, params, keep)
             else:
-                self._act(action, events, run, params, keep)
+                self._act(action, events, bucket, params, keep)
         if overlapped is not None:
-            self._do(overlapped)
-        self._now = None
-        kept = {index: p.moments for index, p in params.items() if p.moments is not None}
-        self._moments.tell(kept)
+            self._run_overlapped(overlapped)
+        self._action = None
+        moments = {index: p.moments for index, p in params.items() if p.moments is not None}
+        self._moments.tell(moments)
 
-    def _do(self, overlapped: Callable[[], None]) -> None:
+    def _run_overlapped(self, overlapped: Callable[[], None]) -> None:
         self._is_overlapped = True
         overlapped()
         self._is_overlapped = False
@@ -170,105 +177,105 @@ class Executor:
         self,
         action: Action,
         events: Sequence[Event],
-        run: CompiledBucket,
+        bucket: CompiledBucket,
         params: dict[int, LocalParam],
         keep: Tensor | None,
     ) -> None:
         trace = self._trace
         with (
-            range_of(run.names[action.phase]),
+            range_of(bucket.profiler_names[action.phase]),
             nullcontext() if trace is None else trace.span(action.bucket, action.phase),
         ):
             if action.phase is Phase.UNSHARD:
-                with self._momenta_here(run, params) as params_here:
-                    self._interpret(events, run, params_here, keep)
+                with self._momenta_on_device(bucket, params) as params_on_device:
+                    self._interpret(events, bucket, params_on_device, keep)
             else:
-                self._interpret(events, run, params, keep)
+                self._interpret(events, bucket, params, keep)
 
     def _interpret(
         self,
         events: Sequence[Event],
-        run: CompiledBucket,
+        bucket: CompiledBucket,
         params: dict[int, LocalParam],
         keep: Tensor | None,
     ) -> None:
         for event in events:
             match event:
                 case Fill(buffer=number):
-                    buffer = self._buffers.take(run.index, number)
-                    self._flights[run.index] = InFlight(buffer)
-                    self._fill(run, buffer, params, keep)
+                    buffer = self._buffers.take(bucket.index, number)
+                    self._in_flight[bucket.index] = InFlight(buffer)
+                    self._fill(bucket, buffer, params, keep)
                 case UpdateMomenta():
-                    self._update_momenta(run.unpacked, params, keep)
+                    self._update_momenta(bucket.momentum_only, params, keep)
                 case Repack(hop=hop):
-                    self._repack(run, self._flights[run.index], hop)
+                    self._repack(bucket, self._in_flight[bucket.index], hop)
                 case Send(hop=hop):
-                    self._send(run, self._flights[run.index], hop)
+                    self._send(bucket, self._in_flight[bucket.index], hop)
                 case Wait():
-                    self._flights[run.index].wait()
+                    self._in_flight[bucket.index].wait()
                 case Compute():
-                    self._orthogonalize(run, self._flights[run.index], params, keep)
+                    self._orthogonalize(bucket, self._in_flight[bucket.index], params, keep)
                 case Apply():
-                    self._apply(run, self._flights.pop(run.index).buffer, params, keep)
+                    self._apply(bucket, self._in_flight.pop(bucket.index).buffer, params, keep)
                 case _:
                     assert_never(event)
 
     @contextmanager
-    def _momenta_here(
-        self, run: CompiledBucket, params: dict[int, LocalParam]
+    def _momenta_on_device(
+        self, bucket: CompiledBucket, params: dict[int, LocalParam]
     ) -> Iterator[dict[int, LocalParam]]:
-        """Bring offloaded momenta of a bucket to the device, and copy them back afterwards."""
-        away = {
+        """Copy offloaded momenta of a bucket to the device, and back afterwards."""
+        offloaded = {
             index: params[index]
-            for index in run.local.shards
+            for index in bucket.local.shards
             if index in params and params[index].is_momentum_away
         }
-        if not away:
+        if not offloaded:
             yield params
             return
-        here = {**params, **{index: local.with_momentum() for index, local in away.items()}}
-        yield here
-        for index, local in away.items():
-            local.momentum_buffer.copy_(here[index].momentum_buffer, non_blocking=True)
+        on_device = {index: local.with_momentum() for index, local in offloaded.items()}
+        yield {**params, **on_device}
+        for index, local in offloaded.items():
+            local.momentum_buffer.copy_(on_device[index].momentum_buffer, non_blocking=True)
 
     def _fill(
         self,
-        run: CompiledBucket,
+        bucket: CompiledBucket,
         buffer: Tensor,
         params: dict[int, LocalParam],
         keep: Tensor | None,
     ) -> None:
         """Update momenta, and write directions into the first buffer, batch by batch."""
-        views = self._buffers.views(run.index, 0, buffer, run.local.pieces)
-        for batch in run.packing:
-            self._update_momenta(batch.runs, params, keep)
-            for indices in batch.pieces:
-                self._write_directions(run, indices, views, params)
+        views = self._buffers.views(bucket.index, 0, buffer, bucket.local.pieces)
+        for batch in bucket.packing:
+            self._update_momenta(batch.momenta, params, keep)
+            for indices in batch.slots:
+                self._write_directions(bucket, indices, views, params)
 
     def _write_directions(
         self,
-        run: CompiledBucket,
+        bucket: CompiledBucket,
         indices: Sequence[int],
         views: list[Tensor],
         params: dict[int, LocalParam],
     ) -> None:
         groups: dict[tuple[float, bool], _Lists] = {}
         for index in indices:
-            piece = run.pieces[index]
-            if local := params.get(piece.param):
+            slot = bucket.pieces[index]
+            if local := params.get(slot.param):
                 key = local.options.momentum, local.options.nesterov
                 targets, momenta, grads = groups.setdefault(key, ([], [], []))
                 targets.append(views[index])
-                momenta.append(view_box(local.momentum_buffer, piece.box))
-                grads.append(view_box(local.grad, piece.box))
+                momenta.append(view_box(local.momentum_buffer, slot.in_shard))
+                grads.append(view_box(local.grad, slot.in_shard))
         for (momentum, nesterov), lists in groups.items():
             write_directions(*lists, momentum, nesterov)
 
     def _update_momenta(
-        self, runs: Sequence[Run], params: dict[int, LocalParam], keep: Tensor | None
+        self, boxes: Sequence[IndexedBox], params: dict[int, LocalParam], keep: Tensor | None
     ) -> None:
         groups: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-        for param, box in runs:
+        for param, box in boxes:
             if local := params.get(param):
                 momenta, grads = groups.setdefault(local.options.momentum, ([], []))
                 momenta.append(view_box(local.momentum_buffer, box))
@@ -276,150 +283,156 @@ class Executor:
         for momentum, (momenta, grads) in groups.items():
             update_momentum(momenta, grads, momentum, keep)
 
-    def _repack(self, run: CompiledBucket, flight: InFlight, hop: Hop) -> None:
+    def _repack(self, bucket: CompiledBucket, flight: InFlight, hop: Hop) -> None:
         """Fill the send buffer of a collective."""
-        send = self._buffers.take(run.index, hop.send)
-        repack(flight.buffer, send, run.local.collective(hop).moves)
+        send = self._buffers.take(bucket.index, hop.send)
+        repack(flight.buffer, send, bucket.local.collective(hop).moves)
         flight.buffer = send
 
-    def _send(self, run: CompiledBucket, flight: InFlight, hop: Hop) -> None:
-        """Issue a collective; what it receives becomes the flight's buffer."""
+    def _send(self, bucket: CompiledBucket, flight: InFlight, hop: Hop) -> None:
+        """Issue a collective; its receive buffer becomes the buffer in flight."""
         flight.sending = flight.buffer
-        flight.buffer = self._buffers.take(run.index, hop.recv)
-        collective = run.local.collective(hop)
-        group = self._groups.over(run.bucket.mesh, collective.collective.mesh_dims)
+        flight.buffer = self._buffers.take(bucket.index, hop.recv)
+        collective = bucket.local.collective(hop)
+        group = self._groups.over(bucket.mesh, collective.collective.mesh_dims)
         flight.work = issue(collective, flight.sending, flight.buffer, group)
         flight.timeout = timeout_of(group)
 
     def _orthogonalize(
         self,
-        run: CompiledBucket,
+        bucket: CompiledBucket,
         flight: InFlight,
         params: dict[int, LocalParam],
         keep: Tensor | None,
     ) -> None:
-        views = self._wholes(run, flight.buffer)
+        views = self._wholes(bucket, flight.buffer)
         batches: list[tuple[MuonOptions, list[Assignment]]] = []
-        for batch in run.batches:
+        for batch in bucket.batches:
             by_options: dict[MuonOptions, list[Assignment]] = defaultdict(list)
             for assignment in batch:
                 if local := params.get(assignment.param):
                     by_options[local.options].append(assignment)
             batches += by_options.items()
-        gives_up = len(batches) == 1 and not self._buffers.are_kept(run.index)
+        frees_buffer = len(batches) == 1 and not self._buffers.are_kept(bucket.index)
         for options, assignments in batches:
             params_of_batch = [(a, params[a.param]) for a in assignments]
-            self._orthogonalize_batch(run, flight, views, options, params_of_batch, gives_up, keep)
+            self._orthogonalize_batch(
+                bucket, flight, views, options, params_of_batch, frees_buffer, keep
+            )
 
     def _orthogonalize_batch(
         self,
-        run: CompiledBucket,
+        bucket: CompiledBucket,
         flight: InFlight,
         views: list[Tensor],
         options: MuonOptions,
         batch: Sequence[tuple[Assignment, LocalParam]],
-        gives_up: bool,
+        frees_buffer: bool,
         keep: Tensor | None,
     ) -> None:
-        """Matrices of one size, each to its polar factor in place.
+        """Replace matrices of one size by their polar factors, in the buffer.
 
-        `gives_up`: the buffer holds nothing else, and its memory may serve the iteration; see
+        `frees_buffer`: free the buffer during the iteration; the batch is all it holds. See
         `memory.workspaces`.
         """
-        x, is_own = self._assemble(run, flight.buffer, views, [a for a, _ in batch])
-        if gives_up and is_own:
+        x, is_copy = self._assemble(bucket, flight.buffer, views, [a for a, _ in batch])
+        if frees_buffer and is_copy:
             views.clear()
             flight.buffer = x.new_empty(0)
-        result = options.polar_factor(x, run.dtype, overwrite=is_own)
+        result = options.polar_factor(x, bucket.dtype, overwrite=is_copy)
         del x
-        if gives_up and is_own:
-            flight.buffer = self._buffers.take(run.index, run.sequence.wholes)
-            views += self._wholes(run, flight.buffer)
+        if frees_buffer and is_copy:
+            flight.buffer = self._buffers.take(bucket.index, bucket.sequence.wholes)
+            views += self._wholes(bucket, flight.buffer)
         polar_factors = [result] if len(batch) == 1 else result.unbind()
         for (assignment, local), polar_factor in zip(batch, polar_factors, strict=True):
-            self._put(run, views, assignment, polar_factor, local, keep)
+            self._store(bucket, views, assignment, polar_factor, local, keep)
 
-    def _wholes(self, run: CompiledBucket, buffer: Tensor) -> list[Tensor]:
-        """The slots of a buffer of whole matrices."""
-        return self._buffers.views(run.index, run.sequence.wholes, buffer, run.local.wholes)
+    def _wholes(self, bucket: CompiledBucket, buffer: Tensor) -> list[Tensor]:
+        """Views of the slots of the buffer `wholes`."""
+        return self._buffers.views(
+            bucket.index, bucket.sequence.wholes, buffer, bucket.local.wholes
+        )
 
     def _assemble(
         self,
-        run: CompiledBucket,
+        bucket: CompiledBucket,
         buffer: Tensor,
         views: list[Tensor],
         assignments: Sequence[Assignment],
     ) -> tuple[Tensor, bool]:
-        """[[batch,] rows, cols] of matrices of one size, and whether they left the buffer."""
-        places = [(run.parts[a], run.local.matrices[a]) for a in assignments]
-        if len(places) == 1:
-            ((parts, matrix),) = places
+        """Matrices of one size as [[batch,] rows, cols], and whether that is a copy."""
+        sources = [(bucket.parts[a], bucket.local.matrices[a]) for a in assignments]
+        if len(sources) == 1:
+            ((parts, matrix),) = sources
             x = to_matrix(assemble(views, parts, matrix.region.shape, buffer), matrix)
             return x, x.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr()
-        _, first = places[0]
-        batch = buffer.new_empty((len(places), first.rows, first.cols))
-        for target, (parts, matrix) in zip(batch, places, strict=True):
+        _, first = sources[0]
+        batch = buffer.new_empty((len(sources), first.rows, first.cols))
+        for target, (parts, matrix) in zip(batch, sources, strict=True):
             if matrix.pattern:
-                whole = assemble(views, parts, matrix.region.shape, buffer)
-                target.copy_(to_matrix(whole, matrix))
+                box = assemble(views, parts, matrix.region.shape, buffer)
+                target.copy_(to_matrix(box, matrix))
             else:
                 fill(target.view(matrix.region.shape), views, parts)
         return batch, True
 
-    def _put(
+    def _store(
         self,
-        run: CompiledBucket,
+        bucket: CompiledBucket,
         views: list[Tensor],
         assignment: Assignment,
         polar_factor: Tensor,
         local: LocalParam,
         keep: Tensor | None,
     ) -> None:
-        """Lay out a polar factor as its bucket is sent back."""
-        if self._look is not None:
-            self._look(assignment, polar_factor)
+        """Copy a polar factor into the slots of its parts."""
+        if self._observer is not None:
+            self._observer(assignment, polar_factor)
         if local.moments is not None:
             moments = self._moments.of_matrix(local.moments, assignment)
             polar_factor = local.options.normalized(polar_factor, moments, keep)
-        result = from_matrix(polar_factor, run.local.matrices[assignment])
-        disassemble(result, views, run.parts[assignment])
+        result = from_matrix(polar_factor, bucket.local.matrices[assignment])
+        disassemble(result, views, bucket.parts[assignment])
 
-    def _act_in_turn(
+    def _run_in_turn(
         self,
         action: Action,
         events: Sequence[Event],
-        run: CompiledBucket,
+        bucket: CompiledBucket,
         params: dict[int, LocalParam],
         keep: Tensor | None,
     ) -> None:
-        mesh = run.bucket.mesh
+        mesh = bucket.mesh
         for position in sorted(range(mesh.num_ranks), key=mesh.ranks.__getitem__):
-            if position == run.position:
-                self._act(action, events, run, params, keep)
+            if position == bucket.position:
+                self._act(action, events, bucket, params, keep)
             if mesh.dim_names:
                 barrier(self._groups.over(mesh, mesh.dim_names))
 
     def _apply(
         self,
-        run: CompiledBucket,
+        bucket: CompiledBucket,
         buffer: Tensor,
         params: dict[int, LocalParam],
         keep: Tensor | None,
     ) -> None:
-        """Decay and update the local shards."""
-        views = self._buffers.views(run.index, run.sequence.results, buffer, run.local.results)
-        for batch in run.applying:
+        """Apply decay and updates to the local shards."""
+        views = self._buffers.views(
+            bucket.index, bucket.sequence.results, buffer, bucket.local.results
+        )
+        for batch in bucket.applying:
             groups: dict[
                 tuple[MuonOptions, int, int], tuple[list[Tensor], list[Tensor], list[MatrixSlice]]
             ] = {}
             for index in batch:
-                piece = run.results[index]
-                if local := params.get(piece.param):
-                    key = local.options, piece.place.rows, piece.place.cols
-                    targets, polar_factors, places = groups.setdefault(key, ([], [], []))
-                    targets.append(view_box(local.param, piece.box))
+                slot = bucket.results[index]
+                if local := params.get(slot.param):
+                    key = local.options, slot.in_matrix.rows, slot.in_matrix.cols
+                    targets, polar_factors, slices = groups.setdefault(key, ([], [], []))
+                    targets.append(view_box(local.param, slot.in_shard))
                     polar_factors.append(views[index])
-                    places.append(piece.place)
+                    slices.append(slot.in_matrix)
             for (options, rows, cols), lists in groups.items():
                 matrix_lr = options.matrix_lr(rows, cols)
                 apply_updates(

@@ -1,4 +1,4 @@
-"""Copies between local shards, flat buffers and whole matrices."""
+"""Copies between local shards, flat buffers and matrices."""
 
 from collections.abc import Sequence
 
@@ -10,8 +10,9 @@ from muon_dtensor.planning.routes import Move, Slot
 
 Box = tuple[slice, ...]
 
-Part = tuple[int, Box | None]
-"""One of several views by index, and where it belongs in what they make up."""
+IndexedBox = tuple[int, Box | None]
+"""The index of a tensor in a sequence, and a box: of that tensor, or of the tensor it is part of.
+None: all of it."""
 
 
 def box_of(region: Region, origin: Region) -> Box | None:
@@ -23,7 +24,7 @@ def box_of(region: Region, origin: Region) -> Box | None:
 
 
 def view_box(tensor: Tensor, box: Box | None) -> Tensor:
-    """The part of a tensor that `box_of` names."""
+    """A view of the box of a tensor."""
     return tensor if box is None else tensor[box]
 
 
@@ -33,14 +34,14 @@ def view_slots(buffer: Tensor, slots: Sequence[Slot]) -> list[Tensor]:
 
 
 def to_matrix(box: Tensor, matrix: Matrix) -> Tensor:
-    """[rows, cols], contiguous, from the box of a parameter that holds them."""
+    """A contiguous [rows, cols] from the box of a parameter that holds the matrix."""
     if not matrix.pattern:
         return box.view(matrix.rows, matrix.cols)
     return einops.rearrange(box, matrix.pattern, **dict(matrix.axes)).contiguous()
 
 
 def from_matrix(result: Tensor, matrix: Matrix) -> Tensor:
-    """Inverse of `to_matrix`, of any strides."""
+    """Inverse of `to_matrix`; the result has any strides."""
     if not matrix.pattern:
         return result.reshape(matrix.region.shape)
     left, right = matrix.pattern.split(" -> ")
@@ -48,31 +49,31 @@ def from_matrix(result: Tensor, matrix: Matrix) -> Tensor:
 
 
 def assemble(
-    views: Sequence[Tensor], parts: Sequence[Part], shape: tuple[int, ...], like: Tensor
+    views: Sequence[Tensor], parts: Sequence[IndexedBox], shape: tuple[int, ...], like: Tensor
 ) -> Tensor:
-    """A whole contiguous tensor from its parts; a view where it already lies in one.
+    """A contiguous tensor of this shape from its parts; a view if one part is all of it.
 
-    `like`: of the dtype and device of a tensor that has no parts.
+    `like`: gives dtype and device.
     """
     if len(parts) == 1 and parts[0][1] is None:
         return views[parts[0][0]]
-    whole = like.new_empty(shape)
-    fill(whole, views, parts)
-    return whole
+    target = like.new_empty(shape)
+    fill(target, views, parts)
+    return target
 
 
-def fill(whole: Tensor, views: Sequence[Tensor], parts: Sequence[Part]) -> None:
-    """Copy the parts of a whole tensor to where they belong in it."""
-    for number, box in parts:
-        view_box(whole, box).copy_(views[number])
+def fill(target: Tensor, views: Sequence[Tensor], parts: Sequence[IndexedBox]) -> None:
+    """Copy each part to its box in `target`."""
+    for index, box in parts:
+        view_box(target, box).copy_(views[index])
 
 
-def disassemble(whole: Tensor, views: Sequence[Tensor], parts: Sequence[Part]) -> None:
-    """Inverse of `assemble`."""
-    if len(parts) > 1:  # torch transposes a whole matrix twice as fast as its parts
-        whole = whole.contiguous()
-    for number, box in parts:
-        views[number].copy_(view_box(whole, box))
+def disassemble(source: Tensor, views: Sequence[Tensor], parts: Sequence[IndexedBox]) -> None:
+    """Inverse of `assemble`: copy each box of `source` to its part."""
+    if len(parts) > 1:  # torch transposes a full matrix twice as fast as its parts
+        source = source.contiguous()
+    for index, box in parts:
+        views[index].copy_(view_box(source, box))
 
 
 def repack(source: Tensor, target: Tensor, moves: Sequence[Move]) -> None:

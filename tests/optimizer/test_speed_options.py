@@ -165,7 +165,7 @@ def failing_once(layout: Any) -> tuple[list[Tensor], list[Tensor], bool]:
             with pytest.raises(StepFailedError, match=r"phase O. \(orthogonalize\): once"):
                 optimizer.step()
             executor = optimizer._ready.executor
-            held = [executor._buffers._block, *executor._buffers._buffers, *executor._flights]
+            held = [executor._buffers._block, *executor._buffers._buffers, *executor._in_flight]
             for action in (optimizer.step, optimizer.state_dict, partial(pickle.dumps, optimizer)):
                 with pytest.raises(StepFailedError, match="failed halfway: some parameters"):
                     action()

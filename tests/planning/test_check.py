@@ -120,7 +120,7 @@ def test_results_of_what_a_rank_does_not_hold_are_refused():
     plan = exchanged(strategy="owned")
 
     def holds_nothing(here: RankBucket) -> RankBucket:
-        return replace(here, touched=())
+        return replace(here, stored=())
 
     told = refused_routes(plan, 3, holds_nothing)
     assert "position 3 gets what it does not hold" in told
