@@ -404,7 +404,7 @@ FAULTS = [
             "        if rows != set(range(first, last)):\n            return dims",
         ),
         (
-            "moments of replicas are not told",
+            "moments of replicas are not reduced",
             "n for n in mesh.dim_names if n not in spec.moment_cuts and mesh.sizes[n] > 1",
             "n for n in mesh.dim_names if n in spec.layout.cut_dims and mesh.sizes[n] > 1 "
             "and n not in spec.moment_cuts",

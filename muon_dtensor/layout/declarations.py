@@ -148,7 +148,7 @@ def _box_pattern(
 ) -> tuple[str, tuple[tuple[str, int], ...]]:
     """Return (einops pattern, axis lengths) that bring a box to [rows, cols].
 
-    The pattern is empty if a reshape does.
+    Both are empty if a reshape is enough.
     """
     long_axes = [
         [tuple(name for name in composite if lengths[name] > 1) for composite in side]
@@ -199,7 +199,7 @@ def _parse(pattern: str) -> tuple[list[Axes], list[Axes]]:
 def _solve(left: Sequence[Axes], shape: tuple[int, ...], axes: Mapping[str, int]) -> dict[str, int]:
     """Return the length of every axis, from the shape and the declared lengths `axes`.
 
-    Raises RefusalError if they contradict each other or leave a length open.
+    Raises RefusalError if they contradict each other or do not determine a length.
     """
     if len(left) != len(shape):
         raise RefusalError(

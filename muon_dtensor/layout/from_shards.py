@@ -80,8 +80,7 @@ def flat_layout_from_shards(
             raise RefusalError(
                 f"Rank {mesh.ranks[position]} holds a slice that starts at element {start}; in the "
                 f"order of {mesh_dim} it would start at {expected}.",
-                "Pass the process groups that the model was wrapped with, each as the right "
-                "argument.",
+                "Pass each process group that the model was wrapped with as the matching argument.",
             )
     if layout.shape != (prod(shape),):
         raise RefusalError(

@@ -76,7 +76,7 @@ class Layout:
         )
 
     def region(self, position: int) -> Region:
-        """The box of the global tensor that the rank at this position stores."""
+        """Return the box of the global tensor that the rank at this position stores."""
         start, stop = [], []
         for dims, bounds in zip(self.cuts, self._bounds, strict=True):
             index = self.mesh.index_along(position, dims)

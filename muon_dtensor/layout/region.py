@@ -50,5 +50,5 @@ class Region:
         return index
 
     def covers(self, other: "Region") -> bool:
-        """Whether every element of `other` lies in this box."""
+        """Whether this box contains every element of `other`."""
         return other.numel == 0 or self.intersect(other) == other

@@ -138,7 +138,7 @@ def _packing(plan: Plan, traffic: BucketTraffic) -> dict[int, int]:
 
 
 def _orthogonalizing(plan: Plan, traffic: BucketTraffic) -> dict[int, int]:
-    """Return the bytes that Newton-Schulz needs: two matrices and two Gram matrices.
+    """Return the bytes of Newton-Schulz: two matrices and two Gram matrices per matrix of a batch.
 
     On a device, if all matrices of a rank are one batch and are stored in pieces, its buffer is
     freed once they are assembled and allocated again for the result.

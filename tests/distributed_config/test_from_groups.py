@@ -516,7 +516,7 @@ def test_an_owner_on_another_mesh():
     first, second, *others = run_threads(4, owner_elsewhere)
     for text in (first, second):
         assert "w is assigned to rank 3, but none of its matrices can be sent there" in text
-        assert "lies on ranks [0, 1]" in text
+        assert "stored on ranks [0, 1]" in text
     assert others == ["", ""]
 
 
