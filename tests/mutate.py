@@ -318,8 +318,8 @@ FAULTS = [
         "check planner",
         (
             "overlapping matrices pass",
-            "    if held != whole.numel or _overlap(regions):",
-            "    if held != whole.numel:",
+            "    if numel != param_region.numel or _overlap(regions):",
+            "    if numel != param_region.numel:",
         ),
         (
             "owners that cannot own pass",
@@ -332,13 +332,14 @@ FAULTS = [
             "if covered != region.numel or not",
         ),
         (
-            "a rank that gets what it does not hold passes",
-            "            if {s.assignment for s in here.results.slots} - {a for a, _ in here.stored}:",
+            "a rank that receives results of matrices that it does not store passes",
+            "            if {s.assignment for s in local.results.slots} - {a for a, _ in "
+            "local.stored}:",
             "            if False:",
         ),
         (
-            "what peers do not expect passes",
-            "                        if [s.region for s in sent] != [s.region for s in there] or [",
+            "pieces that peers do not expect pass",
+            "                        if [(s.assignment, s.region) for s in sent] != [",
             "                        if False and [",
         ),
         (
@@ -348,7 +349,7 @@ FAULTS = [
         ),
         (
             "any schedule passes",
-            "        if phases[index] != due:",
+            "        if phases[index] != expected:",
             "        if False:",
         ),
     ),
@@ -385,8 +386,8 @@ FAULTS = [
         "planner layouts_bitwise::matrices strategies::bitwise",
         (
             "replicas share nothing",
-            "    apart, same = _dims_apart(layout, matrix), layout.replica_dims\n",
-            "    apart, same = _dims_apart(layout, matrix), ()\n",
+            "    unshard_dims, replica_dims = _unshard_dims(layout, matrix), layout.replica_dims\n",
+            "    unshard_dims, replica_dims = _unshard_dims(layout, matrix), ()\n",
         ),
         (
             "stages run in the order of the mesh on the way there",
@@ -403,7 +404,7 @@ FAULTS = [
             "        if rows != set(range(first, last)):\n            return dims",
         ),
         (
-            "moments of replicas are not told",
+            "moments of replicas are not reduced",
             "n for n in mesh.dim_names if n not in spec.moment_cuts and mesh.sizes[n] > 1",
             "n for n in mesh.dim_names if n in spec.layout.cut_dims and mesh.sizes[n] > 1 "
             "and n not in spec.moment_cuts",

@@ -1,4 +1,4 @@
-"""Where the elements of a parameter are: regions, meshes, layouts and logical matrices."""
+"""Regions, meshes, layouts and logical matrices: which rank stores which elements."""
 
 from muon_dtensor.layout.layout import Layout
 from muon_dtensor.layout.matrices import Matrix

@@ -1,4 +1,4 @@
-"""Where the elements of a tensor are: which mesh dims cut which tensor dim, in which order."""
+"""Layouts: which mesh dims cut which tensor dim, in which order."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +13,10 @@ class Layout:
     """A tensor's global shape and, per tensor dim, the mesh dims that cut it, outermost first.
 
     Without `bounds` every cut follows torch.chunk: n rows over k ranks are pieces of ceil(n / k)
-    rows, the last one shorter, the rest empty. With them a tensor dim is cut anywhere: per tensor
-    dim the ends of its pieces in the order of `cuts`, beginning with 0. Bounds that are
-    torch.chunk's are dropped. Mesh dims that cut nothing replicate the tensor.
+    rows, the last non-empty one may be shorter, and those after it are empty. `bounds` describe
+    other cuts: per tensor dim the ends of its pieces in the order of `cuts`, beginning with 0.
+    Bounds equal to torch.chunk's become None. Mesh dims that cut no tensor dim replicate the
+    tensor.
     """
 
     mesh: MeshSpec
@@ -25,7 +26,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         if any(type(size) is not int or size < 0 for size in self.shape):
-            raise ValueError(f"tensor dims are integers from 0 on, got {self.shape}")
+            raise ValueError(f"tensor dims must be integers of at least 0, got {self.shape}")
         if len(self.cuts) != len(self.shape):
             raise ValueError(f"{len(self.cuts)} cuts for {len(self.shape)} tensor dims")
         used = [name for dims in self.cuts for name in dims]
@@ -75,7 +76,7 @@ class Layout:
         )
 
     def region(self, position: int) -> Region:
-        """The box of the global tensor that the rank at this position stores."""
+        """Return the box of the global tensor that the rank at this position stores."""
         start, stop = [], []
         for dims, bounds in zip(self.cuts, self._bounds, strict=True):
             index = self.mesh.index_along(position, dims)
@@ -88,21 +89,22 @@ class Layout:
         return {}
 
     def holders(self, region: Region) -> dict[int, Region]:
-        """Who in one replica holds which part of a region: {home: its part}, homes ascending.
+        """Return {home: the part of the region that it stores}, homes ascending.
 
-        A home is a position with coordinate 0 along the replica dims. Empty parts are left out.
+        A home is a position with coordinate 0 along the replica dims. Empty parts are omitted.
+        Equal regions return the same dict object, so its id is a key for equal holders.
         """
-        known = self._holders.get(region)
-        if known is None:
-            known = self._holders[region] = self._find_holders(region)
-        return known
+        holders = self._holders.get(region)
+        if holders is None:
+            holders = self._holders[region] = self._find_holders(region)
+        return holders
 
     @cached_property
     def _largest_parts(self) -> dict[Region, int]:
         return {}
 
     def largest_part(self, region: Region) -> int:
-        """Elements of the largest part of a region that any rank holds."""
+        """Return the number of elements of the largest part of a region that any rank stores."""
         if region not in self._largest_parts:
             holders = self.holders(region)
             self._largest_parts[region] = max(part.numel for part in holders.values())
@@ -112,36 +114,36 @@ class Layout:
         parts: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = [(0, (), ())]
         for tensor_dim, (dims, bounds) in enumerate(zip(self.cuts, self._bounds, strict=True)):
             low, high = region.start[tensor_dim], region.stop[tensor_dim]
-            touched = [
+            overlaps = [
                 (self.mesh.offset_of(index, dims), max(low, first), min(high, last))
                 for index, (first, last) in enumerate(pairwise(bounds))
                 if max(low, first) < min(high, last)
             ]
             parts = [
-                (offset + more, (*start, first), (*stop, last))
-                for offset, start, stop in parts
-                for more, first, last in touched
+                (home + offset, (*start, first), (*stop, last))
+                for home, start, stop in parts
+                for offset, first, last in overlaps
             ]
         return {home: Region(start, stop) for home, start, stop in sorted(parts)}
 
     def home(self, position: int) -> int:
-        """The position in the first replica that stores the same shard as this one."""
+        """Return the position in the first replica that stores the same shard as this one."""
         return position - self.replica_offset(position)
 
     def replica_offset(self, position: int) -> int:
-        """What separates this position from its home: it tells the replica."""
+        """Return the position minus its home; it identifies the replica."""
         index = self.mesh.index_along(position, self.replica_dims)
         return self.mesh.offset_of(index, self.replica_dims)
 
     @cached_property
     def replica_offsets(self) -> tuple[int, ...]:
-        """The offsets of all replicas, the first one 0."""
+        """The offsets of all replicas; the first is 0."""
         dims = self.replica_dims
         return tuple(self.mesh.offset_of(i, dims) for i in range(self.mesh.num_ranks_along(dims)))
 
 
 def _chunk_bounds(num_rows: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Ends of the pieces that torch.chunk makes of so many rows, size after size."""
+    """Return the ends of the pieces that torch.chunk makes of these rows, one size at a time."""
     bounds = [0, num_rows]
     for size in sizes:
         cut = [0]

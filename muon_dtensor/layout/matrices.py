@@ -19,10 +19,10 @@ TO_ADAMW = (
 class Matrix:
     """A box of a parameter that is orthogonalized on its own, as `rows` x `cols`.
 
-    The box has as many elements as the matrix, and need not have its shape: a convolution's is
-    folded, a parameter stored flat holds each matrix as an interval. Without a `pattern` the
-    elements are in the same row-major order; else einops brings the box to [rows, cols] by it,
-    with these `axes`.
+    The box has as many elements as the matrix, but its shape may differ: the box of a convolution
+    is reshaped, a parameter stored flat holds each matrix as an interval. Without a `pattern` box
+    and matrix have the same row-major order. Otherwise `einops.rearrange` with `pattern` and the
+    lengths `axes` brings the box to [rows, cols].
     """
 
     region: Region
@@ -40,7 +40,7 @@ class Matrix:
         return self.rows * self.cols
 
     def moved_by(self, offset: tuple[int, ...]) -> "Matrix":
-        """The same matrix of a tensor in which this one's tensor begins at `offset`."""
+        """Return the matrix in the coordinates of a larger tensor; `offset` is added to its box."""
         start, stop = (
             tuple(a + o for a, o in zip(ends, offset, strict=True))
             for ends in (self.region.start, self.region.stop)
@@ -49,7 +49,7 @@ class Matrix:
 
 
 def matrices_of(shape: tuple[int, ...]) -> tuple[Matrix, ...]:
-    """The matrices of a parameter of this global shape; none where it has no elements.
+    """Return the matrices of a parameter of this global shape; none if it has no elements.
 
     `[rows, cols]` is one matrix, `[batch, rows, cols]` is `batch` matrices. Raises RefusalError for
     any other number of tensor dims.
@@ -68,24 +68,24 @@ def matrices_of(shape: tuple[int, ...]) -> tuple[Matrix, ...]:
             raise RefusalError(f"Muon needs a matrix; this has {dims}.", TO_ADAMW)
         case _:
             raise RefusalError(
-                f"Muon needs to know its matrices; this has {len(shape)} tensor dims.",
+                f"Muon needs matrices to be declared for it; this has {len(shape)} tensor dims.",
                 "Declare them, for a convolution matrix='o i kh kw -> o (i kh kw)' in its param "
                 f"group. Or: {TO_ADAMW}",
             )
 
 
 def flattened(matrix: Matrix, shape: tuple[int, ...]) -> Matrix:
-    """A matrix of a tensor of this shape where that is stored flat: an interval of its elements.
+    """Return the matrix as an interval of the elements of its tensor, of this shape, stored flat.
 
-    Raises RefusalError if the elements of the matrix do not lie one after the other.
+    Raises RefusalError if the elements of the matrix are not consecutive.
     """
     sizes = matrix.region.shape
     first = matrix.region.offset_in(shape)
     last = first + sum((n - 1) * prod(shape[d + 1 :]) for d, n in enumerate(sizes))
     if last - first + 1 != matrix.numel or matrix.pattern:
         raise RefusalError(
-            "It is a slice of a flat parameter of FSDP1, and the declared matrices are no runs of "
-            "its elements.",
+            "It is a slice of a flat parameter of FSDP1, and a declared matrix is not a run of "
+            "consecutive elements.",
             "Declare row blocks only (batch axes outermost), or use fully_shard (FSDP2).",
         )
     return Matrix(Region((first,), (first + matrix.numel,)), matrix.rows, matrix.cols)

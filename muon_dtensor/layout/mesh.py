@@ -10,8 +10,8 @@ from math import prod
 class MeshSpec:
     """A device mesh as values: named dims, their sizes, and the global rank of each position.
 
-    A position is the row-major index of a coordinate. A mesh without dims is one rank alone;
-    parameters that no mesh holds (plain tensors) live there.
+    A position is the row-major index of a coordinate. A mesh without dims stands for a single
+    rank: the mesh of plain tensors.
     """
 
     dim_names: tuple[str, ...]
@@ -28,13 +28,13 @@ class MeshSpec:
         if len(self.ranks) != prod(self.shape):
             raise ValueError(f"mesh {self.shape} needs {prod(self.shape)} ranks")
         if len(set(self.ranks)) != len(self.ranks):
-            raise ValueError("a mesh holds every rank at most once")
+            raise ValueError("a mesh contains every rank at most once")
         if any(type(rank) is not int or rank < 0 for rank in self.ranks):
-            raise ValueError("ranks are integers from 0 on")
+            raise ValueError("ranks must be integers of at least 0")
 
     @classmethod
     def of(cls, /, **sizes: int) -> "MeshSpec":
-        """The mesh of these named sizes over ranks 0, 1, 2, ... in row-major order.
+        """Return the mesh of these named sizes over ranks 0, 1, 2, ... in row-major order.
 
         >>> MeshSpec.of(dp=2, tp=4).num_ranks
         8
@@ -42,7 +42,7 @@ class MeshSpec:
         return cls(tuple(sizes), tuple(sizes.values()), tuple(range(prod(sizes.values()))))
 
     def __hash__(self) -> int:
-        # cheaper than thousands of ranks, and meshes of one plan rarely differ in ranks alone
+        # Hashing thousands of ranks is slow, and meshes of one plan rarely differ in ranks only.
         return hash((self.dim_names, self.shape, self.ranks[0]))
 
     @cached_property
@@ -55,7 +55,7 @@ class MeshSpec:
 
     @cached_property
     def strides(self) -> dict[str, int]:
-        """Per mesh dim, how far apart in position two neighbours along it are."""
+        """Per mesh dim, the difference in position of two neighbours along it."""
         return {name: prod(self.shape[index + 1 :]) for index, name in enumerate(self.dim_names)}
 
     @cached_property
@@ -63,11 +63,11 @@ class MeshSpec:
         return frozenset(self.ranks)
 
     def holds(self, rank: int) -> bool:
-        """Whether this global rank is on the mesh; a mesh without dims is every rank's own."""
+        """Whether this global rank is on the mesh; a mesh without dims holds any rank."""
         return not self.dim_names or rank in self.rank_set
 
     def position_of(self, rank: int) -> int:
-        """The position of a global rank that the mesh holds."""
+        """Return the position of a global rank that the mesh holds."""
         return self._positions[rank] if self.dim_names else 0
 
     @cached_property
@@ -75,7 +75,7 @@ class MeshSpec:
         return {rank: position for position, rank in enumerate(self.ranks)}
 
     def index_along(self, position: int, mesh_dims: tuple[str, ...]) -> int:
-        """Row-major index of a position among the coordinates of some mesh dims."""
+        """Return the row-major index of a position among the coordinates of some mesh dims."""
         index = 0
         for name in mesh_dims:
             size = self.sizes[name]
@@ -83,7 +83,10 @@ class MeshSpec:
         return index
 
     def offset_of(self, index: int, mesh_dims: tuple[str, ...]) -> int:
-        """Inverse of `index_along`: the position of this index, with 0 on all other mesh dims."""
+        """Return the position of this index along some mesh dims, with 0 on all other dims.
+
+        Inverse of `index_along`.
+        """
         offset = 0
         for name in reversed(mesh_dims):
             index, coordinate = divmod(index, self.sizes[name])
@@ -91,18 +94,20 @@ class MeshSpec:
         return offset
 
     def moved(self, position: int, mesh_dims: tuple[str, ...], to: int) -> int:
-        """The position that is where `to` is along some mesh dims, else where `position` is."""
-        here, there = (self.index_along(p, mesh_dims) for p in (position, to))
-        return position + self.offset_of(there, mesh_dims) - self.offset_of(here, mesh_dims)
+        """Return the position with the coordinates of `to` on some mesh dims, else its own."""
+        offset, new_offset = (
+            self.offset_of(self.index_along(p, mesh_dims), mesh_dims) for p in (position, to)
+        )
+        return position + new_offset - offset
 
     def num_ranks_along(self, mesh_dims: tuple[str, ...]) -> int:
-        """How many ranks lie along these mesh dims."""
+        """Return the product of the sizes of these mesh dims."""
         return prod(self.sizes[name] for name in mesh_dims)
 
     def peers(self, position: int, mesh_dims: tuple[str, ...]) -> tuple[int, ...]:
-        """Positions that differ from this one along `mesh_dims` only, in order of global rank.
+        """Return the positions that differ from this one along `mesh_dims` only.
 
-        That is the order of ranks inside a process group (torch sorts them).
+        They are in order of global rank, as in a process group (torch sorts its ranks).
         """
         base = position - self.offset_of(self.index_along(position, mesh_dims), mesh_dims)
         peers = (
@@ -111,20 +116,21 @@ class MeshSpec:
         )
         return tuple(sorted(peers, key=self.ranks.__getitem__))
 
-    def names_on(self, whole: "MeshSpec", rank: int) -> tuple[str, ...] | None:
-        """The names that the dims of this mesh have on a larger one, if it is a sub-mesh there.
+    def names_on(self, larger: "MeshSpec", rank: int) -> tuple[str, ...] | None:
+        """Return the dims of `larger` that make up this mesh, or None if it is not a sub-mesh.
 
-        That is, if it is what one gets of `whole` from `rank` by walking along those dims alone.
+        It is a sub-mesh if it consists of the ranks of `larger` that differ from `rank` along those
+        dims only, in row-major order.
         """
-        if not (whole.dim_names and whole.holds(rank) and self.rank_set < whole.rank_set):
+        if not (larger.dim_names and larger.holds(rank) and self.rank_set < larger.rank_set):
             return None
-        start = whole.position_of(rank)
-        for names in permutations(whole.dim_names, len(self.dim_names)):
-            if tuple(whole.sizes[name] for name in names) != self.shape:
+        start = larger.position_of(rank)
+        for names in permutations(larger.dim_names, len(self.dim_names)):
+            if tuple(larger.sizes[name] for name in names) != self.shape:
                 continue
-            base = start - whole.offset_of(whole.index_along(start, names), names)
-            line = (base + whole.offset_of(index, names) for index in range(self.num_ranks))
-            if tuple(whole.ranks[position] for position in line) == self.ranks:
+            base = start - larger.offset_of(larger.index_along(start, names), names)
+            positions = (base + larger.offset_of(index, names) for index in range(self.num_ranks))
+            if tuple(larger.ranks[position] for position in positions) == self.ranks:
                 return names
         return None
 

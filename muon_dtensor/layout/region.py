@@ -7,7 +7,7 @@ from operator import sub
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A box in some tensor's coordinates: per tensor dim a half-open interval."""
+    """A box in the coordinates of a tensor: per tensor dim a half-open interval."""
 
     start: tuple[int, ...]
     stop: tuple[int, ...]
@@ -18,7 +18,7 @@ class Region:
 
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> "Region":
-        """The region that covers a tensor of this shape."""
+        """Return the region that covers a tensor of this shape."""
         return cls((0,) * len(shape), shape)
 
     @property
@@ -30,25 +30,25 @@ class Region:
         return prod(self.shape)
 
     def intersect(self, other: "Region") -> "Region":
-        """The common box; where there is none, a box of zero elements."""
+        """Return the common box; a box of zero elements if the two do not overlap."""
         start = tuple(map(max, self.start, other.start))
         stop = tuple(map(max, start, map(min, self.stop, other.stop)))
         return Region(start, stop)
 
     def relative_to(self, origin: "Region") -> "Region":
-        """The same box in the coordinates of a tensor that begins where `origin` begins."""
+        """Return the box in the coordinates of a tensor that begins where `origin` begins."""
         return Region(
             tuple(a - o for a, o in zip(self.start, origin.start, strict=True)),
             tuple(b - o for b, o in zip(self.stop, origin.start, strict=True)),
         )
 
     def offset_in(self, shape: tuple[int, ...]) -> int:
-        """Row-major index of this box's first element in a tensor of this shape."""
+        """Return the row-major index of the box's first element in a tensor of this shape."""
         index = 0
         for start, size in zip(self.start, shape, strict=True):
             index = index * size + start
         return index
 
     def covers(self, other: "Region") -> bool:
-        """Whether every element of `other` lies in this box."""
+        """Whether this box contains every element of `other`."""
         return other.numel == 0 or self.intersect(other) == other

@@ -1,1 +1,1 @@
-"""Layouts in, collectives out. Standard library only: no torch, no process group, no GPU."""
+"""Plan a step from layouts. Standard library only: no torch, no process group, no GPU."""

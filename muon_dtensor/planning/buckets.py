@@ -1,4 +1,4 @@
-"""Which matrices travel together, under the memory cap."""
+"""Form buckets: matrices moved by one set of collectives, under the memory cap."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -10,24 +10,26 @@ from muon_dtensor.planning.schedule import BufferSequence
 from muon_dtensor.planning.strategies import Strategy
 
 NUM_OVERLAPPING = 4
-"""Buckets to aim for where the cap would allow fewer: the exchange of the first and the last
-hide behind nothing, so four buckets hide about three quarters of the traffic."""
+"""Number of buckets to form where the cap would allow fewer. The first unshard and the last reshard
+overlap with no compute, so four buckets overlap about three quarters of the traffic."""
 
 SMALLEST_NBYTES = 16 * 2**20
-"""Below this a bucket's time is mostly latency (16 MiB take 0.4 ms at 40 GB/s, an all-to-all
-over 64 ranks starts in about 0.1 ms), so no bucket is split for overlap alone."""
+"""Buckets are not split below this size for overlap only: the time of a smaller one is mostly
+latency (16 MiB take 0.4 ms at 40 GB/s, an all-to-all over 64 ranks starts in about 0.1 ms)."""
 
 
 OVER_CAP = 1.25
-"""Where one matrix alone needs more than the cap, what its bucket may hold is this times as much:
-matrices of other owners add little, and alone each would leave the links of all others idle."""
+"""If one matrix needs more than the cap, its bucket may need this many times the bytes of that
+matrix. Matrices of other owners add little, and in buckets of their own each would leave the links
+of the other owners idle."""
 
 
 @dataclass(frozen=True, slots=True)
 class OwnedMatrix:
-    """A candidate with its owner, and the bytes that it adds to numbered buffers.
+    """A candidate with its owner and the bytes that it adds to numbered buffers.
 
-    `loads`: (buffer, place, bytes) each. Bytes at one place add up.
+    `loads`: one (buffer, place, bytes) for each buffer. Bytes of matrices at the same place of a
+    buffer add up.
     """
 
     candidate: Candidate
@@ -36,33 +38,35 @@ class OwnedMatrix:
 
 
 class BufferBound:
-    """An upper bound on the buffers of one bucket on any rank, kept up to date as it grows.
+    """An upper bound on the buffer bytes of one bucket on any rank, updated as matrices are added.
 
-    `memory.bucket_peak_nbytes` is exact and visits every rank; this one adds up matrix by matrix.
+    `memory.bucket_peak_nbytes` is exact but visits every rank.
     """
 
     def __init__(self, sets: Sequence[tuple[int, ...]]) -> None:
-        """`sets`: of buffers that hold something at the same time; see `schedule.live_sets`."""
+        """`sets`: sets of buffers that are live at the same time; see `schedule.live_sets`."""
         self._sets = sets
-        self._places: dict[tuple[int, int], int] = defaultdict(int)
-        self._fullest: dict[int, int] = defaultdict(int)
+        self._place_nbytes: dict[tuple[int, int], int] = defaultdict(int)
+        self._buffer_nbytes: dict[int, int] = defaultdict(int)
 
     def of(self, matrices: Iterable[OwnedMatrix]) -> "BufferBound":
-        """The bound of a bucket of these matrices."""
+        """Return the bound of a bucket of these matrices."""
         bound = BufferBound(self._sets)
         for matrix in matrices:
             bound.add(matrix)
         return bound
 
     def add(self, matrix: OwnedMatrix) -> None:
-        """Put one more matrix into the bucket."""
+        """Add a matrix to the bucket."""
         for buffer, place, nbytes in matrix.loads:
-            self._places[buffer, place] += nbytes
-            self._fullest[buffer] = max(self._fullest[buffer], self._places[buffer, place])
+            self._place_nbytes[buffer, place] += nbytes
+            self._buffer_nbytes[buffer] = max(
+                self._buffer_nbytes[buffer], self._place_nbytes[buffer, place]
+            )
 
     @property
     def nbytes(self) -> int:
-        return max(sum(self._fullest[buffer] for buffer in live) for live in self._sets)
+        return max(sum(self._buffer_nbytes[buffer] for buffer in live) for live in self._sets)
 
 
 def owned_matrix(
@@ -74,81 +78,81 @@ def owned_matrix(
     sequence: BufferSequence,
     itemsize: int,
 ) -> OwnedMatrix:
-    """A matrix with the bytes it adds to each buffer of its bucket; `itemsize` on the wire."""
+    """Return a matrix with the bytes it adds to each buffer; `itemsize`: of the wire dtype."""
     mesh, matrix = layout.mesh, candidate.matrix
     holders = layout.holders(matrix.region)
-    piece, whole = layout.largest_part(matrix.region), matrix.numel
-    # the pieces of a matrix that lies apart are at many homes, and count as one place
+    piece_numel = layout.largest_part(matrix.region)
+    # A matrix with several holders counts its largest piece at one place that stands for all homes.
     home = 0 if len(holders) > 1 else layout.home(owner)
     replica = layout.replica_offset(owner)
     loads = []
     for buffer, content in enumerate(sequence.contents):
         if content.done is None:
-            place, numel = home, piece
+            place, numel = home, piece_numel
         elif set(content.done) >= set(strategy.unshard_dims):
-            place, numel = owner, whole
+            place, numel = owner, matrix.numel
         else:
             place = replica + mesh.offset_of(mesh.index_along(owner, content.done), content.done)
-            numel = min(whole, mesh.num_ranks_along(content.done) * piece)
+            numel = min(matrix.numel, mesh.num_ranks_along(content.done) * piece_numel)
         loads.append((buffer, place, content.copies * itemsize * numel))
     return OwnedMatrix(candidate, owner, tuple(loads))
 
 
-def deal(
+def form_buckets(
     matrices: Sequence[OwnedMatrix], empty: BufferBound, cap_nbytes: int
 ) -> tuple[tuple[tuple[OwnedMatrix, ...], ...], ...]:
-    """Split the matrices of one group into waves of buckets.
+    """Return the matrices of one group as waves of buckets.
 
-    Round j holds the j-th costliest matrix of every owner, so all owners are busy together.
-    A bucket is one or more whole rounds, its own wave. A round over the cap becomes a wave of
-    several buckets: their owners differ, so the schedule lets them all compute together.
+    Round j holds the j-th costliest matrix of every owner, so that all owners compute at the same
+    time. A bucket of one or more complete rounds is a wave. A round over the cap is split into
+    several buckets that form one wave: their owners differ, so they compute at the same time.
     """
-    everything = empty.of(matrices)
-    target = min(cap_nbytes, max(SMALLEST_NBYTES, everything.nbytes // NUM_OVERLAPPING))
+    total_nbytes = empty.of(matrices).nbytes
+    target = min(cap_nbytes, max(SMALLEST_NBYTES, total_nbytes // NUM_OVERLAPPING))
     waves: list[tuple[tuple[OwnedMatrix, ...], ...]] = []
     current: list[OwnedMatrix] = []
     bound = empty.of([])
-    for level in _rounds(matrices):
-        for matrix in level:
+    for one_round in _rounds(matrices):
+        for matrix in one_round:
             bound.add(matrix)
         if bound.nbytes <= target or (not current and bound.nbytes <= cap_nbytes):
-            current += level
+            current += one_round
             continue
         if current:
             waves.append((tuple(current),))
-        parts = _split(level, empty, cap_nbytes)
+        parts = _split_round(one_round, empty, cap_nbytes)
         current, bound = [], empty.of([])
         if len(parts) > 1:
             waves.append(parts)
             continue
-        current, bound = list(level), empty.of(level)
+        current, bound = list(one_round), empty.of(one_round)
     if current:
         waves.append((tuple(current),))
     return tuple(waves)
 
 
 def _rounds(matrices: Iterable[OwnedMatrix]) -> list[list[OwnedMatrix]]:
-    """The costliest matrix of every owner, then the next costliest, and so on."""
+    """Return the costliest matrix of every owner, then the second costliest, and so on."""
     rounds: list[list[OwnedMatrix]] = []
-    num_dealt: dict[int, int] = defaultdict(int)
+    num_placed: dict[int, int] = defaultdict(int)
     for matrix in sorted(matrices, key=lambda m: (-m.candidate.flops, m.candidate.name)):
-        turn = num_dealt[matrix.owner]
-        num_dealt[matrix.owner] += 1
-        if turn == len(rounds):
+        index = num_placed[matrix.owner]
+        num_placed[matrix.owner] += 1
+        if index == len(rounds):
             rounds.append([])
-        rounds[turn].append(matrix)
+        rounds[index].append(matrix)
     return rounds
 
 
-def _split(
-    level: Sequence[OwnedMatrix], empty: BufferBound, cap_nbytes: int
+def _split_round(
+    matrices: Sequence[OwnedMatrix], empty: BufferBound, cap_nbytes: int
 ) -> tuple[tuple[OwnedMatrix, ...], ...]:
-    """Consecutive runs under the cap, or near what the largest matrix needs alone."""
-    largest = max(empty.of([matrix]).nbytes for matrix in level)
+    """Return consecutive runs under the cap, or OVER_CAP times what the largest matrix needs."""
+    largest = max(empty.of([matrix]).nbytes for matrix in matrices)
     limit = cap_nbytes if largest <= cap_nbytes else OVER_CAP * largest
     runs: list[list[OwnedMatrix]] = []
     bound = empty.of([])
-    for matrix in level:
+    for matrix in matrices:
         bound.add(matrix)
         if not runs or bound.nbytes > limit:
             runs.append([])

@@ -1,6 +1,6 @@
 """Static offsets of a rank's exchange buffers in one block of memory.
 
-Buffers that are never needed at the same time may share a place; see `schedule.lifetimes`.
+Buffers whose lifetimes do not overlap may share memory; see `schedule.lifetimes`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,20 +21,22 @@ class _Placed:
 
 
 def assign_offsets(buffers: Sequence[tuple[int, Lifetime]]) -> tuple[list[int], int]:
-    """(the offset of each buffer in bytes, the bytes of the block) for (bytes, lifetime) each.
+    """Return (offset of each buffer, size of the block), in bytes; `buffers`: (bytes, lifetime).
 
-    The best of some tries, the first that needs no more than the fullest event: the larger or the
-    earlier first ("greedy by size" or by time, Pisarchyk & Lee 2020, arXiv:2001.03288), or in one
-    of a few shuffled orders; each at the lowest place that is free all its life, or every other one
-    at the highest, which suits a chain, in which each buffer meets only its neighbours.
+    Tries several orders: larger buffers first ("greedy by size", Pisarchyk & Lee 2020,
+    arXiv:2001.03288), earlier buffers first, and shuffled orders. In each order it places every
+    buffer at the lowest offset that is free during its lifetime, or every second one at the
+    highest. The latter suits chains, where the lifetime of a buffer overlaps only those of its
+    neighbours. Returns the first placement that needs no more than the event with the most live
+    bytes, else the smallest.
     """
     sizes = [-(-nbytes // ALIGNMENT) * ALIGNMENT for nbytes, _ in buffers]
     lives = [life for _, life in buffers]
-    limit = _most_at_once(sizes, lives)
+    limit = _max_live_nbytes(sizes, lives)
     best: tuple[int, list[int]] | None = None
     for order in _orders(sizes, lives):
         for alternates in (False, True):
-            offsets = _placed_in(order, sizes, lives, limit if alternates else None)
+            offsets = _place(order, sizes, lives, limit if alternates else None)
             lowest = min(offsets, default=0)
             ends = (offset - lowest + n for offset, n in zip(offsets, sizes, strict=True))
             total = max(ends, default=0)
@@ -42,21 +44,22 @@ def assign_offsets(buffers: Sequence[tuple[int, Lifetime]]) -> tuple[list[int], 
                 best = total, [offset - lowest for offset in offsets]
             if total == limit:
                 return best[1], total
-    assert best is not None, "there are orders"
+    assert best is not None, "at least one order was tried"
     return best[1], best[0]
 
 
 def _orders(sizes: Sequence[int], lives: Sequence[Lifetime]) -> Iterator[list[int]]:
+    """Yield indices of the buffers: by size, by time, then shuffled with a fixed seed."""
     numbers = list(range(len(sizes)))
     yield sorted(numbers, key=lambda i: (-sizes[i], lives[i].first))
     yield sorted(numbers, key=lambda i: (lives[i].first, lives[i].last))
-    shuffled = Random(0)
+    rng = Random(0)
     for _ in range(2000 // max(len(numbers), 20)):
-        yield shuffled.sample(numbers, len(numbers))
+        yield rng.sample(numbers, len(numbers))
 
 
-def _most_at_once(sizes: Sequence[int], lives: Sequence[Lifetime]) -> int:
-    """The bytes alive at the fullest event: no block is smaller."""
+def _max_live_nbytes(sizes: Sequence[int], lives: Sequence[Lifetime]) -> int:
+    """Return the most bytes live at one event: a lower bound on the size of the block."""
     return max(
         (
             sum(
@@ -70,23 +73,23 @@ def _most_at_once(sizes: Sequence[int], lives: Sequence[Lifetime]) -> int:
     )
 
 
-def _placed_in(
+def _place(
     order: Sequence[int], sizes: Sequence[int], lives: Sequence[Lifetime], limit: int | None
 ) -> list[int]:
-    """Offsets; with a limit every other buffer is hung from there, if need be below 0."""
+    """Return offsets; with a limit every second buffer ends there or below, possibly below 0."""
     offsets = [0] * len(sizes)
     placed: list[_Placed] = []
-    for turn, index in enumerate(order):
+    for number, index in enumerate(order):
         size, life = sizes[index], lives[index]
-        met = [p for p in placed if p.life.first <= life.last and life.first <= p.life.last]
-        if limit is None or turn % 2 == 0:
+        overlapping = [p for p in placed if p.life.first <= life.last and life.first <= p.life.last]
+        if limit is None or number % 2 == 0:
             offset = 0
-            for other in sorted(met, key=lambda p: p.start):
+            for other in sorted(overlapping, key=lambda p: p.start):
                 if other.start < offset + size and offset < other.stop:
                     offset = other.stop
         else:
             offset = limit - size
-            for other in sorted(met, key=lambda p: -p.stop):
+            for other in sorted(overlapping, key=lambda p: -p.stop):
                 if other.start < offset + size and offset < other.stop:
                     offset = other.start - size
         offsets[index] = offset

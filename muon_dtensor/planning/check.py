@@ -1,4 +1,4 @@
-"""Validates a plan: recomputes from the layouts what must hold of it, and raises ValueError."""
+"""Validate a plan against the layouts of its parameters."""
 
 from collections import Counter, defaultdict
 
@@ -10,35 +10,35 @@ from muon_dtensor.planning.strategies import can_own, strategies_for
 
 
 def check(plan: Plan) -> None:
-    """Raise ValueError with all that is wrong with a plan. Takes time linear in its matrices."""
-    wrong = [*_wrong_matrices(plan), *_wrong_assignments(plan)]
-    if wrong:
-        raise ValueError("not a valid plan:\n  " + "\n  ".join(wrong))
-    wrong = [
-        *(problem for bucket in plan.buckets for problem in _wrong_bucket(plan, bucket)),
-        *_wrong_schedule(plan),
+    """Raise ValueError listing every problem of a plan. Takes time linear in its matrices."""
+    problems = [*_matrix_problems(plan), *_assignment_problems(plan)]
+    if problems:
+        raise ValueError("not a valid plan:\n  " + "\n  ".join(problems))
+    problems = [
+        *(problem for bucket in plan.buckets for problem in _bucket_problems(plan, bucket)),
+        *_schedule_problems(plan),
     ]
-    if wrong:
-        raise ValueError("not a valid plan:\n  " + "\n  ".join(wrong))
+    if problems:
+        raise ValueError("not a valid plan:\n  " + "\n  ".join(problems))
 
 
-def wrong_matrices(spec: ParamSpec) -> str:
-    """What is wrong with the matrices of a parameter; empty if nothing is."""
-    whole = Region.whole(spec.shape)
+def problem_of_matrices(spec: ParamSpec) -> str:
+    """Return what is wrong with the matrices of a parameter; an empty string if they are valid."""
+    param_region = Region.whole(spec.shape)
     regions = tuple(matrix.region for matrix in spec.matrices)
     if any(len(region.start) != len(spec.shape) for region in regions):
-        return "Its matrices have other tensor dims than it has itself."
-    if not all(whole.covers(region) for region in regions):
-        return "One of its matrices reaches outside it."
-    held = sum(region.numel for region in regions)
-    if held != whole.numel or _overlap(regions):
-        return "Its matrices do not hold every element exactly once."
+        return "One of its matrices has a different number of tensor dims."
+    if not all(param_region.covers(region) for region in regions):
+        return "One of its matrices extends outside it."
+    numel = sum(region.numel for region in regions)
+    if numel != param_region.numel or _overlap(regions):
+        return "Its matrices do not cover every element exactly once."
     return ""
 
 
-def _wrong_matrices(plan: Plan) -> list[str]:
-    wrong = ((spec.fqn, wrong_matrices(spec)) for spec in plan.params)
-    return [f"{fqn}: {text}" for fqn, text in wrong if text]
+def _matrix_problems(plan: Plan) -> list[str]:
+    problems = ((spec.fqn, problem_of_matrices(spec)) for spec in plan.params)
+    return [f"{fqn}: {problem}" for fqn, problem in problems if problem]
 
 
 def _overlap(regions: tuple[Region, ...]) -> bool:
@@ -52,11 +52,11 @@ def _overlap(regions: tuple[Region, ...]) -> bool:
     return False
 
 
-def _wrong_assignments(plan: Plan) -> list[str]:
-    wrong = []
-    places = (n for b in plan.buckets for a in b.assignments for n in (a.param, a.matrix, a.owner))
-    if any(type(number) is not int for number in places):
-        return ["an assignment is not made of integers"]
+def _assignment_problems(plan: Plan) -> list[str]:
+    problems = []
+    fields = (n for b in plan.buckets for a in b.assignments for n in (a.param, a.matrix, a.owner))
+    if any(type(field) is not int for field in fields):
+        return ["the fields of an assignment must be integers"]
     counts = Counter((a.param, a.matrix) for b in plan.buckets for a in b.assignments)
     expected = {
         (param, index)
@@ -65,15 +65,17 @@ def _wrong_assignments(plan: Plan) -> list[str]:
         if matrix.numel
     }
     for param, index in sorted(counts.keys() | expected):
-        count, due = counts[param, index], int((param, index) in expected)
-        if count != due:
+        count, expected_count = counts[param, index], int((param, index) in expected)
+        if count != expected_count:
             name = plan.params[param].fqn if 0 <= param < len(plan.params) else f"param {param}"
-            wrong.append(f"{name}: matrix {index} is orthogonalized {count} times, not {due}")
-    return wrong
+            problems.append(
+                f"{name}: matrix {index} is orthogonalized {count} times, not {expected_count}"
+            )
+    return problems
 
 
-def _wrong_bucket(plan: Plan, bucket: Bucket) -> list[str]:
-    wrong = []
+def _bucket_problems(plan: Plan, bucket: Bucket) -> list[str]:
+    problems = []
     for assignment in bucket.assignments:
         if not 0 <= assignment.param < len(plan.params):
             continue
@@ -82,71 +84,77 @@ def _wrong_bucket(plan: Plan, bucket: Bucket) -> list[str]:
             continue
         layout, matrix = spec.layout, plan.matrix(assignment)
         if layout.mesh != bucket.mesh or spec.wire_dtype != bucket.wire_dtype:
-            wrong.append(f"{spec.fqn}: its mesh or wire dtype is not that of its bucket")
+            problems.append(f"{spec.fqn}: its mesh or wire dtype differs from its bucket's")
         elif bucket.strategy not in strategies_for(layout, matrix.region):
-            wrong.append(f"{spec.fqn}: {bucket.strategy} cannot bring its matrix together")
+            problems.append(f"{spec.fqn}: {bucket.strategy} is not legal for its layout")
         elif not 0 <= assignment.owner < bucket.mesh.num_ranks:
-            wrong.append(f"{spec.fqn}: owner {assignment.owner} is not on mesh {bucket.mesh}")
+            problems.append(f"{spec.fqn}: owner {assignment.owner} is not on mesh {bucket.mesh}")
         elif not can_own(layout, matrix.region, assignment.owner):
-            wrong.append(f"{spec.fqn}: matrix {assignment.matrix} cannot travel to its owner")
-    return wrong
+            problems.append(f"{spec.fqn}: matrix {assignment.matrix} cannot be sent to its owner")
+    return problems
 
 
-def _wrong_schedule(plan: Plan) -> list[str]:
-    wrong = []
+def _schedule_problems(plan: Plan) -> list[str]:
+    problems = []
     phases: dict[int, list[Phase]] = defaultdict(list)
     for action in plan.schedule:
         phases[action.bucket].append(action.phase)
     for index, bucket in enumerate(plan.buckets):
-        due = list(phases_of(buffer_sequence(bucket.strategy, bucket.mesh)))
-        if phases[index] != due:
-            wrong.append(f"bucket {index} runs {''.join(phases[index])}, not {''.join(due)}")
-    if strays := [str(a) for a in plan.schedule if not 0 <= a.bucket < len(plan.buckets)]:
-        wrong.append(f"the schedule runs buckets that do not exist: {', '.join(strays)}")
-    return wrong
+        expected = list(phases_of(buffer_sequence(bucket.strategy, bucket.mesh)))
+        if phases[index] != expected:
+            problems.append(
+                f"bucket {index} runs {''.join(phases[index])}, not {''.join(expected)}"
+            )
+    if unknown := [str(a) for a in plan.schedule if not 0 <= a.bucket < len(plan.buckets)]:
+        problems.append(f"the schedule runs buckets that do not exist: {', '.join(unknown)}")
+    return problems
 
 
 def check_routes(plan: Plan) -> None:
-    """Raise ValueError unless what each rank sends is what its peers expect, piece by piece.
+    """Raise ValueError unless every rank expects the pieces that its peers send.
 
-    Derives every rank's routes, so it takes time linear in ranks x matrices: for tests and for
-    small plans.
+    Derives the routes of every rank in time linear in ranks x matrices: for tests and small plans.
     """
     for number, bucket in enumerate(plan.buckets):
-        ranks = [rank_bucket(plan, bucket, p) for p in range(bucket.mesh.num_ranks)]
+        rank_buckets = [rank_bucket(plan, bucket, p) for p in range(bucket.mesh.num_ranks)]
         for phase in ("unshard", "reshard"):
             for hop in range(len(getattr(bucket, phase))):
-                for position, here in enumerate(ranks):
-                    transfer = getattr(here, phase)[hop]
+                for position, local in enumerate(rank_buckets):
+                    transfer = getattr(local, phase)[hop]
                     peers = bucket.mesh.peers(position, transfer.collective.mesh_dims)
-                    turn = peers.index(position)
+                    peer_index = peers.index(position)
                     for peer, sent in zip(peers, transfer.send.by_peer, strict=True):
-                        there = getattr(ranks[peer], phase)[hop].recv.by_peer[turn]
-                        if [s.region for s in sent] != [s.region for s in there] or [
-                            s.assignment for s in sent
-                        ] != [s.assignment for s in there]:
+                        expected = getattr(rank_buckets[peer], phase)[hop].recv.by_peer[peer_index]
+                        if [(s.assignment, s.region) for s in sent] != [
+                            (s.assignment, s.region) for s in expected
+                        ]:
                             raise ValueError(
                                 f"bucket {number}, {phase} hop {hop}: position {position} sends "
-                                f"to {peer} what that does not expect"
+                                f"pieces that position {peer} does not expect"
                             )
-        for position, here in enumerate(ranks):
-            for assignment in here.owned:
-                region = here.matrices[assignment].region
-                _must_tile(here.wholes, region, assignment, number, position)
-            for assignment, region in here.stored:
-                _must_tile(here.results, region, assignment, number, position)
-            if {s.assignment for s in here.results.slots} - {a for a, _ in here.stored}:
-                raise ValueError(f"bucket {number}: position {position} gets what it does not hold")
-        if bucket.strategy.is_local and any(r.reshard for r in ranks):
-            raise ValueError(f"bucket {number} is local and still moves data")
+        for position, local in enumerate(rank_buckets):
+            for assignment in local.owned:
+                region = local.matrices[assignment].region
+                _check_tiling(local.wholes, region, assignment, number, position)
+            for assignment, region in local.stored:
+                _check_tiling(local.results, region, assignment, number, position)
+            if {s.assignment for s in local.results.slots} - {a for a, _ in local.stored}:
+                raise ValueError(
+                    f"bucket {number}: position {position} receives results of matrices that it "
+                    "does not store"
+                )
+        if bucket.strategy.is_local and any(local.reshard for local in rank_buckets):
+            raise ValueError(f"bucket {number} is local but moves data")
 
 
-def _must_tile(
+def _check_tiling(
     packing: Packing, region: Region, assignment: object, bucket: int, position: int
 ) -> None:
+    """Raise ValueError unless the slots of an assignment cover a region exactly once."""
     pieces = tuple(s.region for s in packing.slots if s.assignment == assignment)
     covered = sum(piece.numel for piece in pieces)
     if covered != region.numel or _overlap(pieces) or not all(region.covers(p) for p in pieces):
         raise ValueError(
-            f"bucket {bucket}: position {position} gets {covered} of {region.numel} elements"
+            f"bucket {bucket}: the pieces at position {position} have {covered} elements and do "
+            f"not tile a region of {region.numel}"
         )

@@ -1,4 +1,4 @@
-"""Totals of a plan, rank by rank, and the lower bound of its traffic."""
+"""Totals of a plan for every rank, and the lower bound of its traffic."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +15,10 @@ from muon_dtensor.planning.traffic import BucketTraffic
 class PlanCost:
     """Totals of a plan. Per-rank values follow `ranks`, the sorted global ranks of its meshes.
 
-    `flops` and `makespan_flops` (see `makespan`) count what ranks do, `model_flops` each matrix
-    once; `buffer_nbytes` is each rank's peak over the schedule, and `peak_nbytes` that with the
-    work space of what is packed and orthogonalized; `bound_nbytes` see there.
+    `flops`: orthogonalization of each rank. `model_flops`: that of each matrix, counted once.
+    `makespan_flops`: see `makespan`. `buffer_nbytes`: peak of exchange buffers of each rank over
+    the schedule. `peak_nbytes`: the same with the work space of packing, orthogonalization and
+    update. `bound_nbytes`: see the function.
     """
 
     ranks: tuple[int, ...]
@@ -39,7 +40,7 @@ class PlanCost:
 
     @property
     def peak_buffer_nbytes(self) -> int:
-        """Most bytes of exchange buffers any rank holds at any time of a step."""
+        """The most bytes of exchange buffers that any rank holds at any time of a step."""
         return max(self.buffer_nbytes, default=0)
 
     @property
@@ -54,10 +55,9 @@ class PlanCost:
 
     @property
     def makespan(self) -> float:
-        """Sum over buckets of the slowest rank's flops, over the mean of all ranks.
+        """Sum over waves of the slowest rank's flops, over the mean of all ranks.
 
-        What the step takes if ranks wait for each other after every bucket. Buckets that
-        together hold at most one round of matrices count as one, as the schedule runs them.
+        This is the relative time of a step if ranks wait for each other after every wave.
         """
         return self._over_mean(self.makespan_flops)
 
@@ -67,11 +67,12 @@ class PlanCost:
 
 
 def bound_nbytes(plan: Plan) -> int:
-    """The least bytes a step can send, summed over ranks, when owners are balanced.
+    """Return the fewest bytes that a step with balanced owners can send, summed over ranks.
 
-    Of P elements in N pieces an owner lacks P - P/N in the mean over all that could be the owner;
-    they travel to it and back, and every further replica receives P once. Where pieces differ, a
-    plan whose owners hold the larger ones sends a little less.
+    A matrix of P elements has N pieces. The mean over its possible owners of the elements that an
+    owner does not store is P - P/N. These are sent to the owner and back, and each further replica
+    receives P elements once. If the pieces differ in size, a plan whose owners store the larger
+    ones sends slightly less.
     """
     total = 0.0
     for spec in plan.params:
@@ -80,14 +81,14 @@ def bound_nbytes(plan: Plan) -> int:
             if matrix.numel == 0:
                 continue
             num_holders = len(spec.layout.holders(matrix.region))
-            away = matrix.numel * (1 - 1 / num_holders)
-            further = matrix.numel * (len(spec.layout.replica_offsets) - 1)
-            total += itemsize * (2 * away + further)
+            missing_numel = matrix.numel * (1 - 1 / num_holders)
+            replica_numel = matrix.numel * (len(spec.layout.replica_offsets) - 1)
+            total += itemsize * (2 * missing_numel + replica_numel)
     return round(total)
 
 
 def plan_cost(plan: Plan, buckets: Sequence[BucketTraffic]) -> PlanCost:
-    """Totals of a plan from the traffic of its buckets."""
+    """Return the totals of a plan, from the traffic of its buckets."""
     ranks = tuple(sorted(set().union(*(mesh.rank_set for mesh in plan.meshes))))
     index_of = {rank: index for index, rank in enumerate(ranks)}
     flops, sent, received = ([0] * len(ranks) for _ in range(3))
@@ -122,14 +123,14 @@ def _add(
 
 
 def _makespan_flops(plan: Plan, buckets: Sequence[BucketTraffic], index_of: dict[int, int]) -> int:
-    """Sum over runs of consecutive ORTHOGONALIZE actions of the slowest rank's flops."""
+    """Return the sum over runs of ORTHOGONALIZE actions (waves) of the slowest rank's flops."""
     total = 0
     for computes, actions in groupby(plan.schedule, lambda a: a.phase is Phase.ORTHOGONALIZE):
         if not computes:
             continue
-        run = [0] * len(index_of)
+        flops = [0] * len(index_of)
         for action in actions:
             traffic = buckets[action.bucket]
-            _add(run, traffic.flops, traffic.bucket.mesh, index_of)
-        total += max(run)
+            _add(flops, traffic.flops, traffic.bucket.mesh, index_of)
+        total += max(flops)
     return total

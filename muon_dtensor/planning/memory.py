@@ -1,4 +1,4 @@
-"""Memory of a step: exchange buffers over time, and the work space beside them."""
+"""Memory of a step: exchange buffers over time, and work space in addition to them."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -21,61 +21,60 @@ from muon_dtensor.planning.traffic import BucketTraffic
 
 
 class Peaks(NamedTuple):
-    """Most bytes at any time of a step, rank by rank: of buffers, and with the work space."""
+    """The most bytes at any time of a step, per rank: of exchange buffers, and with work space."""
 
     buffer_nbytes: tuple[int, ...]
     total_nbytes: tuple[int, ...]
 
 
 def bucket_peak_nbytes(traffic: BucketTraffic) -> int:
-    """Most bytes of buffers that any rank holds for a bucket."""
-    most = 0
+    """Return the most bytes of buffers that any rank holds for a bucket."""
+    peak_numel = 0
     for numbers in live_sets(traffic.sequence):
-        held = zip(*(traffic.buffers[number] for number in numbers), strict=True)
-        most = max(most, max(map(sum, held), default=0))
-    return traffic.itemsize * most
+        numels = zip(*(traffic.buffers[number] for number in numbers), strict=True)
+        peak_numel = max(peak_numel, max(map(sum, numels), default=0))
+    return traffic.itemsize * peak_numel
 
 
 def peaks(plan: Plan, traffics: Sequence[BucketTraffic], index_of: dict[int, int]) -> Peaks:
-    """Follow the buffers of all ranks through the schedule; `index_of` orders the ranks.
+    """Return the peaks of all ranks over the schedule; `index_of` is the index of each rank.
 
-    On the host the buffers of a step are one block that lives all the time; see
+    On the host the buffers of a step are one block that is allocated for the whole step; see
     `buffer_placement`.
     """
     num_ranks = len(index_of)
-    held, most_held, most, most_work = ([0] * num_ranks for _ in range(4))
+    live, buffer_peaks, total_peaks, work_peaks = ([0] * num_ranks for _ in range(4))
     program = lower(plan.schedule, {i: t.sequence for i, t in enumerate(traffics)})
     lives = lifetimes(program)
     for index, (action, event) in enumerate(flat(program)):
         traffic = traffics[action.bucket]
-        places = [index_of[rank] for rank in traffic.bucket.mesh.ranks]
+        indices = [index_of[rank] for rank in traffic.bucket.mesh.ranks]
         numbers = dict.fromkeys(event.buffers)
-        begins = [n for n in numbers if lives[action.bucket, n].first == index]
-        for number in begins:
-            _add(held, places, traffic.buffers[number], traffic.itemsize)
+        for number in [n for n in numbers if lives[action.bucket, n].first == index]:
+            _add(live, indices, traffic.buffers[number], traffic.itemsize)
         work = workspaces(plan, traffic, event)
-        for position, place in enumerate(places):
+        for position, rank_index in enumerate(indices):
             extra = work.get(position, 0)
-            most_held[place] = max(most_held[place], held[place])
-            most_work[place] = max(most_work[place], extra)
-            most[place] = max(most[place], held[place] + extra)
+            buffer_peaks[rank_index] = max(buffer_peaks[rank_index], live[rank_index])
+            work_peaks[rank_index] = max(work_peaks[rank_index], extra)
+            total_peaks[rank_index] = max(total_peaks[rank_index], live[rank_index] + extra)
         for number in numbers:
             if lives[action.bucket, number].last == index:
-                _add(held, places, traffic.buffers[number], -traffic.itemsize)
+                _add(live, indices, traffic.buffers[number], -traffic.itemsize)
     if plan.options.topology.cores is not None:
-        most = [block + extra for block, extra in zip(most_held, most_work, strict=True)]
-    return Peaks(tuple(most_held), tuple(most))
+        total_peaks = [block + extra for block, extra in zip(buffer_peaks, work_peaks, strict=True)]
+    return Peaks(tuple(buffer_peaks), tuple(total_peaks))
 
 
-def _add(held: list[int], places: Sequence[int], numels: Sequence[int], itemsize: int) -> None:
-    for place, numel in zip(compress(places, numels), filter(None, numels), strict=True):
-        held[place] += itemsize * numel
+def _add(totals: list[int], indices: Sequence[int], numels: Sequence[int], itemsize: int) -> None:
+    for index, numel in zip(compress(indices, numels), filter(None, numels), strict=True):
+        totals[index] += itemsize * numel
 
 
 def workspaces(plan: Plan, traffic: BucketTraffic, event: Event) -> dict[int, int]:
-    """Per position the bytes of work space beside the buffers during an event, if it has any.
+    """Return {position: bytes of work space during an event}; positions without any may be absent.
 
-    Counts the tensors that the elementwise passes, the iteration and the executor make.
+    Counts the tensors that the elementwise passes, the iteration and the executor allocate.
     """
     match event:
         case Fill():
@@ -89,22 +88,22 @@ def workspaces(plan: Plan, traffic: BucketTraffic, event: Event) -> dict[int, in
 
 
 def _applying(plan: Plan, traffic: BucketTraffic) -> dict[int, int]:
-    """The wide copies that imitate how the host rounds narrow dtypes.
+    """Return the bytes of the copies that reproduce how the host rounds narrow dtypes.
 
-    The update makes two in float32 of a piece whose parameter has the dtype of the wire.
+    If a parameter has the wire dtype, its update makes two float32 copies of a piece.
     """
     largest: dict[int, int] = defaultdict(int)
     if plan.options.topology.cores is None:
         return largest
-    seen: set[tuple[int, bool]] = set()
+    counted: set[tuple[int, bool]] = set()
     for a in traffic.bucket.assignments:
         spec, matrix, holders = plan.spec(a), plan.matrix(a), plan.holders(a)
         if spec.dtype != traffic.bucket.wire_dtype or spec.dtype != "bfloat16":
             continue
         is_tall = matrix.rows > matrix.cols > 1
-        if (id(holders), is_tall) in seen:
+        if (id(holders), is_tall) in counted:
             continue
-        seen.add((id(holders), is_tall))
+        counted.add((id(holders), is_tall))
         for home, piece in holders.items():
             for offset in spec.layout.replica_offsets:
                 nbytes = (traffic.itemsize if is_tall else 8) * piece.numel
@@ -113,23 +112,23 @@ def _applying(plan: Plan, traffic: BucketTraffic) -> dict[int, int]:
 
 
 def _packing(plan: Plan, traffic: BucketTraffic) -> dict[int, int]:
-    """The direction of the largest piece before it is cast.
+    """Return the bytes of directions before they are cast to the wire dtype.
 
-    On the host several are packed together only if they are no larger than one, on a device up to
-    `DEVICE_BATCH_NUMEL` elements.
+    The host packs one piece at a time, or several that are together no larger than the largest
+    piece. A device packs up to `DEVICE_BATCH_NUMEL` elements at a time.
     """
     largest: dict[int, int] = defaultdict(int)
     widest = 0
-    seen: set[tuple[int, int, str]] = set()
+    counted: set[tuple[int, int, str]] = set()
     for a in traffic.bucket.assignments:
         spec, holders = plan.spec(a), plan.holders(a)
         size = ITEMSIZES.get(spec.dtype, 4)
         widest = max(widest, size)
         offset = spec.layout.replica_offset(a.owner)
-        same = (id(holders), offset, spec.dtype)
-        if same in seen:
+        key = (id(holders), offset, spec.dtype)
+        if key in counted:
             continue
-        seen.add(same)
+        counted.add(key)
         for home, piece in holders.items():
             largest[home + offset] = max(largest[home + offset], size * piece.numel)
     if plan.options.topology.cores is None:
@@ -139,26 +138,26 @@ def _packing(plan: Plan, traffic: BucketTraffic) -> dict[int, int]:
 
 
 def _orthogonalizing(plan: Plan, traffic: BucketTraffic) -> dict[int, int]:
-    """What Newton-Schulz holds beside its input: two matrices, two of their Gram's size.
+    """Return the bytes of Newton-Schulz: two matrices and two Gram matrices per matrix of a batch.
 
-    On a device the buffer of a rank whose matrices are one batch, in pieces, is given up as soon
-    as they are put together, and made anew for the result.
+    On a device, if all matrices of a rank are one batch and are stored in pieces, its buffer is
+    freed once they are assembled and allocated again for the result.
     """
-    is_kept = plan.options.topology.cores is not None
-    at: dict[int, Counter[tuple[int, int, bool]]] = defaultdict(Counter)
+    keeps_buffers = plan.options.topology.cores is not None
+    by_owner: dict[int, Counter[tuple[int, int, bool]]] = defaultdict(Counter)
     for a in traffic.bucket.assignments:
         matrix, holders = plan.matrix(a), plan.holders(a)
         in_pieces = len(holders) > 1 or bool(matrix.pattern)
-        at[a.owner][matrix.rows, matrix.cols, in_pieces] += 1
+        by_owner[a.owner][matrix.rows, matrix.cols, in_pieces] += 1
     nbytes: dict[int, int] = {}
-    for position, sizes in at.items():
-        most = 0
+    for position, sizes in by_owner.items():
+        peak_numel = 0
         for (rows, cols, in_pieces), count in sizes.items():
-            together = min(count, plan.options.most_batched(traffic.itemsize * rows * cols))
-            numel, short = rows * cols, min(rows, cols)
-            held = together * (2 * numel + 2 * short * short)
-            if in_pieces and together == count and len(sizes) == 1 and not is_kept:
-                held -= traffic.wholes[position]
-            most = max(most, held)
-        nbytes[position] = traffic.itemsize * most
+            batch = min(count, plan.options.most_batched(traffic.itemsize * rows * cols))
+            short = min(rows, cols)
+            numel = batch * (2 * rows * cols + 2 * short * short)
+            if in_pieces and batch == count and len(sizes) == 1 and not keeps_buffers:
+                numel -= traffic.wholes[position]
+            peak_numel = max(peak_numel, numel)
+        nbytes[position] = traffic.itemsize * peak_numel
     return nbytes

@@ -12,10 +12,11 @@ MOMENT_ITEMSIZE = 4
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """A sum over `mesh_dims` in which each number comes from one rank and zeros from the others.
+    """An all-reduce over `mesh_dims` that brings second moments from owners to all ranks.
 
-    The owner of a matrix tells its moments. `params`: whose, in order; `numel`: the most of them
-    that a rank holds.
+    The owner of a matrix contributes its moments and every other rank contributes zeros. `params`:
+    indices of the parameters whose moments are reduced, in order. `numel`: the most moments of
+    these parameters that a rank stores.
     """
 
     mesh: MeshSpec
@@ -25,22 +26,22 @@ class Reduction:
 
     @property
     def sent_nbytes(self) -> int:
-        """What a rank sends of it, round a ring."""
+        """Bytes that a rank sends in a ring all-reduce."""
         num_ranks = self.mesh.num_ranks_along(self.mesh_dims)
         return 2 * (num_ranks - 1) * MOMENT_ITEMSIZE * self.numel // num_ranks
 
 
 def moment_shape(matrices: tuple[Matrix, ...]) -> tuple[int, ...]:
-    """[matrices, rows], or [rows of all] where matrices differ in rows."""
+    """Return [matrices, rows], or [total rows] if matrices differ in rows."""
     rows = [matrix.rows for matrix in matrices]
     return (len(rows), rows[0]) if len(set(rows)) == 1 else (sum(rows),)
 
 
 def moment_cuts(layout: Layout, matrices: tuple[Matrix, ...]) -> tuple[str, ...]:
-    """The mesh dims that can cut the moments as they cut tensor dim 0 of the parameter.
+    """Return the mesh dims that cut the moments: those that cut tensor dim 0 of the parameter.
 
-    So they can where every rank then holds the moments of all matrices it has a part of, and of
-    no others: whole experts, whole heads. Else none do, and each rank holds all moments.
+    The result is empty, and every rank stores all moments, unless each rank would store the moments
+    of exactly the matrices that it stores a part of. That holds for complete experts or heads.
     """
     dims = layout.cuts[0] if layout.cuts else ()
     if not dims or layout.bounds is not None or not matrices:
@@ -49,14 +50,14 @@ def moment_cuts(layout: Layout, matrices: tuple[Matrix, ...]) -> tuple[str, ...]
     offsets = _offsets(matrices)
     for index in range(layout.mesh.num_ranks_along(dims)):
         position = layout.mesh.offset_of(index, dims)
-        here = layout.region(position)
-        low, high = here.start[0], here.stop[0]
-        touched = [
+        region = layout.region(position)
+        low, high = region.start[0], region.stop[0]
+        overlapping = [
             number
             for number, matrix in enumerate(matrices)
             if max(low, matrix.region.start[0]) < min(high, matrix.region.stop[0])
         ]
-        rows = {offset for n in touched for offset in range(offsets[n], offsets[n + 1])}
+        rows = {offset for n in overlapping for offset in range(offsets[n], offsets[n + 1])}
         first, last = _interval(cut, position)
         if rows != set(range(first, last)):
             return ()
@@ -64,21 +65,21 @@ def moment_cuts(layout: Layout, matrices: tuple[Matrix, ...]) -> tuple[str, ...]
 
 
 def moment_layout(spec: ParamSpec) -> Layout:
-    """How the moments of a parameter of NorMuon lie on its mesh."""
+    """Return the layout of the moments of a parameter that NorMuon updates."""
     assert spec.moment_cuts is not None, f"{spec.fqn} is not stepped by NorMuon"
     return _layout(spec.layout.mesh, spec.matrices, spec.moment_cuts)
 
 
 def moment_slice(spec: ParamSpec, matrix: int, position: int) -> slice:
-    """Where the moments of a matrix are among those this rank holds, taken as one row."""
+    """Return the slice of a matrix's moments in the flattened moments that this rank stores."""
     first, _ = _interval(moment_layout(spec), position)
     offsets = _offsets(spec.matrices)
     return slice(offsets[matrix] - first, offsets[matrix + 1] - first)
 
 
 def reductions(plan: Plan) -> tuple[Reduction, ...]:
-    """What ranks tell each other of moments after a step, in the order of their parameters."""
-    found: dict[tuple[MeshSpec, tuple[str, ...]], list[int]] = defaultdict(list)
+    """Return the all-reduces of moments after a step, in the order of their first parameters."""
+    params_by_dims: dict[tuple[MeshSpec, tuple[str, ...]], list[int]] = defaultdict(list)
     for index, spec in enumerate(plan.params):
         if spec.moment_cuts is not None and spec.matrices:
             mesh = spec.layout.mesh
@@ -86,10 +87,10 @@ def reductions(plan: Plan) -> tuple[Reduction, ...]:
                 n for n in mesh.dim_names if n not in spec.moment_cuts and mesh.sizes[n] > 1
             )
             if dims:
-                found[mesh, dims].append(index)
+                params_by_dims[mesh, dims].append(index)
     return tuple(
         Reduction(mesh, dims, tuple(params), sum(_local_numel(plan.params[p]) for p in params))
-        for (mesh, dims), params in found.items()
+        for (mesh, dims), params in params_by_dims.items()
     )
 
 
@@ -99,7 +100,7 @@ def _layout(mesh: MeshSpec, matrices: tuple[Matrix, ...], dims: tuple[str, ...])
 
 
 def _interval(layout: Layout, position: int) -> tuple[int, int]:
-    """The first and last of the moments, taken as one row, that a rank holds."""
+    """Return (start, stop) of the flattened moments that a rank stores."""
     region = layout.region(position)
     width = layout.shape[1] if len(layout.shape) == 2 else 1
     return region.start[0] * width, region.stop[0] * width

@@ -1,4 +1,4 @@
-"""Assigns each matrix to the rank that orthogonalizes it, balancing flops over the mesh."""
+"""Assign each matrix to the rank that orthogonalizes it, balancing flops over the mesh."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from muon_dtensor.layout import Layout, Matrix, Region
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One matrix on its way through the planner.
+    """One matrix in the planner.
 
-    `param` and `index` as in `plan.Assignment`, `flops` of its orthogonalization, `name` breaks
-    ties.
+    `param`: index of its parameter. `index`: index among the parameter's matrices. `flops`: of its
+    orthogonalization. `name`: (parameter name, `index`), breaks ties.
     """
 
     param: int
@@ -23,13 +23,14 @@ class Candidate:
 
 
 def assign_owners(work: Sequence[tuple[Candidate, tuple[int, ...]]]) -> tuple[int, ...]:
-    """Longest processing time first: the costliest matrix to the least loaded rank that may own it.
+    """Return the owner of each matrix: longest processing time first.
 
-    `work`: each matrix with the ranks that may own it.
+    Assigns the costliest matrix first, always to the least loaded rank that may own it. `work`:
+    each matrix with the ranks that may own it. Ties between matrices are broken by name, ties
+    between ranks by their order in `work`.
 
-    Within 4/3 - 1/(3 ranks) of the best makespan where every rank may own everything (Graham
-    1969, "Bounds on multiprocessing timing anomalies", theorem 2). Ties go by name, then to the
-    earlier rank.
+    The makespan is within 4/3 - 1/(3 ranks) of the best one if every rank may own every matrix
+    (Graham 1969, "Bounds on multiprocessing timing anomalies", theorem 2).
     """
     loads: dict[int, int] = {}
     owners = [0] * len(work)
@@ -39,12 +40,12 @@ def assign_owners(work: Sequence[tuple[Candidate, tuple[int, ...]]]) -> tuple[in
         ranks = work[index][1]
         queue = queues.get(ranks)
         if queue is None:
-            queue = queues[ranks] = [(loads.get(rank, 0), turn) for turn, rank in enumerate(ranks)]
+            queue = queues[ranks] = [(loads.get(rank, 0), i) for i, rank in enumerate(ranks)]
             heapify(queue)
-        # Loads only grow, so an entry that is out of date is too small: renew it and look again.
+        # Loads only grow, so a stale entry is too small: replace it and check the next smallest.
         while queue[0][0] != loads.get(ranks[queue[0][1]], 0):
-            turn = queue[0][1]
-            heapreplace(queue, (loads.get(ranks[turn], 0), turn))
+            rank_index = queue[0][1]
+            heapreplace(queue, (loads.get(ranks[rank_index], 0), rank_index))
         owner = ranks[queue[0][1]]
         owners[index] = owner
         loads[owner] = loads.get(owner, 0) + costs[index]
@@ -55,11 +56,11 @@ def assign_owners(work: Sequence[tuple[Candidate, tuple[int, ...]]]) -> tuple[in
 
 
 def possible_owners(layout: Layout, matrix: Region) -> tuple[int, ...]:
-    """Positions that hold a part of the matrix, the preferred ones first.
+    """Return the positions that store a part of the matrix, preferred owners first.
 
-    Larger pieces first, since an owner keeps its own. Then neighbours in this order differ in
-    replica first and in the outermost mesh dim next, so that equal matrices spread over replicas
-    and nodes.
+    Positions with larger pieces come first, because an owner does not send its own piece. Among
+    equal pieces, consecutive positions differ in replica first and in the outermost mesh dim next,
+    so that equal matrices spread over replicas and nodes.
     """
     mesh = layout.mesh
 

@@ -1,7 +1,7 @@
-"""The plan language: what a step does, as values.
+"""Plan values: what one step does on every rank.
 
-A Plan is made by `planner.plan_update`, printed by `report`, validated by `check`, and carried out
-by the executor.
+`planner.plan_update` returns a Plan, `report` prints it, `check` validates it, and the executor
+runs it.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from muon_dtensor.planning.topology import Topology
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """All a planner may know of one parameter.
+    """One parameter as input of the planner.
 
-    `matrices` hold each of its elements once. `num_iterations` of Newton-Schulz, in `wire_dtype`,
-    which is also what travels. `dtype` is that of the stored parameter. `moment_cuts`:
-    the mesh dims that cut NorMuon's row second moments, see `planning.normuon_state`; None without
-    them.
+    `matrices`: cover each element exactly once. `num_iterations`: of Newton-Schulz. `wire_dtype`:
+    dtype in which matrices are orthogonalized and sent. `dtype`: of the stored parameter.
+    `moment_cuts`: mesh dims that cut NorMuon's row second moments, see `planning.normuon_state`;
+    None without NorMuon.
     """
 
     fqn: str
@@ -34,11 +34,15 @@ class ParamSpec:
 
     def __post_init__(self) -> None:
         if not all(type(text) is str for text in (self.fqn, self.dtype, self.wire_dtype)):
-            raise ValueError("names and dtypes are strings")
+            raise ValueError("names and dtypes must be strings")
         if self.moment_cuts and (not self.layout.cuts or self.moment_cuts != self.layout.cuts[0]):
-            raise ValueError(f"moments are cut as tensor dim 0 is or not, got {self.moment_cuts}")
+            raise ValueError(
+                f"moment_cuts must be empty or the cuts of tensor dim 0, got {self.moment_cuts}"
+            )
         if type(self.num_iterations) is not int or self.num_iterations < 0:
-            raise ValueError(f"num_iterations is an integer from 0 on, got {self.num_iterations}")
+            raise ValueError(
+                f"num_iterations must be an integer of at least 0, got {self.num_iterations}"
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,7 +50,7 @@ class ParamSpec:
 
 
 STRATEGIES = ("auto", "owned", "owned_staged")
-"""Values of `PlanOptions.strategy`. A matrix that one rank alone holds is local in any case."""
+"""Values of `PlanOptions.strategy`. A matrix stored on one rank only is always local."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +68,9 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """Another strategy for the matrices that travel as those of a bucket do.
+    """A strategy that was not chosen for the group of matrices that a bucket belongs to.
 
-    `seconds`: predicted for a step of these matrices alone. `reason`: why it was not taken.
+    `seconds`: predicted for a step of this group alone. `reason`: why it was not chosen.
     """
 
     strategy: Strategy
@@ -76,10 +80,10 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Matrices moved by one set of collectives: of one mesh, one wire dtype, one strategy.
+    """Matrices of one mesh, wire dtype and strategy that are moved by one set of collectives.
 
-    `seconds`: predicted for a step of all matrices that travel as these do. `alternatives`: the
-    other legal strategies.
+    `seconds`: predicted for a step of its group alone; a group is all matrices that could share a
+    bucket with these (see `search.GroupKey`). `alternatives`: the other legal strategies.
     """
 
     mesh: MeshSpec
@@ -91,28 +95,28 @@ class Bucket:
 
     @property
     def unshard(self) -> tuple[Collective, ...]:
-        """The collectives that bring the pieces to the owners, in order."""
+        """The collectives that send the pieces to the owners, in order."""
         return self.strategy.unshard
 
     @property
     def reshard(self) -> tuple[Collective, ...]:
-        """The collectives that hand the results back, in order."""
+        """The collectives that send the results back to the holders, in order."""
         return self.strategy.reshard(self.mesh.dim_names)
 
 
 class Phase(StrEnum):
-    """What the executor does with one bucket; the letter is how a schedule prints it."""
+    """One phase of a bucket in the executor; a schedule prints its letter."""
 
     UNSHARD = "U"
-    """Momentum, direction, pack, issue the collectives that bring matrices to their owners."""
+    """Update momenta, pack directions, issue the first collective that sends them to the owners."""
     WAIT = "W"
-    """Wait for them; the sent pieces are let go."""
+    """Wait for it, run the other collectives of the unshard, release the sent pieces."""
     ORTHOGONALIZE = "O"
-    """Every owner orthogonalizes its matrices."""
+    """Owners orthogonalize their matrices."""
     RESHARD = "R"
-    """Issue the first collective that hands the results back."""
+    """Issue the first collective that sends the results back."""
     APPLY = "A"
-    """Wait for it, run those that follow, weight decay and update of the local shards."""
+    """Wait for it, run the other collectives, decay and update the local shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,26 +131,26 @@ class Action:
 
     @classmethod
     def parse(cls, token: str) -> "Action":
-        """Inverse of `str`. Raises ValueError for what is no token."""
+        """Inverse of `str`. Raises ValueError if the text is not a token."""
         return cls(Phase(token[:1]), int(token[1:]))
 
 
 DEVICE_BATCH_NUMEL = 1 << 22
-"""Elements that a device packs together where it may: launches no longer count for so many. The
-host takes at most as many as the largest piece has, which stay in its cache."""
+"""The most elements that a device packs together: beyond this size launch overhead is negligible.
+The host packs at most as many as its largest piece has, so that they stay in cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """What the user may say about the plan as a whole.
+    """Options of the plan as a whole.
 
-    `bucket_nbytes`: most bytes of buffers one bucket may hold on any rank; a matrix that needs
-    more than that travels alone. `prefetch_count`: buckets whose exchange is in flight while
-    another is orthogonalized. `batched`: whether an owner stacks its equal-shaped matrices of a
-    bucket, as many as `bucket_nbytes` hold, into one batch (faster on GPUs, rounds differently).
-    `sequential`: ranks orthogonalize one after the other, in the order of global ranks; for
-    debugging. `strategy`: one of STRATEGIES; "auto" takes the one that is predicted to be fastest
-    on `topology`. `exact`: only strategies that give the bits of one rank.
+    `bucket_nbytes`: the most bytes of buffers of one bucket on any rank. A matrix that needs more
+    has a bucket near its own size (see `buckets.OVER_CAP`). `prefetch_count`: number of buckets
+    whose exchange is in flight while another one is orthogonalized. `batched`: owners stack
+    equal-shaped matrices of a bucket, up to `bucket_nbytes`, into one batch (faster on GPUs, rounds
+    differently). `sequential`: ranks orthogonalize one after the other in the order of global
+    ranks, for debugging. `strategy`: one of STRATEGIES; "auto" is the strategy predicted to be
+    fastest on `topology`. `exact`: only strategies that are bitwise equal to one rank.
     """
 
     bucket_nbytes: int = 256 * 2**20
@@ -158,7 +162,7 @@ class PlanOptions:
     topology: Topology = PRESETS["h100-ib-400"]
 
     def most_batched(self, matrix_nbytes: int) -> int:
-        """How many matrices of this size are orthogonalized together at most."""
+        """Return the most matrices of this size that are orthogonalized as one batch."""
         return max(1, self.bucket_nbytes // max(1, matrix_nbytes)) if self.batched else 1
 
     def __post_init__(self) -> None:
@@ -167,20 +171,20 @@ class PlanOptions:
                 f"strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}"
             )
         if type(self.exact) is not bool or not isinstance(self.topology, Topology):
-            raise ValueError("exact is True or False, topology a Topology")
+            raise ValueError("exact must be True or False, topology a Topology")
         if type(self.bucket_nbytes) is not int or self.bucket_nbytes < 1:
             raise ValueError(f"bucket_mb must be above 0, got {self.bucket_nbytes} bytes")
         if type(self.prefetch_count) is not int or self.prefetch_count < 0:
             raise ValueError(
-                f"prefetch_count must be an integer from 0 on, got {self.prefetch_count}"
+                f"prefetch_count must be an integer of at least 0, got {self.prefetch_count}"
             )
         if type(self.batched) is not bool or type(self.sequential) is not bool:
-            raise ValueError("batched and sequential are True or False")
+            raise ValueError("batched and sequential must be True or False")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one step does on every rank: a value, equal on all of them."""
+    """What one step does on every rank; equal on all ranks."""
 
     params: tuple[ParamSpec, ...]
     buckets: tuple[Bucket, ...]
@@ -188,28 +192,28 @@ class Plan:
     options: PlanOptions
 
     def spec(self, assignment: Assignment) -> ParamSpec:
-        """The parameter that holds this matrix."""
+        """Return the parameter of this matrix."""
         return self.params[assignment.param]
 
     def matrix(self, assignment: Assignment) -> Matrix:
-        """The matrix itself."""
+        """Return the matrix."""
         return self.params[assignment.param].matrices[assignment.matrix]
 
     def holders(self, assignment: Assignment) -> dict[int, Region]:
-        """Who in one replica holds which piece of this matrix; see `Layout.holders`."""
+        """Return {home: its piece of this matrix}; see `Layout.holders`."""
         return self.spec(assignment).layout.holders(self.matrix(assignment).region)
 
     @cached_property
     def meshes(self) -> tuple[MeshSpec, ...]:
-        """The meshes of the parameters, each once, in the order of the parameters."""
+        """The distinct meshes of the parameters, in the order of the parameters."""
         return tuple(dict.fromkeys(spec.layout.mesh for spec in self.params))
 
     @cached_property
     def owners(self) -> dict[str, tuple[int, ...]]:
-        """Per parameter the global ranks that orthogonalize its matrices, in matrix order."""
+        """Per parameter, the global ranks that orthogonalize its matrices, in matrix order."""
         owners: dict[str, list[tuple[int, int]]] = {spec.fqn: [] for spec in self.params}
         for bucket in self.buckets:
             for assignment in bucket.assignments:
                 rank = bucket.mesh.ranks[assignment.owner]
                 owners[self.spec(assignment).fqn].append((assignment.matrix, rank))
-        return {fqn: tuple(rank for _, rank in sorted(found)) for fqn, found in owners.items()}
+        return {fqn: tuple(rank for _, rank in sorted(pairs)) for fqn, pairs in owners.items()}

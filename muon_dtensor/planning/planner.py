@@ -1,11 +1,11 @@
-"""Parameters in, a Plan out: a pure function of frozen values."""
+"""Plan a step from the parameters: a pure function of frozen values."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from muon_dtensor.errors import AssignmentError, PlanError, Problem
-from muon_dtensor.planning.buckets import BufferBound, OwnedMatrix, deal, owned_matrix
-from muon_dtensor.planning.check import wrong_matrices
+from muon_dtensor.planning.buckets import BufferBound, OwnedMatrix, form_buckets, owned_matrix
+from muon_dtensor.planning.check import problem_of_matrices
 from muon_dtensor.planning.matrix_costs import ITEMSIZES, WIRE_DTYPES, matrix_flops
 from muon_dtensor.planning.owners import Candidate, assign_owners, possible_owners
 from muon_dtensor.planning.plan import Action, Assignment, Bucket, ParamSpec, Plan, PlanOptions
@@ -19,21 +19,21 @@ def plan_update(
     options: PlanOptions | None = None,
     owners: Mapping[str, int] | None = None,
 ) -> Plan:
-    """Plan one step: who orthogonalizes each matrix, and what moves, in which order.
+    """Plan one step: the owner of each matrix, the collectives, and their order.
 
-    The same parameters and options give the same plan, byte for byte, on every rank.
+    Equal parameters and options give the same plan, byte for byte, on every rank.
 
     Args:
-        params: what to plan.
-        options: of the plan as a whole.
-        owners: global ranks that own the matrices of some parameters, by name. All others are
-            balanced by flops, and so is, in a parameter of several matrices (experts), each that
-            cannot travel to the named rank. A matrix that lies whole on one rank stays there.
+        params: the parameters to plan.
+        options: options of the plan as a whole.
+        owners: parameter name -> global rank that owns its matrices. All other matrices are
+            assigned by flops. In a parameter of several matrices (experts) this includes those that
+            cannot be sent to the named rank. A matrix that is stored on one rank stays there.
 
     Raises:
-        AssignmentError: no matrix of a parameter can travel to the owner that was named for it.
-        PlanError: parameters of the same name, with an unknown wire dtype, or with matrices that
-            do not hold each of their elements once.
+        AssignmentError: no matrix of a parameter can be sent to the owner named for it.
+        PlanError: two parameters have the same name, a wire dtype is unknown, or the matrices of a
+            parameter do not cover each of its elements once.
     """
     options = options or PlanOptions()
     params = tuple(params)
@@ -51,19 +51,20 @@ def plan_update(
 
 
 def _rank_set_order(rank_set: frozenset[int]) -> tuple[int, list[int]]:
-    """Sets of ranks run one after the other, in one order for all.
+    """Sort key of sets of ranks, whose buckets run one set after the other.
 
-    So ranks that share one mesh and differ in others still issue its collectives in one order.
+    All ranks use the same order, so ranks that share one mesh but differ in others still issue the
+    collectives of the shared mesh in the same order.
     """
     return (-len(rank_set), sorted(rank_set))
 
 
 Waves = list[list[int]]
-"""Buckets by index; those of one wave are orthogonalized at the same time."""
+"""Indices of buckets, per wave; the buckets of one wave are orthogonalized at the same time."""
 
 
 class _Builder:
-    """Plans for the matrices on one set of ranks, given a strategy for each group."""
+    """Builds plans for the matrices on one set of ranks, given a strategy for each group."""
 
     def __init__(
         self,
@@ -78,16 +79,17 @@ class _Builder:
         self.owners = self._balance(named_owners)
 
     def plan(self, strategies: Strategies) -> Plan:
-        """The plan of these groups alone."""
+        """Return the plan of these groups alone."""
         buckets: list[Bucket] = []
         waves = self.waves({key: Choice(s, 0.0, ()) for key, s in strategies.items()}, buckets)
         actions = schedule(buckets, waves, self.options.prefetch_count)
         return Plan(self.params, tuple(buckets), actions, self.options)
 
     def waves(self, choices: Mapping[GroupKey, Choice], buckets: list[Bucket]) -> Waves:
-        """Append the buckets of these groups; returns their waves."""
+        """Append the buckets of these groups to `buckets`, and return their waves."""
         waves: Waves = []
-        # Exchanges first, the longest compute first; what needs no exchange hides the last one.
+        # Groups with exchanges come first, those with more compute before others. Local groups come
+        # last, so that their compute overlaps the last reshard.
         for key in sorted(choices, key=self._order):
             choice = choices[key]
             sequence = buffer_sequence(choice.strategy, key.mesh)
@@ -103,7 +105,7 @@ class _Builder:
                 for candidate, owner in zip(self.groups[key], self.owners[key], strict=True)
             ]
             empty = BufferBound(live_sets(sequence))
-            for wave in deal(matrices, empty, self.options.bucket_nbytes):
+            for wave in form_buckets(matrices, empty, self.options.bucket_nbytes):
                 waves.append([])
                 for matrices_of_bucket in wave:
                     waves[-1].append(len(buckets))
@@ -116,10 +118,10 @@ class _Builder:
         return key.strategies[0].is_local, -sum(c.flops for c in candidates), first
 
     def _balance(self, named_owners: Mapping[str, int]) -> dict[GroupKey, list[int]]:
-        """Owners of all matrices, as positions: named by the user or balanced together.
+        """Return the owners of all matrices, as positions: named by the user or balanced by flops.
 
-        Meshes of exactly the same ranks share loads. Others do not: their ranks cannot see each
-        other's plans.
+        Meshes of exactly the same ranks share loads. Other meshes do not, because a rank knows only
+        the plans of its own meshes.
         """
         work: list[tuple[Candidate, tuple[int, ...]]] = []
         ranks_by_table: dict[int, tuple[int, ...]] = {}
@@ -143,71 +145,73 @@ class _Builder:
 
 
 def _bucket(key: GroupKey, choice: Choice, matrices: Sequence[OwnedMatrix]) -> Bucket:
-    places = sorted((m.candidate.param, m.candidate.index, m.owner) for m in matrices)
+    fields = sorted((m.candidate.param, m.candidate.index, m.owner) for m in matrices)
     return Bucket(
         mesh=key.mesh,
         strategy=choice.strategy,
         wire_dtype=key.wire_dtype,
-        assignments=tuple(Assignment(*place) for place in places),
+        assignments=tuple(Assignment(*values) for values in fields),
         seconds=choice.seconds,
         alternatives=choice.alternatives,
     )
 
 
 def _check_params(params: tuple[ParamSpec, ...]) -> None:
-    seen: set[str] = set()
+    fqns: set[str] = set()
     problems = []
     for spec in params:
-        if spec.fqn in seen:
+        if spec.fqn in fqns:
             problems.append(
                 Problem(
                     spec.fqn,
                     str(list(spec.shape)),
                     "Another parameter has this name.",
-                    "Pass names that differ.",
+                    "Pass a different name for each parameter.",
                 )
             )
-        seen.add(spec.fqn)
+        fqns.add(spec.fqn)
         if spec.wire_dtype not in WIRE_DTYPES:
             problems.append(
                 Problem(
                     spec.fqn,
-                    f"{list(spec.shape)} to be iterated in {spec.wire_dtype}",
-                    "This dtype is not known to the planner.",
+                    f"{list(spec.shape)} with wire dtype {spec.wire_dtype}",
+                    "The planner does not support this wire dtype.",
                     f"Use one of {', '.join(WIRE_DTYPES)}.",
                 )
             )
-        if wrong := wrong_matrices(spec):
+        if problem := problem_of_matrices(spec):
             problems.append(
                 Problem(
                     spec.fqn,
                     str(list(spec.shape)),
-                    wrong,
-                    "See matrices.matrices_of and patterns.Declaration.",
+                    problem,
+                    "See layout.matrices.matrices_of and layout.declarations.Declaration.",
                 )
             )
     if problems:
         raise PlanError(problems, num_params=len(params))
 
 
-def _owned_by(spec: ParamSpec, rank: int) -> set[int]:
-    """Which matrices of a parameter travel to a rank that was named.
+def _matrices_for_named_owner(spec: ParamSpec, rank: int) -> set[int]:
+    """Return the indices of the matrices of a parameter that its named owner will own.
 
-    Not those that lie whole on one rank: they stay there. Raises AssignmentError if the others
-    cannot come.
+    Matrices stored on one rank are not among them: they stay there. Raises AssignmentError if there
+    are other matrices and none of them can be sent to the named owner.
     """
     layout = spec.layout
-    held = {i: possible_owners(layout, m.region) for i, m in enumerate(spec.matrices) if m.numel}
-    movable = {index for index, positions in held.items() if len(positions) > 1}
+    positions_of = {
+        i: possible_owners(layout, m.region) for i, m in enumerate(spec.matrices) if m.numel
+    }
+    movable = {index for index, positions in positions_of.items() if len(positions) > 1}
     owned: set[int] = set()
     if layout.mesh.holds(rank):
         position = layout.mesh.position_of(rank)
         owned = {i for i in movable if can_own(layout, spec.matrices[i].region, position)}
     if movable and not owned:
-        near = sorted({layout.mesh.ranks[p] for i in movable for p in held[i]})
+        ranks = sorted({layout.mesh.ranks[p] for i in movable for p in positions_of[i]})
         raise AssignmentError(
-            f"{spec.fqn} is assigned to rank {rank}, where none of its matrices can be brought: "
-            f"it lies on ranks {near} of mesh {layout.mesh}. Assign it to one of them."
+            f"{spec.fqn} is assigned to rank {rank}, but none of its matrices can be sent there: "
+            f"it is stored on ranks {ranks} of mesh {layout.mesh}. Assign it to one of them."
         )
     return owned
 
@@ -215,20 +219,23 @@ def _owned_by(spec: ParamSpec, rank: int) -> set[int]:
 def _groups_by_ranks(
     params: tuple[ParamSpec, ...], named_owners: Mapping[str, int]
 ) -> dict[frozenset[int], dict[GroupKey, list[Candidate]]]:
-    """All matrices by the set of ranks that hold them, and by what they have in common."""
+    """Return all matrices by the rank set of their mesh, then by the key of their group."""
     by_ranks: dict[frozenset[int], dict[GroupKey, list[Candidate]]] = {}
     strategies_by_table: dict[int, tuple[Strategy, ...]] = {}
     keys: dict[tuple[object, ...], GroupKey] = {}
     for param, spec in enumerate(params):
         layout = spec.layout
-        named = _owned_by(spec, named_owners[spec.fqn]) if spec.fqn in named_owners else set()
+        named_matrices: set[int] = set()
+        if spec.fqn in named_owners:
+            named_matrices = _matrices_for_named_owner(spec, named_owners[spec.fqn])
         for index, matrix in enumerate(spec.matrices):
             if matrix.numel == 0:
                 continue
             table = id(layout.holders(matrix.region))
             if table not in strategies_by_table:
                 strategies_by_table[table] = strategies_for(layout, matrix.region)
-            fields = (layout.mesh, spec.wire_dtype, strategies_by_table[table], index in named)
+            strategies = strategies_by_table[table]
+            fields = (layout.mesh, spec.wire_dtype, strategies, index in named_matrices)
             if fields not in keys:
                 keys[fields] = GroupKey(*fields)
             candidate = Candidate(
@@ -240,14 +247,14 @@ def _groups_by_ranks(
 
 
 def restrict(plan: Plan, rank_set: frozenset[int]) -> Plan:
-    """The part of a plan on meshes of exactly these ranks: what those ranks must agree on.
+    """Return the part of a plan on meshes of exactly these ranks, which they must agree on.
 
-    It does not depend on what else the ranks hold; see `_rank_set_order`.
+    It does not depend on the other meshes of these ranks; see `_rank_set_order`.
     """
     params = [i for i, spec in enumerate(plan.params) if spec.layout.mesh.rank_set == rank_set]
     new_param = {old: new for new, old in enumerate(params)}
-    kept = [i for i, bucket in enumerate(plan.buckets) if bucket.mesh.rank_set == rank_set]
-    new_bucket = {old: new for new, old in enumerate(kept)}
+    indices = [i for i, bucket in enumerate(plan.buckets) if bucket.mesh.rank_set == rank_set]
+    new_bucket = {old: new for new, old in enumerate(indices)}
     buckets = tuple(
         replace(
             plan.buckets[index],
@@ -256,7 +263,7 @@ def restrict(plan: Plan, rank_set: frozenset[int]) -> Plan:
                 for a in plan.buckets[index].assignments
             ),
         )
-        for index in kept
+        for index in indices
     )
     actions = tuple(
         Action(a.phase, new_bucket[a.bucket]) for a in plan.schedule if a.bucket in new_bucket

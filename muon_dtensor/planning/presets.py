@@ -1,4 +1,4 @@
-"""Topologies by name, with the sources of their numbers, and from files."""
+"""Topologies by name, with the sources of their numbers, and topologies from files."""
 
 from pathlib import Path
 
@@ -15,12 +15,13 @@ def _gpu(
     network: float,
     node_size: int = 8,
 ) -> Topology:
-    """A GPU cluster from its data sheet.
+    """Return the topology of a GPU cluster from data sheets.
 
-    Rates are `_REACHED` shares of the dense peak by size, links three quarters of the nominal
-    one-way bandwidth. Latencies: the constants of NCCL's own tuner for the Simple protocol on a
-    ring, 3.4 us over NVLink and 14 us over a network (NCCL, src/graph/tuning.cc, hwLat), shared by
-    the messages in flight. How many, like those shares, is an assumption of the right order.
+    Matmul rates are the `_REACHED` share of the dense peak by size. Links reach three quarters of
+    their nominal one-way bandwidth. Latencies are those of NCCL's tuner for the Simple protocol on
+    a ring, 3.4 us over NVLink and 14 us over a network (NCCL, src/graph/tuning.cc, hwLat), divided
+    by the number of messages in flight. That number and the shares are order-of-magnitude
+    assumptions.
     """
     in_flight = 8
 
@@ -41,8 +42,8 @@ def _gpu(
 
 
 _REACHED: Rates = ((64, 0.0005), (256, 0.01), (1024, 0.25), (4096, 0.65), (8192, 0.7))
-"""Share of a GPU's dense peak that matrix products reach by size. An assumption of the right
-order, for planning without the machine; `muon-dtensor calibrate` replaces it by measurement."""
+"""(short side, share of a GPU's dense peak that matrix products reach). An order-of-magnitude
+assumption for planning without the machine; `muon-dtensor calibrate` measures it."""
 
 _CPU_BF16: Rates = ((16, 0.6e9), (64, 26e9), (192, 270e9), (384, 650e9), (1024, 750e9))
 _CPU_FP32: Rates = ((16, 2.5e9), (64, 60e9), (192, 130e9), (1024, 150e9))
@@ -50,7 +51,7 @@ _CPU_FP32: Rates = ((16, 2.5e9), (64, 60e9), (192, 130e9), (1024, 150e9))
 PRESETS: dict[str, Topology] = {
     topology.name: topology
     for topology in (
-        # what `calibrate` found with four ranks on two cores of a Xeon with AMX, rounded
+        # measured by `calibrate` with four ranks on two cores of a Xeon with AMX, rounded
         Topology(
             name="gloo-local",
             node_size=1 << 20,
@@ -74,7 +75,7 @@ PRESETS: dict[str, Topology] = {
             nvlink=450e9,
             network=50e9,
         ),
-        # one NVLink domain of any number of ranks: for single nodes
+        # one NVLink domain with any number of ranks, for single nodes
         _gpu(
             "h100-nvlink",
             bfloat16=989e12,
@@ -105,24 +106,24 @@ PRESETS: dict[str, Topology] = {
         ),
     )
 }
-"""Machines by name."""
+"""Preset topologies by name."""
 
 
-def topology_of(named: "str | Path | Topology") -> Topology:
-    """A topology, the preset of this name, or what a JSON file says.
+def topology_of(source: "str | Path | Topology") -> Topology:
+    """Return a topology from itself, the name of a preset, or the path of a JSON file.
 
-    Raises ValueError that names the file and what is wrong with it, or the presets.
+    Raises ValueError if there is no such preset or file, or if the file is invalid.
     """
-    if isinstance(named, Topology):
-        return named
-    if isinstance(named, str) and named in PRESETS:
-        return PRESETS[named]
-    path = Path(named)
+    if isinstance(source, Topology):
+        return source
+    if isinstance(source, str) and source in PRESETS:
+        return PRESETS[source]
+    path = Path(source)
     if not path.is_file():
         raise ValueError(
-            f"no topology {str(named)!r}: neither a file nor one of {', '.join(PRESETS)}"
+            f"no topology {str(source)!r}: neither a file nor one of {', '.join(PRESETS)}"
         )
     try:
         return Topology.from_json(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no topology: {error}") from error
+        raise ValueError(f"{path} is not a valid topology: {error}") from error

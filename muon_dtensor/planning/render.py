@@ -1,4 +1,4 @@
-"""A plan as text for people."""
+"""Render a plan as text."""
 
 import difflib
 import re
@@ -21,11 +21,11 @@ from muon_dtensor.planning.topology import Topology
 from muon_dtensor.planning.traffic import BucketTraffic, bucket_traffic
 
 MOST_ROWS, MOST_LINES = 8, 28
-"""Rows of a table in `summary`, and lines of them, before the rest is counted and not shown."""
+"""The most rows, and lines of rows, of a table in `summary`; further rows are only counted."""
 
 
 def quantity(value: float, unit: str) -> str:
-    """A number with an SI prefix: `quantity(7.3e6, 'B')` is `7.3 MB`."""
+    """Return a number with an SI prefix: `quantity(7.3e6, 'B')` is `7.3 MB`."""
     for prefix in ("", "k", "M", "G", "T", "P", "E"):
         if abs(value) < 999.5 or prefix == "E":
             digits = 0 if value == round(value) and abs(value) < 1000 and not prefix else 3
@@ -35,7 +35,7 @@ def quantity(value: float, unit: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that suits: `duration(0.0123)` is `12.3 ms`."""
+    """Return seconds as text in s, ms or us: `duration(0.0123)` is `12.3 ms`."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
         if seconds * factor >= 1 or unit == "us":
             return f"{seconds * factor:.3g} {unit}"
@@ -43,34 +43,34 @@ def duration(seconds: float) -> str:
 
 
 def families(names: Iterable[str]) -> str:
-    """Names with their numbers collapsed: `layers.0.wq, layers.1.wq` is `layers.{0..1}.wq`."""
-    numbers: dict[str, list[set[int]]] = {}
+    """Return names with numbers collapsed: `layers.0.wq, layers.1.wq` is `layers.{0..1}.wq`."""
+    numbers_of: dict[str, list[set[int]]] = {}
     for name in names:
         pattern = re.sub(r"\d+", "#", name)
-        found = [int(n) for n in re.findall(r"\d+", name)]
-        seen = numbers.setdefault(pattern, [set() for _ in found])
-        for place, number in zip(seen, found, strict=True):
-            place.add(number)
+        numbers = [int(n) for n in re.findall(r"\d+", name)]
+        fields = numbers_of.setdefault(pattern, [set() for _ in numbers])
+        for field, number in zip(fields, numbers, strict=True):
+            field.add(number)
     texts = []
-    for pattern, seen in numbers.items():
+    for pattern, fields in numbers_of.items():
         text = pattern
-        for place in seen:
-            low, high = min(place), max(place)
-            full = len(place) == high - low + 1
-            inner = f"{{{low}..{high}}}" if full else "{" + ",".join(map(str, sorted(place))) + "}"
-            text = text.replace("#", str(low) if low == high else inner, 1)
+        for field in fields:
+            low, high = min(field), max(field)
+            is_range = len(field) == high - low + 1
+            values = f"{low}..{high}" if is_range else ",".join(map(str, sorted(field)))
+            text = text.replace("#", str(low) if low == high else f"{{{values}}}", 1)
         texts.append(text)
     return ", ".join(texts)
 
 
 def machine(topology: Topology) -> str:
-    """A topology by name, and whether its prices were measured."""
+    """Return the name of a topology, with a remark if its numbers were not measured."""
     is_estimate = topology in PRESETS.values() and topology.name != "gloo-local"
     return f"{topology.name}{' (data sheets, not calibrated)' * is_estimate}"
 
 
 def cuts_text(layout: Layout) -> str:
-    """Cuts in words: `rows over tp=2 then dp=4, replicated over r=2`."""
+    """Return the cuts as text: `rows over tp=2 then dp=4, replicated over r=2`."""
     names = ["rows", "cols"] if len(layout.shape) == 2 else ["batch", "rows", "cols"]
     if len(layout.shape) not in (2, 3):
         names = [f"dim {index}" for index in range(len(layout.shape))]
@@ -88,7 +88,7 @@ def cuts_text(layout: Layout) -> str:
 
 
 def shape_text(spec: ParamSpec) -> str:
-    """The global shape; of a parameter stored flat, that of its matrices."""
+    """Return the global shape; for a parameter stored flat, that of its matrices."""
     sizes = [(matrix.rows, matrix.cols) for matrix in spec.matrices]
     if len(spec.shape) != 1 or not sizes:
         return str(list(spec.shape))
@@ -100,7 +100,7 @@ def shape_text(spec: ParamSpec) -> str:
 
 
 def headline(plan: Plan, cost: PlanCost, prediction: Prediction, digest: str) -> str:
-    """The plan on one line."""
+    """Return the plan as one line."""
     kinds = Counter(bucket.strategy.kind for bucket in plan.buckets)
     where = ", ".join(str(mesh) for mesh in plan.meshes) or "no mesh"
     buckets = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
@@ -114,7 +114,7 @@ def headline(plan: Plan, cost: PlanCost, prediction: Prediction, digest: str) ->
 
 
 def summary(plan: Plan, cost: PlanCost, prediction: Prediction, digest: str) -> str:
-    """The plan on one screen: buckets, then parameters, then totals against the bounds."""
+    """Return the plan as one screen of text: buckets, parameters, totals with lower bounds."""
     lines = []
     for mesh in plan.meshes:
         count = sum(len(s.matrices) for s in plan.params if s.layout.mesh == mesh)
@@ -142,21 +142,21 @@ def summary(plan: Plan, cost: PlanCost, prediction: Prediction, digest: str) -> 
     for reduction in reductions(plan):
         sizes = " x ".join(f"{name}={reduction.mesh.sizes[name]}" for name in reduction.mesh_dims)
         lines.append(
-            f"row moments  all_reduce over {sizes} on top: "
+            f"row moments  all_reduce over {sizes}, not counted above: "
             f"{quantity(reduction.sent_nbytes, 'B')} a rank"
         )
     order = " ".join(map(str, plan.schedule))
-    turns = ", ranks orthogonalize one after the other" if plan.options.sequential else ""
+    remark = ", ranks orthogonalize one after the other" if plan.options.sequential else ""
     if len(order) <= 100:
-        lines.append(f"schedule {order}{turns}")
-    elif turns:
-        lines.append(f"schedule of {len(plan.schedule)} actions{turns}")
+        lines.append(f"schedule {order}{remark}")
+    elif remark:
+        lines.append(f"schedule of {len(plan.schedule)} actions{remark}")
     lines.append(f"digest {digest[:16]}")
     return "\n".join(lines)
 
 
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
+def _count(number: int, singular: str, plural: str) -> str:
+    return f"{number} {singular if number == 1 else plural}"
 
 
 def _shorten(rows: list[list[str]]) -> list[str]:
@@ -166,25 +166,24 @@ def _shorten(rows: list[list[str]]) -> list[str]:
         shown = rows[: max(1, min(MOST_ROWS // 2, bisect_right(stops, MOST_LINES)))]
     lines = [line for row in shown for line in row]
     if len(shown) < len(rows):
-        lines.append(f"... and {len(rows) - len(shown)} more like these")
+        lines.append(f"... and {len(rows) - len(shown)} more")
     return lines
 
 
 def _bucket_rows(plan: Plan, cost: PlanCost, prediction: Prediction) -> list[list[str]]:
-    """Lines per bucket; buckets with equal lines are printed once."""
-    same: dict[tuple[str, ...], list[int]] = {}
+    """Return the lines of each bucket; buckets with equal lines share one row."""
+    indices_by_lines: dict[tuple[str, ...], list[int]] = {}
     for index in range(len(plan.buckets)):
-        same.setdefault(
-            tuple(_bucket_lines(plan, index, cost.buckets[index], prediction)), []
-        ).append(index)
+        lines = tuple(_bucket_lines(plan, index, cost.buckets[index], prediction))
+        indices_by_lines.setdefault(lines, []).append(index)
     rows = []
-    told: set[tuple[Alternative, ...]] = set()
-    for (head, *tail), numbers in same.items():
+    printed: set[tuple[Alternative, ...]] = set()
+    for (head, *tail), numbers in indices_by_lines.items():
         title = f"bucket {numbers[0]}  " if len(numbers) == 1 else f"buckets {ranges(numbers)}  "
         bucket = plan.buckets[numbers[0]]
-        others = [] if bucket.alternatives in told else instead(bucket)
-        told.add(bucket.alternatives)
-        rows.append([title + head, *tail, *(f"    {line}" for line in others)])
+        alternatives = [] if bucket.alternatives in printed else instead(bucket)
+        printed.add(bucket.alternatives)
+        rows.append([title + head, *tail, *(f"    {line}" for line in alternatives)])
     return rows
 
 
@@ -209,47 +208,48 @@ def _bucket_lines(
     exchange, compute = prediction.exchange_seconds[index], prediction.compute_seconds[index]
     lines += [
         f"  predicted  {duration(exchange)} of exchange, {duration(compute)} of compute",
-        f"  because {reason(plan, bucket)}",
+        f"  chosen: {reason(plan, bucket)}",
     ]
     return lines
 
 
 def collective_text(bucket: Bucket, collective: AllToAll) -> str:
-    """A collective with its mesh dims: `all_to_all to owner over dp=4 x tp=2`."""
+    """Return a collective with its mesh dims: `all_to_all to owner over dp=4 x tp=2`."""
     route = collective.route.replace("_", " ")
     return f"all_to_all {route} over {dims_text(bucket, collective.mesh_dims)}"
 
 
 def dims_text(bucket: Bucket, mesh_dims: Sequence[str]) -> str:
-    """Mesh dims with their sizes, `dp=4 x tp=2`."""
+    """Return mesh dims with their sizes: `dp=4 x tp=2`."""
     return " x ".join(f"{name}={bucket.mesh.sizes[name]}" for name in mesh_dims)
 
 
 def reason(plan: Plan, bucket: Bucket) -> str:
-    """Why this strategy, with what it takes."""
+    """Return why a bucket has its strategy, with the predicted seconds of its group."""
     if bucket.strategy.is_local:
-        return "it lies whole on one rank: nothing to send"
-    took = f"{duration(bucket.seconds)} if these were all"
-    if plan.options.strategy != "auto":
-        took = f"strategy={plan.options.strategy!r} was asked for; {took}"
-    return took
+        return "each matrix is stored on one rank, nothing to send"
+    seconds = f"{duration(bucket.seconds)} predicted for these matrices alone"
+    if plan.options.strategy == "auto":
+        return seconds
+    return f"strategy={plan.options.strategy!r} was requested; {seconds}"
 
 
 def instead(bucket: Bucket) -> list[str]:
-    """The strategies that were not taken, with their predicted seconds and the reason."""
+    """Return the strategies that were not chosen, with their predicted seconds and the reason."""
     return [
-        f"instead of {other.strategy.text}: {duration(other.seconds)}, {other.reason}"
-        for other in bucket.alternatives
+        f"instead of {alternative.strategy.text}: {duration(alternative.seconds)}, "
+        f"{alternative.reason}"
+        for alternative in bucket.alternatives
     ]
 
 
 def _param_lines(plan: Plan) -> list[str]:
     groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    where: dict[int, set[int]] = defaultdict(set)
+    buckets_of: dict[int, set[int]] = defaultdict(set)
     owners: dict[int, set[int]] = defaultdict(set)
     for number, bucket in enumerate(plan.buckets):
         for assignment in bucket.assignments:
-            where[assignment.param].add(number)
+            buckets_of[assignment.param].add(number)
             owners[assignment.param].add(bucket.mesh.ranks[assignment.owner])
     for index, spec in enumerate(plan.params):
         pattern = re.sub(r"\d+", "#", spec.fqn)
@@ -257,7 +257,7 @@ def _param_lines(plan: Plan) -> list[str]:
         groups[key].append(index)
     lines = []
     for (_, shape, cuts), members in groups.items():
-        buckets = sorted(set().union(*(where[i] for i in members)))
+        buckets = sorted(set().union(*(buckets_of[i] for i in members)))
         ranks = sorted(set().union(*(owners[i] for i in members)))
         flops = sum(
             matrix_flops(m, plan.params[i].num_iterations)
@@ -275,7 +275,7 @@ def _listed(noun: str, numbers: Sequence[int]) -> str:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Sorted numbers with runs collapsed, `0-3,8`."""
+    """Return sorted numbers with runs collapsed: `0-3,8`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -287,17 +287,17 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def explain(plan: Plan, fqn: str) -> str:
-    """All that happens to one parameter, matrix by matrix.
+    """Return what a step does with one parameter, matrix by matrix.
 
-    Raises ValueError for a name that the plan does not hold, and says which one is near.
+    Raises ValueError if the plan has no parameter of this name, with the most similar name.
     """
     names = {spec.fqn: i for i, spec in enumerate(plan.params)}
     if fqn not in names:
-        near = difflib.get_close_matches(fqn, names, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
+        similar = difflib.get_close_matches(fqn, names, n=1)
+        hint = f" Did you mean '{similar[0]}'?" if similar else ""
         raise ValueError(
-            f"the plan holds no parameter {fqn!r}, but {len(names)} others.{hint} AdamW's and "
-            "frozen parameters are in no plan."
+            f"the plan has no parameter {fqn!r}, but {len(names)} others.{hint} A plan has no "
+            "parameters of AdamW and no frozen parameters."
         )
     index = names[fqn]
     spec = plan.params[index]
@@ -312,10 +312,10 @@ def explain(plan: Plan, fqn: str) -> str:
                 region = plan.matrix(assignment).region
                 ends = zip(region.start, region.stop, strict=True)
                 box = f"[{', '.join(f'{first}:{last}' for first, last in ends)}]"
-                details = tuple(_matrix_lines(plan, number, bucket, assignment))
+                matrix_lines = tuple(_matrix_lines(plan, number, bucket, assignment))
                 rank = bucket.mesh.ranks[assignment.owner]
-                equal.setdefault(details, []).append((box, rank))
-    for (place, pieces, flops, *others), matrices in equal.items():
+                equal.setdefault(matrix_lines, []).append((box, rank))
+    for (place, pieces, flops, *details), matrices in equal.items():
         boxes, ranks = zip(*matrices, strict=True)
         if len(matrices) == 1:
             lines.append(f"  matrix {boxes[0]} in {place}")
@@ -324,23 +324,23 @@ def explain(plan: Plan, fqn: str) -> str:
             owners = _listed("rank", sorted(set(ranks)))
             lines.append(f"  {len(boxes)} matrices {boxes[0]} to {boxes[-1]} in {place}")
             lines.append(f"    each {pieces}, {flops}; owned by {owners}")
-        lines += others
+        lines += details
     if len(lines) == 2:
         lines.append("  no elements, nothing to do")
     return "\n".join(lines)
 
 
 def _matrix_lines(plan: Plan, number: int, bucket: Bucket, assignment: Assignment) -> Iterator[str]:
-    """Where one matrix is orthogonalized, its pieces and work, what it sends, and why so."""
+    """Yield the bucket, pieces, flops, bytes sent and strategy of one matrix."""
     layout, holders = plan.spec(assignment).layout, plan.holders(assignment)
-    alone = bucket_traffic(plan, replace(bucket, assignments=(assignment,)))
+    traffic = bucket_traffic(plan, replace(bucket, assignments=(assignment,)))
     yield f"bucket {number}, {bucket.strategy.text}"
     replicas = _count(len(layout.replica_offsets), "replica", "replicas")
     yield f"in {_count(len(holders), 'piece', 'pieces')} on each of {replicas}"
-    yield quantity(sum(alone.flops), "FLOP")
+    yield quantity(sum(traffic.flops), "FLOP")
     for phase in ("unshard", "reshard"):
-        for hop in getattr(alone.sequence, phase):
-            nbytes = quantity(sum(alone.sent_nbytes(hop)), "B")
+        for hop in getattr(traffic.sequence, phase):
+            nbytes = quantity(sum(traffic.sent_nbytes(hop)), "B")
             yield f"    {phase}: {nbytes} by {collective_text(bucket, hop.collective)}"
-    yield f"    because {reason(plan, bucket)}"
+    yield f"    chosen: {reason(plan, bucket)}"
     yield from (f"      {line}" for line in instead(bucket))

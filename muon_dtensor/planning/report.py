@@ -1,4 +1,4 @@
-"""A plan with its analyses: what `Muon.plan` returns."""
+"""A plan with its analyses; `Muon.plan` returns one."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from muon_dtensor.planning.traffic import BucketTraffic, plan_traffic
 
 @dataclass(frozen=True)
 class PlanReport:
-    """A plan and what can be computed from it, each analysis once. Prints as one screen of text."""
+    """A plan with its cached analyses. Prints as one screen of text."""
 
     plan: Plan
 
@@ -37,39 +37,39 @@ class PlanReport:
 
     @property
     def meshes(self) -> tuple[MeshSpec, ...]:
-        """The meshes of the parameters, each once, in the order of the parameters."""
+        """The distinct meshes of the parameters, in the order of the parameters."""
         return self.plan.meshes
 
     @property
     def owners(self) -> dict[str, tuple[int, ...]]:
-        """Per parameter the global ranks that orthogonalize its matrices, in matrix order."""
+        """Per parameter, the global ranks that orthogonalize its matrices, in matrix order."""
         return self.plan.owners
 
     def spec(self, assignment: Assignment) -> ParamSpec:
-        """The parameter that holds this matrix."""
+        """Return the parameter of this matrix."""
         return self.plan.spec(assignment)
 
     def matrix(self, assignment: Assignment) -> Matrix:
-        """The matrix itself."""
+        """Return the matrix."""
         return self.plan.matrix(assignment)
 
     def holders(self, assignment: Assignment) -> dict[int, Region]:
-        """Which positions of one replica hold which piece of this matrix."""
+        """Return {home: its piece of this matrix}; see `Layout.holders`."""
         return self.plan.holders(assignment)
 
     @cached_property
     def traffic(self) -> tuple[BucketTraffic, ...]:
-        """What each bucket moves, computes and holds."""
+        """What each bucket sends, computes and buffers at each position."""
         return plan_traffic(self.plan)
 
     @cached_property
     def cost(self) -> PlanCost:
-        """Bytes, flops and buffers of every rank, and the lower bounds."""
+        """Bytes, flops and buffers of every rank, and the lower bound of bytes."""
         return plan_cost(self.plan, self.traffic)
 
     @cached_property
     def prediction(self) -> Prediction:
-        """How long a step takes on the topology of the options."""
+        """The predicted time of a step on the topology of the options."""
         return simulate(self.plan, self.traffic)
 
     @cached_property
@@ -78,19 +78,19 @@ class PlanReport:
         return serialize.digest(self.plan)
 
     def headline(self) -> str:
-        """The plan on one line."""
+        """Return the plan as one line."""
         return render.headline(self.plan, self.cost, self.prediction, self.digest)
 
     def summary(self) -> str:
-        """The plan as one screen of text; the same as `str(report)`."""
+        """Return the plan as one screen of text, as `str(report)` does."""
         return render.summary(self.plan, self.cost, self.prediction, self.digest)
 
     def explain(self, fqn: str) -> str:
-        """All that happens to one parameter. Raises ValueError for an unknown name."""
+        """Return what a step does with one parameter. Raises ValueError for an unknown name."""
         return render.explain(self.plan, fqn)
 
     def to_json(self) -> str:
-        """The plan as JSON; `from_json` reads it back to an equal plan."""
+        """Return the plan as JSON; `from_json` returns an equal plan."""
         return serialize.to_json(self.plan)
 
     @classmethod

@@ -1,12 +1,12 @@
-"""The order of a step's phases, and its lowering to events.
+"""The order of a step's phases, and their lowering to events.
 
 Note [Numbered buffers]
     The exchange buffers of a bucket are numbered in the order in which they are filled. Number 0
-    holds the packed pieces. A collective receives into the next number; where its send buffer is
-    not what the collective before has received, it has a number of its own. `wholes` holds what is
-    orthogonalized in place, the last number what is applied. A buffer is needed from the first to
-    the last event that names it: the executor, buffer placement, memory accounting and the
-    simulation all read the same events.
+    holds the packed pieces. A collective receives into the next number. If it cannot send the
+    buffer that was filled before, its send buffer has a number too. Number `wholes` holds the
+    matrices that are orthogonalized in place, the last number holds the results to apply. A buffer
+    is live from the first to the last event that names it. The executor, buffer placement, memory
+    accounting and the simulation all use the same events.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +19,10 @@ from muon_dtensor.planning.strategies import Collective, Strategy
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One collective of a bucket between numbered buffers; `index` counts those of the bucket.
+    """One collective between numbered buffers; `index` counts the collectives of the bucket.
 
-    `source` is the buffer that was filled before: the send buffer, or what that is filled from.
+    `source`: the buffer that was filled before. It is the send buffer itself, or the send buffer is
+    filled from it.
     """
 
     index: int
@@ -32,17 +33,17 @@ class Hop:
 
     @property
     def repacks(self) -> bool:
-        """Whether the send buffer is filled from the one before."""
+        """Whether the send buffer is filled from `source`."""
         return self.send != self.source
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a buffer holds, `copies` times over.
+    """What a buffer holds, `copies` times.
 
-    The pieces of the matrices owned in this rank's replica, after they have moved towards their
-    owners along `done`: none of the mesh dims at first, all of them at the owner. None in place of
-    `done`: the pieces of all matrices that this rank stores.
+    `done`: mesh dims along which the pieces of the matrices owned in this rank's replica have been
+    sent towards their owners. It is empty before the first exchange and has all unshard dims at the
+    owner. None: the pieces of all matrices that this rank stores.
     """
 
     done: tuple[str, ...] | None
@@ -68,12 +69,12 @@ class BufferSequence:
 
 
 def buffer_sequence(strategy: Strategy, mesh: MeshSpec) -> BufferSequence:
-    """The buffers of a bucket on this mesh, in the order in which they are filled."""
+    """Return the buffers and collectives of a bucket on this mesh, buffers in order of filling."""
     contents = [Content(())]
     hops: list[Hop] = []
 
-    def hop(collective: Collective, received: Content, sent: Content | None = None) -> None:
-        """`sent`: content of a send buffer of its own."""
+    def add_hop(collective: Collective, received: Content, sent: Content | None = None) -> None:
+        """`sent`: content of a separate send buffer, if there is one."""
         source = len(contents) - 1
         contents.extend([sent, received] if sent else [received])
         send, recv = (source + 1, source + 2) if sent else (source, source + 1)
@@ -85,15 +86,15 @@ def buffer_sequence(strategy: Strategy, mesh: MeshSpec) -> BufferSequence:
         before[collective.mesh_dims] = Content(done)
         sent = Content(done) if done else None
         done = (*done, *collective.mesh_dims)
-        hop(collective, Content(done), sent)
+        add_hop(collective, Content(done), sent)
     num_unshard, wholes = len(hops), len(contents) - 1
     copies = mesh.num_ranks_along(strategy.replica_dims)
     for index, collective in enumerate(strategy.reshard(mesh.dim_names)):
         if collective.mesh_dims in before:
             sent = contents[-1] if index else None
-            hop(collective, before[collective.mesh_dims], sent)
+            add_hop(collective, before[collective.mesh_dims], sent)
         else:
-            hop(collective, Content(None), replace(contents[-1], copies=copies))
+            add_hop(collective, Content(None), replace(contents[-1], copies=copies))
     return BufferSequence(
         tuple(contents), tuple(hops[:num_unshard]), tuple(hops[num_unshard:]), wholes
     )
@@ -112,7 +113,7 @@ class Fill:
 
 @dataclass(frozen=True, slots=True)
 class UpdateMomenta:
-    """Update the momenta of parameters of which nothing is packed."""
+    """Update the momenta of parameters that have no packed pieces."""
 
     buffers = ()
 
@@ -163,7 +164,7 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """Decay and update the local shards by the results in a buffer."""
+    """Decay the local shards, and update them by the results in a buffer."""
 
     buffer: int
 
@@ -179,13 +180,13 @@ Program = tuple[tuple[Action, tuple[Event, ...]], ...]
 
 
 def lower_phase(phase: Phase, sequence: BufferSequence) -> tuple[Event, ...]:
-    """The events of one phase of a bucket."""
+    """Return the events of one phase of a bucket."""
 
     def send(hop: Hop) -> tuple[Event, ...]:
         return (Repack(hop), Send(hop)) if hop.repacks else (Send(hop),)
 
     def finish(hops: Sequence[Hop]) -> Iterator[Event]:
-        """Wait for the first, which was sent in an earlier phase, and run the others."""
+        """Wait for the first hop, which an earlier phase has sent, then run the others."""
         for index, hop in enumerate(hops):
             if index:
                 yield from send(hop)
@@ -206,7 +207,10 @@ def lower_phase(phase: Phase, sequence: BufferSequence) -> tuple[Event, ...]:
 
 
 def lower(schedule: Sequence[Action], sequences: Mapping[int, BufferSequence]) -> Program:
-    """The events of the actions on buckets of `sequences`, by index; other actions are left out."""
+    """Return the events of the actions on the buckets in `sequences`; skips other actions.
+
+    `sequences`: by index of the bucket.
+    """
     return tuple(
         (action, lower_phase(action.phase, sequences[action.bucket]))
         for action in schedule
@@ -215,7 +219,7 @@ def lower(schedule: Sequence[Action], sequences: Mapping[int, BufferSequence]) -
 
 
 def phases_of(sequence: BufferSequence) -> tuple[Phase, ...]:
-    """The phases that a bucket runs, in order."""
+    """Return the phases of a bucket, in order."""
     phases = [Phase.UNSHARD, Phase.ORTHOGONALIZE, Phase.APPLY]
     if sequence.reshard:
         phases.insert(2, Phase.RESHARD)
@@ -225,7 +229,7 @@ def phases_of(sequence: BufferSequence) -> tuple[Phase, ...]:
 
 
 def live_sets(sequence: BufferSequence) -> tuple[tuple[int, ...], ...]:
-    """The sets of buffers of one bucket that hold something at the same time."""
+    """Return the distinct sets of buffers of one bucket that are live at the same time."""
     actions = [Action(phase, 0) for phase in phases_of(sequence)]
     lives = lifetimes(lower(actions, {0: sequence}))
     sets = (
@@ -237,18 +241,18 @@ def live_sets(sequence: BufferSequence) -> tuple[tuple[int, ...], ...]:
 
 @dataclass(slots=True)
 class Lifetime:
-    """The first and the last event of a program that need a buffer, by index."""
+    """Indices of the first and the last event of a program that name a buffer."""
 
     first: int
     last: int
 
 
 BufferKey = tuple[int, int]
-"""(bucket, number) of a buffer."""
+"""(index of the bucket, number of the buffer)."""
 
 
 def lifetimes(program: Program) -> dict[BufferKey, Lifetime]:
-    """The lifetime of every buffer, events counted over the whole program."""
+    """Return the lifetime of every buffer; event indices count over the whole program."""
     lives: dict[BufferKey, Lifetime] = {}
     for index, (action, event) in enumerate(flat(program)):
         for number in event.buffers:
@@ -258,7 +262,7 @@ def lifetimes(program: Program) -> dict[BufferKey, Lifetime]:
 
 
 def flat(program: Program) -> Iterator[tuple[Action, Event]]:
-    """Every event with its action."""
+    """Yield every event with its action."""
     for action, events in program:
         for event in events:
             yield action, event
@@ -267,23 +271,23 @@ def flat(program: Program) -> Iterator[tuple[Action, Event]]:
 def schedule(
     buckets: Sequence[Bucket], waves: Sequence[Sequence[int]], prefetch_count: int
 ) -> tuple[Action, ...]:
-    """The order of phases, the same on every rank, so that collectives match.
+    """Return the order of phases; it is the same on every rank, so that collectives match.
 
-    At most `prefetch_count + 1` unshards are unfinished at a time, and while a wave is
-    orthogonalized the next `prefetch_count` buckets and the reshard of the one before are in
-    flight. With `prefetch_count` 0 nothing is in flight during compute. `waves`: buckets by index;
-    the owners of one wave orthogonalize at the same time.
+    At most `prefetch_count + 1` unshards are unfinished at a time. While a wave is orthogonalized,
+    the unshards of the next `prefetch_count` buckets and the reshard of the previous bucket are in
+    flight. With `prefetch_count` 0 no collective is in flight during compute. `waves`: indices of
+    buckets; the owners of one wave orthogonalize at the same time.
     """
     actions: list[Action] = []
     order = [bucket for wave in waves for bucket in wave]
-    issued = 0
+    num_issued = 0
     resharding: list[int] = []
 
     def issue_up_to(count: int) -> None:
-        nonlocal issued
-        while issued < min(count, len(order)):
-            actions.append(Action(Phase.UNSHARD, order[issued]))
-            issued += 1
+        nonlocal num_issued
+        while num_issued < min(count, len(order)):
+            actions.append(Action(Phase.UNSHARD, order[num_issued]))
+            num_issued += 1
 
     done = 0
     for wave in waves:

@@ -1,4 +1,4 @@
-"""Which strategy each group of matrices takes: price the legal ones, take the fastest."""
+"""Choose the strategy of each group of matrices: predict the legal ones, pick the fastest."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from muon_dtensor.planning.strategies import Strategy
 from muon_dtensor.planning.traffic import plan_traffic
 
 STAGED_GAIN = 1.1
-"""How much faster than a direct exchange a staged one must be: it sends more bytes."""
+"""How many times as fast as a direct exchange a staged one must be, because it sends more bytes."""
 
 
 @dataclass(frozen=True)
 class GroupKey:
-    """What the matrices of one group have in common: they can travel in the same buckets.
+    """The key of a group: matrices with equal keys can share buckets.
 
-    `is_named`: the user names their owners.
+    `is_named`: the user has named their owners.
     """
 
     mesh: MeshSpec
@@ -30,7 +30,7 @@ class GroupKey:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A strategy, the seconds of a step of its group alone, and the other legal strategies."""
+    """The strategy of a group, the seconds of a step of this group, and the alternatives."""
 
     strategy: Strategy
     seconds: float
@@ -39,47 +39,48 @@ class Choice:
 
 Strategies = Mapping[GroupKey, Strategy]
 Build = Callable[[Strategies], Plan]
-"""The plan of some groups, and of nothing else."""
+"""Returns the plan of these groups alone."""
 
 Prices = dict[Strategy, float]
-"""Seconds of a step of one group alone."""
+"""Predicted seconds of a step of one group alone."""
 
 
 def search(keys: Sequence[GroupKey], options: PlanOptions, build: Build) -> dict[GroupKey, Choice]:
-    """A strategy for every group on one set of ranks.
+    """Return the strategy of every group on one set of ranks.
 
-    Each is priced alone, under the cap. The mix of the fastest is then compared with plans of one
-    kind throughout, because exchanges of several groups hide behind each other's compute.
+    The planner predicts each strategy of each group alone, under the memory cap. It then compares
+    the mix of the fastest strategies with mixes of a single kind, because exchanges of a group
+    overlap with compute of the others.
     """
-    prices = {key: _prices(key, options, build) for key in keys}
-    mixes = [{key: _fastest(found) for key, (found, _) in prices.items()}]
-    kinds = dict.fromkeys(s.kind for found, _ in prices.values() for s in found)
+    predictions = {key: _predict(key, options, build) for key in keys}
+    mixes = [{key: _fastest(prices) for key, (prices, _) in predictions.items()}]
+    kinds = dict.fromkeys(s.kind for prices, _ in predictions.values() for s in prices)
     for kind in kinds if options.strategy == "auto" else ():
         mix = {
-            key: _fastest({s: x for s, x in found.items() if s.kind == kind} or found)
-            for key, (found, _) in prices.items()
+            key: _fastest({s: x for s, x in prices.items() if s.kind == kind} or prices)
+            for key, (prices, _) in predictions.items()
         }
         if mix not in mixes:
             mixes.append(mix)
     best = mixes[0]
     if len(keys) > 1 and len(mixes) > 1:
-        best = min(mixes, key=lambda mix: _handicapped(mix, build))
-    return {key: _choice(strategy, *prices[key]) for key, strategy in best.items()}
+        best = min(mixes, key=lambda mix: _weighted_seconds(mix, build))
+    return {key: _choice(strategy, *predictions[key]) for key, strategy in best.items()}
 
 
-def _handicapped(mix: Strategies, build: Build) -> float:
-    """Seconds of a step of all groups; STAGED_GAIN times as many if any of them is staged."""
+def _weighted_seconds(mix: Strategies, build: Build) -> float:
+    """Return the seconds of a step of all groups, times STAGED_GAIN if any of them is staged."""
     seconds, _ = _simulated(build(mix))
     return seconds * (STAGED_GAIN if any(s.is_staged for s in mix.values()) else 1.0)
 
 
-def _prices(
+def _predict(
     key: GroupKey, options: PlanOptions, build: Build
 ) -> tuple[Prices, tuple[Alternative, ...]]:
-    """Seconds by each strategy that fits into memory, and the strategies that do not."""
+    """Return the seconds of each strategy that fits the memory cap, and those that do not fit."""
     simulated = {s: _simulated(build({key: s})) for s in _requested(key, options)}
-    leanest = min(nbytes for _, nbytes in simulated.values())
-    limit = max(options.bucket_nbytes, OVER_CAP * leanest)
+    min_nbytes = min(nbytes for _, nbytes in simulated.values())
+    limit = max(options.bucket_nbytes, OVER_CAP * min_nbytes)
     prices: Prices = {}
     too_large = []
     for strategy, (seconds, nbytes) in simulated.items():
@@ -92,10 +93,9 @@ def _prices(
 
 
 def _requested(key: GroupKey, options: PlanOptions) -> list[Strategy]:
-    """The legal strategies of the kind that the user requests.
+    """Return the legal strategies of the kind that the user requests.
 
-    Where a matrix cannot be staged, for its pieces lie apart along one mesh dim only, or along
-    none, it is owned.
+    A matrix cut over fewer than two mesh dims cannot be staged. It is owned instead.
     """
     if options.strategy == "auto":
         return list(key.strategies)
@@ -104,14 +104,14 @@ def _requested(key: GroupKey, options: PlanOptions) -> list[Strategy]:
 
 
 def _fastest(prices: Prices) -> Strategy:
-    """A staged strategy only where it is STAGED_GAIN times as fast as every direct one."""
-    handicap = {s: x * STAGED_GAIN if s.is_staged else x for s, x in prices.items()}
-    return min(handicap, key=handicap.__getitem__)
+    """Return the fastest strategy; a staged one must be STAGED_GAIN times as fast as the others."""
+    weighted = {s: x * STAGED_GAIN if s.is_staged else x for s, x in prices.items()}
+    return min(weighted, key=weighted.__getitem__)
 
 
 def _choice(strategy: Strategy, prices: Prices, too_large: tuple[Alternative, ...]) -> Choice:
-    """The chosen strategy of a group, with the reason against each other one."""
-    others = []
+    """Return the choice of a group, with the reason against each alternative."""
+    alternatives = []
     for other, seconds in prices.items():
         if other == strategy:
             continue
@@ -121,11 +121,11 @@ def _choice(strategy: Strategy, prices: Prices, too_large: tuple[Alternative, ..
             reason = "slower together with the other matrices"
             if other.is_staged and ratio * STAGED_GAIN > 1:
                 reason = f"{ratio:.2f} times as long, and it sends more bytes"
-        others.append(Alternative(other, seconds, reason))
-    return Choice(strategy, prices[strategy], (*others, *too_large))
+        alternatives.append(Alternative(other, seconds, reason))
+    return Choice(strategy, prices[strategy], (*alternatives, *too_large))
 
 
 def _simulated(plan: Plan) -> tuple[float, int]:
-    """(seconds of a step, bytes of the fullest bucket on any rank)."""
+    """Return (seconds of a step, the most bytes of buffers that a bucket needs on any rank)."""
     traffics = plan_traffic(plan)
     return simulate(plan, traffics).seconds, max(map(bucket_peak_nbytes, traffics))

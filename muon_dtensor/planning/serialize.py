@@ -1,6 +1,6 @@
-"""A plan as JSON for programs, and as a digest for ranks to compare.
+"""A plan as JSON for programs, and its digest for ranks to compare.
 
-Equal plans have equal text. A plan that was read is checked.
+Equal plans have equal text. `from_json` checks the plan that it reads.
 """
 
 import hashlib
@@ -29,11 +29,11 @@ NOT_A_PLAN = (
 )
 
 FORMAT = 3
-"""Version of the JSON text; part of the digest, so ranks with different formats disagree."""
+"""Version of the JSON text. It is part of the digest, so digests of different formats differ."""
 
 
 def to_json(plan: Plan) -> str:
-    """The plan as JSON with sorted keys and no spaces: equal plans, equal text."""
+    """Return the plan as JSON with sorted keys and no spaces; equal plans have equal text."""
     meshes = list(plan.meshes)
     mesh_index = {mesh: index for index, mesh in enumerate(meshes)}
 
@@ -112,16 +112,16 @@ def _strategy_from_json(value: dict[str, Any]) -> Strategy:
     fields = {k: tuple(v) if k.endswith("_dims") else v for k, v in value.items() if k != "kind"}
     for name, field in fields.items():
         if name.startswith("is_") and type(field) is not bool:
-            raise ValueError(f"{name} of a strategy is true or false, got {field!r}")
+            raise ValueError(f"{name} of a strategy must be true or false, got {field!r}")
         if name.endswith("_dims") and not all(isinstance(dim, str) for dim in field):
-            raise ValueError(f"{name} of a strategy names mesh dims, got {field!r}")
+            raise ValueError(f"{name} of a strategy must be names of mesh dims, got {field!r}")
         if name == "hops" and type(field) is not int:
-            raise ValueError(f"hops of a strategy is 1 or 2, got {field!r}")
+            raise ValueError(f"hops of a strategy must be 1 or 2, got {field!r}")
     return kinds[value["kind"]](**fields)
 
 
 def from_json(text: str) -> Plan:
-    """Inverse of `to_json`. Raises ValueError for what is no plan, or breaks `check`."""
+    """Inverse of `to_json`. Raises ValueError if the text is not a plan or `check` rejects it."""
     try:
         value = json.loads(text)
         if type(value["format"]) is not int or value["format"] != FORMAT:
@@ -197,16 +197,18 @@ def _bucket_from_json(value: dict[str, Any], meshes: list[MeshSpec]) -> Bucket:
     )
     for phase in ("unshard", "reshard"):
         if value[phase] != _collectives_to_json(getattr(bucket, phase)):
-            raise ValueError(f"{phase} collectives {value[phase]} do not serve {bucket.strategy}")
+            raise ValueError(
+                f"{phase} collectives {value[phase]} are not those of {bucket.strategy}"
+            )
     return bucket
 
 
 def _seconds(value: Any) -> float:
     if type(value) not in (int, float) or not 0 <= value < float("inf"):
-        raise ValueError(f"seconds are a number from 0 on, got {value!r}")
+        raise ValueError(f"seconds must be a finite number of at least 0, got {value!r}")
     return float(value)
 
 
 def digest(plan: Plan) -> str:
-    """SHA-256 of `to_json`, in hex."""
+    """Return the SHA-256 of `to_json`, in hex."""
     return hashlib.sha256(to_json(plan).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""A simulated step: a plan run on every rank's clock, with the prices of a topology.
+"""Simulate a step: predict the time of a plan on every rank of a topology.
 
-Each rank has a lane for the host and compute and a lane for exchanges. Ranks wait for each other
-where collectives make them.
+Each rank has a lane for host and compute and a lane for exchanges. A collective starts when the
+last rank of its group has reached it.
 """
 
 from collections import defaultdict
@@ -23,7 +23,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True)
 class PredictedSpan:
-    """What one rank does from `start` to `stop`, seconds from the beginning of the step."""
+    """One action on one lane of a rank, from `start` to `stop` in seconds since the step began."""
 
     rank: int
     lane: str
@@ -34,9 +34,9 @@ class PredictedSpan:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of a step; per bucket those of its slowest exchange lane and compute lane.
+    """Seconds of a step, and per bucket those of its slowest exchange lane and compute lane.
 
-    `spans`: of the ranks that were watched.
+    `spans`: those of the ranks in `watch`.
     """
 
     seconds: float
@@ -46,10 +46,15 @@ class Prediction:
 
 
 def simulate(plan: Plan, costs: Sequence[BucketTraffic], watch: Collection[int] = ()) -> Prediction:
-    """Run the schedule; `costs`: of the buckets, `watch`: global ranks whose spans are recorded.
+    """Return the predicted times of a plan.
 
-    Sets of ranks run one after the other, as the schedule has them, and each begins when the last
-    of its ranks is done with those before.
+    Sets of ranks run in the order of the schedule. Each starts when the last of its ranks has
+    finished the sets before.
+
+    Args:
+        plan: the plan, with the topology in its options.
+        costs: traffic of its buckets.
+        watch: global ranks whose spans are recorded.
     """
     exchange, compute = [0.0] * len(costs), [0.0] * len(costs)
     spans: list[PredictedSpan] = []
@@ -57,24 +62,24 @@ def simulate(plan: Plan, costs: Sequence[BucketTraffic], watch: Collection[int] 
     end = overhead = plan.options.topology.step_overhead
     for rank_set, actions in groupby(plan.schedule, lambda a: plan.buckets[a.bucket].mesh.rank_set):
         start = max(clock.get(rank, overhead) for rank in rank_set)
-        walk = _Walk(plan, costs, sorted(rank_set), watch)
-        stop = start + walk.run(actions)
+        simulator = _Simulator(plan, costs, sorted(rank_set), watch)
+        stop = start + simulator.run(actions)
         for rank in rank_set:
             clock[rank] = stop
         end = max(end, stop)
-        for bucket in walk.exchange:
-            exchange[bucket] += walk.exchange[bucket]
-        for bucket in walk.compute:
-            compute[bucket] += walk.compute[bucket]
+        for bucket in simulator.exchange:
+            exchange[bucket] += simulator.exchange[bucket]
+        for bucket in simulator.compute:
+            compute[bucket] += simulator.compute[bucket]
         spans += [
             PredictedSpan(s.rank, s.lane, s.action, s.start + start, s.stop + start)
-            for s in walk.spans
+            for s in simulator.spans
         ]
     return Prediction(end, tuple(exchange), tuple(compute), tuple(spans))
 
 
-class _Walk:
-    """One set of ranks on its way through the schedule. Times by index among its sorted ranks."""
+class _Simulator:
+    """Simulates one set of ranks. Lists of times are indexed by the index of a rank in `ranks`."""
 
     def __init__(
         self,
@@ -90,7 +95,7 @@ class _Walk:
         self.watch = [index for index, rank in enumerate(ranks) if rank in watch]
         self.host = [0.0] * len(ranks)
         self.wire = [0.0] * len(ranks)
-        self.landed: dict[int, list[float]] = {}
+        self.arrivals: dict[int, list[float]] = {}
         self.exchange: dict[int, float] = defaultdict(float)
         self.compute: dict[int, float] = defaultdict(float)
         self.spans: list[PredictedSpan] = []
@@ -99,7 +104,7 @@ class _Walk:
         self._groups: dict[tuple[MeshSpec, tuple[str, ...]], list[list[int]]] = {}
 
     def run(self, actions: Iterable[Action]) -> float:
-        """Seconds until the last rank is done."""
+        """Return the seconds until the last rank has finished."""
         program: Program = lower(list(actions), {i: c.sequence for i, c in enumerate(self.costs)})
         for action, events in program:
             cost = self.costs[action.bucket]
@@ -118,33 +123,33 @@ class _Walk:
         return max(self.host, default=0.0)
 
     def _order(self, mesh: MeshSpec) -> list[int]:
-        """Index of each position of a mesh."""
+        """Return the rank index of each position of a mesh."""
         if mesh not in self._orders:
             self._orders[mesh] = [self._index_of[rank] for rank in mesh.ranks]
         return self._orders[mesh]
 
     def _groups_of(self, mesh: MeshSpec, mesh_dims: tuple[str, ...]) -> list[list[int]]:
-        """Positions of each group along some mesh dims."""
+        """Return the positions of each process group along some mesh dims."""
         key = (mesh, mesh_dims)
         if key not in self._groups:
-            others = tuple(name for name in mesh.dim_names if name not in mesh_dims)
+            fixed_dims = tuple(name for name in mesh.dim_names if name not in mesh_dims)
             groups: dict[int, list[int]] = defaultdict(list)
             for position in range(mesh.num_ranks):
-                groups[mesh.index_along(position, others)].append(position)
+                groups[mesh.index_along(position, fixed_dims)].append(position)
             self._groups[key] = list(groups.values())
         return self._groups[key]
 
     def _work(self, action: Action, seconds: Sequence[float]) -> None:
-        """Let each position compute for so long; those that share cores slow each other down."""
+        """Advance each position by its seconds of compute, scaled where ranks share cores."""
         mesh = self.plan.buckets[action.bucket].mesh
         order = self._order(mesh)
-        shared = self._shared(mesh, seconds)
-        self.compute[action.bucket] += max(shared, default=0.0)
-        for position, duration in enumerate(shared):
+        durations = self._with_shared_cores(mesh, seconds)
+        self.compute[action.bucket] += max(durations, default=0.0)
+        for position, duration in enumerate(durations):
             self.host[order[position]] += duration
-        self._watched(action, "compute", self.host, order, shared)
+        self._record(action, "compute", self.host, order, durations)
 
-    def _watched(
+    def _record(
         self,
         action: Action,
         lane: str,
@@ -152,6 +157,7 @@ class _Walk:
         order: Sequence[int],
         durations: Sequence[float],
     ) -> None:
+        """Append the spans of the watched ranks; each ends at its value in `stops`."""
         if not self.watch:
             return
         positions = {index: position for position, index in enumerate(order)}
@@ -162,7 +168,8 @@ class _Walk:
                 span = PredictedSpan(self.ranks[index], lane, action, stop - duration, stop)
                 self.spans.append(span)
 
-    def _shared(self, mesh: MeshSpec, seconds: Sequence[float]) -> Sequence[float]:
+    def _with_shared_cores(self, mesh: MeshSpec, seconds: Sequence[float]) -> Sequence[float]:
+        """Return the seconds of each position, longer where more ranks compute than cores allow."""
         cores = self.topology.cores
         if cores is None:
             return seconds
@@ -173,12 +180,12 @@ class _Walk:
             totals[node] += duration
             active[node] += duration > 0
         return [
-            max(own, min(own * active[node] / cores, totals[node] / cores))
-            for node, own in zip(nodes, seconds, strict=True)
+            max(duration, min(duration * active[node] / cores, totals[node] / cores))
+            for node, duration in zip(nodes, seconds, strict=True)
         ]
 
     def _send(self, action: Action, cost: BucketTraffic, hop: Hop) -> None:
-        """One collective: begins when the last of its group is there, ends for all at once."""
+        """Issue a collective: it starts with the last rank of its group and ends on all of them."""
         topology, mesh = self.topology, cost.bucket.mesh
         launch = [topology.collective_overhead] * mesh.num_ranks
         if hop.repacks:
@@ -190,47 +197,47 @@ class _Walk:
         mesh_dims = hop.collective.mesh_dims
         order = self._order(mesh)
         sent, received = cost.sent_nbytes(hop), cost.received_nbytes(hop)
-        landed = self.landed.setdefault(action.bucket, [0.0] * len(self.ranks))
+        arrivals = self.arrivals.setdefault(action.bucket, [0.0] * len(self.ranks))
         durations = [0.0] * len(order)
         for group in self._groups_of(mesh, mesh_dims):
-            most = float(max(max(sent[p], received[p]) for p in group))
+            nbytes = float(max(max(sent[p], received[p]) for p in group))
             if topology.cores is not None:
-                # a rank that exchanges alone has the cores to itself
+                # While only one rank still exchanges, it can use all cores.
                 mean = sum(sent[p] for p in group) / len(group)
-                most = max(mean, most * min(1.0, topology.cores / len(group)))
-            seconds = topology.all_to_all_seconds(mesh, mesh_dims, most)
+                nbytes = max(mean, nbytes * min(1.0, topology.cores / len(group)))
+            seconds = topology.all_to_all_seconds(mesh, mesh_dims, nbytes)
             start = max(max(self.host[order[p]], self.wire[order[p]]) for p in group)
             for position in group:
                 index = order[position]
-                self.wire[index] = landed[index] = start + seconds
+                self.wire[index] = arrivals[index] = start + seconds
                 durations[position] = seconds
                 if topology.cores is not None:
                     self.host[index] = start + seconds
         self.exchange[action.bucket] += max(durations, default=0.0)
-        self._watched(action, "exchange", self.wire, order, durations)
+        self._record(action, "exchange", self.wire, order, durations)
 
     def _wait(self, bucket: int) -> None:
-        landed = self.landed.pop(bucket, None)
-        if landed is not None:
-            self.host = [max(a, b) for a, b in zip(self.host, landed, strict=True)]
+        arrivals = self.arrivals.pop(bucket, None)
+        if arrivals is not None:
+            self.host = [max(a, b) for a, b in zip(self.host, arrivals, strict=True)]
 
     def _packing(self, cost: BucketTraffic) -> list[float]:
-        """Momentum of all that is touched, then direction and cast of what is packed."""
-        each, size = self.topology.tensor_overhead, self._param_itemsize(cost)
+        """Return the seconds to update momenta, and to compute and cast the packed directions."""
+        overhead, size = self.topology.tensor_overhead, self._param_itemsize(cost)
         memory, itemsize = self.topology.memory_seconds, cost.itemsize
         return [
-            each * num + memory(packed_nbytes(size, itemsize, touched=touched, pieces=pieces))
+            overhead * num + memory(packed_nbytes(size, itemsize, touched=touched, pieces=pieces))
             for num, touched, pieces in zip(
                 cost.num_touched, cost.touched, cost.pieces, strict=True
             )
         ]
 
     def _applying(self, cost: BucketTraffic) -> list[float]:
-        """Decay and update of all that is touched."""
-        each, size = self.topology.tensor_overhead, self._param_itemsize(cost)
+        """Return the seconds to decay and update the stored pieces."""
+        overhead, size = self.topology.tensor_overhead, self._param_itemsize(cost)
         memory, itemsize = self.topology.memory_seconds, cost.itemsize
         return [
-            each * num + memory(applied_nbytes(size, itemsize, touched=touched))
+            overhead * num + memory(applied_nbytes(size, itemsize, touched=touched))
             for num, touched in zip(cost.num_touched, cost.touched, strict=True)
         ]
 
@@ -244,11 +251,11 @@ class _Walk:
         def price(matrix: Matrix, num_iterations: int) -> float:
             return orthogonalize_seconds(topology, matrix, num_iterations, bucket.wire_dtype)
 
-        for a, taken in priced(bucket.assignments, self._size, price):
-            seconds[a.owner] += taken
+        for a, matrix_seconds in priced(bucket.assignments, self._size, price):
+            seconds[a.owner] += matrix_seconds
         total = [a + b for a, b in zip(seconds, self._assembling(cost), strict=True)]
         if plan.options.sequential:
-            self._in_turn(action, total)
+            self._work_sequentially(action, total)
         else:
             self._work(action, total)
 
@@ -256,60 +263,63 @@ class _Walk:
         return self.plan.matrix(assignment), self.plan.spec(assignment).num_iterations
 
     def _assembling(self, cost: BucketTraffic) -> list[float]:
-        """Matrices are assembled from pieces, and results taken apart: two copies."""
-        each, copied = (
-            self.topology.tensor_overhead,
-            4 * cost.itemsize if cost.sequence.unshard else 0,
-        )
+        """Return the seconds of two copies: assembling matrices, and splitting the results."""
+        overhead = self.topology.tensor_overhead
+        bytes_per_element = 4 * cost.itemsize if cost.sequence.unshard else 0
         return [
-            each * num + self.topology.memory_seconds(copied * numel)
+            overhead * num + self.topology.memory_seconds(bytes_per_element * numel)
             for num, numel in zip(cost.num_parts, cost.wholes, strict=True)
         ]
 
-    def _in_turn(self, action: Action, seconds: Sequence[float]) -> None:
+    def _work_sequentially(self, action: Action, seconds: Sequence[float]) -> None:
+        """Advance the positions one after the other, in the order of global ranks."""
         mesh = self.plan.buckets[action.bucket].mesh
         order = self._order(mesh)
-        turn = max(self.host)
+        stop = max(self.host)
         for position in sorted(range(mesh.num_ranks), key=mesh.ranks.__getitem__):
-            turn += seconds[position]
-            self.host[order[position]] = turn
+            stop += seconds[position]
+            self.host[order[position]] = stop
         self.compute[action.bucket] += sum(seconds)
-        self._watched(action, "compute", self.host, order, seconds)
-        self.host = [turn] * len(self.host)
+        self._record(action, "compute", self.host, order, seconds)
+        self.host = [stop] * len(self.host)
 
 
 def packed_nbytes(itemsize: int, wire_itemsize: int, *, touched: int, pieces: int) -> int:
-    """Bytes that packing reads and writes, of so many touched and packed elements.
+    """Return the bytes that packing reads and writes.
 
-    The moving average of the momentum reads two and writes one; so does the direction, and the
-    cast reads that and writes the wire dtype.
+    The momentum update reads two values and writes one for each of `touched` elements. For each of
+    `pieces` elements, the direction reads two values and writes one, and the cast reads that one
+    and writes the wire dtype.
     """
     return 3 * itemsize * touched + (4 * itemsize + wire_itemsize) * pieces
 
 
 def applied_nbytes(itemsize: int, wire_itemsize: int, *, touched: int) -> int:
-    """Bytes of decay, which reads and writes a shard, and update, which also reads the result."""
+    """Return the bytes that decay and update of `touched` elements read and write.
+
+    Decay reads and writes a shard. The update does the same and also reads the result.
+    """
     return (4 * itemsize + wire_itemsize) * touched
 
 
 def priced(
-    things: Iterable[T],
+    items: Iterable[T],
     size_of: Callable[[T], tuple[Matrix, int]],
     price: Callable[[Matrix, int], V],
 ) -> Iterator[tuple[T, V]]:
-    """Each thing with the price of its matrix and iterations, which is asked once for each size."""
-    known: dict[tuple[int, int, int], V] = {}
-    for thing in things:
-        matrix, num_iterations = size_of(thing)
+    """Yield each item with the price of its matrix and iterations; `price` runs once per size."""
+    prices: dict[tuple[int, int, int], V] = {}
+    for item in items:
+        matrix, num_iterations = size_of(item)
         key = (matrix.rows, matrix.cols, num_iterations)
-        if key not in known:
-            known[key] = price(matrix, num_iterations)
-        yield thing, known[key]
+        if key not in prices:
+            prices[key] = price(matrix, num_iterations)
+        yield item, prices[key]
 
 
 def orthogonalize_seconds(
     topology: Topology, matrix: Matrix, num_iterations: int, wire_dtype: str
 ) -> float:
-    """One matrix on one rank by itself."""
+    """Return the seconds to orthogonalize one matrix on one rank."""
     flops = matrix_flops(matrix, num_iterations)
     return topology.matmul_seconds(flops, min(matrix.rows, matrix.cols), wire_dtype)

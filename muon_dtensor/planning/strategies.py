@@ -1,4 +1,4 @@
-"""How a matrix is brought together and handed back: one class per strategy."""
+"""Strategies: the collectives that bring a matrix to its owner and return the result."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -7,19 +7,19 @@ from muon_dtensor.layout import Layout, Region
 
 
 class Route(StrEnum):
-    """Which pieces an all-to-all carries, from whom to whom."""
+    """Which pieces an all-to-all carries, with senders and receivers."""
 
     TO_OWNER = "to_owner"
     """Every holder in the owner's replica sends its piece of the direction to the owner."""
     TO_HOLDERS = "to_holders"
-    """The owner sends every holder among its peers that holder's piece of the result."""
+    """The owner sends each holder among its peers its piece of the result."""
     TO_REPLICAS = "to_replicas"
-    """A holder in the owner's replica sends its piece on to its counterparts in the others."""
+    """A holder in the owner's replica sends its piece of the result to the other replicas."""
 
 
 @dataclass(frozen=True, slots=True)
 class AllToAll:
-    """One packed, uneven all-to-all among the ranks that differ along `mesh_dims` only."""
+    """A packed, uneven all-to-all among the ranks that differ along `mesh_dims` only."""
 
     mesh_dims: tuple[str, ...]
     route: Route
@@ -30,15 +30,16 @@ Collective = AllToAll
 
 @dataclass(frozen=True, slots=True)
 class Owned:
-    """One rank orthogonalizes the matrix for all ranks that hold a part of it.
+    """One rank orthogonalizes the matrix for all ranks that store a part of it.
 
-    Without mesh dims the owner is the only rank that holds any of it: nothing moves.
+    Without mesh dims the owner is the only rank that stores any of it, and nothing is sent.
 
-    `unshard_dims`: mesh dims along which its pieces lie apart (none: every replica holds all of
-    it). `replica_dims`: mesh dims along which the pieces are repeated. `hops`: the way back,
-    1 = the owner sends every holder its piece directly, 2 = to its own replica, which passes the
-    pieces on. `is_staged`: pieces travel along one mesh dim after the other, the innermost first,
-    in smaller groups, and back the same way; else along all of them in one exchange.
+    `unshard_dims`: mesh dims over which its pieces are spread; empty if each replica is on one
+    rank. `replica_dims`: mesh dims over which the pieces are replicated. `hops`: 1 = the owner
+    sends results to all holders directly, 2 = to the holders in its own replica, which send them to
+    the other replicas. `is_staged`: pieces are sent over one mesh dim at a time, the innermost
+    first, in smaller groups, and results in the reverse order; otherwise over all dims in one
+    exchange.
     """
 
     unshard_dims: tuple[str, ...] = ()
@@ -48,19 +49,19 @@ class Owned:
 
     @property
     def is_local(self) -> bool:
-        """Whether nothing moves."""
+        """Whether nothing is sent."""
         return not self.unshard_dims and not self.replica_dims
 
     @property
     def kind(self) -> str:
-        """The word of `plan.STRATEGIES` for it, or "local"."""
+        """Its name in `plan.STRATEGIES`, or "local"."""
         if self.is_local:
             return "local"
         return "owned_staged" if self.is_staged else "owned"
 
     @property
     def text(self) -> str:
-        """The strategy in a few words."""
+        """The strategy as text."""
         text = f"{self.kind.split('_')[0]}{', one mesh dim at a time' * self.is_staged}"
         if not self.replica_dims:
             return text
@@ -68,55 +69,56 @@ class Owned:
 
     @property
     def stages(self) -> tuple[tuple[str, ...], ...]:
-        """The mesh dims of each exchange on the way to the owner."""
+        """The mesh dims of each exchange of the unshard, in order."""
         if self.is_staged:
             return tuple((name,) for name in reversed(self.unshard_dims))
         return (self.unshard_dims,) if self.unshard_dims else ()
 
     @property
     def unshard(self) -> tuple[Collective, ...]:
-        """What brings the pieces of a matrix to its owner."""
+        """The collectives that send the pieces of a matrix to its owner."""
         return tuple(AllToAll(dims, Route.TO_OWNER) for dims in self.stages)
 
     def reshard(self, dim_names: tuple[str, ...]) -> tuple[Collective, ...]:
-        """What hands the result back; `dim_names` are all names of the mesh, in its order."""
+        """Return the collectives that send the result back; `dim_names`: all dims of the mesh."""
         if self.is_local:
             return ()
         if self.hops == 1 and not self.is_staged:
-            apart_or_same = {*self.unshard_dims, *self.replica_dims}
-            both = tuple(name for name in dim_names if name in apart_or_same)
-            return (AllToAll(both, Route.TO_HOLDERS),)
-        back = (AllToAll(dims, Route.TO_HOLDERS) for dims in reversed(self.stages))
-        spread = (AllToAll(self.replica_dims, Route.TO_REPLICAS),) if self.replica_dims else ()
-        return (*back, *spread)
+            moved_dims = {*self.unshard_dims, *self.replica_dims}
+            ordered_dims = tuple(name for name in dim_names if name in moved_dims)
+            return (AllToAll(ordered_dims, Route.TO_HOLDERS),)
+        to_holders = (AllToAll(dims, Route.TO_HOLDERS) for dims in reversed(self.stages))
+        to_replicas = (AllToAll(self.replica_dims, Route.TO_REPLICAS),) if self.replica_dims else ()
+        return (*to_holders, *to_replicas)
 
 
 Strategy = Owned
 STRATEGY_CLASSES: tuple[type[Strategy], ...] = (Owned,)
-"""The members of the union `Strategy`, for JSON: a class goes by its name in lower case."""
+"""The members of the union `Strategy`. JSON names a class by its name in lower case."""
 
 
 def strategies_for(layout: Layout, matrix: Region) -> tuple[Strategy, ...]:
-    """Legal strategies for a matrix with at least one element, fewest collectives first."""
-    apart, same = _dims_apart(layout, matrix), layout.replica_dims
-    strategies = [Owned(apart, same)]
-    if apart and same:
-        strategies.append(Owned(apart, same, hops=2))
-    if len(apart) > 1:
-        strategies.append(Owned(apart, same, hops=2 if same else 1, is_staged=True))
+    """Return the legal strategies for a non-empty matrix, fewest collectives first."""
+    unshard_dims, replica_dims = _unshard_dims(layout, matrix), layout.replica_dims
+    strategies = [Owned(unshard_dims, replica_dims)]
+    if unshard_dims and replica_dims:
+        strategies.append(Owned(unshard_dims, replica_dims, hops=2))
+    if len(unshard_dims) > 1:
+        hops = 2 if replica_dims else 1
+        strategies.append(Owned(unshard_dims, replica_dims, hops, is_staged=True))
     return tuple(strategies)
 
 
 def can_own(layout: Layout, matrix: Region, position: int) -> bool:
-    """Whether the collectives of its strategies can bring a matrix to this position."""
-    apart = _dims_apart(layout, matrix)
-    fixed = tuple(name for name in layout.cut_dims if name not in apart)
+    """Whether the collectives of its strategies can send a matrix to this position."""
+    unshard_dims = _unshard_dims(layout, matrix)
+    fixed = tuple(name for name in layout.cut_dims if name not in unshard_dims)
     along = layout.mesh.index_along
     return along(position, fixed) == along(next(iter(layout.holders(matrix))), fixed)
 
 
-def _dims_apart(layout: Layout, matrix: Region) -> tuple[str, ...]:
-    """Mesh dims along which the pieces of a matrix lie at different coordinates."""
+def _unshard_dims(layout: Layout, matrix: Region) -> tuple[str, ...]:
+    """Return the mesh dims along which the pieces of a matrix have different coordinates."""
     homes = layout.holders(matrix)
     return tuple(
         name

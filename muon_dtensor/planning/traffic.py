@@ -1,4 +1,4 @@
-"""What one bucket moves, computes and holds at each position of its mesh."""
+"""Elements sent, received, buffered and orthogonalized by a bucket at each position."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -11,23 +11,24 @@ from muon_dtensor.planning.schedule import BufferSequence, Content, Hop, buffer_
 from muon_dtensor.planning.strategies import Route
 
 Numels = list[int]
-"""Elements, position by position."""
+"""Number of elements at each position of a mesh."""
 
 
 @dataclass(frozen=True)
 class BucketTraffic:
-    """What one bucket does at each position of its mesh. All numels count wire elements.
+    """What one bucket sends, computes and holds at each position of its mesh.
 
-    `buffers`: per buffer of the sequence, what it holds. `kept`: per hop, what a rank sends to
-    itself. `touched`: what a rank stores of all matrices of the bucket, in `num_touched` pieces.
-    `num_parts`: pieces of which the matrices that it orthogonalizes are assembled.
+    Numels count elements of the wire dtype. `buffers`: per numbered buffer, the elements that it
+    holds. `self_sent`: per hop, the elements that a rank sends to itself. `touched`: elements of
+    the bucket's matrices that a rank stores, in `num_touched` pieces. `num_parts`: number of pieces
+    from which a rank assembles the matrices that it owns.
     """
 
     bucket: Bucket
     sequence: BufferSequence
     flops: tuple[int, ...]
     buffers: tuple[Numels, ...]
-    kept: tuple[Numels, ...]
+    self_sent: tuple[Numels, ...]
     touched: Numels
     num_touched: list[int]
     num_parts: list[int]
@@ -38,41 +39,41 @@ class BucketTraffic:
 
     @property
     def pieces(self) -> Numels:
-        """What each position packs."""
+        """Elements that each position packs."""
         return self.buffers[0]
 
     @property
     def wholes(self) -> Numels:
-        """What each position orthogonalizes."""
+        """Elements that each position orthogonalizes."""
         return self.buffers[self.sequence.wholes]
 
     def sent_nbytes(self, hop: Hop) -> list[int]:
-        """Bytes each position sends to others in this collective."""
-        return self._less_kept(self.buffers[hop.send], hop)
+        """Return the bytes that each position sends to other ranks in a collective."""
+        return self._exchanged_nbytes(self.buffers[hop.send], hop)
 
     def received_nbytes(self, hop: Hop) -> list[int]:
-        """Bytes each position receives from others in this collective."""
-        return self._less_kept(self.buffers[hop.recv], hop)
+        """Return the bytes that each position receives from other ranks in a collective."""
+        return self._exchanged_nbytes(self.buffers[hop.recv], hop)
 
-    def _less_kept(self, numels: Numels, hop: Hop) -> list[int]:
-        kept = self.kept[hop.index]
-        return [self.itemsize * (n - k) for n, k in zip(numels, kept, strict=True)]
+    def _exchanged_nbytes(self, numels: Numels, hop: Hop) -> list[int]:
+        self_sent = self.self_sent[hop.index]
+        return [self.itemsize * (n - s) for n, s in zip(numels, self_sent, strict=True)]
 
 
 def _distinct(
-    assignments: Sequence[Assignment], same: Callable[[Assignment], Hashable]
+    assignments: Sequence[Assignment], key_of: Callable[[Assignment], Hashable]
 ) -> Iterator[tuple[Assignment, int]]:
-    """One assignment for each value of `same`, and how many have that value."""
-    keys = [same(assignment) for assignment in assignments]
+    """Yield (an example, the number of assignments) for each distinct key."""
+    keys = [key_of(assignment) for assignment in assignments]
     examples = dict(zip(keys, assignments, strict=True))
     for key, count in Counter(keys).items():
         yield examples[key], count
 
 
 class _Sums:
-    """Sums over the pieces of a bucket's matrices, position by position.
+    """Sums over the pieces of a bucket's matrices, for each position.
 
-    Matrices of equal layout have the same holders: they are counted, and visited once.
+    Matrices with equal holders are counted, and only one of them is visited.
     """
 
     def __init__(self, plan: Plan, bucket: Bucket) -> None:
@@ -84,18 +85,18 @@ class _Sums:
     def tables(
         self, key: Callable[[Layout, Assignment], int]
     ) -> Iterator[tuple[Layout, Assignment, int, int]]:
-        """(layout, an example, key, count) for matrices with equal holders and equal key."""
+        """Yield (layout, an example, key, count) for matrices with equal holders and equal key."""
         plan = self.plan
 
-        def same(a: Assignment) -> Hashable:
+        def full_key(a: Assignment) -> Hashable:
             return (id(plan.holders(a)), key(plan.spec(a).layout, a))
 
-        for a, count in _distinct(self.bucket.assignments, same):
+        for a, count in _distinct(self.bucket.assignments, full_key):
             layout = plan.spec(a).layout
             yield layout, a, key(layout, a), count
 
     def touched(self) -> tuple[Numels, list[int]]:
-        """What each position stores of all matrices, and in how many pieces."""
+        """Return the elements that each position stores of all matrices, and in how many pieces."""
         numels, nums = [0] * self.num_positions, [0] * self.num_positions
         for layout, assignment, _, count in self.tables(lambda *_: 0):
             for home, piece in self.plan.holders(assignment).items():
@@ -105,8 +106,8 @@ class _Sums:
                     nums[home + offset] += count
         return numels, nums
 
-    def arrived(self, done: tuple[str, ...]) -> Numels:
-        """Elements at each position after moves towards the owners along `done`."""
+    def after_stages(self, done: tuple[str, ...]) -> Numels:
+        """Return the elements at each position once pieces were sent along `done`."""
         numels, mesh = [0] * self.num_positions, self.mesh
 
         def key(layout: Layout, assignment: Assignment) -> int:
@@ -119,65 +120,66 @@ class _Sums:
                 numels[start + offset] += count * piece.numel
         return numels
 
-    def stayed(self, done: tuple[str, ...], dims: tuple[str, ...]) -> Numels:
-        """Elements that need no move along `dims` after moves along `done`."""
+    def unmoved(self, done: tuple[str, ...], dims: tuple[str, ...]) -> Numels:
+        """Return the elements that need no move along `dims` after stages along `done`."""
         numels, mesh = [0] * self.num_positions, self.mesh
         by_index: dict[int, dict[int, list[tuple[int, int]]]] = {}
         for assignment in self.bucket.assignments:
             holders = self.plan.holders(assignment)
-            rows = by_index.get(id(holders))
-            if rows is None:
-                rows = by_index[id(holders)] = defaultdict(list)
+            pieces = by_index.get(id(holders))
+            if pieces is None:
+                pieces = by_index[id(holders)] = defaultdict(list)
                 for home, piece in holders.items():
                     start = home - mesh.offset_of(mesh.index_along(home, done), done)
-                    rows[mesh.index_along(home, dims)].append((start, piece.numel))
+                    pieces[mesh.index_along(home, dims)].append((start, piece.numel))
             owner = assignment.owner
             layout = self.plan.spec(assignment).layout
             offset = layout.replica_offset(owner)
             offset += mesh.offset_of(mesh.index_along(owner, done), done)
-            for start, numel in rows.get(mesh.index_along(owner, dims), ()):
+            for start, numel in pieces.get(mesh.index_along(owner, dims), ()):
                 numels[start + offset] += numel
         return numels
 
     def of(self, content: Content) -> Numels:
-        """Elements of a buffer at each position."""
+        """Return the elements of a buffer at each position."""
         if content.done is None:
             numels, _ = self.touched()
         elif set(content.done) >= set(self.bucket.strategy.unshard_dims):
             numels = self.owned()
         else:
-            numels = self.arrived(content.done)
+            numels = self.after_stages(content.done)
         return [content.copies * numel for numel in numels] if content.copies > 1 else numels
 
     def owned(self) -> Numels:
-        """Elements of the matrices that each position owns."""
+        """Return the elements of the matrices that each position owns."""
         numels = [0] * self.num_positions
         for assignment in self.bucket.assignments:
             numels[assignment.owner] += self.plan.matrix(assignment).numel
         return numels
 
-    def kept(self, sequence: BufferSequence) -> tuple[Numels, ...]:
-        """Elements that each position sends to itself, hop by hop."""
-        kept: list[Numels] = []
+    def self_sent(self, sequence: BufferSequence) -> tuple[Numels, ...]:
+        """Return the elements that each position sends to itself, for each hop."""
+        self_sent: list[Numels] = []
         by_dims: dict[tuple[str, ...], Numels] = {}
         done: tuple[str, ...] = ()
         for hop in sequence.unshard:
             dims = hop.collective.mesh_dims
-            by_dims[dims] = self.stayed(done, dims)
-            kept.append(by_dims[dims])
+            by_dims[dims] = self.unmoved(done, dims)
+            self_sent.append(by_dims[dims])
             done = (*done, *dims)
         for hop in sequence.reshard:
             dims = hop.collective.mesh_dims
             if dims not in by_dims:
-                # to the holders in all replicas, or to the replicas of a holder: its own piece
+                # A rank sends itself its piece: as an owner to the holders of all replicas, or as a
+                # holder to its replicas.
                 is_direct = hop.collective.route is Route.TO_HOLDERS
-                by_dims[dims] = kept[0] if is_direct and kept else self.of(Content(()))
-            kept.append(by_dims[dims])
-        return tuple(kept)
+                by_dims[dims] = self_sent[0] if is_direct and self_sent else self.of(Content(()))
+            self_sent.append(by_dims[dims])
+        return tuple(self_sent)
 
 
 def bucket_traffic(plan: Plan, bucket: Bucket) -> BucketTraffic:
-    """Volumes and flops of one bucket at every position of its mesh."""
+    """Return the traffic of one bucket."""
     sums = _Sums(plan, bucket)
     sequence = buffer_sequence(bucket.strategy, bucket.mesh)
     contents = {content: sums.of(content) for content in dict.fromkeys(sequence.contents)}
@@ -190,12 +192,12 @@ def bucket_traffic(plan: Plan, bucket: Bucket) -> BucketTraffic:
         sequence,
         tuple(flops),
         tuple(contents[content] for content in sequence.contents),
-        sums.kept(sequence),
+        sums.self_sent(sequence),
         *sums.touched(),
         num_parts,
     )
 
 
 def plan_traffic(plan: Plan) -> tuple[BucketTraffic, ...]:
-    """What each bucket of a plan moves, computes and holds."""
+    """Return the traffic of each bucket of a plan."""
     return tuple(bucket_traffic(plan, bucket) for bucket in plan.buckets)

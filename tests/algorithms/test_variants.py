@@ -148,7 +148,7 @@ def told_bytes(layout: Any, shapes: list[Shape], group: dict[str, Any]) -> tuple
 def test_moments_are_told_as_planned():
     for seen, planned, text in run_processes(4, told_bytes, ((2, 2), (R, S0)), [*EVEN], {}):
         assert seen == planned == sum(rows for rows, _ in EVEN)
-        assert "row moments  all_reduce over a=2 x b=2 on top: 264 B a rank" in text
+        assert "row moments  all_reduce over a=2 x b=2, not counted above: 264 B a rank" in text
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def only_without_sync() -> str:
     [
         (beside_slices, "PlanError.*plain tensor beside DTensors or slices of FSDP1"),
         (frozen_by_gc, r"PlanError.*before gc.freeze\(\)"),
-        (swapped_hybrid, "PlanError.*each in its own place"),
+        (swapped_hybrid, "PlanError.*as the matching argument"),
         (only_without_sync, "RuntimeError.*(no_sync|another rank|Another rank)"),
     ],
 )

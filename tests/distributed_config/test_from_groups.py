@@ -104,7 +104,7 @@ def test_a_matrix_fills_its_region():
 def test_slices_that_are_not_the_tensor_are_refused():
     with pytest.raises(RefusalError, match="have 9 elements"):
         flat_layout_from_shards(MeshSpec.of(fsdp=2), "fsdp", (2, 5), {0: (0, 4), 1: (4, 5)})
-    with pytest.raises(RefusalError, match=r"from 0 on; .* would begin at 5"):
+    with pytest.raises(RefusalError, match=r"starts at element 0; .* would start at 5"):
         flat_layout_from_shards(MeshSpec.of(fsdp=2), "fsdp", (2, 5), {0: (0, 5), 1: (0, 5)})
 
 
@@ -515,8 +515,8 @@ def owner_elsewhere() -> str:
 def test_an_owner_on_another_mesh():
     first, second, *others = run_threads(4, owner_elsewhere)
     for text in (first, second):
-        assert "w is assigned to rank 3, where none of its matrices can be brought" in text
-        assert "lies on ranks [0, 1]" in text
+        assert "w is assigned to rank 3, but none of its matrices can be sent there" in text
+        assert "stored on ranks [0, 1]" in text
     assert others == ["", ""]
 
 

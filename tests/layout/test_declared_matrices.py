@@ -1,4 +1,4 @@
-"""Logical matrices, declared on the whole tensor: bitwise torch's on each, on every mesh."""
+"""Declared matrices: on every mesh, bitwise equal to matrices stored as separate parameters."""
 
 import copy
 import logging
@@ -77,12 +77,12 @@ def compare(
         {"params": [(name, param)], **options}
         for (name, (_, options)), param in zip(DECLARATIONS.items(), params, strict=True)
     ]
-    ours = Muon(groups, bucket_mb=2e-3, strategy="owned", **muon)
+    optimizer = Muon(groups, bucket_mb=2e-3, strategy="owned", **muon)
     oracles = [
         Separate(w, options, **muon)
         for w, (_, options) in zip(weights, DECLARATIONS.values(), strict=True)
     ]
-    wrong: list[str] = []
+    mismatches: list[str] = []
     with counting() as count:
         for step in range(3):
             for param, grad, oracle in zip(
@@ -90,18 +90,19 @@ def compare(
             ):
                 param.grad = spread(grad, mesh, placements)
                 oracle.step(grad)
-            ours.step()
+            optimizer.step()
             for name, param, oracle in zip(DECLARATIONS, params, oracles, strict=True):
-                momentum = ours.state[param]["momentum_buffer"]
-                for mine, theirs in ((param, oracle.whole()), (momentum, oracle.momentum())):
-                    shard = spread(theirs, mesh, placements).to_local()
-                    if not torch.equal(mine.to_local(), shard):
-                        wrong.append(f"{name} after step {step}")
-    assert count.sent_nbytes == 3 * ours.plan.cost.sent_nbytes[dist.get_rank()]
-    check(ours.plan.plan)
-    check_routes(ours.plan.plan)
-    assert PlanReport.from_json(ours.plan.to_json()) == ours.plan
-    return wrong, count.num_matrices, ours.plan.cost.num_matrices
+                momentum = optimizer.state[param]["momentum_buffer"]
+                for actual, expected in ((param, oracle.whole()), (momentum, oracle.momentum())):
+                    shard = spread(expected, mesh, placements).to_local()
+                    if not torch.equal(actual.to_local(), shard):
+                        mismatches.append(f"{name} after step {step}")
+    plan = optimizer.plan
+    assert count.sent_nbytes == 3 * plan.cost.sent_nbytes[dist.get_rank()]
+    check(plan.plan)
+    check_routes(plan.plan)
+    assert PlanReport.from_json(plan.to_json()) == plan
+    return mismatches, count.num_matrices, plan.cost.num_matrices
 
 
 @pytest.mark.parametrize(
@@ -115,12 +116,12 @@ def compare(
 @pytest.mark.parametrize(
     ("mesh_shape", "placements"), [*LAYOUTS, pytest.param((3, 2), (S0, S0), id="rows-3-by-2")]
 )
-def test_bitwise_as_separately_stored(mesh_shape, placements, dtype, muon):
+def test_bitwise_equal_to_separate_parameters(mesh_shape, placements, dtype, muon):
     num_ranks = torch.Size(mesh_shape).numel()
     with installed():
         outcomes = run_threads(num_ranks, compare, mesh_shape, placements, dtype, muon)
-    assert [wrong for wrong, *_ in outcomes] == [[]] * num_ranks
-    assert sum(done for _, done, _ in outcomes) == 3 * outcomes[0][2]
+    assert [mismatches for mismatches, *_ in outcomes] == [[]] * num_ranks
+    assert sum(num_done for _, num_done, _ in outcomes) == 3 * outcomes[0][2]
 
 
 def over_gloo(placements: tuple[Placement, ...]) -> list[str]:
@@ -145,7 +146,10 @@ class FusedAttention(nn.Module):
 
 
 def real_tp_and_fsdp() -> list[str]:
-    """parallelize_module, then fully_shard: rows cut by tp first, which torch calls strided."""
+    """Train with parallelize_module, then fully_shard: rows are cut by tp first (_StridedShard).
+
+    Returns the names of parameters that differ from separate ones.
+    """
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     torch.manual_seed(3)
     model = FusedAttention()
@@ -177,8 +181,8 @@ def test_real_tensor_parallelism_under_fsdp():
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_boxes_are_what_einops_makes(data):
-    """Any pattern with its batch axes outermost, against einops on the numbers of the elements."""
+def test_boxes_match_einops_rearrange(data):
+    """Any pattern whose batch axes are outermost, on a tensor that holds the element indices."""
     lengths = {n: data.draw(st.integers(1, 3)) for n in "abcdef"[: data.draw(st.integers(2, 6))]}
     axes = list(data.draw(st.permutations(list(lengths))))
     batch = set(data.draw(st.lists(st.sampled_from(axes), max_size=3)))
@@ -186,23 +190,23 @@ def test_boxes_are_what_einops_makes(data):
     for name in axes:
         data.draw(st.sampled_from(composites)).append(name)
     left = [sorted(c, key=lambda n: n not in batch) for c in composites]
-    kept = list(data.draw(st.permutations([n for n in axes if n not in batch])))
-    middle = data.draw(st.integers(0, len(kept)))
+    inner = list(data.draw(st.permutations([n for n in axes if n not in batch])))
+    num_row_axes = data.draw(st.integers(0, len(inner)))
     outer = list(data.draw(st.permutations(sorted(batch))))
-    right = [*([n] for n in outer), kept[:middle], kept[middle:]]
+    right = [*([n] for n in outer), inner[:num_row_axes], inner[num_row_axes:]]
     pattern = " -> ".join(" ".join(f"({' '.join(c)})" for c in side) for side in (left, right))
     shape = tuple(prod(lengths[n] for n in c) for c in left)
     numbers = torch.arange(prod(shape)).view(shape)
     expected = einops.rearrange(numbers, pattern, **lengths)
     matrices = Declaration(pattern, tuple(lengths.items())).matrices(shape)
-    found = [
+    tensors = [
         to_matrix(view_box(numbers, box_of(m.region, Region.whole(shape))).contiguous(), m)
         for m in matrices
     ]
-    assert torch.equal(torch.stack(found), expected.reshape(-1, *expected.shape[-2:]))
-    for matrix, whole in zip(matrices, found, strict=True):
+    assert torch.equal(torch.stack(tensors), expected.reshape(-1, *expected.shape[-2:]))
+    for matrix, tensor in zip(matrices, tensors, strict=True):
         box = numbers[tuple(map(slice, matrix.region.start, matrix.region.stop))]
-        assert torch.equal(from_matrix(whole, matrix), box)
+        assert torch.equal(from_matrix(tensor, matrix), box)
 
 
 def plan_of(sizes: dict[str, int], shape: tuple[int, ...], cuts: Any, **options: Any) -> PlanReport:
@@ -212,7 +216,7 @@ def plan_of(sizes: dict[str, int], shape: tuple[int, ...], cuts: Any, **options:
     return plan_report([ParamSpec("w", layout, "float32", declaration.matrices(shape))])
 
 
-def test_whole_heads_on_a_rank_send_nothing():
+def test_heads_on_one_rank_send_no_bytes():
     plan = plan_of(
         *({"fsdp": 4}, (32 * 8, 64), (("fsdp",), ())),
         matrix="(h d) m -> h d m",
@@ -222,23 +226,20 @@ def test_whole_heads_on_a_rank_send_nothing():
     assert plan.cost.total_nbytes == 0
 
 
-def test_only_cut_heads_are_sent():
+def test_only_heads_cut_over_ranks_are_sent():
     """Six heads of 8 rows on ranks of 12 rows: each odd head is cut in half."""
     plan = plan_of(
         *({"fsdp": 4}, (48, 64), (("fsdp",), ())), matrix="(h d) m -> h d m", matrix_axes={"h": 6}
     )
     half_a_head = 4 * 64 * 2
-    assert plan.cost.total_nbytes == 2 * 2 * half_a_head, "two heads, half of each out and back"
+    assert plan.cost.total_nbytes == 2 * 2 * half_a_head, "half of two heads, to the owner and back"
 
 
 def test_a_fused_qkv_sends_at_most_its_boundary_matrices_twice():
     plan = plan_of({"fsdp": 3}, (768, 256), (("fsdp",), ()), split_sizes=(512, 128, 128))
-    cut = [spec for spec in plan.params[0].matrices if len(holders_of(plan, spec)) > 1]
+    layout = plan.params[0].layout
+    cut = [m for m in plan.params[0].matrices if len(layout.holders(m.region)) > 1]
     assert 0 < plan.cost.total_nbytes <= 2 * sum(2 * matrix.numel for matrix in cut)
-
-
-def holders_of(plan: PlanReport, matrix: Any) -> Any:
-    return plan.params[0].layout.holders(matrix.region)
 
 
 @pytest.mark.parametrize(
@@ -246,16 +247,20 @@ def holders_of(plan: PlanReport, matrix: Any) -> Any:
     [
         ((6, 4), {"matrix": "(e m) n -> e m n"}, ["lengths of e, m", "matrix_axes"]),
         ((7, 4), {"matrix": "(e m) n -> e m n", "matrix_axes": {"e": 2}}, ["is 2 x m", "dim is 7"]),
-        ((6, 4), {"matrix": "(m e) n -> e m n", "matrix_axes": {"e": 2}}, ["no box", "outermost"]),
+        (
+            (6, 4),
+            {"matrix": "(m e) n -> e m n", "matrix_axes": {"e": 2}},
+            ["not a box", "outermost"],
+        ),
         ((6, 4), {"matrix": "a b c -> a b c"}, ["names 3 stored axes", "has 2 dims"]),
         ((6, 4), {"matrix": "a b -> (a b)"}, ["fewer than two axes"]),
-        ((6, 4), {"matrix": "a b -> a c"}, ["b, c stands on one side only"]),
-        ((6, 4), {"matrix": "a a -> a a"}, ["stands twice"]),
-        ((6, 4), {"matrix": "a b"}, ["no '->'"]),
-        ((6, 4), {"matrix": "... b -> ... b"}, ["'... b' is no list of axes"]),
-        ((6, 4), {"matrix": "(a (b c)) d -> a b d"}, ["is no list of axes"]),
-        ((6, 4), {"matrix": "2 b -> 2 b"}, ["'2' is no axis name"]),
-        ((6, 4), {"matrix": "_a b -> b _a"}, ["'_a' is no axis name"]),
+        ((6, 4), {"matrix": "a b -> a c"}, ["on one side only: b, c"]),
+        ((6, 4), {"matrix": "a a -> a a"}, ["occurs twice"]),
+        ((6, 4), {"matrix": "a b"}, ["exactly one '->'"]),
+        ((6, 4), {"matrix": "... b -> ... b"}, ["'... b' is not a list of axes"]),
+        ((6, 4), {"matrix": "(a (b c)) d -> a b d"}, ["is not a list of axes"]),
+        ((6, 4), {"matrix": "2 b -> 2 b"}, ["'2' is not an axis name"]),
+        ((6, 4), {"matrix": "_a b -> b _a"}, ["'_a' is not an axis name"]),
         ((6, 4), {"split_sizes": (4, 4)}, ["(4, 4) sum to 8", "has 6"]),
         ((6, 4), {"split_sizes": (6,), "split_dim": 2}, ["split_dim is 2", "2 tensor dims"]),
         ((6, 4), {"split_sizes": (3, 3), "matrix": ("a b -> a b",)}, ["1 patterns for 2 blocks"]),
@@ -263,7 +268,7 @@ def holders_of(plan: PlanReport, matrix: Any) -> Any:
     ],
     ids=str,
 )
-def test_declarations_that_do_not_fit(shape, options, words):
+def test_declarations_that_do_not_fit_raise(shape, options, words):
     param = nn.Parameter(torch.ones(shape))
     with pytest.raises(PlanError) as caught:
         Muon([{"params": [("layer.w", param)], **options}])
@@ -290,12 +295,12 @@ def test_declarations_that_do_not_fit(shape, options, words):
     ],
     ids=str,
 )
-def test_options_of_other_kinds(options):
+def test_invalid_group_options_raise(options):
     with pytest.raises(GroupOptionError):
         Muon([{"params": [nn.Parameter(torch.ones(4, 4))], **options}])
 
 
-def test_the_plan_tells_the_matrices():
+def test_the_plan_lists_the_matrices():
     param = nn.Parameter(torch.ones(24, 10))
     options = DECLARATIONS["fused-heads"][1]
     plan = Muon([{"params": [("wqkv", param)], **options}]).plan
@@ -333,7 +338,7 @@ def declared(optimizer: Muon) -> list[Any]:
     return [[group[name] for name in names] for group in optimizer.param_groups]
 
 
-def give_gradients(model: nn.Module, seed: int) -> None:
+def set_gradients(model: nn.Module, seed: int) -> None:
     params = list(model.parameters())
     grads = tensors_like([tuple(p.shape) for p in params], seed)
     for param, grad in zip(params, grads, strict=True):
@@ -341,7 +346,7 @@ def give_gradients(model: nn.Module, seed: int) -> None:
 
 
 def through_checkpoints(flatten: bool) -> tuple[bool, bool]:
-    """Options come back as they were, and the step after them is the step without."""
+    """Return whether (a step after loading equals one without, declarations are equal)."""
     mesh = mesh_of((2,))
     models, optimizers = [], []
     for _ in range(2):
@@ -349,16 +354,16 @@ def through_checkpoints(flatten: bool) -> tuple[bool, bool]:
         model = fully_shard(Fused(), mesh=mesh)
         models.append(model)
         optimizers.append(fused_optimizer(model))
-    give_gradients(models[0], 1)
+    set_gradients(models[0], 1)
     optimizers[0].step()
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     saved = copy.deepcopy(get_optimizer_state_dict(models[0], optimizers[0], options=options))
     with torch.no_grad():
-        for ours, theirs in zip(models[1].parameters(), models[0].parameters(), strict=True):
-            ours.to_local().copy_(theirs.to_local())  # type: ignore[attr-defined]
+        for target, source in zip(models[1].parameters(), models[0].parameters(), strict=True):
+            target.to_local().copy_(source.to_local())  # type: ignore[attr-defined]
     set_optimizer_state_dict(models[1], optimizers[1], saved, options=options)
     for model, optimizer in zip(models, optimizers, strict=True):
-        give_gradients(model, 2)
+        set_gradients(model, 2)
         optimizer.step()
     same = [
         torch.equal(a.to_local(), b.to_local())  # type: ignore[attr-defined]
@@ -368,18 +373,18 @@ def through_checkpoints(flatten: bool) -> tuple[bool, bool]:
 
 
 @pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flattened"])
-def test_declarations_pass_through_dcp_s_state(flatten):
+def test_declarations_survive_dcp_state_dicts(flatten):
     assert run_processes(2, through_checkpoints, flatten) == [(True, True)] * 2
 
 
-@pytest.mark.parametrize("which", ["heads", "whole"])
-def test_the_live_declaration_wins_over_that_of_a_checkpoint(which, caplog):
-    """Whatever was declared when the checkpoint was made; one warning says so."""
+@pytest.mark.parametrize("live", ["declared", "undeclared"])
+def test_the_live_declaration_wins_over_that_of_a_checkpoint(live, caplog):
+    """One warning reports the difference."""
     group = fused_optimizer(Fused()).param_groups[0]
     declaration = {name: group[name] for name in DECLARED}
-    heads = Muon([{"params": [Fused().wqkv.weight], **declaration}])
-    whole = Muon([Fused().wqkv.weight])
-    optimizer, other = (heads, whole) if which == "heads" else (whole, heads)
+    with_heads = Muon([{"params": [Fused().wqkv.weight], **declaration}])
+    undeclared = Muon([Fused().wqkv.weight])
+    optimizer, other = (with_heads, undeclared) if live == "declared" else (undeclared, with_heads)
     before, digest = declared(optimizer), optimizer.plan.digest
     optimizer.load_state_dict(other.state_dict())
     assert declared(optimizer) == before
@@ -390,19 +395,18 @@ def test_the_live_declaration_wins_over_that_of_a_checkpoint(which, caplog):
     assert "that the checkpoint declares" not in caplog.text
 
 
-def test_declarations_pass_through_copies():
+def test_declarations_survive_deepcopy():
     optimizer = fused_optimizer(Fused())
     assert declared(copy.deepcopy(optimizer)) == declared(optimizer)
 
 
-def test_a_checkpoint_without_declarations_keeps_them():
-    ours, theirs = Fused(), Fused()
-    optimizer = fused_optimizer(ours)
-    del optimizer.param_groups[1:]  # the projection alone, as torch's Muon holds it
-    known = declared(optimizer)
-    other = torch.optim.Muon([theirs.wqkv.weight])
-    optimizer.load_state_dict(other.state_dict())
-    assert declared(optimizer) == known
+def test_a_checkpoint_without_declarations_leaves_the_live_ones():
+    optimizer = fused_optimizer(Fused())
+    del optimizer.param_groups[1:]  # torch's Muon has the projection only
+    before = declared(optimizer)
+    torch_optimizer = torch.optim.Muon([Fused().wqkv.weight])
+    optimizer.load_state_dict(torch_optimizer.state_dict())
+    assert declared(optimizer) == before
     assert optimizer.plan.cost.num_matrices == 4
 
 
@@ -417,23 +421,29 @@ def test_a_declaration_that_does_not_fit_is_not_loaded():
     assert optimizer.plan.digest == digest
 
 
-def test_a_declaration_that_changes_between_steps_is_planned_anew():
-    ours, theirs = Fused(), Fused()
-    theirs.load_state_dict(ours.state_dict())
-    optimizer, oracle = Muon([ours.wqkv.weight]), fused_optimizer(theirs)
+def test_a_declaration_that_changes_between_steps_gives_a_new_plan():
+    model, expected = Fused(), Fused()
+    expected.load_state_dict(model.state_dict())
+    optimizer, oracle = Muon([model.wqkv.weight]), fused_optimizer(expected)
     del oracle.param_groups[1:]
-    named = {name: oracle.param_groups[0][name] for name in DECLARED}
-    optimizer.param_groups[0].update(named)
-    for model, each in ((ours, optimizer), (theirs, oracle)):
-        model.wqkv.weight.grad = tensors_like([tuple(model.wqkv.weight.shape)], 1)[0]
-        for group in each.param_groups:
+    declaration = {name: oracle.param_groups[0][name] for name in DECLARED}
+    optimizer.param_groups[0].update(declaration)
+    for module, stepped in ((model, optimizer), (expected, oracle)):
+        module.wqkv.weight.grad = tensors_like([tuple(module.wqkv.weight.shape)], 1)[0]
+        for group in stepped.param_groups:
             group["lr"] = 0.1
-        each.step()
-    assert torch.equal(ours.wqkv.weight, theirs.wqkv.weight)
+        stepped.step()
+    assert torch.equal(model.wqkv.weight, expected.wqkv.weight)
     assert optimizer.plan.cost.num_matrices == oracle.plan.cost.num_matrices > 1
     axes = {"head": 2}
     heads = Muon(
-        [{"params": [theirs.wqkv.weight], "matrix": "(head d) m -> head d m", "matrix_axes": axes}]
+        [
+            {
+                "params": [expected.wqkv.weight],
+                "matrix": "(head d) m -> head d m",
+                "matrix_axes": axes,
+            }
+        ]
     )
     heads.param_groups[0]["matrix_axes"]["head"] = 4  # in place
     heads.step()
@@ -441,7 +451,7 @@ def test_a_declaration_that_changes_between_steps_is_planned_anew():
 
 
 @pytest.mark.parametrize("pattern", ["tensor axis -> axis tensor", "in pattern -> pattern in"])
-def test_any_name_may_be_an_axis(pattern):
+def test_axes_may_have_names_that_einops_rejects(pattern):
     param = nn.Parameter(torch.ones(4, 6))
     optimizer = Muon([{"params": [param], "matrix": pattern}])
     param.grad = torch.randn(4, 6)
@@ -449,7 +459,7 @@ def test_any_name_may_be_an_axis(pattern):
     assert optimizer.plan.params[0].matrices[0].rows == 6
 
 
-def other_declarations() -> str:
+def error_of_differing_declarations() -> str:
     mesh = mesh_of((2,))
     sizes = (2, 4) if dist.get_rank() else (3, 3)
     param = nn.Parameter(spread(torch.ones(6, 4), mesh, (R,)))
@@ -461,13 +471,13 @@ def other_declarations() -> str:
     return ""
 
 
-def test_other_declarations_on_another_rank_are_told():
-    for text in run_threads(2, other_declarations):
-        assert "split_sizes=(2, 4)" in text
-        assert "split_sizes=(3, 3)" in text
+def test_declarations_that_differ_between_ranks_raise_on_both():
+    for message in run_threads(2, error_of_differing_declarations):
+        assert "split_sizes=(2, 4)" in message
+        assert "split_sizes=(3, 3)" in message
 
 
-def test_folded_experts_without_a_rule_are_told(caplog):
+def test_folded_experts_without_a_rule_log_a_warning(caplog):
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -486,7 +496,7 @@ def test_folded_experts_without_a_rule_are_told(caplog):
     assert "rules=[(r'experts', {'matrix': '(e m) n -> e m n'" in caplog.text
 
 
-def test_fused_names_without_a_rule_are_told(caplog):
+def test_fused_names_without_a_rule_log_a_warning(caplog):
     with caplog.at_level(logging.WARNING, logger="muon_dtensor"):
         group_parameters(Fused(), rules=[("wqkv", {"split_sizes": (8, 4, 4)})])
         assert caplog.text == ""

@@ -1,4 +1,4 @@
-"""Exchange buffers in one block: none is overwritten while it lives, and the block is small."""
+"""Exchange buffers in one block: live buffers do not overlap, and the block is small."""
 
 from itertools import combinations
 
@@ -33,19 +33,19 @@ def live_together(a: Lifetime, b: Lifetime) -> bool:
 
 
 @given(buffers)
-def test_no_two_that_live_together_share_a_byte(found):
-    offsets, total = assign_offsets(found)
-    rounded = [-(-nbytes // ALIGNMENT) * ALIGNMENT for nbytes, _ in found]
-    spans = [(o, o + n, life) for o, n, (_, life) in zip(offsets, rounded, found, strict=True) if n]
+def test_buffers_live_at_the_same_time_do_not_overlap(sizes_and_lives):
+    offsets, total = assign_offsets(sizes_and_lives)
+    rounded = [-(-nbytes // ALIGNMENT) * ALIGNMENT for nbytes, _ in sizes_and_lives]
+    lives = [life for _, life in sizes_and_lives]
+    spans = [(o, o + n, life) for o, n, life in zip(offsets, rounded, lives, strict=True) if n]
     for (a, b, life), (c, d, other) in combinations(spans, 2):
         assert not live_together(life, other) or b <= c or d <= a
     assert all(a >= 0 and b <= total and a % ALIGNMENT == 0 for a, b, _ in spans)
-    moments = {life.first for _, life in found}
-    fullest = [
-        sum(n for n, (_, life) in zip(rounded, found, strict=True) if life.first <= m <= life.last)
-        for m in moments
+    live_nbytes = [
+        sum(n for n, life in zip(rounded, lives, strict=True) if life.first <= event <= life.last)
+        for event in {life.first for life in lives}
     ]
-    assert max(fullest, default=0) <= total <= sum(rounded)
+    assert max(live_nbytes, default=0) <= total <= sum(rounded)
 
 
 def test_a_chain_needs_no_more_than_two_neighbours():
@@ -56,37 +56,39 @@ def test_a_chain_needs_no_more_than_two_neighbours():
 
 @pytest.mark.parametrize("prefetch_count", [0, 1, 2])
 def test_buffers_of_a_real_plan(prefetch_count):
-    """HSDP with hops that repack, several buckets in flight: walked as the executor does."""
+    """HSDP with hops that repack and several buckets in flight, in the order of the executor."""
     mesh, cuts = MeshSpec.of(dp_replicate=2, dp_shard=2), (("dp_shard",), ())
     specs = [param_spec(mesh, f"w{i}", (64 + 8 * i, 32), cuts) for i in range(9)]
     options = PlanOptions(bucket_nbytes=12_000, prefetch_count=prefetch_count, strategy="owned")
     plan = plan_update(specs, options)
     assert len(plan.buckets) > 2
     for rank in range(4):
-        chains = {
+        rank_buckets = {
             i: rank_bucket(plan, bucket, bucket.mesh.position_of(rank))
             for i, bucket in enumerate(plan.buckets)
         }
-        program = lower(plan.schedule, {i: chain.sequence for i, chain in chains.items()})
+        program = lower(plan.schedule, {i: local.sequence for i, local in rank_buckets.items()})
         lives = lifetimes(program)
-        assert set(lives) == {(i, n) for i, c in chains.items() for n in range(len(c.numels))}
+        keys = {(i, n) for i, local in rank_buckets.items() for n in range(len(local.numels))}
+        assert set(lives) == keys
         order = [a.bucket for a in plan.schedule if a.phase is Phase.UNSHARD]
-        for bucket, chain in chains.items():
-            for hop in chain.sequence.hops:
+        for bucket, local in rank_buckets.items():
+            for hop in local.sequence.hops:
                 assert live_together(lives[bucket, hop.send], lives[bucket, hop.recv])
         if prefetch_count:
             first, second = order[:2]
-            assert live_together(lives[first, chains[first].sequence.wholes], lives[second, 0])
-        kinds = dict.fromkeys(chains, (torch.bfloat16, torch.device("cpu")))
-        lent = ExchangeBuffers(program, chains, kinds)
-        assert lent.take(0, 0).numel() == chains[0].numels[0]
-        held = {key: lent.take(*key) for key in lives}  # alive, so that no other gets their place
-        again = {key: lent.take(*key) for key in lives}
-        assert all(again[key].data_ptr() == held[key].data_ptr() for key in lives), "kept"
-        assert len({t.untyped_storage().data_ptr() for t in held.values()}) == 1, "one block"
-        lent.forget()
-        first = next(key for key in lives if held[key].numel())
-        assert lent.take(*first).data_ptr() != held[first].data_ptr()
-        assert (
-            lent.block_nbytes <= 1.05 * PlanReport(plan).cost.buffer_nbytes[rank] + 10 * ALIGNMENT
-        )
+            wholes = rank_buckets[first].sequence.wholes
+            assert live_together(lives[first, wholes], lives[second, 0])
+        kinds = dict.fromkeys(rank_buckets, (torch.bfloat16, torch.device("cpu")))
+        exchange_buffers = ExchangeBuffers(program, rank_buckets, kinds)
+        assert exchange_buffers.take(0, 0).numel() == rank_buckets[0].numels[0]
+        # References to these tensors prevent reuse of their memory by a new block.
+        tensors = {key: exchange_buffers.take(*key) for key in lives}
+        again = {key: exchange_buffers.take(*key) for key in lives}
+        assert all(again[key].data_ptr() == tensors[key].data_ptr() for key in lives), "reused"
+        assert len({t.untyped_storage().data_ptr() for t in tensors.values()}) == 1, "one block"
+        exchange_buffers.forget()
+        first = next(key for key in lives if tensors[key].numel())
+        assert exchange_buffers.take(*first).data_ptr() != tensors[first].data_ptr()
+        peak_nbytes = PlanReport(plan).cost.buffer_nbytes[rank]
+        assert exchange_buffers.block_nbytes <= 1.05 * peak_nbytes + 10 * ALIGNMENT

@@ -1,4 +1,4 @@
-"""Owners: balanced within Graham's bound, deterministic, only ranks that may own."""
+"""Owners: within Graham's bound, deterministic, only among the ranks that may own a matrix."""
 
 from itertools import product
 
@@ -23,7 +23,7 @@ def makespan(flops: list[int], owners: tuple[int, ...], num_ranks: int) -> int:
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=7), st.integers(1, 3))
 def test_the_makespan_is_within_grahams_bound(flops, num_ranks):
-    """4/3 - 1/(3 m) of the best of all assignments."""
+    """At most 4/3 - 1/(3 m) times the smallest makespan of all assignments."""
     ranks = tuple(range(num_ranks))
     owners = assign_owners([(candidate(f, i), ranks) for i, f in enumerate(flops)])
     best = min(
@@ -32,12 +32,12 @@ def test_the_makespan_is_within_grahams_bound(flops, num_ranks):
     assert makespan(flops, owners, num_ranks) <= (4 / 3 - 1 / (3 * num_ranks)) * best + 1e-9
 
 
-def test_only_ranks_that_may_own_do_and_their_loads_count():
+def test_only_allowed_ranks_own_and_their_loads_count():
     work = [(candidate(5, 0), (2,)), (candidate(4, 1), (1, 2)), (candidate(3, 2), (1, 2))]
     assert assign_owners(work) == (2, 1, 1)
 
 
-def test_ties_go_by_name_then_to_the_earlier_rank():
+def test_ties_are_broken_by_name_and_order_of_ranks():
     work = [(candidate(5, i), (3, 1)) for i in range(4)]
     assert assign_owners(work) == (3, 1, 3, 1)
     assert assign_owners(work[::-1]) == (1, 3, 1, 3)
@@ -48,6 +48,6 @@ def test_holders_of_larger_pieces_are_preferred():
     assert possible_owners(layout, Region((0, 0), (5, 3))) == (0, 1, 2)
 
 
-def test_neighbours_differ_in_replica_first():
+def test_consecutive_owners_differ_in_replica_first():
     layout = Layout(MeshSpec.of(r=2, dp=2), (4, 3), (("dp",), ()))
     assert possible_owners(layout, Region((0, 0), (4, 3))) == (0, 2, 1, 3)

@@ -1,4 +1,4 @@
-"""Plans: pure, exact about what they cost, at the lower bound, readable. No torch, no ranks."""
+"""Plans: deterministic, exact costs, at the lower bound, readable. No torch, no ranks."""
 
 import json
 import os
@@ -37,9 +37,9 @@ LLAMA_MESH = {"dp_replicate": 16, "dp_shard": 64, "tp": 8}
 
 def small_models() -> dict[str, PlanReport]:
     fsdp, hsdp = MeshSpec.of(dp=4), MeshSpec.of(dp_replicate=2, dp_shard=2)
-    both, cube = MeshSpec.of(dp=2, tp=2), MeshSpec.of(dp_replicate=2, dp_shard=2, tp=2)
+    fsdp_tp, hsdp_tp = MeshSpec.of(dp=2, tp=2), MeshSpec.of(dp_replicate=2, dp_shard=2, tp=2)
     experts = [("experts", (8, 24, 16), (("dp",), (), ())), ("router", (8, 16), (("dp",), ()))]
-    same = (("tp", "dp_shard"), ())
+    rows_over_both = (("tp", "dp_shard"), ())
     return {
         "fsdp": plan_report(anchors(fsdp, (("dp",), ()), 4)),
         "fsdp_5_layers": plan_report(anchors(fsdp, (("dp",), ()), 5)),
@@ -47,8 +47,8 @@ def small_models() -> dict[str, PlanReport]:
             anchors(fsdp, (("dp",), ()), 4), PlanOptions(bucket_nbytes=600_000)
         ),
         "hsdp": plan_report(anchors(hsdp, (("dp_shard",), ()), 4)),
-        "fsdp_tp": plan_report(anchors(both, (("dp",), ("tp",)), 4)),
-        "hsdp_tp_same_dim": plan_report(anchors(cube, same, 4)),
+        "fsdp_tp": plan_report(anchors(fsdp_tp, (("dp",), ("tp",)), 4)),
+        "hsdp_tp_same_dim": plan_report(anchors(hsdp_tp, rows_over_both, 4)),
         "ddp": plan_report(anchors(fsdp, ((), ()), 4)),
         "experts": plan_report(list(layered(fsdp, 3, experts))),
         "uneven": plan_report(
@@ -71,7 +71,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_golden(plans, name):
-    """A changed plan shows in review. UPDATE_GOLDEN=1 writes the files anew."""
+    """Compare the printed plan with its golden file; UPDATE_GOLDEN=1 writes the file."""
     path = GOLDEN / f"{name}.txt"
     plan = plans[name]
     text = f"{plan}\n\n{plan.explain(plan.params[0].fqn)}\n"
@@ -83,7 +83,7 @@ def test_golden(plans, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_json_and_back(plans, name):
+def test_json_round_trip(plans, name):
     plan = plans[name]
     again = PlanReport.from_json(plan.to_json())
     assert again == plan
@@ -91,7 +91,7 @@ def test_json_and_back(plans, name):
 
 
 @pytest.mark.parametrize("name", NAMES[:-1])
-def test_small_plans_hold_what_plans_must(plans, name):
+def test_small_plans_are_valid(plans, name):
     check(plans[name].plan)
     check_routes(plans[name].plan)
 
@@ -103,12 +103,12 @@ def test_even_shapes_reach_the_lower_bound(plans, name):
     assert cost.redundancy == 1.0
 
 
-def test_the_bound_is_the_formula_of_the_design():
+def test_the_bound_follows_its_formula():
     mesh = MeshSpec.of(r=3, n=4)
     plan = plan_report([param_spec(mesh, "w", (16, 10), (("n",), ()))])
     elements, itemsize, shards, replicas = 160, 2, 4, 3
-    away = itemsize * elements * (shards - 1) / shards
-    assert plan.cost.bound_nbytes == 2 * away + itemsize * elements * (replicas - 1)
+    missing_nbytes = itemsize * elements * (shards - 1) / shards
+    assert plan.cost.bound_nbytes == 2 * missing_nbytes + itemsize * elements * (replicas - 1)
 
 
 @pytest.mark.parametrize("num_ranks", [3, 4, 7])
@@ -120,7 +120,7 @@ def test_uneven_shapes_come_within_2_percent(num_ranks):
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "most"), [(4, 1.02), (5, 1.10)], ids=["4-layers", "5-layers"]
+    ("num_layers", "limit"), [(4, 1.02), (5, 1.10)], ids=["4-layers", "5-layers"]
 )
 @pytest.mark.parametrize(
     ("mesh", "cuts"),
@@ -132,20 +132,20 @@ def test_uneven_shapes_come_within_2_percent(num_ranks):
     ],
     ids=["fsdp", "hsdp", "fsdp-tp", "ddp"],
 )
-def test_the_slowest_rank_is_close_to_the_mean(mesh, cuts, num_layers, most):
+def test_the_slowest_rank_is_close_to_the_mean(mesh, cuts, num_layers, limit):
     cost = plan_report(anchors(mesh, cuts, num_layers)).cost
-    assert cost.imbalance <= most
-    assert cost.imbalance <= cost.makespan <= most
+    assert cost.imbalance <= limit
+    assert cost.imbalance <= cost.makespan <= limit
 
 
-def test_buckets_keep_owners_busy_together(plans):
+def test_several_buckets_keep_all_owners_busy(plans):
     plan = plans["fsdp_small_buckets"]
     assert len(plan.buckets) == 3
     assert plan.cost.makespan <= 1.10
     assert max(map(bucket_peak_nbytes, plan.traffic)) <= plan.options.bucket_nbytes
 
 
-def test_whole_matrices_send_nothing(plans):
+def test_matrices_on_one_rank_send_no_bytes(plans):
     plan = plans["experts"]
     strategies = {plan.params[b.assignments[0].param].fqn: b.strategy for b in plan.buckets}
     assert strategies["layers.0.experts"] == Owned()
@@ -154,7 +154,7 @@ def test_whole_matrices_send_nothing(plans):
     assert len(set(local.flops)) == 1, "every rank has two experts of each layer"
 
 
-def test_a_plan_for_8192_ranks_is_made_in_seconds():
+def test_8192_ranks_are_planned_in_seconds():
     start = process_time()
     plan = plan_report(llama3_70b(MeshSpec.of(**LLAMA_MESH)))
     text = str(plan)
@@ -192,7 +192,7 @@ def test_heads_of_8192_ranks_are_planned_in_seconds():
 
 
 def test_every_rank_makes_the_same_plan():
-    """Whatever the hash seed, and without torch."""
+    """With any hash seed, and without importing torch."""
     code = (
         "import sys\n"
         "from muon_dtensor.layout import MeshSpec\n"
@@ -215,31 +215,31 @@ def test_every_rank_makes_the_same_plan():
     assert len(digests) == 1
 
 
-def test_everything_that_matters_changes_the_digest(plans):
+def test_every_part_of_a_plan_changes_the_digest(plans):
     plan = plans["fsdp"].plan
-    others = [
+    changed_plans = [
         replace(plan, options=PlanOptions(prefetch_count=2)),
         replace(plan, params=(replace(plan.params[0], fqn="x"), *plan.params[1:])),
         replace(plan, params=(replace(plan.params[0], dtype="bfloat16"), *plan.params[1:])),
         replace(plan, schedule=plan.schedule[::-1]),
     ]
-    assert len({digest(plan), *map(digest, others)}) == 5
+    assert len({digest(plan), *map(digest, changed_plans)}) == 5
 
 
 def damaged(plan: Plan) -> list[Plan]:
-    """The plan with one thing wrong, each time another."""
+    """Return invalid variants of a plan, each with a different fault."""
     bucket = plan.buckets[0]
-    first, *rest = bucket.assignments
+    first, *others = bucket.assignments
 
     def with_bucket(**changes) -> Plan:
         return replace(plan, buckets=(replace(bucket, **changes), *plan.buckets[1:]))
 
     return [
-        with_bucket(assignments=tuple(rest)),
-        with_bucket(assignments=(first, first, *rest)),
-        with_bucket(assignments=(replace(first, owner=99), *rest)),
-        with_bucket(assignments=(replace(first, matrix=7), *rest)),
-        with_bucket(assignments=(replace(first, param=999), *rest)),
+        with_bucket(assignments=tuple(others)),
+        with_bucket(assignments=(first, first, *others)),
+        with_bucket(assignments=(replace(first, owner=99), *others)),
+        with_bucket(assignments=(replace(first, matrix=7), *others)),
+        with_bucket(assignments=(replace(first, param=999), *others)),
         with_bucket(strategy=Owned()),
         with_bucket(strategy=Owned(("dp",), hops=2, is_staged=True)),
         with_bucket(wire_dtype="float32"),
@@ -258,7 +258,7 @@ def damaged(plan: Plan) -> list[Plan]:
 
 
 @pytest.mark.parametrize("index", range(13))
-def test_a_damaged_plan_is_refused(plans, index):
+def test_a_damaged_plan_raises(plans, index):
     plan = damaged(plans["fsdp"].plan)[index]
     with pytest.raises(ValueError, match="not a valid plan"):
         check(plan)
@@ -266,40 +266,40 @@ def test_a_damaged_plan_is_refused(plans, index):
         PlanReport.from_json(to_json(plan))
 
 
-def test_json_whose_collectives_do_not_serve_its_strategy_is_refused(plans):
+def test_json_whose_collectives_contradict_its_strategy_raises(plans):
     value = json.loads(plans["fsdp"].to_json())
     bucket = value["buckets"][0]
     bucket["unshard"], bucket["reshard"] = bucket["reshard"], bucket["unshard"]
-    with pytest.raises(ValueError, match="do not serve"):
+    with pytest.raises(ValueError, match="are not those of"):
         PlanReport.from_json(json.dumps(value))
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 99}', '{"format": 1}'])
-def test_foreign_json_is_refused(text):
+def test_json_that_is_not_a_plan_raises(text):
     with pytest.raises(ValueError, match=r"plan|Expecting"):
         PlanReport.from_json(text)
 
 
-def _places(value, path=()):
-    """Every place in a JSON value, as a path of keys."""
+def _paths(value, path=()):
+    """Yield the path of keys of every value inside a JSON value."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, inner in items:
         if isinstance(inner, (dict, list)):
-            yield from _places(inner, (*path, key))
+            yield from _paths(inner, (*path, key))
         else:
             yield (*path, key)
 
 
-ODD = [None, "x", -1, 1.5, 10**30, [], {}, True, float("nan")]
+ODD_VALUES = [None, "x", -1, 1.5, 10**30, [], {}, True, float("nan")]
 
 
-def test_no_mutated_json_makes_anything_but_a_plan_or_a_value_error(plans):
+def test_mutated_json_gives_a_valid_plan_or_a_value_error(plans):
     text = plans["experts"].to_json()
     rng = random.Random(0)
-    places = [path for path in _places(json.loads(text)) if path]
-    for path in rng.sample(places, min(len(places), 120)):
-        for odd in ODD:
+    paths = [path for path in _paths(json.loads(text)) if path]
+    for path in rng.sample(paths, min(len(paths), 120)):
+        for odd in ODD_VALUES:
             value = json.loads(text)
             inner = value
             for key in path[:-1]:
@@ -313,7 +313,7 @@ def test_no_mutated_json_makes_anything_but_a_plan_or_a_value_error(plans):
             assert str(plan)
 
 
-def test_deep_json_is_refused():
+def test_deeply_nested_json_raises():
     with pytest.raises(ValueError, match="not the JSON text of a plan"):
         PlanReport.from_json("[" * 100_000)
 
@@ -329,13 +329,13 @@ def test_deep_json_is_refused():
     ],
     ids=["overlap", "too-few", "outside", "1-D", "none"],
 )
-def test_matrices_that_are_not_the_parameter_are_refused(matrices):
+def test_matrices_that_do_not_cover_the_parameter_raise(matrices):
     layout = Layout(MeshSpec.of(dp=2), (4, 4), (("dp",), ()))
     with pytest.raises(PlanError, match=r"[Mm]atri"):
         plan_report([ParamSpec("w", layout, "float32", matrices)])
 
 
-def test_tokens_parse_back():
+def test_tokens_round_trip():
     for phase in Phase:
         assert Action.parse(str(Action(phase, 12))) == Action(phase, 12)
     with pytest.raises(ValueError, match="X"):
@@ -343,12 +343,12 @@ def test_tokens_parse_back():
 
 
 @pytest.mark.parametrize("prefetch_count", [0, 1, 2, 7])
-def test_the_schedule_keeps_as_much_in_flight_as_it_says(prefetch_count):
+def test_prefetch_count_unshards_are_in_flight(prefetch_count):
     options = PlanOptions(bucket_nbytes=600_000, prefetch_count=prefetch_count)
     plan = plan_report(anchors(MeshSpec.of(dp=4), (("dp",), ()), 8), options)
     check(plan.plan)
     in_flight: set[tuple[str, int]] = set()
-    most = 0
+    max_unshards = 0
     for action in plan.schedule:
         match action.phase:
             case Phase.UNSHARD:
@@ -362,16 +362,16 @@ def test_the_schedule_keeps_as_much_in_flight_as_it_says(prefetch_count):
             case Phase.ORTHOGONALIZE:
                 unshards = [b for kind, b in in_flight if kind == "unshard"]
                 assert len(unshards) <= prefetch_count
-                most = max(most, len(unshards))
+                max_unshards = max(max_unshards, len(unshards))
                 if prefetch_count == 0:
                     assert not in_flight
     assert not in_flight
-    assert most == min(prefetch_count, len(plan.buckets) - 1)
-    held = (prefetch_count + 2) * max(map(bucket_peak_nbytes, plan.traffic))
-    assert plan.cost.peak_buffer_nbytes <= held
+    assert max_unshards == min(prefetch_count, len(plan.buckets) - 1)
+    limit = (prefetch_count + 2) * max(map(bucket_peak_nbytes, plan.traffic))
+    assert plan.cost.peak_buffer_nbytes <= limit
 
 
-def test_loads_are_carried_across_meshes_of_the_same_ranks():
+def test_meshes_of_the_same_ranks_share_loads():
     rows, cols = MeshSpec.of(dp=4), MeshSpec(("ep",), (4,), (0, 1, 2, 3))
     specs = [
         param_spec(mesh, f"{mesh.dim_names[0]}.{i}", (512, 512), ((mesh.dim_names[0],), ()))
@@ -391,7 +391,7 @@ def test_flops_count_three_products():
     assert newton_schulz_flops(rows, cols, 5) == newton_schulz_flops(cols, rows, 5) == 5 * multiply
 
 
-def test_words():
+def test_quantities_and_families_as_text():
     assert quantity(0, "B") == "0 B"
     assert quantity(999, "B") == "999 B"
     assert quantity(7_300_000, "B") == "7.3 MB"
@@ -412,29 +412,29 @@ def test_any_plan_routes_every_element_once(case):
     assert sum(cost.sent_nbytes) == sum(cost.received_nbytes)
     assert cost.redundancy == 1.0
     assert max(cost.peak_nbytes) >= cost.peak_buffer_nbytes
-    for index, bucket in enumerate(plan.buckets):
+    for bucket, traffic in zip(plan.buckets, cost.buckets, strict=True):
         for position in range(bucket.mesh.num_ranks):
             local = rank_bucket(plan.plan, bucket, position)
-            priced = cost.buckets[index]
-            assert local.pieces.numel == priced.pieces[position]
-            assert local.wholes.numel == priced.wholes[position]
-            assert local.numels == tuple(numels[position] for numels in priced.buffers)
-            for hop in priced.sequence.hops:
+            assert local.pieces.numel == traffic.pieces[position]
+            assert local.wholes.numel == traffic.wholes[position]
+            assert local.numels == tuple(numels[position] for numels in traffic.buffers)
+            for hop in traffic.sequence.hops:
                 transfer = local.collective(hop)
                 peers = bucket.mesh.peers(position, transfer.collective.mesh_dims)
-                own = transfer.send.numels[peers.index(position)]
-                assert 2 * (transfer.send.numel - own) == priced.sent_nbytes(hop)[position]
-                got = 2 * (transfer.recv.numel - transfer.recv.numels[peers.index(position)])
-                assert got == priced.received_nbytes(hop)[position]
+                index = peers.index(position)
+                sent = 2 * (transfer.send.numel - transfer.send.numels[index])
+                assert sent == traffic.sent_nbytes(hop)[position]
+                received = 2 * (transfer.recv.numel - transfer.recv.numels[index])
+                assert received == traffic.received_nbytes(hop)[position]
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(random_params(), st.integers(0, 10**6))
-def test_the_order_of_parameters_moves_no_owner(case, seed):
+def test_the_order_of_parameters_changes_no_owner(case, seed):
     specs, options = case
     shuffled = random.Random(seed).sample(specs, len(specs))
-    there = plan_report(specs, options).owners
-    assert plan_report(shuffled, options).owners == there
+    owners = plan_report(specs, options).owners
+    assert plan_report(shuffled, options).owners == owners
 
 
 @pytest.mark.slow
@@ -446,14 +446,14 @@ def test_planning_thousands_of_ranks_takes_little_memory():
     assert peak_nbytes < 100 << 20
 
 
-def test_two_hops_where_direct_loads_the_owner():
-    few = MeshSpec.of(r=4, n=8)
+def test_results_go_in_two_hops_where_one_would_overload_the_owner():
+    mesh = MeshSpec.of(r=4, n=8)
     sizes = [8192, 4096, 4096, 4096]
     one_large = plan_report(
-        [param_spec(few, f"w{i}", (n, 4096), (("n",), ())) for i, n in enumerate(sizes)]
+        [param_spec(mesh, f"w{i}", (n, 4096), (("n",), ())) for i, n in enumerate(sizes)]
     )
     assert one_large.buckets[0].strategy == Owned(("n",), ("r",), hops=2)
-    many = plan_report([param_spec(few, f"w{i}", (512, 512), (("n",), ())) for i in range(64)])
+    many = plan_report([param_spec(mesh, f"w{i}", (512, 512), (("n",), ())) for i in range(64)])
     assert many.buckets[0].strategy == Owned(("n",), ("r",), hops=1)
     check_routes(one_large.plan)
     check_routes(many.plan)

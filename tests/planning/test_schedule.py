@@ -1,4 +1,4 @@
-"""Events: what each phase of a bucket does, which buffers it needs, and how long."""
+"""Events of each phase of a bucket, the buffers that they name, and the lifetimes of buffers."""
 
 import pytest
 from hypothesis import given, settings
@@ -38,7 +38,7 @@ STRATEGIES = [
 
 
 @pytest.mark.parametrize(("strategy", "num_unshard", "num_reshard"), STRATEGIES)
-def test_every_collective_is_sent_once_and_waited_for_once(strategy, num_unshard, num_reshard):
+def test_every_collective_has_one_send_and_one_wait(strategy, num_unshard, num_reshard):
     sequence = buffer_sequence(strategy, MESH)
     assert (len(sequence.unshard), len(sequence.reshard)) == (num_unshard, num_reshard)
     program = lower([Action(phase, 0) for phase in phases_of(sequence)], {0: sequence})
@@ -54,7 +54,7 @@ def test_every_collective_is_sent_once_and_waited_for_once(strategy, num_unshard
     assert {number for _, number in lives} == set(range(len(sequence.contents)))
 
 
-def test_what_numbered_buffers_hold():
+def test_contents_of_numbered_buffers():
     staged = buffer_sequence(Owned(("a", "b"), is_staged=True), MESH)
     pieces, middle, wholes = Content(()), Content(("b",)), Content(("b", "a"))
     assert staged.contents == (pieces, middle, middle, wholes, middle, middle, pieces)
@@ -63,12 +63,12 @@ def test_what_numbered_buffers_hold():
     assert shared.contents == (pieces, wholes, Content(("a", "b"), copies=2), Content(None))
 
 
-def test_what_is_held_together():
+def test_live_sets_of_buffers():
     assert live_sets(buffer_sequence(Owned(), MESH)) == ((0,),)
     assert live_sets(buffer_sequence(Owned(("a", "b")), MESH)) == ((0,), (0, 1), (1,), (1, 2), (2,))
 
 
-def test_actions_of_other_buckets_are_left_out():
+def test_actions_of_other_buckets_are_skipped():
     sequence = buffer_sequence(Owned(), MESH)
     schedule = [Action(Phase.UNSHARD, 0), Action(Phase.UNSHARD, 1), Action(Phase.APPLY, 0)]
     assert [action for action, _ in lower(schedule, {0: sequence})] == [schedule[0], schedule[2]]
@@ -76,7 +76,7 @@ def test_actions_of_other_buckets_are_left_out():
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(random_params())
-def test_the_bound_of_a_bucket_is_no_less_than_its_buffers(case):
+def test_the_buffer_bound_is_at_least_the_exact_peak(case):
     specs, options = case
     report = plan_report(specs, options)
     for traffic in report.traffic:

@@ -1,4 +1,4 @@
-"""What the planner chooses: no slower than one strategy throughout; staged where it pays."""
+"""The planner's choice is no slower than any single strategy; it stages only where that pays."""
 
 from itertools import pairwise
 
@@ -30,9 +30,9 @@ def models(draw) -> tuple[list[ParamSpec], PlanOptions]:
         shape = tuple(draw(st.sampled_from([1, 8, 64, 500, 2048, 8192])) for _ in range(2))
         cuts: list[list[str]] = [[], []]
         for name in names:
-            where = draw(st.integers(-1, 1))
-            if where >= 0:
-                cuts[where].append(name)
+            tensor_dim = draw(st.integers(-1, 1))
+            if tensor_dim >= 0:
+                cuts[tensor_dim].append(name)
         layout = Layout(mesh, shape, tuple(map(tuple, cuts)))
         specs.append(ParamSpec(f"p{index}", layout, "float32", matrices_of(shape)))
     topology = PRESETS[draw(st.sampled_from(sorted(PRESETS)))]
@@ -56,7 +56,7 @@ def fits(plan) -> bool:
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(models())
-def test_the_choice_is_never_slower_than_one_strategy_throughout(case):
+def test_the_choice_is_never_slower_than_a_single_strategy(case):
     specs, options = case
     chosen = plan_report(specs, options).prediction.seconds
     for strategy in FORCED:
@@ -66,7 +66,7 @@ def test_the_choice_is_never_slower_than_one_strategy_throughout(case):
             assert chosen <= gain * forced.prediction.seconds
 
 
-def test_stages_where_groups_are_large():
+def test_exchanges_over_large_groups_are_staged():
     mesh = MeshSpec.of(dp=512, tp=8)
     specs = [param_spec(mesh, f"w{i}", (1024, 256), (("tp", "dp"), ())) for i in range(256)]
     plan = plan_report(specs)
@@ -81,19 +81,19 @@ def test_the_topology_is_part_of_the_digest(name):
     assert len(digests) == len(PRESETS)
 
 
-def test_ranks_that_work_in_turn_are_simulated_in_turn():
+def test_sequential_ranks_are_simulated_one_after_the_other():
     mesh = MeshSpec.of(dp=4)
     specs = [param_spec(mesh, f"w{i}", (64, 128), ((), ("dp",))) for i in range(4)]
     report = plan_report(specs, PlanOptions(sequential=True))
     assert "one after the other" in str(report)
     spans = simulate(report.plan, report.traffic, watch=range(4)).spans
-    turns = [s for s in spans if s.action.phase is Phase.ORTHOGONALIZE and s.lane == "compute"]
-    assert [s.rank for s in turns] == [0, 1, 2, 3]
-    assert all(a.stop <= b.start + 1e-12 for a, b in pairwise(turns))
+    compute = [s for s in spans if s.action.phase is Phase.ORTHOGONALIZE and s.lane == "compute"]
+    assert [s.rank for s in compute] == [0, 1, 2, 3]
+    assert all(a.stop <= b.start + 1e-12 for a, b in pairwise(compute))
 
 
-def test_a_staged_exchange_must_be_worth_its_bytes():
-    """On 2 x 2 ranks it gains nothing and sends more: direct, also where it is a little faster."""
+def test_a_staged_exchange_must_be_faster_by_staged_gain():
+    """On 2 x 2 ranks it is at most slightly faster and sends more bytes, so it is not chosen."""
     mesh = MeshSpec.of(a=2, b=2)
     specs = [param_spec(mesh, f"w{i}", (1024, 1024), (("a",), ("b",))) for i in range(8)]
     report = plan_report(specs)
