@@ -97,7 +97,7 @@ FAULTS = [
         "variants::normuon_over_real_processes",
         (
             "NorMuon's moments are not told",
-            "        self._moments.tell(kept)\n",
+            "        self._moments.broadcast(kept)\n",
             "",
         ),
     ),
@@ -185,7 +185,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/gradients.py",
-        "consistency::which_steps_wait_for_their_ballots",
+        "consistency::which_steps_wait_for_the_comparison",
         (
             "a device waits in every step",
             'return self.device.type == "cpu" or not',
@@ -193,12 +193,12 @@ FAULTS = [
         ),
         (
             "the first step on a device waits for nothing",
-            " or not self._has_settled or is_wanted",
-            " or is_wanted",
+            " or not self._has_settled or must_read",
+            " or must_read",
         ),
         (
             "zeros for missing gradients are not waited for",
-            " or not self._has_settled or is_wanted",
+            " or not self._has_settled or must_read",
             " or not self._has_settled",
         ),
     ),
@@ -234,14 +234,14 @@ FAULTS = [
         "runtime/normuon_state.py",
         "variants",
         (
-            "owners tell nothing of their moments",
-            "                    self.of_matrix(zeros, a).copy_(self.of_matrix(kept[index], a))\n",
+            "owners send none of their moments",
+            "                    self.of_matrix(zeros, a).copy_(self.of_matrix(moments[index], a))\n",
             "                    pass\n",
         ),
         (
             "moments are summed, not replaced",
-            "                kept[index].copy_(part.view_as(kept[index]))",
-            "                kept[index].add_(part.view_as(kept[index]))",
+            "                moments[index].copy_(part.view_as(moments[index]))",
+            "                moments[index].add_(part.view_as(moments[index]))",
         ),
     ),
     *in_files(
@@ -423,7 +423,7 @@ FAULTS = [
             "        return torch.ones((), dtype=torch.int64)\n",
         ),
         (
-            "plans are not compared by the ballots",
+            "plans are not compared in a step",
             "values = [plan, -plan, options",
             "values = [0, 0, options",
         ),
@@ -462,8 +462,8 @@ FAULTS = [
         "runtime/consistency.py",
         "consistency misuse frozen_parameters",
         (
-            "cast carries nothing over",
-            "                carried.copy_(torch.maximum(carried, found))\n",
+            "settle_on_device carries nothing over",
+            "                carried.copy_(torch.maximum(carried, previous))\n",
             "",
         ),
         (
@@ -493,7 +493,7 @@ FAULTS = [
             "            if False:",
         ),
         (
-            "ballots are cast from larger sets to smaller ones",
+            "larger sets are compared before smaller ones",
             "key=lambda m: (m.mesh.num_ranks, sorted(m.mesh.ranks))",
             "key=lambda m: (-m.mesh.num_ranks, sorted(m.mesh.ranks))",
         ),
@@ -514,12 +514,12 @@ FAULTS = [
         ),
         (
             "an overflow of summed Partial gradients is not seen",
-            "            bad |= again.non_finite\n",
+            "            bad |= second.non_finite\n",
             "",
         ),
         (
             "a gradient whose shard has another shape passes",
-            "    if mine != theirs and not _has_moved(param, grad):",
+            "    if shard_shape != grad_shape and not _has_moved(param, grad):",
             "    if False:",
         ),
         (
@@ -737,8 +737,8 @@ FAULTS = [
         ),
         (
             "the largest of meshes is summed",
-            "return everything.amax(0) if take_largest else everything.sum(0)",
-            "return everything.sum(0)",
+            "return totals.amax(0) if take_largest else totals.sum(0)",
+            "return totals.sum(0)",
         ),
     ),
     *in_files(
@@ -953,7 +953,7 @@ FAULTS = [
         "layout_faults",
         (
             "replicas that differ pass",
-            "names += [name for (name, _), differ in zip(named, differs, strict=True) if differ]",
+            "names += [name for (name, _), differ in zip(replicated, differs, strict=True) if differ]",
             "names += []",
         ),
     ),
@@ -976,9 +976,9 @@ FAULTS = [
         "async_checkpoint",
         (
             "steps use the default group over several dims",
-            "        own = _own.setdefault(world, {})\n",
+            "        groups = _own.setdefault(world, {})\n",
             "        if len(ranks) == dist.get_world_size():\n            return world\n"
-            "        own = _own.setdefault(world, {})\n",
+            "        groups = _own.setdefault(world, {})\n",
         ),
     ),
     *in_files(

@@ -159,7 +159,7 @@ class Executor:
             self._do(overlapped)
         self._now = None
         kept = {index: p.moments for index, p in params.items() if p.moments is not None}
-        self._moments.tell(kept)
+        self._moments.broadcast(kept)
 
     def _do(self, overlapped: Callable[[], None]) -> None:
         self._is_overlapped = True

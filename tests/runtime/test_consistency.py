@@ -362,7 +362,7 @@ def test_a_sparse_gradient_on_one_rank_stops_all():
     ],
     ids=["host", "first-step", "device", "zeros-for-missing"],
 )
-def test_which_steps_wait_for_their_ballots(device, steps, options, waits):
+def test_which_steps_wait_for_the_comparison(device, steps, options, waits):
     """On a device the first alone, unless zeros for what is missing are asked for."""
     param = nn.Parameter(torch.ones(4, 3))
     optimizer = Muon([param], **options)

@@ -48,7 +48,7 @@ def test_cut_order_is_torch_s(sizes):
             placements, MeshOfSizes(*sizes)
         )
         if theirs is None:
-            with pytest.raises(ValueError, match="tell no order"):
+            with pytest.raises(ValueError, match="define no order"):
                 _ = [_cut_order(placements, sizes, tensor_dim) for tensor_dim in (0, 1)]
             continue
         orders = {entry.tensor_dim: entry.mesh_dims for entry in theirs}
