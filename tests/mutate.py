@@ -157,7 +157,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/executor.py",
-        "memory::where_buffers_are_not_kept_the_iteration_has_their_memory",
+        "memory::the_iteration_uses_the_memory_of_buffers_that_are_not_kept",
         (
             "a buffer is kept beside what was put together from it",
             "            flight.buffer = x.new_empty(0)\n",
@@ -608,7 +608,7 @@ FAULTS = [
     *in_files(
         "optimizer/state.py",
         "checkpoints::damaged_and_foreign_state_is_told_and_changes_nothing gradient_dtypes "
-        "variants::moments_of_narrow_parameters_stay_wide torch_optimizers frozen_parameters "
+        "variants::moments_of_bf16_parameters_are_float32 torch_optimizers frozen_parameters "
         "layout_faults speed_options::a_checkpoint_keeps_momentum_in_bfloat16 torch_tools",
         (
             "state that is missing passes",
