@@ -60,7 +60,7 @@ class Agreement:
         new = [m for m in self._manifests if m.mesh.rank_set not in sweeps_twice]
         last = self._manifests[-1].mesh.rank_set if self._manifests else frozenset()
         crosses = not all(manifest.mesh.rank_set <= last for manifest in self._manifests)
-        elsewhere = "Ranks of another mesh hold different plans; their errors say which."
+        on_other_mesh = "Ranks of another mesh hold different plans; their errors say which."
         for manifest in new:
             digest = manifest.fingerprint
             high, low, other, twice = self._prove(
@@ -70,12 +70,12 @@ class Agreement:
                 lists = self._gather(manifest, manifest.params)
                 failed = first_difference(manifest.mesh, lists)
             elif other:
-                failed = failed or elsewhere
+                failed = failed or on_other_mesh
             sweeps_twice[manifest.mesh.rank_set] = bool(twice)
         for manifest in reversed(new):
             if sweeps_twice[manifest.mesh.rank_set]:
                 _, _, other, _ = self._prove(manifest, [0, 0, bool(failed), 0], device)
-                failed = failed or (elsewhere if other else "")
+                failed = failed or (on_other_mesh if other else "")
         if failed:
             for manifest in new:
                 del sweeps_twice[manifest.mesh.rank_set]

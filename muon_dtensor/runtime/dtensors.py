@@ -89,8 +89,8 @@ class LayoutCache:
         """`plain_mesh`: the mesh of tensors that are not DTensors; None: local to each rank."""
         self.device_meshes: dict[MeshSpec, DeviceMesh] = {}
         self._meshes: dict[DeviceMesh, MeshSpec] = {}
-        alone = MeshSpec((), (), (this_rank(),))
-        self.plain_mesh = alone if plain_mesh is None else self.mesh(plain_mesh)
+        single_rank = MeshSpec((), (), (this_rank(),))
+        self.plain_mesh = single_rank if plain_mesh is None else self.mesh(plain_mesh)
         self._layouts: dict[tuple[object, ...], Layout] = {}
         self._matrices_by_shape: dict[object, tuple[Matrix, ...]] = {}
         self._misplaced: dict[object, bool] = {}

@@ -58,8 +58,8 @@ def make_optimizer(
 ) -> tuple[list[nn.Parameter], Muon, Any]:
     mesh = mesh_of(shape)
     params = [nn.Parameter(spread(w, mesh, placements)) for w in tensors_like(SHAPES, 0)]
-    named = [(f"layers.{i}.weight", p) for i, p in enumerate(params)]
-    groups: list[dict[str, Any]] = [{"params": named}]
+    named_params = [(f"layers.{i}.weight", p) for i, p in enumerate(params)]
+    groups: list[dict[str, Any]] = [{"params": named_params}]
     if adamw:
         norm = nn.Parameter(spread(torch.ones(9), mesh, (R,) * len(shape)))
         params.append(norm)
@@ -78,11 +78,11 @@ def give_gradients(params: list[nn.Parameter], mesh: Any, placements: Any, seed:
 def different_order() -> Any:
     mesh = mesh_of((2, 2))
     params = [nn.Parameter(spread(w, mesh, (S0, S1))) for w in tensors_like(SHAPES, 0)]
-    named = [(f"layers.{i}.weight", p) for i, p in enumerate(params)]
+    named_params = [(f"layers.{i}.weight", p) for i, p in enumerate(params)]
     if dist.get_rank() == 2:
-        named[1], named[2] = named[2], named[1]
+        named_params[1], named_params[2] = named_params[2], named_params[1]
     give_gradients(params, mesh, (S0, S1))
-    outcome = try_step(Muon(named))
+    outcome = try_step(Muon(named_params))
     return (*outcome, sum(map(len, groups._own.values())))
 
 
@@ -600,11 +600,11 @@ def test_different_gradient_options_raise_on_all(option, value):
 def order_over_two_meshes() -> Any:
     mesh = mesh_of((2, 2))
     flat = init_device_mesh("cpu", (4,), mesh_dim_names=("ep",))
-    named = [
+    named_params = [
         ("dense", nn.Parameter(spread(torch.ones(8, 8), mesh, (S0, S1)))),
         ("expert", nn.Parameter(spread(torch.ones(4, 8), flat, (S0,)))),
     ]
-    return try_step(Muon(named[::-1] if dist.get_rank() == 2 else named))
+    return try_step(Muon(named_params[::-1] if dist.get_rank() == 2 else named_params))
 
 
 def test_different_order_over_two_meshes_of_the_same_ranks():
