@@ -96,8 +96,8 @@ FAULTS = [
         "runtime/executor.py",
         "variants::normuon_over_real_processes",
         (
-            "NorMuon's moments are not told",
-            "        self._moments.tell(moments)\n",
+            "NorMuon's moments are not broadcast",
+            "        self._moments.broadcast(moments)\n",
             "",
         ),
     ),
@@ -157,7 +157,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/executor.py",
-        "memory::where_buffers_are_not_kept_the_iteration_has_their_memory",
+        "memory::the_iteration_uses_the_memory_of_buffers_that_are_not_kept",
         (
             "a buffer is kept beside what was put together from it",
             "            flight.buffer = x.new_empty(0)\n",
@@ -185,7 +185,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/gradients.py",
-        "consistency::which_steps_wait_for_their_ballots",
+        "consistency::which_steps_wait_for_the_comparison",
         (
             "a device waits in every step",
             'return self.device.type == "cpu" or not',
@@ -193,12 +193,12 @@ FAULTS = [
         ),
         (
             "the first step on a device waits for nothing",
-            " or not self._has_settled or is_wanted",
-            " or is_wanted",
+            " or not self._has_settled or must_read",
+            " or must_read",
         ),
         (
             "zeros for missing gradients are not waited for",
-            " or not self._has_settled or is_wanted",
+            " or not self._has_settled or must_read",
             " or not self._has_settled",
         ),
     ),
@@ -234,14 +234,14 @@ FAULTS = [
         "runtime/normuon_state.py",
         "variants",
         (
-            "owners tell nothing of their moments",
-            "                    self.of_matrix(zeros, a).copy_(self.of_matrix(kept[index], a))\n",
+            "owners send none of their moments",
+            "                    self.of_matrix(zeros, a).copy_(self.of_matrix(moments[index], a))\n",
             "                    pass\n",
         ),
         (
             "moments are summed, not replaced",
-            "                kept[index].copy_(part.view_as(kept[index]))",
-            "                kept[index].add_(part.view_as(kept[index]))",
+            "                moments[index].copy_(part.view_as(moments[index]))",
+            "                moments[index].add_(part.view_as(moments[index]))",
         ),
     ),
     *in_files(
@@ -424,7 +424,7 @@ FAULTS = [
             "        return torch.ones((), dtype=torch.int64)\n",
         ),
         (
-            "plans are not compared by the ballots",
+            "plans are not compared in a step",
             "values = [plan, -plan, options",
             "values = [0, 0, options",
         ),
@@ -463,8 +463,8 @@ FAULTS = [
         "runtime/consistency.py",
         "consistency misuse frozen_parameters",
         (
-            "cast carries nothing over",
-            "                carried.copy_(torch.maximum(carried, found))\n",
+            "settle_on_device carries nothing over",
+            "                carried.copy_(torch.maximum(carried, previous))\n",
             "",
         ),
         (
@@ -494,7 +494,7 @@ FAULTS = [
             "            if False:",
         ),
         (
-            "ballots are cast from larger sets to smaller ones",
+            "larger sets are compared before smaller ones",
             "key=lambda m: (m.mesh.num_ranks, sorted(m.mesh.ranks))",
             "key=lambda m: (-m.mesh.num_ranks, sorted(m.mesh.ranks))",
         ),
@@ -515,12 +515,12 @@ FAULTS = [
         ),
         (
             "an overflow of summed Partial gradients is not seen",
-            "            bad |= again.non_finite\n",
+            "            bad |= second.non_finite\n",
             "",
         ),
         (
             "a gradient whose shard has another shape passes",
-            "    if mine != theirs and not _has_moved(param, grad):",
+            "    if shard_shape != grad_shape and not _has_moved(param, grad):",
             "    if False:",
         ),
         (
@@ -609,7 +609,7 @@ FAULTS = [
     *in_files(
         "optimizer/state.py",
         "checkpoints::damaged_and_foreign_state_is_told_and_changes_nothing gradient_dtypes "
-        "variants::moments_of_narrow_parameters_stay_wide torch_optimizers frozen_parameters "
+        "variants::moments_of_bf16_parameters_are_float32 torch_optimizers frozen_parameters "
         "layout_faults speed_options::a_checkpoint_keeps_momentum_in_bfloat16 torch_tools",
         (
             "state that is missing passes",
@@ -738,8 +738,8 @@ FAULTS = [
         ),
         (
             "the largest of meshes is summed",
-            "return everything.amax(0) if take_largest else everything.sum(0)",
-            "return everything.sum(0)",
+            "return totals.amax(0) if take_largest else totals.sum(0)",
+            "return totals.sum(0)",
         ),
     ),
     *in_files(
@@ -954,7 +954,7 @@ FAULTS = [
         "layout_faults",
         (
             "replicas that differ pass",
-            "names += [name for (name, _), differ in zip(named, differs, strict=True) if differ]",
+            "names += [name for (name, _), differ in zip(replicated, differs, strict=True) if differ]",
             "names += []",
         ),
     ),
@@ -977,9 +977,9 @@ FAULTS = [
         "async_checkpoint",
         (
             "steps use the default group over several dims",
-            "        own = _own.setdefault(world, {})\n",
+            "        groups = _own.setdefault(world, {})\n",
             "        if len(ranks) == dist.get_world_size():\n            return world\n"
-            "        own = _own.setdefault(world, {})\n",
+            "        groups = _own.setdefault(world, {})\n",
         ),
     ),
     *in_files(

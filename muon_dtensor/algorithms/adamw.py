@@ -24,19 +24,19 @@ class AdamWLocal:
 
 
 def step_tensor(param: Tensor) -> Tensor:
-    """A step count of 0, on the parameter's device, where torch's fused AdamW wants it."""
+    """Return a step count of 0 on the parameter's device, as torch's fused AdamW needs it."""
     return torch.zeros((), dtype=torch.float32, device=param.device)
 
 
 def adamw_step(
     params: Sequence[AdamWLocal], group: Mapping[str, Any], found_inf: Tensor | None = None
 ) -> None:
-    """One step of `torch.optim.AdamW` in place.
+    """Take one step of `torch.optim.AdamW`, in place.
 
     Args:
-        params: of one param group.
-        group: its `lr`, `betas`, `eps` and `weight_decay`, with the meaning torch gives them.
-        found_inf: float32 scalar on the device; where it is 1 nothing changes.
+        params: the local shards of one param group.
+        group: `lr`, `betas`, `eps`, `weight_decay` and `capturable`, as in torch.
+        found_inf: float32 scalar on the device; if it is 1, nothing changes.
     """
     if not params:
         return
@@ -49,7 +49,7 @@ def adamw_step(
         [],
         [p.step for p in params],
         foreach=False,
-        # torch.optim.AdamW's own default on the host, and the only one with a mask elsewhere
+        # the default of torch.optim.AdamW on the host; the only one with a mask on devices
         fused=not on_host or found_inf is not None,
         found_inf=found_inf,
         amsgrad=False,

@@ -1,6 +1,6 @@
-"""The implementations of an iteration: torch, torch.compile, or symmetric GPU kernels.
+"""Implementations of the iteration: torch, torch.compile, or symmetric GPU kernels.
 
-Only the first is exact.
+Only the first is bitwise torch.optim.Muon's.
 """
 
 import importlib
@@ -29,16 +29,16 @@ PACKAGE = "gram_newton_schulz"
 
 
 def kernel_of(kernels: str, *, compiles: bool) -> IterationKernel:
-    """The body of an iteration, which may overwrite its input.
+    """Return the body of an iteration, which may overwrite its input.
 
     Args:
         kernels: "torch"; "symmetric", those of the package gram-newton-schulz (Zhang, Amsel, Chen &
             Dao 2026, https://dao-ailab.github.io/blog/2026/gram-newton-schulz/), which compute half
-            of each symmetric product, in float16, on Hopper and newer; "auto": those if they are
-            installed, else torch's, and a line in the log.
-        compiles: through torch.compile, once for each shape. Symmetric kernels compile themselves.
+            of each symmetric product, in float16, on Hopper and newer; "auto": symmetric kernels if
+            they are installed, else torch's, with a line in the log.
+        compiles: use torch.compile, once for each shape. Symmetric kernels compile themselves.
 
-    Raises GroupOptionError for another name, or if "symmetric" is not installed.
+    Raises GroupOptionError for any other name, or if "symmetric" is not available.
     """
     if kernels not in KERNELS:
         raise GroupOptionError(f"kernels must be one of {', '.join(KERNELS)}, got {kernels!r}")
@@ -50,29 +50,29 @@ def kernel_of(kernels: str, *, compiles: bool) -> IterationKernel:
             raise GroupOptionError(
                 f"kernels='symmetric' needs the package gram-newton-schulz and a GPU of the Hopper "
                 f"generation or newer ({why_not}). pip install gram-newton-schulz "
-                "--no-build-isolation, or say kernels='auto'."
+                "--no-build-isolation, or use kernels='auto'."
             )
-        _tell(why_not)
+        _log_fallback(why_not)
     return _compiled() if compiles else quintic_in_place
 
 
 SLOW = 2.0
-"""From this ratio on a host's products in bfloat16 are called slow."""
+"""`bfloat16_slowdown` from which bfloat16 products count as slow."""
 
 _SIDE, _ROUNDS = 192, 3
-"""A product of 14 MFLOP, which takes 1.5 ms where it is slow."""
+"""A product of 14 MFLOP takes 1.5 ms on a host with slow bfloat16."""
 
 
 @cache
 def bfloat16_slowdown() -> float:
-    """How many times as long this host takes for a bfloat16 product as for a float32 one.
+    """Return the time of a bfloat16 product on this host, divided by that of a float32 product.
 
-    Below 1 on processors with AVX512-BF16 or AMX, about 7 on those that have AVX2 alone. Measured
-    once in a process, in 10 ms: the best of a few rounds, taken in turns.
+    Below 1 on processors with AVX512-BF16 or AMX, about 7 with only AVX2. Measured once per
+    process, in 10 ms: the best of a few rounds, which alternate between the dtypes.
     """
     seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
     matrices = {dtype: torch.ones(_SIDE, _SIDE, dtype=dtype, device="cpu") for dtype in seconds}
-    for _ in range(_ROUNDS + 1):  # the first, which sets up kernels, is never the best
+    for _ in range(_ROUNDS + 1):  # the first sets up kernels, so it is never the best
         for dtype, matrix in matrices.items():
             start = time.perf_counter()
             torch.mm(matrix, matrix)
@@ -82,7 +82,7 @@ def bfloat16_slowdown() -> float:
 
 @cache
 def log_slow_bfloat16(level: int) -> None:
-    """Log once, at this level, if this host's bfloat16 products are slow."""
+    """Log once at this level if this host's bfloat16 products are slow."""
     if (ratio := bfloat16_slowdown()) >= SLOW:
         logger.log(
             level,
@@ -100,35 +100,35 @@ def _compiled() -> IterationKernel:
 
 
 @cache
-def _tell(why_not: str) -> None:
+def _log_fallback(why_not: str) -> None:
     logger.info("no symmetric kernels (%s): iterating with torch's matrix products", why_not)
 
 
 @cache
 def _symmetric() -> tuple[IterationKernel | None, str]:
-    """The package's iteration as a body, or why there is none."""
+    """Return the package's iteration as a body, or None and the reason."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9:
         return None, "no GPU of the Hopper generation or newer"
     try:
         package = importlib.import_module(PACKAGE)
     except ImportError as error:
         return None, str(error)
-    made: dict[tuple[Coefficients, ...], Any] = {}
+    iterations: dict[tuple[Coefficients, ...], Any] = {}
 
     def body(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
         key = tuple(coefficients)
         if not key:
             return x
-        if key not in made:
+        if key not in iterations:
             # the package's advice: one restart, after the second of five iterations
             restarts = list(range(2, len(key), 3))
-            made[key] = package.GramNewtonSchulz(
+            iterations[key] = package.GramNewtonSchulz(
                 ns_coefficients=[list(row) for row in key],
                 gram_newton_schulz_reset_iterations=restarts,
-                # its default is "reduce-overhead": CUDA graphs, which a captured step cannot hold
+                # its default "reduce-overhead" uses CUDA graphs, which a captured step cannot nest
                 compile_kwargs={"fullgraph": True},
             )
-        result: Tensor = made[key](x if x.ndim == 3 else x[None])
+        result: Tensor = iterations[key](x if x.ndim == 3 else x[None])
         return result.to(x.dtype).view(x.shape)
 
     return body, ""

@@ -1,4 +1,4 @@
-"""The approximate polar factor by quintic iterations: Newton-Schulz and Polar Express.
+"""Approximate polar factors by quintic iterations: Newton-Schulz and Polar Express.
 
 The order of operations is that of torch.optim.Muon, so results are bitwise equal.
 """
@@ -19,11 +19,11 @@ EPS = 1e-7
 NUM_ITERATIONS = 5
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
-"""float16 is left out: gradients reach beyond its range before anything can scale them."""
+"""Without float16: gradients exceed its range before anything can scale them."""
 
 
 def quintic(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
-    """X <- a X + (b A + c A^2) X with A = X X^T for each (a, b, c), on [[batch,] short, long]."""
+    """Apply X <- a X + (b A + c A^2) X, A = X X^T, per (a, b, c); x: [[batch,] short, long]."""
     addmm = torch.addmm if x.ndim == 2 else torch.baddbmm
     for a, b, c in coefficients:
         gram = x @ x.mT
@@ -33,10 +33,10 @@ def quintic(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
 
 
 def quintic_in_place(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
-    """Bitwise `quintic`, with `x` overwritten: the fewest bytes, and no gradients.
+    """Compute `quintic` bitwise, overwriting `x`; least memory, without autograd.
 
-    Holds `x`, one more of its size and two Gram matrices, whatever the number of iterations. The
-    result lies in either of the first two.
+    Holds `x`, one more tensor of its size and two Gram matrices, for any number of iterations. The
+    result is one of the first two.
     """
     addmm = torch.addmm if x.ndim == 2 else torch.baddbmm
     gram = x.new_empty((*x.shape[:-1], x.size(-2)))
@@ -45,7 +45,7 @@ def quintic_in_place(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
         torch.matmul(x, x.mT, out=gram)
         addmm(gram, gram, gram, beta=b, alpha=c, out=polynomial)
         addmm(x, polynomial, x, beta=a, out=result)
-        # the first x may be transposed; products round by how their operands lie in memory
+        # the first x may be transposed; the strides of operands change how products round
         x, result = result, x if x.is_contiguous() else x.mT.reshape(x.shape)
     return x
 
@@ -60,7 +60,10 @@ def newton_schulz(
     body: IterationKernel = quintic,
     overwrite: bool = False,
 ) -> Tensor:
-    """The approximate polar factor U V^T of every matrix, by equal iterations; see `iterate`."""
+    """Return the approximate polar factor U V^T of every matrix; see `iterate`.
+
+    All iterations have the same coefficients.
+    """
     rows = [coefficients] * num_iterations
     return iterate(x, rows, eps=eps, dtype=dtype, body=body, overwrite=overwrite)
 
@@ -74,29 +77,29 @@ def iterate(
     body: IterationKernel = quintic,
     overwrite: bool = False,
 ) -> Tensor:
-    """The approximate polar factor U V^T of every matrix, in `dtype`.
+    """Return the approximate polar factor U V^T of every matrix, in `dtype`.
 
-    One iteration is X <- a X + (b A + c A^2) X with A = X X^T on the short side (Jordan 2024,
-    see KELLER_JORDAN), after a division by max(Frobenius norm, eps). `body` makes them.
+    `body` computes the iterations X <- a X + (b A + c A^2) X with A = X X^T on the short side
+    (Jordan 2024, see KELLER_JORDAN), after a division by max(Frobenius norm, eps).
 
-    Before that each matrix is scaled by the power of two that brings its largest element to
-    [1/2, 1). That is exact, so the result is bitwise torch.optim.Muon's wherever its norm neither
-    over- nor underflows nor falls below eps, and it does not depend on the scale anywhere else.
-    The host looks at the norm first, and leaves the scaling out where it would change nothing.
-    A zero matrix gives zero; an empty one gives an empty one.
+    Before the division each matrix is scaled by the power of two that brings its largest element
+    to [1/2, 1). The scaling is exact: the result is bitwise torch.optim.Muon's if its norm neither
+    overflows nor underflows nor falls below eps, and does not depend on the scale otherwise. The
+    host checks the norm first and omits the scaling where it would change nothing.
+    A zero matrix gives zero, an empty matrix an empty one.
 
     Args:
         x: `[*batch, rows, cols]`, any real floating dtype, contiguous for bitwise results.
         coefficients: the (a, b, c) of each iteration.
-        eps: least norm to divide by.
-        dtype: of the iteration and of the result, one of DTYPES.
-        body: `quintic`, or another of `bodies`.
-        overwrite: the memory of x may be used, and may be that of the result.
+        eps: the smallest divisor.
+        dtype: the dtype of the iteration and of the result, one of DTYPES.
+        body: `quintic`, or another body of `kernels.kernel_of`.
+        overwrite: whether the iteration, and the result, may use the memory of x.
 
     Raises:
-        ValueError: x has fewer than two dims, or the dtype is another.
+        ValueError: x has fewer than two dims, or `dtype` is not one of DTYPES.
     """
-    if torch.is_autocast_enabled(x.device.type):  # which would iterate in its own dtype
+    if torch.is_autocast_enabled(x.device.type):  # would iterate in its own dtype
         with torch.autocast(x.device.type, enabled=False):
             return iterate(x, coefficients, eps=eps, dtype=dtype, body=body, overwrite=overwrite)
     if x.ndim < 2:
@@ -114,41 +117,41 @@ def iterate(
     if x.device.type == "cpu" and _is_harmless(norm, eps):
         x = x.div_(norm) if overwrite else x / norm
     else:
-        # on the host ten times as fast as the norm of order infinity
+        # ten times as fast on the host as the norm of order infinity
         scale = power_of_two(x.abs().amax(dim=(-2, -1), keepdim=x.ndim > 2)).to(dtype)
         x = x.mul_(scale) if overwrite else x * scale
-        # the norm of anything but zero is at least 1/2 by now; zero stays zero even with eps = 0
+        # a nonzero matrix has a norm of at least 1/2 by now; zero stays zero even with eps = 0
         x.div_(frobenius_norm(x).clamp(min=max(eps, 1e-30)))
     batch = x.shape[:-2]
     if len(batch) > 1:
         x = x.flatten(0, -3)
-    held = [x]
-    del x  # the body's alone, which lets go of it in its first iteration
-    x = body(held.pop(), coefficients)
+    operand = [x]
+    del x  # only the body holds it, and frees it in its first iteration
+    x = body(operand.pop(), coefficients)
     if len(batch) > 1:
         x = x.view(*batch, *x.shape[-2:])
     return x.mT if tall else x
 
 
 def frobenius_norm(x: Tensor) -> Tensor:
-    """Of every matrix of `x`, of a shape that divides it.
+    """Return the Frobenius norm of every matrix of `x`, in a shape that broadcasts against `x`.
 
-    torch's norms of one whole matrix and of a batch of matrices round differently; a single matrix
-    takes the road of torch.optim.Muon.
+    torch's norms of one matrix and of a batch of matrices round differently; for a single matrix
+    this is the norm that torch.optim.Muon takes.
     """
     norm: Tensor = x.norm() if x.ndim == 2 else x.norm(dim=(-2, -1), keepdim=True)
     return norm
 
 
 def _is_harmless(norm: Tensor, eps: float) -> bool:
-    """Whether no norm comes near eps, nor squares of the size of one near the ends of float32."""
+    """Whether all norms are well above eps, and their squares well inside float32's range."""
     lowest = max(2 * eps, 2.0**-40)
     norms: list[float] = norm.flatten().tolist()
     return all(lowest < n < 2.0**40 for n in norms)
 
 
 def power_of_two(largest: Tensor) -> Tensor:
-    """2^-e with e the exponent of each largest magnitude, 1 for a zero, in float32."""
+    """Return 2^-e in float32, with e the exponent of each largest magnitude; 1 for zero."""
     _, exponent = torch.frexp(largest.float())
     # 2^127 and 2^-126 are the ends of the normal float32 and bfloat16 range.
     return torch.ldexp(torch.ones_like(largest, dtype=torch.float32), -exponent.clamp(-126, 126))

@@ -14,7 +14,7 @@ def normalize_rows(
     eps: float,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """The polar factor with its rows divided by the root of their second moments.
+    """Return the polar factor with its rows divided by the root of their second moments.
 
     With O the polar factor [rows, cols], v the moments [rows] (Li et al. 2025, "NorMuon",
     arXiv:2510.05491, algorithm 1):
@@ -22,15 +22,15 @@ def normalize_rows(
         v <- beta v + (1 - beta) mean over cols of O^2
         U  = O / (sqrt(v) + eps),  then  U sqrt(min(rows, cols)) / ||U||_F
 
-    The paper steps by 0.2 lr sqrt(rows cols) U / ||U||_F: that is this result times the learning
-    rate of adjust_lr_fn="match_rms_adamw". With others it is as large as an exact polar factor.
+    The paper steps by 0.2 lr sqrt(rows cols) U / ||U||_F, which is this result times the learning
+    rate of adjust_lr_fn="match_rms_adamw". The result has the norm of an exact polar factor.
 
     Args:
-        polar_factor: [rows, cols], any real dtype; kept as it is.
+        polar_factor: [rows, cols], any real dtype; not modified.
         second_moments: [rows], float32; updated in place.
         beta: decay of the moments, 0.95 in the paper.
         eps: added to the root; a zero matrix stays zero.
-        keep: a bool scalar on the device; where it is False the moments stay as they were.
+        keep: a bool scalar on the device; if it is False, the moments do not change.
 
     Returns:
         [rows, cols] in the dtype of `polar_factor`; computed in float32.

@@ -1,4 +1,4 @@
-"""Polar Express: the coefficients that converge fastest in the worst case, one row an iteration."""
+"""Polar Express: the coefficients with the fastest worst-case convergence, a row per iteration."""
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from muon_dtensor.algorithms.newton_schulz import (
 )
 
 # Amsel, Persson, Musco & Gower 2025, "The Polar Express", arXiv:2505.16932, algorithm 1: for
-# singular values in [1e-3, 1], each row is the odd quintic that is nearest to 1 (minimax) on the
-# interval to which the rows before it map. Cushion 0.02407327424182761 (section 4.4): a row is made
-# for an interval that begins no lower than this times its end, and then centered on the real one.
+# singular values in [1e-3, 1], each row is the odd quintic nearest to 1 (minimax) on the interval
+# to which the previous rows map. Cushion 0.02407327424182761 (section 4.4): the interval of a row
+# begins no lower than this times its end, and the row is then centered on the real interval.
 # Rederived in float64 by tests/algorithms/test_polar_express.py.
 _MINIMAX = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -28,8 +28,8 @@ _MINIMAX = (
 )
 
 SAFETY = 1.01
-"""Each row but the last works on X / 1.01 (ibid., section 4.4: 1.01), so that rounding in bfloat16,
-which may lift a singular value over 1, leaves it where the polynomial is near 1."""
+"""Each row but the last is applied to X / 1.01 (ibid., section 4.4: 1.01). Rounding in bfloat16 may
+lift a singular value over 1; with this factor the polynomial is still near 1 there."""
 
 POLAR_EXPRESS: tuple[Coefficients, ...] = (
     *((a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in _MINIMAX[:-1]),
@@ -46,15 +46,15 @@ def polar_express(
     body: IterationKernel = quintic,
     overwrite: bool = False,
 ) -> Tensor:
-    """The approximate polar factor U V^T of every matrix; see `iterate`."""
+    """Return the approximate polar factor U V^T of every matrix; see `iterate`."""
     rows = polar_express_rows(num_iterations)
     return iterate(x, rows, eps=eps, dtype=dtype, body=body, overwrite=overwrite)
 
 
 def polar_express_rows(num_iterations: int) -> tuple[Coefficients, ...]:
-    """The (a, b, c) of each iteration.
+    """Return the (a, b, c) of each iteration.
 
-    With more than eight the last row, a Newton-Schulz step of fifth order, is repeated.
+    Beyond eight iterations the last row, a Newton-Schulz step of fifth order, repeats.
     """
     rows = POLAR_EXPRESS[:num_iterations]
     return rows + POLAR_EXPRESS[-1:] * (num_iterations - len(rows))

@@ -1,13 +1,13 @@
-"""The distance of a matrix from the nearest one with orthonormal rows."""
+"""How far a matrix is from having orthonormal rows."""
 
 import torch
 from torch import Tensor
 
 
 def orthogonality_residual(polar_factor: Tensor) -> Tensor:
-    """||X X^T - I||_F / sqrt(r) of [rows, cols] on its short side of r, in float32.
+    """Return ||X X^T - I||_F / sqrt(r) in float32, where r is the short side of X [rows, cols].
 
-    0 where all singular values are 1; about 0.3 for Keller Jordan's coefficients, which do not
+    0 if all singular values are 1; about 0.3 for Keller Jordan's coefficients, which do not
     converge to 1.
     """
     x = polar_factor.to(torch.float32)

@@ -1,6 +1,6 @@
 """The elementwise parts of Muon: momentum, Nesterov, learning-rate scale, decay, update.
 
-Works on local shards as on whole tensors. A mask is the only way to skip a step.
+Works on local shards and on whole tensors. Only a mask can skip a step.
 """
 
 import math
@@ -24,14 +24,14 @@ ADJUST_LR_FNS = (
 def adjusted_lr(
     lr: float | Tensor, adjust_lr_fn: str | None, rows: int, cols: int
 ) -> float | Tensor:
-    """The learning rate of one matrix of this size; a tensor is scaled in its own dtype.
+    """Return the learning rate of a matrix of this size; a tensor is scaled in its own dtype.
 
     `None` or "original": lr sqrt(max(1, rows / cols)) (Jordan 2024,
     https://kellerjordan.github.io/posts/muon/). "match_rms_adamw": 0.2 lr sqrt(max(rows, cols))
     (Liu et al. 2025, "Muon is scalable for LLM training", arXiv:2502.16982, eq. 4); "rms_norm" is
-    Dion's name for the same. "spectral_norm": lr sqrt(rows / cols), an RMS operator norm of lr
-    (Yang, Simon & Bernstein 2023, arXiv:2310.17813, condition 1), as Dion means it;
-    "spectral_unclamped" is the name of torch.optim.Muon (2.14) for the same.
+    Dion's name for it. "spectral_norm": lr sqrt(rows / cols), an RMS operator norm of lr (Yang,
+    Simon & Bernstein 2023, arXiv:2310.17813, condition 1), as in Dion; "spectral_unclamped" is the
+    name of torch.optim.Muon (2.14) for it.
     """
     if adjust_lr_fn in ("match_rms_adamw", "rms_norm"):
         return lr * (0.2 * math.sqrt(max(rows, cols)))
@@ -46,14 +46,14 @@ def update_momentum(
     momentum: float,
     keep: Tensor | None = None,
 ) -> None:
-    """B <- momentum B + (1 - momentum) G in place, as torch.optim.Muon.
+    """Update B <- momentum B + (1 - momentum) G in place, as torch.optim.Muon does.
 
     Args:
-        momenta: momentum buffers, any shapes, all of one dtype. They are kept in it; the average
-            is taken in that of the gradients.
+        momenta: momentum buffers of any shapes, all of one dtype. The average is computed in the
+            dtype of the gradients and stored in that of the buffers.
         grads: gradients of the same shapes.
         momentum: the factor.
-        keep: a bool scalar on the device; where it is False nothing changes.
+        keep: a bool scalar on the device; if it is False, nothing changes.
     """
     if keep is None and all(b.dtype == g.dtype for b, g in zip(momenta, grads, strict=True)):
         torch._foreach_lerp_(momenta, grads, 1 - momentum)
@@ -64,7 +64,7 @@ def update_momentum(
 
 
 def direction_of(momentum_buffer: Tensor, grad: Tensor, momentum: float, nesterov: bool) -> Tensor:
-    """What is orthogonalized: the momentum as it is kept, or with Nesterov G + momentum (B - G)."""
+    """Return the tensor to orthogonalize: the momentum B, or with Nesterov G + momentum (B - G)."""
     return grad.lerp(momentum_buffer.to(grad.dtype), momentum) if nesterov else momentum_buffer
 
 
@@ -75,7 +75,7 @@ def write_directions(
     momentum: float,
     nesterov: bool,
 ) -> None:
-    """`direction_of` each, cast to the dtype of its target of the same shape."""
+    """Write each `direction_of` into its target of the same shape, cast to the target's dtype."""
     if nesterov:
         wide = [b.to(grad.dtype) for b, grad in zip(momenta, grads, strict=True)]
         torch._foreach_copy_(targets, torch._foreach_lerp(grads, wide, momentum))
@@ -110,7 +110,7 @@ def apply_updates(
     cautious: bool = False,
     keep: Tensor | None = None,
 ) -> None:
-    """`apply_update` of several pieces with one decay and one learning rate."""
+    """Call `apply_update` for several pieces with one decay and one learning rate."""
     one_by_one = keep is not None or any(map(_rounds_by_place, params, polar_factors))
     if one_by_one or cautious or isinstance(decay, Tensor) or isinstance(matrix_lr, Tensor):
         for param, polar_factor, place in zip(params, polar_factors, places, strict=True):
@@ -127,7 +127,7 @@ def apply_updates(
     if decay != 1 and params[0].device.type != "cpu":
         torch._foreach_mul_(params, decay)
     elif decay != 1:
-        for param in params:  # the host's foreach rounds the decay of a narrow dtype first
+        for param in params:  # on the host foreach rounds the decay to a narrow dtype first
             param.mul_(decay)
     torch._foreach_add_(params, polar_factors, alpha=-matrix_lr)
 
@@ -142,23 +142,23 @@ def apply_update(
     cautious: bool = False,
     keep: Tensor | None = None,
 ) -> None:
-    """W <- decay W - matrix_lr O in place, as torch.optim.Muon.
+    """Update W <- decay W - matrix_lr O in place, as torch.optim.Muon does.
 
     Args:
-        param: a piece of a weight, a box [..., rows, cols], an interval [numel], or any shape.
+        param: a piece of a weight: a box [..., rows, cols], an interval [numel], or any shape.
         polar_factor: the same piece of the orthogonalized direction, any real dtype.
-        place: where in its matrix the piece lies.
+        place: the position of the piece in its matrix.
         decay: 1 - lr weight_decay with the group's lr: decoupled, as in AdamW (Loshchilov & Hutter
             2019, arXiv:1711.05101).
-        matrix_lr: `adjusted_lr` of the matrix. Where this or `decay` is a tensor, it is so on the
-            device of the parameter, and all is rounded in the parameter's dtype.
-        cautious: decay only the elements that the update moves towards zero or that either leaves
-            at zero, O W >= 0 (Chen et al. 2025, "Cautious Weight Decay", arXiv:2510.12402, eq. 2).
-        keep: a bool scalar on the device; where it is False nothing changes.
+        matrix_lr: `adjusted_lr` of the matrix. If this or `decay` is a tensor, it is on the device
+            of the parameter, and the update rounds in the parameter's dtype.
+        cautious: decay only elements with O W >= 0: those that the update moves towards zero, and
+            zeros of O or W (Chen et al. 2025, "Cautious Weight Decay", arXiv:2510.12402, eq. 2).
+        keep: a bool scalar on the device; if it is False, nothing changes.
     """
     updated = param if keep is None else param.clone()
     if cautious:
-        # signs, for a product may underflow
+        # signs, because a product may underflow
         agrees = updated.sign() * polar_factor.sign() >= 0
         updated.copy_(torch.where(agrees, updated * decay, updated))
     elif isinstance(decay, Tensor) or decay != 1:
@@ -175,13 +175,13 @@ def apply_update(
 
 # Note [Where torch rounds]
 #   On the host, torch adds two bfloat16 tensors in blocks with a vector kernel, which rounds once,
-#   param + alpha O, and the rest with a scalar kernel, which rounds alpha O as well. Both round
-#   alpha to bfloat16 first. Contiguous tensors take blocks from the start and leave a tail; strided
-#   ones, and the transposed O of a tall matrix is one, take no block. So the bits depend on where
-#   in the whole matrix an element lies, which a shard must imitate. Parameters that are not stored
-#   row-major are not imitated: 3 to 5 % of their elements differ by one rounding from torch on the
-#   same strides. Wider dtypes and GPUs round one way everywhere. tests/algorithms/
-#   test_update.py compares with torch's own add.
+#   param + alpha O, and the remainder with a scalar kernel, which also rounds alpha O. Both round
+#   alpha to bfloat16 first. Contiguous tensors have blocks from the start and a tail; strided
+#   tensors, such as the transposed O of a tall matrix, have no block. So the bits depend on the
+#   position of an element in the whole matrix, and a shard must reproduce them. They are not
+#   reproduced for parameters that are not stored row-major: 3 to 5 % of their elements differ by
+#   one rounding from torch on the same strides. Wider dtypes and GPUs round in one way everywhere.
+#   tests/algorithms/test_update.py compares with torch's own add.
 
 
 def _rounds_by_place(param: Tensor, update: Tensor) -> bool:
@@ -190,7 +190,7 @@ def _rounds_by_place(param: Tensor, update: Tensor) -> bool:
 
 
 def _add_by_place(param: Tensor, update: Tensor, alpha: float, place: MatrixSlice) -> None:
-    """param += alpha update; see Note [Where torch rounds]."""
+    """Compute param += alpha update; see Note [Where torch rounds]."""
     alpha = float(torch.tensor(alpha, dtype=param.dtype))
     numel = place.rows * place.cols
     in_blocks = numel - numel % _block_numel(param.dtype)
@@ -208,25 +208,25 @@ def _add_by_place(param: Tensor, update: Tensor, alpha: float, place: MatrixSlic
         param, rounded_once, update = param[None], rounded_once[None], update[None]
     width, ahead = param.size(-1), in_blocks - place.start
     for row in range(max(0, (ahead - width) // place.cols + 1), param.size(-2)):
-        here = (..., row, slice(max(0, ahead - row * place.cols), None))
-        rounded_once[here] = param[here] + update[here] * alpha
+        tail = (..., row, slice(max(0, ahead - row * place.cols), None))
+        rounded_once[tail] = param[tail] + update[tail] * alpha
     param.copy_(rounded_once)
 
 
 @cache
 def _block_numel(dtype: torch.dtype) -> int:
-    """Elements per block of torch's vector kernel on this processor, found by asking it.
+    """Measure the elements per block of torch's vector kernel on this processor.
 
-    Takes two numbers on which the kernels differ, adds them in all of 1023 places (one less than
-    a power of two, so that every block size leaves a tail), and counts who got the vector result.
-    Where nobody did, blocks are as large as no matrix.
+    Takes two numbers whose sum the kernels round differently, adds them at 1023 positions (one less
+    than a power of two, so that every block size leaves a tail), and counts the vector results.
+    Without any, returns a size that no matrix reaches.
     """
     generator = torch.Generator().manual_seed(0)
     base, other = torch.randn(2, 4096, generator=generator).to(dtype)
     alpha = float(torch.tensor(-0.3, dtype=dtype))
     once = base.float().add_(other.float(), alpha=alpha).to(dtype)
     revealing = int((once != base + other * alpha).nonzero()[0])
-    both = other[revealing].repeat(1023)
-    sums = base[revealing].repeat(1023).add_(both, alpha=alpha)
+    addends = other[revealing].repeat(1023)
+    sums = base[revealing].repeat(1023).add_(addends, alpha=alpha)
     num_in_blocks = int((sums == once[revealing]).sum())
     return 1024 - num_in_blocks if num_in_blocks else 1 << 62

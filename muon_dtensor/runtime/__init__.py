@@ -1,1 +1,1 @@
-"""The only home of torch.distributed: describes tensors, moves bytes, obeys plans."""
+"""The part that uses torch.distributed: describes tensors, compares ranks, executes plans."""

@@ -1,10 +1,10 @@
 """The exchange buffers of one rank.
 
 Note [Kept buffers]
-    On the host all buffers lie in one block that is kept from step to step, and so are the views
-    of their slots: pages that the kernel maps anew cost as much as packing does (12 layers of
-    d = 384 on 4 ranks: 4,300 page faults and a sixth of a step). On a device they are made anew:
-    torch's allocator keeps the memory, and lends it to forward and backward in between.
+    On the host all buffers lie in one block. The block and the views of its slots are kept from
+    step to step: pages that the kernel maps again cost as much as packing (12 layers of d = 384 on
+    4 ranks: 4,300 page faults and a sixth of a step). On a device buffers are allocated in each
+    step: torch's allocator caches the memory, and forward and backward can use it in between.
 """
 
 from collections.abc import Mapping
@@ -23,11 +23,11 @@ from muon_dtensor.runtime.packing import view_slots
 from muon_dtensor.runtime.torch_private import range_of
 
 KEPT_ON = ("cpu",)
-"""Types of device where buffers are kept."""
+"""Device types on which buffers are kept."""
 
 
 class ExchangeBuffers:
-    """Lends flat buffers by bucket and number; see Note [Kept buffers]."""
+    """Provides flat buffers by bucket and number; see Note [Kept buffers]."""
 
     def __init__(
         self,
@@ -49,11 +49,11 @@ class ExchangeBuffers:
         self._views: dict[BufferKey, list[Tensor]] = {}
 
     def are_kept(self, bucket: int) -> bool:
-        """Whether the buffers of a bucket are one memory from step to step."""
+        """Whether the buffers of a bucket use the same memory in every step."""
         return self._kinds[bucket][1].type in KEPT_ON
 
     def take(self, bucket: int, number: int) -> Tensor:
-        """A buffer whose life begins; it holds anything."""
+        """Return a buffer at the start of its lifetime, uninitialized."""
         key = bucket, number
         if key in self._buffers:
             return self._buffers[key]
@@ -68,16 +68,13 @@ class ExchangeBuffers:
         return buffer
 
     def forget(self) -> None:
-        """Lend other memory from now on; who still uses what was lent keeps it."""
+        """Use new memory from now on. Tensors in use keep the old memory alive."""
         self._block = None
         self._buffers.clear()
         self._views.clear()
 
     def views(self, bucket: int, number: int, buffer: Tensor, packing: Packing) -> list[Tensor]:
-        """The slots of a buffer that was lent under this number.
-
-        Buffers that are not kept get new views.
-        """
+        """Return views of the slots of the buffer of this number; cached for kept buffers."""
         key = bucket, number
         if key not in self._offsets:
             return view_slots(buffer, packing.slots)
@@ -88,10 +85,10 @@ class ExchangeBuffers:
 
 @dataclass(slots=True)
 class InFlight:
-    """What is live of one bucket between its phases; see Note [Three buffers].
+    """The live tensors of one bucket between its phases; see Note [Three buffers].
 
-    `buffer` is what the next phase reads: `wholes`, later what a hop back has brought. `sending`
-    is what an unfinished work still reads.
+    `buffer`: the input of the next phase: `wholes`, later the output of a hop back. `sending`: the
+    input of an unfinished collective.
     """
 
     buffer: Tensor

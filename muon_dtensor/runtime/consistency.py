@@ -1,6 +1,6 @@
-"""What ranks agree on before a step: plan, hyperparameters, gradients present, gradients finite.
+"""Compares ranks before a step: plan, hyperparameters, gradients present, gradients finite.
 
-One small reduction per step. Casts the ballots and says who differs; updates nothing.
+One small reduction per step and set of ranks. Errors name the ranks that differ. Updates nothing.
 """
 
 import re
@@ -14,23 +14,27 @@ from muon_dtensor.errors import MissingGradientError, PlanMismatchError
 from muon_dtensor.layout import MeshSpec
 from muon_dtensor.runtime.collectives import gather_from_mesh, maximum_of_all
 from muon_dtensor.runtime.consistency_codec import (
-    DeviceBallots,
+    Comparison,
     Entry,
     Fault,
+    LocalStatus,
     Manifest,
-    Verdict,
-    Votes,
-    ballot_of,
+    StatusTensorCache,
     differs,
+    encode_status,
     error_of,
     fault_in,
 )
-from muon_dtensor.runtime.consistency_messages import first_difference, other_options, who_misses
+from muon_dtensor.runtime.consistency_messages import (
+    first_difference,
+    missing_gradients,
+    other_options,
+)
 from muon_dtensor.runtime.process_groups import Groups
 
 
 class Agreement:
-    """Ballots of one rank. Every rank of a manifest's mesh makes the same calls in order."""
+    """Compares this rank with others. All ranks of a mesh make the same calls in the same order."""
 
     def __init__(self, manifests: Sequence[Manifest], groups: Groups, rank: int) -> None:
         shared = [manifest for manifest in manifests if manifest.mesh.num_ranks > 1]
@@ -38,41 +42,40 @@ class Agreement:
         self._groups = groups
         self._rank = rank
         self._second_sweep: list[Manifest] = []
-        self._ballots = DeviceBallots()
+        self._cache = StatusTensorCache()
 
     @property
     def manifests(self) -> Sequence[Manifest]:
-        """In the order of ballots; `Votes.presence` follows it."""
+        """The manifests in the order of reductions and of `LocalStatus.presence`."""
         return self._manifests
 
     def prove_plan(self, device: torch.device, sweeps_twice: dict[frozenset[int], bool]) -> None:
         """Raise PlanMismatchError on every rank unless all hold the same plan.
 
-        For sets of ranks that are not in `sweeps_twice`, and puts them there, with whether they
-        take part in second sweeps; plans that change later are compared by the ballots. Uses only
-        the process groups of the meshes' own dims, so that no group is made, and no data sent,
-        before plans have been equal once.
+        Compares sets of ranks that are not in `sweeps_twice`, and adds them with whether they take
+        part in second sweeps. `settle` compares plans that change later. Uses only the process
+        groups of the meshes' own dims: no group is made, and no data sent, before plans are equal.
         """
         failed = ""
         new = [m for m in self._manifests if m.mesh.rank_set not in sweeps_twice]
         last = self._manifests[-1].mesh.rank_set if self._manifests else frozenset()
         crosses = not all(manifest.mesh.rank_set <= last for manifest in self._manifests)
-        elsewhere = "Ranks of another mesh hold different plans; their errors say which."
+        on_other_mesh = "Ranks of another mesh hold different plans; their errors say which."
         for manifest in new:
-            mine = manifest.fingerprint
+            digest = manifest.fingerprint
             high, low, other, twice = self._prove(
-                manifest, [mine, -mine, bool(failed), crosses], device
+                manifest, [digest, -digest, bool(failed), crosses], device
             )
             if high != -low:
                 lists = self._gather(manifest, manifest.params)
                 failed = first_difference(manifest.mesh, lists)
             elif other:
-                failed = failed or elsewhere
+                failed = failed or on_other_mesh
             sweeps_twice[manifest.mesh.rank_set] = bool(twice)
         for manifest in reversed(new):
             if sweeps_twice[manifest.mesh.rank_set]:
                 _, _, other, _ = self._prove(manifest, [0, 0, bool(failed), 0], device)
-                failed = failed or (elsewhere if other else "")
+                failed = failed or (on_other_mesh if other else "")
         if failed:
             for manifest in new:
                 del sweeps_twice[manifest.mesh.rank_set]
@@ -80,103 +83,109 @@ class Agreement:
         self._second_sweep = [m for m in reversed(self._manifests) if sweeps_twice[m.mesh.rank_set]]
 
     def _prove(self, manifest: Manifest, values: list[int], device: torch.device) -> list[int]:
-        """The maxima over a mesh, by the groups of its own dims."""
-        ballot = torch.tensor(values, dtype=torch.int64, device=device)
+        """Return the maxima over a mesh, using the groups of its own dims."""
+        reduced = torch.tensor(values, dtype=torch.int64, device=device)
         for group in self._groups.along_each_dim(manifest.mesh):
-            with _asking(manifest.mesh):
-                maximum_of_all(ballot, group)
-        maxima: list[int] = ballot.tolist()
+            with _explain_lost_ranks(manifest.mesh):
+                maximum_of_all(reduced, group)
+        maxima: list[int] = reduced.tolist()
         return maxima
 
     def settle(
-        self, votes: Votes, non_finite: Tensor, *, moved: bool, raise_missing: bool
-    ) -> Verdict:
-        """Reduce the ballot and read it; all ranks raise, or all get the same verdict.
+        self, status: LocalStatus, non_finite: Tensor, *, moved: bool, raise_missing: bool
+    ) -> Comparison:
+        """Compare ranks and wait for the result: all ranks raise, or all return the same value.
 
         Args:
-            votes: of this rank.
+            status: the report of this rank.
             non_finite: int64 scalar, 1 if any local gradient holds NaN or Inf.
             moved: whether this rank has gradients to redistribute.
-            raise_missing: raise MissingGradientError instead of naming parameters in the verdict.
+            raise_missing: raise MissingGradientError instead of returning the parameters' names.
         """
         error: Exception | None = None
-        bad, fault = int(non_finite), Fault.OTHER_RANK if votes.fault else Fault.NONE
+        bad, fault = int(non_finite), Fault.OTHER_RANK if status.fault else Fault.NONE
         missing: set[str] = set()
         for index, manifest in enumerate(self._manifests):
             carried = (bad, moved, fault)
-            ballot = ballot_of(manifest, (votes, index), carried, non_finite.device, self._ballots)
-            self._reduce(ballot, manifest)
-            values = ballot.tolist()
+            reduced = encode_status(
+                manifest, (status, index), carried, non_finite.device, self._cache
+            )
+            self._reduce(reduced, manifest)
+            values = reduced.tolist()
             bad, moved = values[Entry.NON_FINITE], bool(values[Entry.MOVED])
-            seen = Fault(values[Entry.FAULT])
+            new_fault = Fault(values[Entry.FAULT])
             if differs(values, Entry.PLAN):
                 lists = self._gather(manifest, manifest.params)
                 error = PlanMismatchError(first_difference(manifest.mesh, lists))
-                seen = Fault.PLAN
+                new_fault = Fault.PLAN
             elif differs(values, Entry.HYPERPARAMETERS):
-                options = self._gather(manifest, votes.hyperparameters[index])
+                options = self._gather(manifest, status.hyperparameters[index])
                 error = PlanMismatchError(other_options(manifest.mesh, options))
-                seen = max(seen, Fault.HYPERPARAMETERS)
+                new_fault = max(new_fault, Fault.HYPERPARAMETERS)
             elif differs(values, Entry.PRESENCE):
-                presence = self._gather(manifest, votes.presence[index])
-                incomplete, others, text = who_misses(manifest.mesh, manifest.fqns, presence)
+                presence = self._gather(manifest, status.presence[index])
+                incomplete, differ_otherwise, text = missing_gradients(
+                    manifest.mesh, manifest.fqns, presence
+                )
                 missing |= incomplete
-                if raise_missing or others:
-                    error, seen = MissingGradientError(text), max(seen, Fault.GRADIENTS)
-            fault = max(fault, seen)
+                if raise_missing or differ_otherwise:
+                    error, new_fault = MissingGradientError(text), max(new_fault, Fault.GRADIENTS)
+            fault = max(fault, new_fault)
         for manifest in self._second_sweep:
-            ballot = ballot_of(
-                manifest, None, (bad, moved, fault), non_finite.device, self._ballots
+            reduced = encode_status(
+                manifest, None, (bad, moved, fault), non_finite.device, self._cache
             )
-            self._reduce(ballot, manifest)
-            values = ballot.tolist()
+            self._reduce(reduced, manifest)
+            values = reduced.tolist()
             bad, moved = values[Entry.NON_FINITE], bool(values[Entry.MOVED])
             fault = Fault(values[Entry.FAULT])
-        if votes.fault is not None:
-            raise votes.fault
+        if status.fault is not None:
+            raise status.fault
         if error is not None:
             raise error
         if fault is not Fault.NONE:
             raise error_of(fault)
-        return Verdict(frozenset(missing), bool(bad), moved)
+        return Comparison(frozenset(missing), bool(bad), moved)
 
-    def cast(self, votes: Votes, non_finite: Tensor) -> Tensor:
-        """Reduce the ballots and leave what they say on the device: int64, [ballots, 2].
+    def settle_on_device(self, status: LocalStatus, non_finite: Tensor) -> Tensor:
+        """Compare ranks and leave the results on the device: int64, [reductions, 2].
 
-        Each row is a Fault, and 1 if a gradient holds NaN or Inf. A rank that shares nothing has
-        one row, its own.
+        Each row is a Fault, and 1 if a gradient holds NaN or Inf. A rank that shares no parameter
+        returns one row, for itself.
         """
         outcomes: list[Tensor] = []
         before: Tensor | None = None
-        mine = Fault.OTHER_RANK if votes.fault else Fault.NONE
+        local_fault = Fault.OTHER_RANK if status.fault else Fault.NONE
         if not self._manifests:
-            return torch.stack([torch.full_like(non_finite, mine), non_finite])[None]
-        said: list[tuple[Manifest, tuple[Votes, int] | None]] = [
-            (manifest, (votes, index)) for index, manifest in enumerate(self._manifests)
+            return torch.stack([torch.full_like(non_finite, local_fault), non_finite])[None]
+        reports: list[tuple[Manifest, tuple[LocalStatus, int] | None]] = [
+            (manifest, (status, index)) for index, manifest in enumerate(self._manifests)
         ]
-        said += [(manifest, None) for manifest in self._second_sweep]
-        for manifest, vote in said:
-            ballot = ballot_of(manifest, vote, (0, False, mine), non_finite.device, self._ballots)
-            ballot[Entry.NON_FINITE] = non_finite
+        reports += [(manifest, None) for manifest in self._second_sweep]
+        for manifest, report in reports:
+            reduced = encode_status(
+                manifest, report, (0, False, local_fault), non_finite.device, self._cache
+            )
+            reduced[Entry.NON_FINITE] = non_finite
             if before is not None:
-                found = torch.stack(
+                previous = torch.stack(
                     [before[Entry.NON_FINITE], before[Entry.MOVED], outcomes[-1][0]]
                 )
-                carried = ballot[Entry.NON_FINITE : Entry.PAIRS]
-                carried.copy_(torch.maximum(carried, found))
-            self._reduce(ballot, manifest)
-            outcomes.append(torch.stack([fault_in(ballot), ballot[Entry.NON_FINITE]]))
-            before = ballot
+                carried = reduced[Entry.NON_FINITE : Entry.PAIRS]
+                carried.copy_(torch.maximum(carried, previous))
+            self._reduce(reduced, manifest)
+            outcomes.append(torch.stack([fault_in(reduced), reduced[Entry.NON_FINITE]]))
+            before = reduced
         return torch.stack(outcomes)
 
-    def _reduce(self, ballot: Tensor, manifest: Manifest) -> None:
-        with _asking(manifest.mesh):
-            maximum_of_all(ballot, self._groups.over(manifest.mesh, manifest.mesh.dim_names))
+    def _reduce(self, encoded: Tensor, manifest: Manifest) -> None:
+        with _explain_lost_ranks(manifest.mesh):
+            maximum_of_all(encoded, self._groups.over(manifest.mesh, manifest.mesh.dim_names))
 
     def _gather(self, manifest: Manifest, value: tuple[str, ...]) -> dict[int, tuple[str, ...]]:
-        """A value of every rank of a manifest's mesh, by global rank."""
+        """Return the value of every rank of a manifest's mesh, by global rank."""
         groups = self._groups.along_each_dim(manifest.mesh)
-        with _asking(manifest.mesh):
+        with _explain_lost_ranks(manifest.mesh):
             return gather_from_mesh(value, groups, self._rank)
 
 
@@ -185,14 +194,14 @@ UNREACHABLE = re.compile(
     r"|process group|communicator|nccl|gloo",
     re.IGNORECASE,
 )
-"""What torch's backends say of a rank that cannot be reached, or of a destroyed group."""
+"""Matches errors of torch's backends for an unreachable rank or a destroyed process group."""
 
 
 @contextmanager
-def _asking(mesh: MeshSpec) -> Iterator[None]:
-    """Say what was going on where torch says only that a rank cannot be reached.
+def _explain_lost_ranks(mesh: MeshSpec) -> Iterator[None]:
+    """Add the mesh and the likely causes to torch's errors about unreachable ranks.
 
-    Other errors, such as those of memory or of a device, are left as they are.
+    Other errors, such as those of memory or of a device, pass unchanged.
     """
     try:
         yield

@@ -1,18 +1,18 @@
 """Encodes what a rank reports before a step as integers, and decodes the reduced integers.
 
-Note [Ballot]
-    Nine int64, reduced by MAX over every set of ranks that a mesh holds, smaller sets first.
-    A value and its negative reveal any difference: their maxima sum to zero only if all values
-    agree. What a smaller set found travels on in the last three entries, so ranks of a larger set
-    that see nothing wrong themselves stop with the others. Where a rank's last set does not hold
-    its others (one mesh of rows, one of columns), a second sweep over all sets of such a rank
-    carries what was found late back again; who sweeps twice is settled when plans are proven equal.
-    A parameter of which some rank holds no element, so that it perhaps never gets a gradient there
-    (slices of FSDP1's flat parameters), has a pair of its own after the nine, and that rank
-    abstains: it votes what is less than any other vote.
-    On a device the ballots stay there, and the step is masked by them. They are copied to pinned
-    host memory within the step and read by the next one, on all ranks by the same one: that copy
-    is queued before the next forward and backward, so the host does not wait for those.
+Note [Status reduction]
+    A rank reports nine int64, which are reduced by MAX over every set of ranks of a mesh, smaller
+    sets first. A value and its negative show any difference: their maxima sum to zero only if all
+    values agree. The last three entries carry the results of smaller sets to larger ones, so ranks
+    of a larger set that have no fault themselves stop with the others. If a rank's last set does
+    not contain its other sets (one mesh of rows, one of columns), a second sweep over all sets of
+    such a rank carries late results back. Ranks decide on second sweeps when they compare plans.
+    A rank may hold no element of a parameter, and so perhaps never a gradient (slices of FSDP1's
+    flat parameters). Such a parameter has a pair after the nine entries, where that rank reports
+    values below all others, which do not affect the maxima.
+    On a device the reduced values stay there and mask the step. They are copied to pinned host
+    memory within the step, and all ranks read them in their next step. The copy is queued before
+    the next forward and backward, so the host does not wait for those.
 """
 
 import hashlib
@@ -29,13 +29,13 @@ from muon_dtensor.errors import MissingGradientError, NonFiniteGradientError, Pl
 from muon_dtensor.layout import MeshSpec
 from muon_dtensor.runtime.torch_private import is_capturing
 
-NUM_RECENT_BALLOTS = 64
-"""Ballots on a device that are kept: those of a step that changes nothing but its gradients, and of
-a few learning rates."""
+NUM_CACHED_TENSORS = 64
+"""Encoded statuses that stay on the device: enough for steps with equal hyperparameters, and for a
+few learning rates."""
 
 
 class Entry(IntEnum):
-    """Places of a ballot; each of the first three is followed by its negative."""
+    """Indices of an encoded status; a negative follows each of the first three values."""
 
     PLAN = 0
     HYPERPARAMETERS = 2
@@ -46,22 +46,22 @@ class Entry(IntEnum):
     PAIRS = 9
 
 
-MISSING, PRESENT, NOTHING_HERE = "", "yes", "nothing here"
-"""What `Votes.presence` says of a gradient; NOTHING_HERE abstains."""
+MISSING, PRESENT, NO_ELEMENTS = "", "yes", "no elements"
+"""States of a gradient in `LocalStatus.presence`; NO_ELEMENTS agrees with every other."""
 
 OF_DTYPE = " gradient"
 
 
 def of_dtype(name: str) -> str:
-    """What `Votes.presence` says of a gradient in another dtype than its parameter's."""
+    """Return the state in `LocalStatus.presence` of a gradient that differs in dtype."""
     return f"a {name}{OF_DTYPE}"
 
 
-PAIR_OF = {PRESENT: (1, -1), MISSING: (0, 0), NOTHING_HERE: (-2, -2)}
+PAIR_OF = {PRESENT: (1, -1), MISSING: (0, 0), NO_ELEMENTS: (-2, -2)}
 
 
 class Fault(IntEnum):
-    """Why a rank cannot take this step; the greatest wins."""
+    """Why a rank cannot take this step; ranks report the greatest."""
 
     NONE = 0
     GRADIENTS = 1
@@ -71,7 +71,7 @@ class Fault(IntEnum):
 
 
 def fingerprint(text: str) -> int:
-    """62 bits of SHA-256: a nonnegative int64 whose negative is one too."""
+    """Return 62 bits of SHA-256: a nonnegative int64 whose negative is an int64 too."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
 
 
@@ -79,9 +79,8 @@ def fingerprint(text: str) -> int:
 class Manifest:
     """What one set of ranks must have in common, as lines that an error can show.
 
-    `params`: versions, then a line per parameter. `sometimes_empty`: those of `fqns` of which some
-    rank holds no element without a DTensor to say so. `groups`: indices of the param groups that
-    hold any of its parameters.
+    `params`: versions, then a line per parameter. `sometimes_empty`: names of plain tensors of
+    which some rank holds no element. `groups`: indices of the param groups with any of `fqns`.
     """
 
     mesh: MeshSpec
@@ -93,16 +92,17 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> int:
-        """What ranks compare: 62 bits of the digest and the lines."""
+        """The number that ranks compare: 62 bits of the digest and the lines."""
         return fingerprint("\n".join((self.digest, *self.params)))
 
 
 @dataclass(frozen=True, slots=True)
-class Votes:
-    """What this rank has to say, per manifest: its hyperparameters, its gradients' state.
+class LocalStatus:
+    """What this rank reports, per manifest: hyperparameters and the states of gradients.
 
-    `presence` holds one text per parameter of the manifest: MISSING, PRESENT, NOTHING_HERE, or
-    what else is particular about its gradient. `fault` is why this rank cannot step.
+    `presence` holds one text per parameter of the manifest: MISSING, PRESENT, NO_ELEMENTS, or the
+    gradient's placements or dtype if they differ from the parameter's. `fault` is why this rank
+    cannot step.
     """
 
     hyperparameters: tuple[tuple[str, ...], ...]
@@ -111,11 +111,11 @@ class Votes:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What all ranks now know.
+class Comparison:
+    """The result of a comparison, equal on all ranks.
 
-    `incomplete`: parameters with a gradient on some ranks only. `moved`: some rank has gradients
-    to redistribute, after which all ranks vote again.
+    `incomplete`: parameters with a gradient on some ranks only. `moved`: whether some rank has
+    gradients to redistribute, after which all ranks compare again.
     """
 
     incomplete: frozenset[str]
@@ -123,23 +123,28 @@ class Verdict:
     moved: bool
 
 
-def ballot_of(
+def encode_status(
     manifest: Manifest,
-    vote: tuple[Votes, int] | None,
+    report: tuple[LocalStatus, int] | None,
     carried: tuple[int, bool, Fault],
     device: torch.device,
-    cache: "DeviceBallots",
+    cache: "StatusTensorCache",
 ) -> Tensor:
-    """See Note [Ballot]. `vote`: votes and the index of the manifest; None in second sweeps.
+    """Return the int64 values that this rank reports; see Note [Status reduction].
 
-    `carried`: the last three of the nine entries. `cache`: of ballots on a GPU.
+    Args:
+        manifest: what the set of ranks must have in common.
+        report: the status and the index of the manifest in it; None in second sweeps.
+        carried: the last three of the nine entries.
+        device: the result's device.
+        cache: holds tensors on a GPU.
     """
     values, pairs = [0] * Entry.NON_FINITE, [0] * (2 * len(manifest.sometimes_empty))
-    if vote is not None:
-        votes, index = vote
+    if report is not None:
+        status, index = report
         plan = manifest.fingerprint
-        options = fingerprint("\n".join(votes.hyperparameters[index]))
-        states = list(zip(manifest.fqns, votes.presence[index], strict=True))
+        options = fingerprint("\n".join(status.hyperparameters[index]))
+        states = list(zip(manifest.fqns, status.presence[index], strict=True))
         always = [state for fqn, state in states if fqn not in manifest.sometimes_empty]
         present = fingerprint("\n".join(always))
         values = [plan, -plan, options, -options, present, -present]
@@ -157,10 +162,10 @@ def _int64(numbers: Sequence[int]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
-class DeviceBallots:
-    """Ballots on a device, by copies that the host does not wait for; the last few are kept.
+class StatusTensorCache:
+    """Copies numbers to a device without waiting, and caches the most recent tensors.
 
-    What a CUDA graph reads, each time it is replayed, lives as long as this does.
+    Tensors that a CUDA graph reads when it is replayed live as long as the cache.
     """
 
     def __init__(self) -> None:
@@ -168,13 +173,13 @@ class DeviceBallots:
         self._captured: list[tuple[Tensor, Tensor]] = []
 
     def get(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
-        """A new int64 tensor of these numbers on `device`."""
+        """Return a new int64 tensor of these numbers on `device`."""
         pair = self._recent.pop(numbers, None)
         if pair is None:
             pinned = _int64(numbers).pin_memory()
             pair = pinned, pinned.to(device, non_blocking=True)
         self._recent[numbers] = pair
-        if len(self._recent) > NUM_RECENT_BALLOTS:
+        if len(self._recent) > NUM_CACHED_TENSORS:
             self._recent.pop(next(iter(self._recent)))
         if is_capturing(device):
             self._captured.append(pair)
@@ -182,7 +187,7 @@ class DeviceBallots:
 
 
 def differs(values: Sequence[int], entry: Entry) -> bool:
-    """Whether ranks voted differently in this entry of a reduced ballot."""
+    """Whether ranks reported different values of this entry, from the reduced values."""
     if values[entry] + values[entry + 1] != 0:
         return True
     pairs = values[Entry.PAIRS :]
@@ -191,40 +196,40 @@ def differs(values: Sequence[int], entry: Entry) -> bool:
     )
 
 
-def fault_in(ballot: Tensor) -> Tensor:
-    """int64 scalar: the worst Fault that a reduced ballot shows."""
-    worst = ballot[Entry.FAULT]
+def fault_in(reduced: Tensor) -> Tensor:
+    """Return an int64 scalar: the greatest Fault in the reduced values."""
+    worst = reduced[Entry.FAULT]
     for entry, fault in (
         (Entry.PLAN, Fault.PLAN),
         (Entry.HYPERPARAMETERS, Fault.HYPERPARAMETERS),
         (Entry.PRESENCE, Fault.GRADIENTS),
     ):
-        differ = (ballot[entry] + ballot[entry + 1] != 0).to(torch.int64) * int(fault)
+        differ = (reduced[entry] + reduced[entry + 1] != 0).to(torch.int64) * int(fault)
         worst = torch.maximum(worst, differ)
-    pairs = ballot[Entry.PAIRS :]
+    pairs = reduced[Entry.PAIRS :]
     if len(pairs):
         differ = (pairs[::2] + pairs[1::2] > 0).any().to(torch.int64) * int(Fault.GRADIENTS)
         worst = torch.maximum(worst, differ)
     return worst
 
 
-def read(outcomes: Sequence[tuple[int, int]], *, with_non_finite: bool) -> None:
-    """Raise what ballots of an earlier step say; no communication.
+def raise_faults(outcomes: Sequence[tuple[int, int]], *, with_non_finite: bool) -> None:
+    """Raise the error that ranks found in an earlier step, if any. Does not communicate.
 
-    `outcomes`: the values of `Agreement.cast`.
+    `outcomes`: the values of `Agreement.settle_on_device`.
     """
     if fault := Fault(max(fault for fault, _ in outcomes)):
         raise error_of(fault)
     if with_non_finite and any(non_finite for _, non_finite in outcomes):
         raise NonFiniteGradientError(
             "A gradient of an earlier step holds NaN or Inf on some rank. That step changed "
-            'nothing. Lower the learning rate or clip gradients; nonfinite="skip" leaves such '
-            "steps out silently."
+            'nothing. Lower the learning rate or clip gradients; nonfinite="skip" skips such '
+            "steps silently."
         )
 
 
 def error_of(fault: Fault) -> Exception:
-    """What to raise for a fault that another set of ranks found."""
+    """Return the exception for a fault that another set of ranks found."""
     match fault:
         case Fault.PLAN:
             return PlanMismatchError("Ranks hold different plans; the step changed nothing.")
@@ -243,12 +248,12 @@ def error_of(fault: Fault) -> Exception:
 
 
 def non_finite_flag(grads: Sequence[Tensor], device: torch.device) -> Tensor:
-    """int64 scalar on `device`: 1 if any of the tensors holds NaN or Inf."""
+    """Return an int64 scalar on `device`: 1 if any of the tensors holds NaN or Inf."""
     nonempty = [grad for grad in grads if grad.numel()]
     if not nonempty:
         return torch.zeros((), dtype=torch.int64, device=device)
-    # NaN and Inf survive in sums and in extremes; sums are five times as fast on the host, but may
-    # overflow by themselves. One kernel for all tensors on a GPU.
+    # NaN and Inf survive in sums and in extremes. On the host sums are five times as fast, but the
+    # sum of finite values may overflow. On a GPU one kernel takes all tensors.
     extremes: list[Tensor] = []
     if device.type == "cpu":
         sums = (grad.sum(dtype=torch.promote_types(grad.dtype, torch.float32)) for grad in nonempty)

@@ -24,20 +24,20 @@ from muon_dtensor.runtime.torch_private import (
 
 
 def describe_mesh(mesh: DeviceMesh) -> MeshSpec:
-    """A DeviceMesh as values; unnamed dims are called dim0, dim1, ..."""
+    """Return a DeviceMesh as values; unnamed dims are called dim0, dim1, ..."""
     names = mesh.mesh_dim_names or tuple(f"dim{index}" for index in range(mesh.ndim))
     return MeshSpec(tuple(names), tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist()))
 
 
 def describe_layout(tensor: DTensor, mesh: MeshSpec) -> Layout:
-    """Shape and cuts of a DTensor. Raises RefusalError for placements that tell no shards."""
+    """Return shape and cuts of a DTensor. Raises RefusalError for placements without cuts."""
     placements = tensor.placements
     for name, placement in zip(mesh.dim_names, placements, strict=True):
         if isinstance(placement, Partial):
-            whole = [Replicate() if p is placement else p for p in placements]
+            reduced = [Replicate() if p is placement else p for p in placements]
             raise RefusalError(
                 f"A Partial parameter has no value yet on mesh dim '{name}'.",
-                f"Reduce it first: param.redistribute(placements={whole}).",
+                f"Reduce it first: param.redistribute(placements={reduced}).",
             )
     cuts = tuple(
         tuple(mesh.dim_names[index] for index in _cut_order(placements, mesh.shape, tensor_dim))
@@ -49,10 +49,10 @@ def describe_layout(tensor: DTensor, mesh: MeshSpec) -> Layout:
 def _cut_order(
     placements: tuple[Placement, ...], mesh_shape: tuple[int, ...], tensor_dim: int
 ) -> tuple[int, ...]:
-    """Mesh dims that cut one tensor dim, outermost cut first.
+    """Return the mesh dims that cut one tensor dim, outermost first.
 
-    A Shard was cut before all mesh dims to its right; a StridedShard(split_factor=k) after
-    those of them, from the outermost on, whose sizes multiply to k.
+    A Shard is cut before all mesh dims to its right. A StridedShard(split_factor=k) is cut after
+    the outermost of these whose sizes multiply to k.
     """
     order: list[int] = []
     for mesh_dim in reversed(range(len(placements))):
@@ -65,8 +65,8 @@ def _cut_order(
             continue
         else:
             raise RefusalError(
-                f"The placement {placement} is not known.",
-                "Use Shard and Replicate, or what parallelize_module and fully_shard make of them.",
+                f"The placement {placement} is not supported.",
+                "Use Shard and Replicate, or the placements of parallelize_module and fully_shard.",
             )
         if placement.dim != tensor_dim:
             continue
@@ -76,43 +76,43 @@ def _cut_order(
                 break
         else:
             raise RefusalError(
-                f"The placements {placements} tell no order of cuts on tensor dim {tensor_dim}.",
+                f"The placements {placements} define no order of cuts on tensor dim {tensor_dim}.",
                 "Shard with parallelize_module first and fully_shard second.",
             )
     return tuple(order)
 
 
 class LayoutCache:
-    """Describes parameters, equal meshes and layouts as one and the same object."""
+    """Describes parameters and caches the results; equal meshes and layouts are one object."""
 
     def __init__(self, plain_mesh: DeviceMesh | None = None) -> None:
-        """`plain_mesh`: where tensors that are no DTensors lie; None: on each rank alone."""
+        """`plain_mesh`: the mesh of tensors that are not DTensors; None: local to each rank."""
         self.device_meshes: dict[MeshSpec, DeviceMesh] = {}
         self._meshes: dict[DeviceMesh, MeshSpec] = {}
-        alone = MeshSpec((), (), (this_rank(),))
-        self.plain_mesh = alone if plain_mesh is None else self.mesh(plain_mesh)
+        single_rank = MeshSpec((), (), (this_rank(),))
+        self.plain_mesh = single_rank if plain_mesh is None else self.mesh(plain_mesh)
         self._layouts: dict[tuple[object, ...], Layout] = {}
-        self._known_matrices: dict[object, tuple[Matrix, ...]] = {}
+        self._matrices_by_shape: dict[object, tuple[Matrix, ...]] = {}
         self._misplaced: dict[object, bool] = {}
         self._shard_shapes: dict[object, tuple[int, ...]] = {}
         self._sub_meshes: dict[MeshSpec, tuple[str, ...] | None] = {}
 
     def mesh(self, mesh: DeviceMesh) -> MeshSpec:
-        """`describe_mesh`, remembered, so that `device_meshes` leads back."""
+        """Return `describe_mesh` of this mesh, cached; `device_meshes` is the inverse."""
         spec = self._meshes.get(mesh)
         if spec is None:
             spec = describe_mesh(mesh)
-            known = next((old for old in self.device_meshes if old == spec), None)
-            spec = known if known is not None else spec
+            equal = next((old for old in self.device_meshes if old == spec), None)
+            spec = equal if equal is not None else spec
             self._meshes[mesh] = spec
             self.device_meshes.setdefault(spec, mesh)
         return spec
 
     def home(self, tensor: Tensor) -> MeshSpec:
-        """The mesh a parameter lives on; without dims where that is this rank alone.
+        """Return the mesh of a parameter; without dims if it is local to this rank.
 
-        A DTensor on a sub-mesh of the mesh of plain tensors lives on all of that, replicated over
-        its other dims: tensor parallelism under DDP or context parallelism.
+        For a DTensor on a sub-mesh of the mesh of plain tensors this is the latter: the DTensor is
+        replicated over the other dims (tensor parallelism under DDP or context parallelism).
         """
         if not isinstance(tensor, DTensor):
             return self.plain_mesh
@@ -125,22 +125,22 @@ class LayoutCache:
         return self._sub_meshes[mesh]
 
     def layout(self, tensor: DTensor) -> Layout:
-        """The layout of a DTensor. Raises RefusalError where it has none."""
+        """Return the layout of a DTensor. Raises RefusalError if it has none."""
         mesh = self.mesh(tensor.device_mesh)
         layout = describe_layout(tensor, mesh)
         if names := self._names_on_plain(mesh):
-            called = dict(zip(mesh.dim_names, names, strict=True))
-            cuts = tuple(tuple(called[name] for name in dims) for dims in layout.cuts)
+            renamed = dict(zip(mesh.dim_names, names, strict=True))
+            cuts = tuple(tuple(renamed[name] for name in dims) for dims in layout.cuts)
             layout = Layout(self.plain_mesh, layout.shape, cuts)
         return self.shared(layout)
 
     def shared(self, layout: Layout) -> Layout:
-        """An equal layout, one object for all parameters that have it."""
+        """Return an equal layout, one object for all parameters that have it."""
         key = (layout.mesh, layout.shape, layout.cuts, layout.bounds)
         return self._layouts.setdefault(key, layout)
 
     def expected_shape(self, tensor: DTensor) -> tuple[int, ...] | None:
-        """The local shape that global shape and placements give this rank; None for Partial."""
+        """Return this rank's local shape by global shape and placements; None for Partial."""
         mesh = self.mesh(tensor.device_mesh)
         try:
             layout = describe_layout(tensor, mesh)
@@ -154,9 +154,9 @@ class LayoutCache:
         return self._shard_shapes[key]
 
     def is_misplaced(self, tensor: DTensor) -> bool:
-        """Whether torch says of some rank's shard that it lies where it does not.
+        """Whether torch computes a wrong offset or size for the shard of some rank.
 
-        Asked of its own arithmetic of offsets, which distributed checkpoints rely on, at every
+        Checks torch's own arithmetic of offsets, which distributed checkpoints rely on, at every
         coordinate along the mesh dims that cut a tensor dim more than once.
         """
         mesh = self.mesh(tensor.device_mesh)
@@ -174,13 +174,13 @@ class LayoutCache:
         self, declaration: Declaration, shape: tuple[int, ...], flat: tuple[int, ...] | None
     ) -> tuple[Matrix, ...]:
         key = (declaration, shape, flat)
-        if key not in self._known_matrices:
-            whole = shape if flat is None else flat
-            matrices = declaration.matrices(whole)
+        if key not in self._matrices_by_shape:
+            global_shape = shape if flat is None else flat
+            matrices = declaration.matrices(global_shape)
             if flat is not None:
                 matrices = tuple(flattened(matrix, flat) for matrix in matrices)
-            self._known_matrices[key] = matrices
-        return self._known_matrices[key]
+            self._matrices_by_shape[key] = matrices
+        return self._matrices_by_shape[key]
 
     def param(
         self,
@@ -194,20 +194,22 @@ class LayoutCache:
         wire_dtype: torch.dtype,
         has_moments: bool = False,
     ) -> ParamSpec:
-        """One parameter of Muon. Raises RefusalError if it cannot be one.
+        """Return the spec of a parameter of Muon. Raises RefusalError if Muon cannot step it.
 
         Args:
             layout: of the tensor.
-            flat_shape: the global shape of a tensor that is stored flat.
-            has_moments: NorMuon's, which only a DTensor can hold a part of.
+            flat_shape: the global shape of a tensor that is stored flat; None for others.
+            has_moments: whether NorMuon steps it. Only a DTensor can hold a part of the moments.
         """
         if not isinstance(tensor, DTensor) and not layout.cut_dims:
-            _must_be_annotated_whole(tensor, declaration)
+            _check_annotations(tensor, declaration)
         matrices = self._matrices(declaration, layout.shape, flat_shape)
         moments: tuple[str, ...] | None = None
         if has_moments:
-            own = isinstance(tensor, DTensor) and self.mesh(tensor.device_mesh) == layout.mesh
-            moments = moment_cuts(layout, matrices) if own else ()
+            on_layout_mesh = (
+                isinstance(tensor, DTensor) and self.mesh(tensor.device_mesh) == layout.mesh
+            )
+            moments = moment_cuts(layout, matrices) if on_layout_mesh else ()
         return ParamSpec(
             fqn,
             layout,
@@ -238,14 +240,14 @@ def _is_misplaced(
 
 
 def can_place_shards() -> bool:
-    """Whether a tensor may tell torch's distributed checkpoints where it lies (torch 2.14)."""
-    import torch.distributed.checkpoint as dcp  # half a second that few need
+    """Whether a tensor can pass its offsets to torch's distributed checkpoints (torch 2.14)."""
+    import torch.distributed.checkpoint as dcp  # takes half a second, rarely needed
 
     return hasattr(dcp, "CheckpointableTensor")
 
 
 def misplaced_shards(names: Sequence[str]) -> str:
-    """What to say of parameters that torch's distributed checkpoints would misplace."""
+    """Return the message about tensors that torch's distributed checkpoints would misplace."""
     remedy = (
         "Save and load inside muon_dtensor.checkpointable(state_dict)"
         if can_place_shards()
@@ -255,13 +257,13 @@ def misplaced_shards(names: Sequence[str]) -> str:
     )
     return (
         f"torch.distributed.checkpoint takes shards of {len(names)} tensors for others "
-        f"({shortened(names)}): two mesh dims cut a tensor dim that they do not divide. "
-        f"{remedy}; or choose sizes that divide."
+        f"({shortened(names)}): two mesh dims cut a tensor dim that they do not divide evenly. "
+        f"{remedy}; or choose sizes that they divide."
     )
 
 
 def placed(tensor: Tensor) -> str:
-    """Shape, placements and mesh of a tensor in words."""
+    """Return shape, placements and mesh of a tensor as text."""
     where = ""
     if isinstance(tensor, DTensor):
         placements = ", ".join(map(repr, tensor.placements))
@@ -269,12 +271,12 @@ def placed(tensor: Tensor) -> str:
     return f"{list(tensor.shape)}{where}"
 
 
-def _must_be_annotated_whole(tensor: Tensor, declaration: Declaration) -> None:
+def _check_annotations(tensor: Tensor, declaration: Declaration) -> None:
     """Raise RefusalError for a plain tensor that `spmd_types` annotates as a part of a matrix.
 
-    torchtitan's backend of that name annotates plain tensors with how they are cut, and fully_shard
-    makes DTensors of them (torch 2.15). Those that nobody shards further stay plain. Whole matrices
-    of a batch, such as experts cut on tensor dim 0, are whole.
+    torchtitan's backend of that name annotates plain tensors with their cuts, and fully_shard
+    converts them to DTensors (torch 2.15). Tensors that are not sharded further stay plain. Cuts
+    along batch dims, such as experts on tensor dim 0, leave matrices whole.
     """
     spmd = sys.modules.get("spmd_types")
     if spmd is None or not spmd.has_local_type(tensor):
@@ -288,6 +290,6 @@ def _must_be_annotated_whole(tensor: Tensor, declaration: Declaration) -> None:
     if differing:
         raise RefusalError(
             f"spmd_types says that ranks hold different parts of it: {types}, {spec or 'V'}.",
-            "Shard it with fully_shard or parallelize_module, which make DTensors, or say which "
-            "tensor dim is cut: create_processgroup_config(tp_pg=..., tp_shard_dim={name: dim}).",
+            "Shard it with fully_shard or parallelize_module, which make DTensors, or name the "
+            "tensor dim: create_processgroup_config(tp_pg=..., tp_shard_dim={name: dim}).",
         )

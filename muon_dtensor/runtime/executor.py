@@ -166,7 +166,7 @@ class Executor:
             self._run_overlapped(overlapped)
         self._action = None
         moments = {index: p.moments for index, p in params.items() if p.moments is not None}
-        self._moments.tell(moments)
+        self._moments.broadcast(moments)
 
     def _run_overlapped(self, overlapped: Callable[[], None]) -> None:
         self._is_overlapped = True

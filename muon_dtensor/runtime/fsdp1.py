@@ -9,7 +9,7 @@ from muon_dtensor.runtime.torch_private import flattened_params, is_flat_param, 
 
 
 class FlatSlices:
-    """Which tensors are slices of flat parameters of FSDP1, and the shapes before flattening."""
+    """Slices of FSDP1's flat parameters, with their shapes before flattening."""
 
     def __init__(
         self,
@@ -21,44 +21,44 @@ class FlatSlices:
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor]) -> "FlatSlices":
-        """Of those among the tensors that FSDP1 has flattened."""
+        """Find the tensors that FSDP1 has flattened."""
         shapes: dict[int, tuple[int, ...]] = {}
         starts: dict[int, int | None] = {}
         refused: dict[int, RefusalError] = {}
-        wanted: set[int] = set()
+        flattened: set[int] = set()
         for tensor in tensors:
             if is_flat_param(tensor):
                 refused[id(tensor)] = RefusalError(
-                    "It is a flat parameter of FSDP1, which mixes many parameters in one.",
+                    "It is a flat parameter of FSDP1, which concatenates many parameters.",
                     "Construct FullyShardedDataParallel with use_orig_params=True.",
                 )
             elif is_flattened(tensor):
-                wanted.add(id(tensor))
-        for original in flattened_params() if wanted else ():
+                flattened.add(id(tensor))
+        for original in flattened_params() if flattened else ():
             key = id(original.param)
             starts[key] = original.start
-            if key in wanted and original.is_dtensor:
+            if key in flattened and original.is_dtensor:
                 refused[key] = RefusalError(
                     "It is a DTensor that FSDP1 has flattened.",
                     "Use fully_shard (FSDP2) together with tensor parallelism.",
                 )
-            elif key in wanted:
+            elif key in flattened:
                 shapes[key] = original.shape
-        for index in wanted - shapes.keys() - refused.keys():
+        for index in flattened - shapes.keys() - refused.keys():
             refused[index] = RefusalError(
-                "FSDP1 has flattened it, and its flat parameter is not to be found.",
+                "FSDP1 has flattened it, and its flat parameter was not found.",
                 "Construct the optimizer before gc.freeze(), or use fully_shard (FSDP2).",
             )
         return cls(shapes, starts, refused)
 
     def shape_of(self, tensor: Tensor) -> tuple[int, ...] | None:
-        """The shape of the whole tensor; None for a tensor that is no slice."""
+        """Return the shape of the full tensor; None if this is not a slice."""
         return self._shapes.get(id(tensor))
 
     def start_of(self, tensor: Tensor) -> int | None:
-        """Where this rank's slice begins in the whole tensor; None if it has none of it."""
+        """Return the offset of this rank's slice in the full tensor; None without a slice."""
         return self._starts.get(id(tensor))
 
     def refusal_of(self, tensor: Tensor) -> RefusalError | None:
-        """Why this tensor cannot be described; None if it can."""
+        """Return why this tensor has no layout; None if it has one."""
         return self._refused.get(id(tensor))

@@ -1,6 +1,6 @@
-"""Which gradients a step may use: present, finite, at their parameters' placements.
+"""Checks the gradients of a step: present, finite, at their parameters' placements.
 
-Asks the agreement, redistributes, and says yes or no on all ranks alike. Updates nothing.
+Compares ranks, redistributes gradients, and decides the same on all ranks. Updates nothing.
 """
 
 import logging
@@ -15,12 +15,12 @@ from muon_dtensor.errors import NonFiniteGradientError
 from muon_dtensor.runtime.consistency import Agreement
 from muon_dtensor.runtime.consistency_codec import (
     MISSING,
-    NOTHING_HERE,
+    NO_ELEMENTS,
     PRESENT,
-    Votes,
+    LocalStatus,
     non_finite_flag,
     of_dtype,
-    read,
+    raise_faults,
 )
 from muon_dtensor.runtime.torch_private import (
     HostCopy,
@@ -34,10 +34,10 @@ logger = logging.getLogger("muon_dtensor")
 
 
 class GradientGate:
-    """Lets the gradients of a step through, or stops it on every rank.
+    """Returns the gradients of a step, or stops the step on every rank.
 
-    On the host all is settled before anything changes. On a device `admit` waits for nothing:
-    it returns a mask, and the next step's `read_past` raises what the ballots said.
+    On the host ranks compare before anything changes. On a device `admit` does not wait: it returns
+    a mask, and `read_past` raises the error in the next step.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class GradientGate:
         nonfinite: Literal["raise", "skip", "propagate"],
         of_own_dtype: Collection[str] = (),
     ) -> None:
-        """`device`: where ballots live; that of the parameters that a mesh holds.
+        """`device`: where reduced statuses live; the device of parameters that a mesh holds.
 
-        `of_own_dtype`: parameters whose gradients must have their dtype.
+        `of_own_dtype`: names of parameters whose gradients must have their dtype.
         """
         self.device = device
         self._params = params
@@ -62,12 +62,12 @@ class GradientGate:
         self._agreement = agreement
         self._missing_grad = missing_grad
         self._nonfinite = nonfinite
-        # a mask on one device cannot be read by kernels of another in time
+        # kernels of one device cannot read a mask on another in time
         self._is_mixed = len({local_part(param).device for param in params.values()}) > 1
         self._past: list[HostCopy] = []
         self._past_fault: Exception | None = None
         self._has_settled = False
-        self._told_of_zeros = False
+        self._has_logged_zeros = False
 
     def admit(
         self,
@@ -76,14 +76,14 @@ class GradientGate:
         is_measured: bool = False,
         fault: Exception | None = None,
     ) -> tuple[dict[str, Tensor], Tensor | bool]:
-        """Gradients by name of parameter, and whether to step with them.
+        """Return gradients by name of parameter, and whether to step with them.
 
-        The answer is a bool, or a bool scalar on the device that nobody has read.
+        The second value is a bool, or on a device a bool scalar that the host has not read.
 
         Args:
-            options: hyperparameters of each param group as text, for ranks to compare.
-            is_measured: whether ranks will reduce metrics after the step, which all must.
-            fault: why this rank cannot step, whatever its gradients are.
+            options: hyperparameters of each param group as text, which ranks compare.
+            is_measured: whether ranks reduce metrics after the step; all ranks must agree.
+            fault: why this rank cannot step, apart from its gradients.
 
         Raises:
             PlanMismatchError, MissingGradientError, NonFiniteGradientError: on every rank.
@@ -99,15 +99,15 @@ class GradientGate:
         options = (*options, f"measured={is_measured}")
         if fault is None and faulty:
             fault = RuntimeError(faults[faulty[0]])
-        votes = self._votes(options, grads, empty, fault)
+        status = self._status(options, grads, empty, fault)
         moved = [name for name in grads if _has_moved(self._params[name], grads[name])]
         flag = self._flag([grad for name, grad in grads.items() if not faults[name]])
         if self._reads_now():
-            return grads, self._settle(votes, grads, moved, flag)
+            return grads, self._settle(status, grads, moved, flag)
         grads.update({name: self._zeros(name) for name in faulty})
-        mask = self._mask(votes, grads, moved, flag)
+        mask = self._mask(status, grads, moved, flag)
         if any(local_part(self._params[name]).is_meta for name in faulty):
-            self._past.pop()  # what has no values cannot be stepped with zeros: raised now
+            self._past.pop()  # without values there is no masked step: raise now
             self._past_fault = None
             assert fault is not None, "a parameter on the meta device is a fault"
             raise fault
@@ -120,32 +120,32 @@ class GradientGate:
         if local.shape != self._shapes[name] and not local.is_meta:
             return (
                 f"{name} stored {list(self._shapes[name])} on this rank when the optimizer was "
-                f"made, and {list(local.shape)} now. Make the optimizer last: after the model was "
-                "wrapped (FSDP1 changes parameters in place) or resized."
+                f"made, and stores {list(local.shape)} now. Construct the optimizer after the "
+                "model is wrapped (FSDP1 changes parameters in place) or resized."
             )
         if local.is_inference():
             return (
-                f"{name} was made in torch.inference_mode(), so nothing can update it outside of "
-                "it. Make the model outside, or clone its parameters there."
+                f"{name} was made in torch.inference_mode(), so it cannot be updated outside of "
+                "that mode. Construct the model outside of it, or clone its parameters there."
             )
         if grad.dtype != param.dtype and name in self._of_own_dtype:
             return (
                 f"{name} is {dtype_name(param.dtype)} and its gradient {dtype_name(grad.dtype)}: "
-                "torch's AdamW takes none of another dtype. Cast the gradient first, or leave "
-                "grad_dtype alone."
+                "torch's AdamW needs equal dtypes. Cast the gradient first, or do not set "
+                "grad_dtype."
             )
         return _fault_of(name, param, grad)
 
     def read_past(self, *, capturable: bool = True, forget: bool = True) -> None:
-        """Raise what the last masked step found; see Note [Ballot].
+        """Raise the error of the last masked step, if any; see Note [Status reduction].
 
-        While a CUDA graph is captured nothing can be read, and what was found waits; unless
-        `capturable` that is a RuntimeError.
+        While a CUDA graph is captured the host cannot read it: the error is raised later. Raises
+        RuntimeError during a capture unless `capturable`.
 
         Args:
             capturable: whether a CUDA graph may capture the caller.
-            forget: False outside of a step, where one rank may be alone: the next step raises it
-                again, on every rank.
+            forget: whether to drop the error. False outside of a step, where one rank may call
+                this alone: the next step then raises it on every rank.
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             if not capturable:
@@ -159,45 +159,45 @@ class GradientGate:
         if fault is not None:
             raise fault
         for outcomes in past:
-            read(outcomes.tolist(), with_non_finite=self._nonfinite == "raise")
+            raise_faults(outcomes.tolist(), with_non_finite=self._nonfinite == "raise")
 
     def follow(self, before: "GradientGate") -> None:
-        """Copy the pending outcome of an earlier gate, so that all ranks raise the same errors."""
+        """Copy the pending result of an earlier gate, so that all ranks raise the same errors."""
         self._past, self._past_fault = before._past, before._past_fault
         self._has_settled = before._has_settled
-        self._told_of_zeros = before._told_of_zeros
+        self._has_logged_zeros = before._has_logged_zeros
         self._dtypes = {name: d for name, d in before._dtypes.items() if name in self._params}
 
     def found_fault(self) -> bool:
-        """Whether ranks disagree about the masked step that was admitted last. Waits for it."""
+        """Whether ranks reported a fault in the last masked step. Waits for the result."""
         return any(fault for fault, _ in self._past[-1].tolist())
 
     def _zeros(self, name: str) -> Tensor:
-        """In place of a gradient, and of the dtype that its gradients have."""
+        """Return zeros placed as the parameter, in the dtype of its gradients."""
         param = self._params[name]
         return zeros_like(param, self._dtypes.get(name))
 
     def forget_past(self) -> None:
-        """Drop what masked steps found: state was loaded since."""
+        """Drop the results of masked steps, after state was loaded."""
         self._past, self._past_fault = [], None
 
     def _reads_now(self) -> bool:
-        """Whether to wait for the ballots: on the host, at first, and where the user asks."""
-        is_wanted = self._missing_grad == "zero" or self._is_mixed
-        return self.device.type == "cpu" or not self._has_settled or is_wanted
+        """Whether to wait for the comparison: on the host, in a first step, if options need it."""
+        must_read = self._missing_grad == "zero" or self._is_mixed
+        return self.device.type == "cpu" or not self._has_settled or must_read
 
-    def _votes(
+    def _status(
         self,
         options: tuple[str, ...],
         grads: Mapping[str, Tensor],
         empty: Collection[str],
         fault: Exception | None,
-    ) -> Votes:
-        """What this rank says before the step. `empty`: what it holds no element of."""
+    ) -> LocalStatus:
+        """Return this rank's report. `empty`: parameters of which it holds no element."""
 
         def state(name: str) -> str:
             if name in empty:
-                return NOTHING_HERE
+                return NO_ELEMENTS
             grad = grads.get(name)
             if isinstance(grad, DTensor) and _has_moved(self._params[name], grad):
                 return str(grad.placements)
@@ -219,44 +219,44 @@ class GradientGate:
             )
             for manifest in self._agreement.manifests
         )
-        return Votes(hyperparameters, presence, fault)
+        return LocalStatus(hyperparameters, presence, fault)
 
     def _settle(
-        self, votes: Votes, grads: dict[str, Tensor], moved: Collection[str], flag: Tensor
+        self, status: LocalStatus, grads: dict[str, Tensor], moved: Collection[str], flag: Tensor
     ) -> bool:
         raise_missing = self._missing_grad == "raise"
-        verdict = self._agreement.settle(
-            votes, flag, moved=bool(moved), raise_missing=raise_missing
+        comparison = self._agreement.settle(
+            status, flag, moved=bool(moved), raise_missing=raise_missing
         )
-        self._count_as_zero(verdict.incomplete, grads)
-        bad = verdict.non_finite
-        if verdict.moved:  # a reduction of finite parts may overflow: all ranks look again
+        self._count_as_zero(comparison.incomplete, grads)
+        bad = comparison.non_finite
+        if comparison.moved:  # a reduction of finite parts may overflow: all ranks check again
             self._redistribute(moved, grads)
             flag = self._flag([grads[name] for name in moved])
-            again = self._agreement.settle(votes, flag, moved=True, raise_missing=False)
-            bad |= again.non_finite
+            second = self._agreement.settle(status, flag, moved=True, raise_missing=False)
+            bad |= second.non_finite
         self._has_settled = True
         if bad and self._nonfinite == "raise":
-            here = [name for name, g in grads.items() if not local_part(g).isfinite().all()]
-            where = f"on this rank in {', '.join(here)}" if here else "on another rank"
+            names = [name for name, g in grads.items() if not local_part(g).isfinite().all()]
+            where = f"on this rank in {', '.join(names)}" if names else "on another rank"
             raise NonFiniteGradientError(
-                f"A gradient holds NaN or Inf, {where}. Nothing was changed on any rank. Lower "
-                'the learning rate, clip gradients, or construct Muon with nonfinite="skip" to '
-                "leave such steps out."
+                f"A gradient holds NaN or Inf, {where}. The step changed nothing on any rank. "
+                'Lower the learning rate, clip gradients, or construct Muon with nonfinite="skip" '
+                "to skip such steps."
             )
         return not bad
 
     def _mask(
-        self, votes: Votes, grads: dict[str, Tensor], moved: Collection[str], flag: Tensor
+        self, status: LocalStatus, grads: dict[str, Tensor], moved: Collection[str], flag: Tensor
     ) -> Tensor:
-        outcomes = self._agreement.cast(votes, flag)
+        outcomes = self._agreement.settle_on_device(status, flag)
         keep = outcomes[:, 0].amax() == 0
-        if moved and keep.item():  # with equal ballots, all ranks of the mesh have moved the same
+        if moved and keep.item():  # statuses are equal, so all ranks redistribute the same
             self._redistribute(moved, grads)
         else:
             grads.update({name: self._zeros(name) for name in moved})
         self._past.append(HostCopy(outcomes))
-        self._past_fault = votes.fault
+        self._past_fault = status.fault
         return keep & (outcomes[:, 1].amax() == 0)
 
     def _flag(self, grads: Iterable[Tensor]) -> Tensor:
@@ -267,12 +267,12 @@ class GradientGate:
     def _count_as_zero(self, incomplete: frozenset[str], grads: dict[str, Tensor]) -> None:
         for name in incomplete - grads.keys():
             grads[name] = self._zeros(name)
-        if incomplete and not self._told_of_zeros:
-            self._told_of_zeros = True
+        if incomplete and not self._has_logged_zeros:
+            self._has_logged_zeros = True
             logger.log(
                 warning_level(self._params[name] for name in incomplete),
-                "no gradient on some ranks, counted as zero there, now and from here on "
-                "without a further word: %s",
+                "no gradient on some ranks, counted as zero there in this step and in all later "
+                "ones (logged once): %s",
                 ", ".join(sorted(incomplete)),
             )
 
@@ -285,12 +285,12 @@ class GradientGate:
 
 
 def _is_empty(param: Tensor) -> bool:
-    """Whether this rank holds no element of a plain tensor, and cannot say if it has a gradient."""
+    """Whether this rank holds no element of a plain tensor, and so perhaps never a gradient."""
     return not isinstance(param, DTensor) and param.numel() == 0
 
 
 def _has_moved(param: Tensor, grad: Tensor) -> bool:
-    """Whether a gradient's placements are not its parameter's."""
+    """Whether a gradient's placements differ from its parameter's."""
     return (
         isinstance(param, DTensor)
         and isinstance(grad, DTensor)
@@ -302,15 +302,15 @@ def _fault_of(name: str, param: Tensor, grad: Tensor) -> str:
     """Why this gradient cannot be used; empty if it can."""
     if local_part(param).is_meta:
         return (
-            f"{name} is on the meta device and has no values. Give the model memory "
-            "(model.to_empty(device=...)) and values (init_weights or a checkpoint) before the "
-            "step. If model.to('meta') was called, they are lost: load a checkpoint."
+            f"{name} is on the meta device and has no values. Allocate the model "
+            "(model.to_empty(device=...)) and initialize it (init_weights or a checkpoint) before "
+            "the step. model.to('meta') discards values: load a checkpoint after it."
         )
     if local_part(param).device != local_part(grad).device:
         return (
             f"{name} is on {local_part(param).device} and its gradient on "
-            f"{local_part(grad).device}. Move the model before the backward, or clear its "
-            "gradients when it moves."
+            f"{local_part(grad).device}. Move the model before backward, or clear its gradients "
+            "when you move it."
         )
     if grad.layout != torch.strided:
         return (
@@ -319,8 +319,8 @@ def _fault_of(name: str, param: Tensor, grad: Tensor) -> str:
         )
     if grad.shape != param.shape:
         return (
-            f"{name} is {list(param.shape)} and its gradient {list(grad.shape)}. A backward under "
-            "no_sync() leaves FSDP1's gradients whole: end with one outside of it."
+            f"{name} is {list(param.shape)} and its gradient {list(grad.shape)}. After a backward "
+            "under no_sync() FSDP1's gradients are unsharded: run the last backward outside of it."
         )
     if grad.is_complex():
         return f"{name} is complex; this package steps real parameters. Store its real view."
@@ -341,11 +341,11 @@ def _fault_of(name: str, param: Tensor, grad: Tensor) -> str:
             f"{name} lives on {param.device_mesh} and its gradient on {grad.device_mesh}. "
             "Redistribute the gradient to the parameter's mesh first."
         )
-    mine, theirs = local_part(param).shape, local_part(grad).shape
-    if mine != theirs and not _has_moved(param, grad):
+    shard_shape, grad_shape = local_part(param).shape, local_part(grad).shape
+    if shard_shape != grad_shape and not _has_moved(param, grad):
         return (
-            f"{name} stores {list(mine)} on this rank and its gradient {list(theirs)}, with equal "
-            "placements. Make the gradient by backward, or with DTensor.from_local: "
-            "distribute_tensor cuts uneven strided shards otherwise than fully_shard."
+            f"{name} stores {list(shard_shape)} on this rank and its gradient {list(grad_shape)}, "
+            "with equal placements. Create the gradient by backward or with DTensor.from_local; "
+            "distribute_tensor and fully_shard cut uneven strided shards differently."
         )
     return ""

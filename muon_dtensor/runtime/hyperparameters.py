@@ -14,7 +14,7 @@ from muon_dtensor.algorithms.update import adjusted_lr
 from muon_dtensor.errors import GroupOptionError
 
 Orthogonalizer = Callable[[Tensor], Tensor]
-"""[*batch, rows, cols] to the same: what the user may bring."""
+"""A user's function from [*batch, rows, cols] to the same shape."""
 
 
 def check_orthogonalizer(
@@ -22,8 +22,8 @@ def check_orthogonalizer(
 ) -> None:
     """Raise GroupOptionError unless a user's function keeps the shape of matrices of this dtype.
 
-    Called on every rank when the optimizer is made, with matrices on the device of parameters: in a
-    step the owner alone would raise.
+    Every rank calls this at construction, with matrices on the device of parameters: in a step only
+    the owner would raise.
     """
     for shape in ((2, 3), (3, 2), (1, 2, 3)):
         try:
@@ -34,19 +34,19 @@ def check_orthogonalizer(
                 f"the orthogonalizer fails on {list(shape)} of {dtype} on {device}: {error!r}"
             ) from error
         if not isinstance(result, Tensor) or result.shape != shape:
-            seen = list(result.shape) if isinstance(result, Tensor) else repr(result)
+            returned = list(result.shape) if isinstance(result, Tensor) else repr(result)
             raise GroupOptionError(
-                f"the orthogonalizer must keep the shape: it returned {seen} for {list(shape)}"
+                f"the orthogonalizer must keep the shape: it returned {returned} for {list(shape)}"
             )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MuonOptions:
-    """What a param group says about the step of its parameters, with the meaning torch gives.
+    """The options of a param group that a step reads, with the meaning of torch.
 
-    `decay` is 1 - lr weight_decay; `custom` the orthogonalizer of the user, if the group wants it;
-    `body` makes the iterations, `cautious` is about weight decay. Where `capturable`, an lr that is
-    a tensor stays one, and so does all that is computed from it: nobody waits for its value.
+    `decay` is 1 - lr weight_decay; `custom` the user's orthogonalizer, if the group uses it; `body`
+    computes the iterations; `cautious` concerns weight decay. If `capturable`, a tensor lr and the
+    values computed from it stay tensors, so that the host does not wait for them.
     """
 
     lr: float | Tensor
@@ -68,7 +68,7 @@ class MuonOptions:
     def of(
         cls, group: Mapping[str, Any], custom: Orthogonalizer | None, body: IterationKernel
     ) -> "MuonOptions":
-        """What this param group says."""
+        """Return the options of a param group."""
         decay = 1 - group["lr"] * group["weight_decay"]
         return cls(
             lr=group["lr"],
@@ -88,21 +88,21 @@ class MuonOptions:
         )
 
     def matrix_lr(self, rows: int, cols: int) -> float | Tensor:
-        """The learning rate of a matrix of this size; see `update.adjusted_lr`."""
+        """Return the learning rate of a matrix of this size; see `update.adjusted_lr`."""
         scaled = adjusted_lr(self.lr, self.adjust_lr_fn, rows, cols)
         return scaled if self.capturable else float(scaled)
 
     def normalized(self, polar_factor: Tensor, moments: Tensor, keep: Tensor | None) -> Tensor:
-        """A polar factor [rows, cols] after NorMuon; see `algorithms.normuon`."""
+        """Return a polar factor [rows, cols] after NorMuon; see `algorithms.normuon`."""
         assert self.normuon_beta is not None, "only NorMuon keeps moments"
         return normalize_rows(
             polar_factor, moments, beta=self.normuon_beta, eps=self.eps, keep=keep
         )
 
     def polar_factor(self, x: Tensor, dtype: torch.dtype, *, overwrite: bool = False) -> Tensor:
-        """The approximate polar factor of every matrix of `x` [*batch, rows, cols], in `dtype`.
+        """Return the approximate polar factor of every matrix of `x` [*batch, rows, cols].
 
-        With `overwrite` it may lie in the memory of `x`.
+        The result is in `dtype`. With `overwrite` it may use the memory of `x`.
 
         Raises RuntimeError if the user's orthogonalizer returns another shape.
         """

@@ -1,4 +1,4 @@
-"""What a step needs of one parameter on one rank. Values only: updates nothing."""
+"""The tensors and options of one parameter on one rank, for a step. Updates nothing."""
 
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ from muon_dtensor.runtime.torch_private import local_part
 class LocalParam:
     """This rank's shards of one parameter that has a gradient: tensors of one shape.
 
-    `moments`: NorMuon's, of rows, where the options name its beta.
+    `moments`: the row second moments of NorMuon, if the options have its beta.
     """
 
     param: Tensor
@@ -23,16 +23,16 @@ class LocalParam:
 
     @property
     def is_momentum_away(self) -> bool:
-        """Whether the momentum is kept on another device, the host."""
+        """Whether the momentum is offloaded to the host."""
         return self.momentum_buffer.device != self.param.device
 
     def with_momentum(self) -> "LocalParam":
-        """The same with a copy of the momentum on the device of the parameter."""
-        here = self.momentum_buffer.to(self.param.device, non_blocking=True)
-        return replace(self, momentum_buffer=here)
+        """Return this with a copy of the momentum on the device of the parameter."""
+        copied = self.momentum_buffer.to(self.param.device, non_blocking=True)
+        return replace(self, momentum_buffer=copied)
 
     def on_this_rank(self) -> "LocalParam":
-        """The same as plain tensors."""
+        """Return this with local shards, which are plain tensors."""
         return LocalParam(
             local_part(self.param),
             local_part(self.grad),

@@ -1,4 +1,4 @@
-"""NorMuon's second moments of rows on one rank: owners bring them up to date and tell the others.
+"""Synchronization of NorMuon's row second moments on one rank: owners send them to all holders.
 
 See `planning.normuon_state`.
 """
@@ -18,14 +18,14 @@ from muon_dtensor.runtime.dtensors import describe_mesh
 from muon_dtensor.runtime.process_groups import Groups
 from muon_dtensor.runtime.torch_private import local_part
 
-Kept = Mapping[int, Tensor]
-"""By index of parameter all the moments that this rank keeps: float32, contiguous."""
+Moments = Mapping[int, Tensor]
+"""The moments that this rank stores, by index of parameter: float32, contiguous."""
 
 
 def zeros_beside(param: Tensor, layout: Layout, rank: int) -> Tensor:
-    """Float32 zeros on the device of a parameter, laid out so on its mesh.
+    """Return float32 zeros with this layout, on the device of a parameter.
 
-    Of a DTensor a DTensor: it keeps the placements of tensor dim 0 on mesh dims that cut `layout`.
+    For a DTensor a DTensor: it has the placements of tensor dim 0 on mesh dims that cut `layout`.
     """
     shape = layout.region(layout.mesh.position_of(rank)).shape
     zeros = torch.zeros(shape, dtype=torch.float32, device=local_part(param).device)
@@ -37,7 +37,7 @@ def zeros_beside(param: Tensor, layout: Layout, rank: int) -> Tensor:
         for name, placement in zip(names, param.placements, strict=True)
     ]
     strides = torch.empty(layout.shape, device="meta").stride()
-    whole: DTensor = DTensor.from_local(
+    moments: DTensor = DTensor.from_local(
         zeros,
         param.device_mesh,
         placements,
@@ -45,11 +45,11 @@ def zeros_beside(param: Tensor, layout: Layout, rank: int) -> Tensor:
         shape=torch.Size(layout.shape),
         stride=strides,
     )
-    return whole
+    return moments
 
 
 class RowSecondMoments:
-    """Of all parameters of a plan that NorMuon steps, seen from one rank."""
+    """The row second moments of all parameters that NorMuon steps, on one rank."""
 
     def __init__(self, plan: Plan, rank: int, groups: Groups) -> None:
         self._plan, self._rank, self._groups = plan, rank, groups
@@ -62,37 +62,37 @@ class RowSecondMoments:
                     self._owned.setdefault(a.param, []).append(a)
 
     def connect(self) -> None:
-        """Connect every process group that `tell` needs: a collective of its ranks."""
+        """Connect every process group that `broadcast` needs: a collective of its ranks."""
         for reduction in self._reductions:
             self._groups.connect(reduction.mesh, reduction.mesh_dims)
 
     def _group(self, reduction: Reduction) -> ProcessGroup:
         return self._groups.over(reduction.mesh, reduction.mesh_dims)
 
-    def of_matrix(self, kept: Tensor, assignment: Assignment) -> Tensor:
-        """The moments [rows] of a matrix among all that this rank keeps of its parameter."""
-        where = self._slices.get(assignment)
-        if where is None:
+    def of_matrix(self, moments: Tensor, assignment: Assignment) -> Tensor:
+        """Return the moments [rows] of a matrix, a view of its parameter's on this rank."""
+        rows = self._slices.get(assignment)
+        if rows is None:
             spec = self._plan.spec(assignment)
             position = spec.layout.mesh.position_of(self._rank)
-            where = self._slices[assignment] = moment_slice(spec, assignment.matrix, position)
-        return kept.view(-1)[where]
+            rows = self._slices[assignment] = moment_slice(spec, assignment.matrix, position)
+        return moments.view(-1)[rows]
 
-    def tell(self, kept: Kept) -> None:
-        """Bring the moments of all who keep them to what the owners of the matrices say.
+    def broadcast(self, moments: Moments) -> None:
+        """Broadcast the row second moments from each matrix's owner to all ranks that store them.
 
-        Each number is summed with zeros alone, so that all ranks hold the same bits.
+        Each number is summed with zeros only, so that all ranks hold the same bits.
         """
         for reduction in self._reductions:
-            params = [index for index in reduction.params if index in kept]
+            params = [index for index in reduction.params if index in moments]
             if not params:
                 continue
-            said = [torch.zeros_like(kept[index]) for index in params]
-            for index, zeros in zip(params, said, strict=True):
+            owned = [torch.zeros_like(moments[index]) for index in params]
+            for index, zeros in zip(params, owned, strict=True):
                 for a in self._owned.get(index, ()):
-                    self.of_matrix(zeros, a).copy_(self.of_matrix(kept[index], a))
-            everything = torch.cat([zeros.view(-1) for zeros in said])
-            all_reduce_sum(everything, self._group(reduction))
-            parts = torch.split(everything, [zeros.numel() for zeros in said])
+                    self.of_matrix(zeros, a).copy_(self.of_matrix(moments[index], a))
+            summed = torch.cat([zeros.view(-1) for zeros in owned])
+            all_reduce_sum(summed, self._group(reduction))
+            parts = torch.split(summed, [zeros.numel() for zeros in owned])
             for index, part in zip(params, parts, strict=True):
-                kept[index].copy_(part.view_as(kept[index]))
+                moments[index].copy_(part.view_as(moments[index]))

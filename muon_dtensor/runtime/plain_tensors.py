@@ -1,4 +1,4 @@
-"""Layouts of tensors that are not DTensors: replicated, or cut, on the mesh of a config.
+"""Layouts of tensors that are not DTensors: replicated or cut on the mesh of a config.
 
 Ranks exchange the sizes of their shards once.
 """
@@ -23,18 +23,18 @@ from muon_dtensor.runtime.process_groups import Groups
 from muon_dtensor.runtime.torch_private import this_rank
 
 TensorDim = int | None | Mapping[str, int | None] | Sequence[int | None]
-"""Which tensor dim a process group cuts: of every parameter, by name, or one per parameter.
+"""The tensor dim that a process group cuts: one for all parameters, by name, or per parameter.
 
-None in place of a number: the parameter is replicated. None for all: nobody said.
+None for a parameter: it is replicated. None for all parameters: not specified.
 """
 
 
 @dataclass(frozen=True)
 class PlainLayoutRule:
-    """Where plain tensors lie. `cuts`: mesh dims and the tensor dims they cut, outermost first.
+    """How plain tensors are cut. `cuts`: mesh dims and the tensor dims they cut, outermost first.
 
-    All other mesh dims replicate them; a mesh dim of one rank cuts nothing. Slices of FSDP1's flat
-    parameters are cut by the only mesh dim in `cuts`, whatever its tensor dim.
+    All other mesh dims replicate them; a mesh dim of one rank cuts nothing. The only mesh dim in
+    `cuts` cuts slices of FSDP1's flat parameters, whatever its tensor dim.
     """
 
     mesh: DeviceMesh
@@ -42,27 +42,27 @@ class PlainLayoutRule:
 
     @property
     def real_cuts(self) -> tuple[tuple[str, TensorDim], ...]:
-        """Those over more than one rank."""
+        """The cuts over more than one rank."""
         sizes = dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=False))
         return tuple((name, dims) for name, dims in self.cuts if sizes[name] > 1)
 
     def cuts_of(self, name: str, index: int, ndim: int) -> tuple[tuple[str, ...], ...]:
-        """Per tensor dim of one parameter the mesh dims that cut it. Raises RefusalError."""
+        """Return the mesh dims that cut each tensor dim of a parameter. Raises RefusalError."""
         return _cuts({n: _choose(dims, n, name, index) for n, dims in self.real_cuts}, ndim)
 
     def cuts_by_hand(self, ndim: int) -> tuple[tuple[str, ...], ...]:
-        """The same of a tensor that has no name. Raises RefusalError for a rule by parameter."""
+        """Return `cuts_of` a tensor without name. Raises RefusalError for a rule by parameter."""
         for mesh_dim, dims in self.real_cuts:
             if isinstance(dims, (Mapping, Sequence)):
                 raise RefusalError(
                     f"{_keyword(mesh_dim)} was given for each parameter, and a tensor that is "
-                    "handed to gather_fn or redistribute_fn has no name.",
-                    "Make a config with the one tensor dim of this tensor.",
+                    "passed to gather_fn or redistribute_fn has no name.",
+                    "Create a config with one tensor dim, that of this tensor.",
                 )
         return self.cuts_of("", 0, ndim)
 
     def is_for_all(self) -> bool:
-        """Whether it says of all plain tensors alike that some group cuts them."""
+        """Whether some cut has one tensor dim for all plain tensors."""
         return any(not isinstance(dims, (Mapping, Sequence)) for _, dims in self.real_cuts)
 
 
@@ -73,7 +73,7 @@ def _cuts(chosen: Mapping[str, int | None], ndim: int) -> tuple[tuple[str, ...],
             continue
         if not -ndim <= tensor_dim < ndim:
             raise RefusalError(
-                f"It has {ndim} tensor dims, and '{mesh_dim}' is said to cut dim {tensor_dim}.",
+                f"It has {ndim} tensor dims, and '{mesh_dim}' cuts dim {tensor_dim} by the config.",
                 f"Give {_keyword(mesh_dim)} by name: {{name: dim, or None if replicated}}.",
             )
         cuts[tensor_dim].append(mesh_dim)
@@ -88,7 +88,7 @@ def _choose(tensor_dims: TensorDim, mesh_dim: str, name: str, index: int) -> int
     match tensor_dims:
         case None:
             raise RefusalError(
-                f"Which of its tensor dims the process group '{mesh_dim}' cuts was not said.",
+                f"The config does not say which tensor dim the process group '{mesh_dim}' cuts.",
                 f"Give {_keyword(mesh_dim)}, a tensor dim or {{name: dim}}.",
             )
         case int():
@@ -103,186 +103,184 @@ def _choose(tensor_dims: TensorDim, mesh_dim: str, name: str, index: int) -> int
     if index >= len(tensor_dims):
         raise RefusalError(
             f"It is parameter {index}, and tensor dims were given for {len(tensor_dims)}.",
-            "Give one for each parameter, in the order they are handed to the optimizer.",
+            "Give one for each parameter, in the order of the optimizer.",
         )
     return tensor_dims[index]
 
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """One parameter as one rank tells it to the others.
+    """What a rank sends to the others about one parameter.
 
-    Of a slice of a flat parameter also the `whole` shape, and where in it the slice begins.
+    For a slice of a flat parameter, `full_shape` and `start` are its parameter's shape and the
+    offset of the slice in it.
     """
 
     name: str
     shape: tuple[int, ...]
-    whole: tuple[int, ...] | None
+    full_shape: tuple[int, ...] | None
     start: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class _PlainLayout:
-    """What was worked out of one tensor.
+    """The layout of one tensor.
 
-    `flat`: its whole shape, if it is stored flat. `by_the_rule`: whether a rule for all plain
-    tensors alike said what cuts it. `sometimes_empty`: whether some rank holds no element of
-    it.
+    `flat`: the full shape, if it is stored flat. `by_common_rule`: whether the layout follows a
+    rule for all plain tensors. `sometimes_empty`: whether some rank holds no element of it.
     """
 
     layout: Layout | RefusalError
     flat: tuple[int, ...] | None = None
-    by_the_rule: bool = False
+    by_common_rule: bool = False
     sometimes_empty: bool = False
 
 
 class PlainTensors:
-    """Layouts of plain tensors, as the config defines them; without one each is local to its rank.
+    """Layouts of plain tensors, as the config defines them; local to each rank without a config.
 
-    Tensors are held weakly, so that a parameter that was replaced (by FSDP2) can be freed.
+    References to tensors are weak, so that a parameter that was replaced (by FSDP2) can be freed.
     """
 
     def __init__(self, rule: PlainLayoutRule | None) -> None:
         self.rule = rule
-        self._found: MutableMapping[Tensor, _PlainLayout] = WeakTensorKeyDictionary()
+        self._layouts: MutableMapping[Tensor, _PlainLayout] = WeakTensorKeyDictionary()
         self._is_mixed = False
 
     def learn(
-        self, named: Sequence[tuple[str, Tensor]], layout_cache: LayoutCache, *, exchange: bool
+        self, params: Sequence[tuple[str, Tensor]], layout_cache: LayoutCache, *, exchange: bool
     ) -> None:
-        """Work out the layouts of those parameters that are new; a collective if any can be cut.
+        """Determine the layouts of new parameters; a collective if the config cuts any.
 
         Args:
-            named: all parameters, DTensors too: a rule may count them.
-            layout_cache: where meshes are described.
-            exchange: take part in the collective even if nothing is new here.
+            params: names and tensors of all parameters, also DTensors: a rule may count them.
+            layout_cache: describes meshes.
+            exchange: whether to take part in the collective even if nothing is new on this rank.
 
         Raises:
-            PlanMismatchError: ranks hold other parameters. On every rank.
+            PlanMismatchError: ranks hold different parameters. On every rank.
             ValueError: the rule has more tensor dims than there are parameters.
         """
-        slices = FlatSlices.of([tensor for _, tensor in named])
+        slices = FlatSlices.of([tensor for _, tensor in params])
         self._is_mixed = any(
-            isinstance(t, DTensor) or slices.shape_of(t) is not None for _, t in named
+            isinstance(t, DTensor) or slices.shape_of(t) is not None for _, t in params
         )
         new = [
             (index, name, tensor)
-            for index, (name, tensor) in enumerate(named)
-            if not isinstance(tensor, DTensor) and tensor not in self._found
+            for index, (name, tensor) in enumerate(params)
+            if not isinstance(tensor, DTensor) and tensor not in self._layouts
         ]
         if self.rule is None or not self.rule.real_cuts:
             for _, _, tensor in new:
-                layout = _whole_everywhere(tensor, slices, layout_cache)
-                self._found[tensor] = _PlainLayout(layout)
+                layout = _replicated(tensor, slices, layout_cache)
+                self._layouts[tensor] = _PlainLayout(layout)
             return
         for mesh_dim, dims in self.rule.real_cuts:
-            if isinstance(dims, Sequence) and len(dims) > len(named):
+            if isinstance(dims, Sequence) and len(dims) > len(params):
                 raise ValueError(
-                    f"{_keyword(mesh_dim)} has {len(dims)} tensor dims for {len(named)} parameters."
+                    f"{_keyword(mesh_dim)} has {len(dims)} tensor dims for {len(params)} "
+                    "parameters."
                 )
         if not (new or exchange):
             return
         mesh, rank = layout_cache.mesh(self.rule.mesh), this_rank()
-        mine = [
+        local_shards = [
             _Shard(name, tuple(t.shape), slices.shape_of(t), slices.start_of(t))
             for _, name, t in new
         ]
         groups = Groups(layout_cache.device_meshes, rank).along_each_dim(mesh)
-        table = gather_from_mesh(mine, groups, rank)
-        _must_match(mesh, table)
-        for turn, (index, name, tensor) in enumerate(new):
-            shards = {mesh.position_of(other): told[turn] for other, told in table.items()}
+        table = gather_from_mesh(local_shards, groups, rank)
+        _check_names(mesh, table)
+        for number, (index, name, tensor) in enumerate(new):
+            shards = {mesh.position_of(other): sent[number] for other, sent in table.items()}
             try:
                 if refusal := slices.refusal_of(tensor):
                     raise refusal
-                found = self._find(mesh, tensor, shards, (name, index))
+                plain = self._from_shards(mesh, tensor, shards, (name, index))
             except RefusalError as error:
-                found = _PlainLayout(error)
+                plain = _PlainLayout(error)
             empty = any(0 in shard.shape for shard in shards.values())
-            self._found[tensor] = replace(found, sometimes_empty=empty)
+            self._layouts[tensor] = replace(plain, sometimes_empty=empty)
 
-    def _find(
+    def _from_shards(
         self,
         mesh: MeshSpec,
         tensor: Tensor,
         shards: Mapping[int, _Shard],
-        named: tuple[str, int],
+        name_and_index: tuple[str, int],
     ) -> _PlainLayout:
-        """From what all ranks told of a tensor; `named` is its name and index.
-
-        Raises RefusalError.
-        """
+        """Return the layout of a tensor by what all ranks sent. Raises RefusalError."""
         assert self.rule is not None
-        wholes = {shard.whole for shard in shards.values()}
+        full_shapes = {shard.full_shape for shard in shards.values()}
         shapes = {position: shard.shape for position, shard in shards.items()}
-        if len(wholes) > 1:
+        if len(full_shapes) > 1:
             raise RefusalError(
-                "Ranks hold it as slices of different flat parameters of FSDP1, or some as none.",
-                "Wrap the model alike on every rank.",
+                "Ranks hold it as slices of different flat parameters of FSDP1, or only some do.",
+                "Wrap the model in the same way on every rank.",
             )
-        (whole,) = wholes
-        if whole is None:
-            cuts = self.rule.cuts_of(*named, tensor.ndim)
+        (full_shape,) = full_shapes
+        if full_shape is None:
+            cuts = self.rule.cuts_of(*name_and_index, tensor.ndim)
             layout = layout_from_shards(mesh, cuts, shapes)
-            return _PlainLayout(layout, by_the_rule=self.rule.is_for_all())
-        if all(shape == whole for shape in shapes.values()):  # NO_SHARD
-            return _PlainLayout(layout_from_shards(mesh, ((),) * len(whole), shapes))
+            return _PlainLayout(layout, by_common_rule=self.rule.is_for_all())
+        if all(shape == full_shape for shape in shapes.values()):  # NO_SHARD
+            return _PlainLayout(layout_from_shards(mesh, ((),) * len(full_shape), shapes))
         cutting = [mesh_dim for mesh_dim, _ in self.rule.real_cuts]
         if len(cutting) != 1:
             raise RefusalError(
-                "A slice of a flat parameter of FSDP1 can be cut over one mesh dim, not "
+                "A slice of a flat parameter of FSDP1 is cut over one mesh dim, not over "
                 f"{' and '.join(cutting)}.",
                 "Use fully_shard (FSDP2) together with tensor parallelism.",
             )
         slices = {position: (shard.start, prod(shard.shape)) for position, shard in shards.items()}
-        layout = flat_layout_from_shards(mesh, cutting[0], whole, slices)
-        return _PlainLayout(layout, flat=whole)
+        layout = flat_layout_from_shards(mesh, cutting[0], full_shape, slices)
+        return _PlainLayout(layout, flat=full_shape)
 
     def of(self, tensors: Sequence[Tensor]) -> list[_PlainLayout | None]:
-        """What is known of each tensor, for `restore` in a copy; None of what was not learned."""
-        return [self._found.get(tensor) for tensor in tensors]
+        """Return the layout of each tensor, for `restore` in a copy; None if there is none yet."""
+        return [self._layouts.get(tensor) for tensor in tensors]
 
-    def restore(self, tensors: Sequence[Tensor], found: Sequence[_PlainLayout | None]) -> None:
-        """Take over what `of` gave of the tensors that these are copies of; asks no other rank."""
-        self._found.update({t: f for t, f in zip(tensors, found, strict=True) if f is not None})
+    def restore(self, tensors: Sequence[Tensor], layouts: Sequence[_PlainLayout | None]) -> None:
+        """Set the layouts that `of` returned for the originals of these copies; no collective."""
+        pairs = zip(tensors, layouts, strict=True)
+        self._layouts.update({tensor: layout for tensor, layout in pairs if layout is not None})
 
     def layout(self, tensor: Tensor) -> Layout:
-        """The layout of a tensor that was learned. Raises RefusalError if it has none."""
-        found = self._found[tensor]
-        if isinstance(found.layout, RefusalError):
-            raise found.layout
-        if found.by_the_rule and self._is_mixed:
+        """Return the layout of a tensor after `learn`. Raises RefusalError if it has none."""
+        plain = self._layouts[tensor]
+        if isinstance(plain.layout, RefusalError):
+            raise plain.layout
+        if plain.by_common_rule and self._is_mixed:
             raise RefusalError(
-                "It is a plain tensor beside DTensors or slices of FSDP1, and those who make them "
-                "leave others whole on every rank; the process groups of the config say that all "
-                "plain tensors are cut.",
-                "Say it by name, tp_shard_dim={name: dim, or None if replicated} (fsdp_shard_dim "
-                "likewise), or use create_devicemesh_config.",
+                "It is a plain tensor beside DTensors or slices of FSDP1, so it is probably "
+                "replicated; by the process groups of the config all plain tensors are cut.",
+                "Give tensor dims by name, tp_shard_dim={name: dim, or None if replicated} (also "
+                "fsdp_shard_dim), or use create_devicemesh_config.",
             )
-        return found.layout
+        return plain.layout
 
     def flat_shape(self, tensor: Tensor) -> tuple[int, ...] | None:
-        """The shape of a tensor that is stored flat; None for any other."""
-        found = self._found.get(tensor)
-        return None if found is None else found.flat
+        """Return the full shape of a tensor that is stored flat; None for any other."""
+        plain = self._layouts.get(tensor)
+        return None if plain is None else plain.flat
 
     def is_cut(self, tensor: Tensor) -> bool:
         """Whether ranks hold, or may hold, different parts of it."""
-        found = self._found.get(tensor)
+        plain = self._layouts.get(tensor)
         return (
-            found is None or isinstance(found.layout, RefusalError) or bool(found.layout.cut_dims)
+            plain is None or isinstance(plain.layout, RefusalError) or bool(plain.layout.cut_dims)
         )
 
     def is_sometimes_empty(self, tensor: Tensor) -> bool:
         """Whether some rank may hold no element of it, and so perhaps never a gradient."""
-        found = self._found.get(tensor)
-        return found is None or found.sometimes_empty
+        plain = self._layouts.get(tensor)
+        return plain is None or plain.sometimes_empty
 
 
-def _whole_everywhere(
+def _replicated(
     tensor: Tensor, slices: FlatSlices, layout_cache: LayoutCache
 ) -> Layout | RefusalError:
-    """A plain tensor that lies whole on every rank of its mesh."""
+    """Return the layout of a plain tensor that is replicated over its mesh."""
     if refusal := slices.refusal_of(tensor):
         return refusal
     shape = slices.shape_of(tensor)
@@ -290,25 +288,26 @@ def _whole_everywhere(
         if len(shape) < 2:
             return RefusalError("Muon needs a matrix; this has one tensor dim.", TO_ADAMW)
         return RefusalError(
-            f"It is a slice of a flat parameter of FSDP1, {list(shape)} when whole.",
+            f"It is a slice of a flat parameter of FSDP1; its full shape is {list(shape)}.",
             "Pass distributed_config=create_auto_config(fsdp_process_group=...).",
         )
     return Layout(layout_cache.plain_mesh, tuple(tensor.shape), ((),) * tensor.ndim)
 
 
-def _must_match(mesh: MeshSpec, table: Mapping[int, Sequence[_Shard]]) -> None:
-    """Raise PlanMismatchError unless all ranks told of the same parameters."""
-    names = {rank: tuple(shard.name for shard in told) for rank, told in table.items()}
-    first = min(names)
-    for rank, told in sorted(names.items()):
-        if told == names[first]:
+def _check_names(mesh: MeshSpec, table: Mapping[int, Sequence[_Shard]]) -> None:
+    """Raise PlanMismatchError unless all ranks have the same parameters in the same order."""
+    names_by_rank = {rank: tuple(shard.name for shard in shards) for rank, shards in table.items()}
+    first = min(names_by_rank)
+    for rank, names in sorted(names_by_rank.items()):
+        first_names = names_by_rank[first]
+        if names == first_names:
             continue
-        alone = [
-            ", ".join(n for n in names[a] if n not in names[b]) or "no other"
-            for a, b in ((first, rank), (rank, first))
+        extra = [
+            ", ".join(name for name in a if name not in b) or "no other"
+            for a, b in ((first_names, names), (names, first_names))
         ]
         raise PlanMismatchError(
-            f"Ranks of mesh {mesh} hand over different plain parameters: rank {first} has "
-            f"{len(names[first])} ({alone[0]}), rank {rank} has {len(told)} ({alone[1]}). Hand the "
-            "same parameters to the optimizer in one order on all of them."
+            f"Ranks of mesh {mesh} pass different plain parameters: rank {first} has "
+            f"{len(first_names)} ({extra[0]}), rank {rank} has {len(names)} ({extra[1]}). Pass the "
+            "same parameters to the optimizer in the same order on all of them."
         )

@@ -1,16 +1,16 @@
-"""Which process group carries a collective over some mesh dims.
+"""Process groups for collectives over some mesh dims.
 
 Note [Own groups]
     `torch.distributed.checkpoint.async_save` runs collectives on the default process group from
     another thread, and two threads that share a group deadlock. So over several mesh dims a step
-    uses a group of its own, made once per set of ranks and default group. Over one mesh dim it uses
-    the group of that dim. torch takes the default group for a dim that spans all ranks; FSDP2 uses
-    it there too, so such jobs must give `async_save` a process group of its own.
+    uses its own group, created once per set of ranks and default group. Over one mesh dim it uses
+    the group of that dim. torch and FSDP2 use the default group for a dim that spans all ranks, so
+    such jobs must pass a separate process group to `async_save`.
 
 Note [Warm groups]
     NCCL connects two ranks when they first exchange data, and a first all-to-all in the middle of
     a step has deadlocked other packages (PrimeIntellect-ai/prime-rl#3490). So every group of a plan
-    carries one small all-to-all before the first step uses it.
+    runs one small all-to-all before the first step uses it.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from muon_dtensor.runtime.collectives import connect_ranks
 from muon_dtensor.runtime.torch_private import timeout_of
 
 _own: WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...], ProcessGroup]] = WeakKeyDictionary()
-"""By default process group, and by ranks: forgotten with the default group."""
+"""Groups of this package by default process group and ranks; freed with the default group."""
 
 _warm: WeakSet[ProcessGroup] = WeakSet()
 """Groups whose ranks are connected; see Note [Warm groups]."""
@@ -44,8 +44,8 @@ def is_destroyed(group: ProcessGroup) -> bool:
 class Groups:
     """Process groups by mesh and mesh dims, seen from one rank.
 
-    The ranks of a group ascend, as `MeshSpec.peers` orders them. Making one that does not exist
-    is a collective among its own ranks only, so pipeline stages need not know of each other.
+    The ranks of a group ascend, as in `MeshSpec.peers`. Creating a group is a collective of its own
+    ranks only, so pipeline stages need not know of each other.
     """
 
     def __init__(self, device_meshes: Mapping[MeshSpec, DeviceMesh], rank: int) -> None:
@@ -54,16 +54,16 @@ class Groups:
         self._known: dict[tuple[MeshSpec, tuple[str, ...]], ProcessGroup] = {}
 
     def along_each_dim(self, mesh: MeshSpec) -> list[ProcessGroup]:
-        """The groups of the mesh's own dims, which exist already."""
+        """Return the groups of the mesh's own dims, which exist already."""
         device_mesh = self._device_meshes[mesh]
         return [device_mesh.get_group(index) for index in range(device_mesh.ndim)]
 
     def device(self, mesh: MeshSpec) -> torch.device:
-        """Where tensors of a mesh live."""
+        """Return the device of a mesh's tensors."""
         return torch.device(self._device_meshes[mesh].device_type)
 
     def over(self, mesh: MeshSpec, mesh_dims: tuple[str, ...]) -> ProcessGroup:
-        """The group of all ranks that differ from this one along `mesh_dims` only."""
+        """Return the group of all ranks that differ from this one only along `mesh_dims`."""
         key = (mesh, mesh_dims)
         group = self._known.get(key)
         if group is None:
@@ -71,7 +71,7 @@ class Groups:
         return group
 
     def connect(self, mesh: MeshSpec, mesh_dims: tuple[str, ...]) -> None:
-        """Make this group if it does not exist, and exchange data over it if nobody has.
+        """Create this group if it does not exist, and connect its ranks unless they are connected.
 
         A collective of its ranks; see Note [Warm groups].
         """
@@ -93,9 +93,9 @@ class Groups:
                 return group
         world = dist.group.WORLD
         assert world is not None, "a DeviceMesh exists, so a default process group does"
-        own = _own.setdefault(world, {})
-        if ranks not in own:
-            own[ranks] = dist.new_group(
+        groups = _own.setdefault(world, {})
+        if ranks not in groups:
+            groups[ranks] = dist.new_group(
                 list(ranks), timeout=timeout_of(world), use_local_synchronization=True
             )
-        return own[ranks]
+        return groups[ranks]

@@ -1,4 +1,4 @@
-"""torch's private names, and small helpers over its public ones, in one file."""
+"""Private names of torch, and small helpers over public ones."""
 
 import gc
 import logging
@@ -22,36 +22,36 @@ local_shape_and_offset = _compute_local_shape_and_global_offset
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.bfloat16` is `bfloat16`."""
+    """Return "bfloat16" for `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def this_rank() -> int:
-    """The global rank of this process; 0 without a process group."""
+    """Return the global rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def num_ranks() -> int:
-    """How many ranks the default process group has; 1 without one."""
+    """Return the number of ranks of the default process group; 1 without one."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def default_store() -> Any:
-    """The key-value store by which the ranks of the default process group found each other."""
+    """Return the key-value store of the default process group."""
     return dist.distributed_c10d._get_default_store()
 
 
 @contextmanager
 def pretended_ranks(world_size: int) -> Iterator[None]:
-    """A default process group of so many ranks, of which this process is rank 0 and the only one.
+    """Create a fake default process group of `world_size` ranks, with this process as rank 0.
 
-    Its collectives return immediately and move nothing. Raises RuntimeError if there is a default
-    process group already.
+    Its collectives return immediately and move nothing. Raises RuntimeError if a default process
+    group exists already.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
-        raise RuntimeError("there is a process group already; plan before it is made")
+        raise RuntimeError("a process group exists already: plan before init_process_group")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         yield
@@ -61,28 +61,28 @@ def pretended_ranks(world_size: int) -> Iterator[None]:
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
-    """How long a rank waits for the others of a gloo group: the timeout of the default group.
+    """Return how long a rank waits for others in a gloo group: the timeout of the default group.
 
-    Groups of a DeviceMesh's dims have torch's 30 minutes, whatever init_process_group was told.
-    None where the backend sees to it: NCCL's watchdog does.
+    Groups of a DeviceMesh's dims have torch's 30 minutes, not the timeout of init_process_group.
+    None if the backend enforces its own timeout, as NCCL's watchdog does.
     """
     if not dist.get_backend(group) == dist.get_backend() == "gloo":
         return None
     backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
-    # torch has public ways to set a timeout (2.15), and none to read it; torchcomms may wrap gloo
+    # torch has a public way to set a timeout (2.15), none to read it; torchcomms may wrap gloo
     timeout: timedelta | None = getattr(getattr(backend, "options", None), "_timeout", None)
     return timeout
 
 
 def device_type_of(group: dist.ProcessGroup) -> str:
-    """Where the tensors of a process group live: "cuda" if NCCL moves them, else "cpu"."""
+    """Return the device type of a process group's tensors: "cuda" for NCCL, else "cpu"."""
     has_nccl = "nccl" in str(dist.get_backend_config(group))
     return "cuda" if has_nccl and torch.cuda.is_available() else "cpu"
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The shard this rank stores, as a plain tensor sharing its storage."""
-    # what to_local gives without a graph, at a tenth of its time
+    """Return the shard of this rank as a plain tensor that shares its storage."""
+    # the result of to_local without a graph, in a tenth of the time
     local: Tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     return local
 
@@ -91,7 +91,7 @@ def local_part(tensor: Tensor) -> Tensor:
 def ordinary_mode() -> Iterator[None]:
     """Disable autocast, reset the default device, and leave inference mode.
 
-    What this package computes, and the state it keeps, depend on none of them.
+    The results and the state of this package do not depend on any of them.
     """
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
@@ -105,10 +105,10 @@ def ordinary_mode() -> Iterator[None]:
 
 
 def warning_level(tensors: Iterable[Tensor] = ()) -> int:
-    """Log level of a message that all ranks of some tensors emit.
+    """Return the log level of a message that all ranks of some tensors emit.
 
     WARNING on the first of these ranks, INFO on the others. The first rank is the lowest on the
-    meshes of the DTensors (so that a pipeline stage is heard), and 0 where there is none.
+    meshes of the DTensors (so that each pipeline stage logs), and 0 without DTensors.
     """
     meshes = {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
     first = min((int(mesh.mesh.min()) for mesh in meshes), default=0)
@@ -119,8 +119,8 @@ def warning_level(tensors: Iterable[Tensor] = ()) -> int:
 class FSDP2Param:
     """One parameter that `fully_shard` manages in this process.
 
-    `sharded` is the DTensor; `unsharded` the whole tensor between all-gather and reshard, which
-    modules hold in its place overlapped; `shape` that of the whole tensor.
+    `sharded`: the DTensor. `unsharded`: the full tensor, which modules hold in its place between
+    all-gather and reshard. `shape`: the shape of the full tensor.
     """
 
     sharded: Tensor
@@ -129,8 +129,8 @@ class FSDP2Param:
 
 
 def fsdp2_params() -> list[FSDP2Param]:
-    """All parameters that `fully_shard` manages in this process."""
-    found = []
+    """Return all parameters that `fully_shard` manages in this process."""
+    params = []
     for module in (reference() for reference in _module_state_mapping.keyrefs()):
         state = module is not None and _module_state_mapping[module]()
         groups = getattr(state, "_fsdp_param_groups", None)
@@ -138,22 +138,22 @@ def fsdp2_params() -> list[FSDP2Param]:
             groups = [group for group in [getattr(state, "_fsdp_param_group", None)] if group]
         for param in (param for group in groups for param in group.fsdp_params):
             unsharded = getattr(param, "_unsharded_param", None)
-            found.append(FSDP2Param(param.sharded_param, unsharded, tuple(param._orig_size)))
-    return found
+            params.append(FSDP2Param(param.sharded_param, unsharded, tuple(param._orig_size)))
+    return params
 
 
 def gathered_params() -> set[int]:
-    """Ids of the whole tensors that FSDP2's modules hold between all-gather and reshard."""
+    """Return the ids of full tensors that FSDP2's modules hold between all-gather and reshard."""
     return {id(param.unsharded) for param in fsdp2_params() if param.unsharded is not None}
 
 
 def is_flat_param(value: object) -> bool:
-    """Whether this is a flat parameter of FSDP1, which marks them and gives them no class."""
+    """Whether this is a flat parameter of FSDP1, which has a mark and no class of its own."""
     return type(value) is nn.Parameter and "_is_flat_param" in value.__dict__
 
 
 def is_flattened(tensor: Tensor) -> bool:
-    """Whether FSDP1 keeps this parameter in a flat one."""
+    """Whether FSDP1 stores this parameter in a flat one."""
     return hasattr(tensor, "_fsdp_flattened")
 
 
@@ -161,7 +161,8 @@ def is_flattened(tensor: Tensor) -> bool:
 class FlattenedParam:
     """A parameter that FSDP1 has flattened.
 
-    `shape`: before that. `start`: where this rank's slice begins in it; None without a slice.
+    `shape`: the shape before flattening. `start`: the offset of this rank's slice in the flattened
+    parameter; None without a slice.
     """
 
     param: Tensor
@@ -171,10 +172,10 @@ class FlattenedParam:
 
 
 def flattened_params() -> Iterator[FlattenedParam]:
-    """All parameters that FSDP1 has flattened.
+    """Yield all parameters that FSDP1 has flattened.
 
-    Only the flat parameter knows their shapes, and nothing leads from them to it. So all objects
-    are searched for flat parameters: 0.1 s.
+    Only the flat parameter has their shapes, and they do not refer to it. So this searches all
+    objects for flat parameters: 0.1 s.
     """
     for flat in filter(is_flat_param, gc.get_objects()):
         originals = zip(
@@ -188,15 +189,15 @@ def flattened_params() -> Iterator[FlattenedParam]:
 
 def are_in_modules(params: Iterable[Tensor]) -> bool:
     """Whether some module of this process holds any of these parameters. Searches all objects."""
-    wanted = {id(param) for param in params}
-    modules = (found for found in gc.get_objects() if isinstance(found, nn.Module))
-    return any(id(param) in wanted for m in modules for param in m.parameters(recurse=False))
+    ids = {id(param) for param in params}
+    modules = (value for value in gc.get_objects() if isinstance(value, nn.Module))
+    return any(id(param) in ids for m in modules for param in m.parameters(recurse=False))
 
 
 class HostCopy:
     """An asynchronous copy of a small tensor to pinned host memory.
 
-    `tolist` waits for the copy alone, not for what was queued on the device after it.
+    `tolist` waits only for the copy, not for work queued on the device after it.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -210,7 +211,7 @@ class HostCopy:
         self._event.record()
 
     def tolist(self) -> list[Any]:
-        """The values as nested lists of numbers."""
+        """Return the values as nested lists of numbers."""
         if self._event is not None:
             self._event.synchronize()
         numbers: list[Any] = self._values.tolist()
@@ -218,22 +219,22 @@ class HostCopy:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph captures what this thread does on a device."""
+    """Whether a CUDA graph captures the work of this thread on a device."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def range_of(name: str) -> AbstractContextManager[object]:
-    """A named range for torch's profiler; nothing, and in no time, where none is running."""
+    """Return a named range for torch's profiler; a null context if no profiler is running."""
     is_on = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     return record_function(name) if is_on else nullcontext()
 
 
 uncompiled = torch._disable_dynamo  # type: ignore[attr-defined]
-"""Of a function that torch.compile leaves as it is; decides so without importing the compiler."""
+"""Exclude a function from torch.compile, without importing the compiler."""
 
 
 def on_host(tensor: Tensor) -> Tensor:
-    """The same values in host memory that a GPU can copy from; a DTensor stays on its mesh."""
+    """Return a copy in pinned host memory; a DTensor stays on its mesh."""
     local = local_part(tensor)
     if local.device.type == "cpu":
         return tensor
@@ -243,12 +244,12 @@ def on_host(tensor: Tensor) -> Tensor:
 
 
 def with_shard(tensor: Tensor, shard: Tensor) -> Tensor:
-    """Another shard of the same shape in place of this rank's; of a plain tensor the shard itself.
+    """Return `tensor` with another shard of the same shape; for a plain tensor the shard.
 
-    The result has the shard's dtype and device, and does not require a gradient. Unlike torch's own
-    operators on DTensors, which take up to 2 s for each new shape on a mesh of four dims (torch
-    2.14), it asks no sharding strategy; and unlike `DTensor.from_local` it leaves a shard where it
-    is, also on the host of a GPU's mesh (FSDP2's offload policy).
+    The result has the shard's dtype and device, and does not require a gradient. It does not query
+    sharding strategies, unlike torch's operators on DTensors, which take up to 2 s for each new
+    shape on a mesh of four dims (torch 2.14). Unlike `DTensor.from_local` it does not move the
+    shard, which may be on the host of a GPU's mesh (FSDP2's offload policy).
     """
     if not isinstance(tensor, DTensor):
         return shard
@@ -261,12 +262,12 @@ def with_shard(tensor: Tensor, shard: Tensor) -> Tensor:
 
 
 def zeros_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Zeros placed as a tensor is, of its dtype or another one."""
+    """Return zeros with a tensor's placements, in its dtype or another one."""
     return with_shard(tensor, torch.zeros_like(local_part(tensor).detach(), dtype=dtype))
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """`tensor.to(device, dtype)`, placed as before; the tensor itself if it is so already."""
+    """Return `tensor.to(device, dtype)` with the same placements; `tensor` if nothing changes."""
     local = local_part(tensor)
     moved = local.to(device=device or local.device, dtype=dtype)
     return tensor if moved is local else with_shard(tensor, moved)

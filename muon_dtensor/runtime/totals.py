@@ -1,4 +1,4 @@
-"""Sums over shards in which each element of a tensor counts once, however many ranks hold it."""
+"""Sums over shards; each element counts once, however many ranks hold it."""
 
 from collections.abc import Sequence
 
@@ -17,16 +17,17 @@ def total_of(
     *,
     take_largest: bool = False,
 ) -> Tensor:
-    """The sum of what shards contribute, or the elementwise maximum. On every rank the same.
+    """Return the sum of the shards' values, or the elementwise maximum; equal on all ranks.
 
-    One reduction over each dim of each mesh, by groups that exist already: a collective that all
-    ranks of the meshes make alike. Of replicas the first one's value counts.
+    A collective of all ranks of the meshes: one reduction over each dim of each mesh, by groups
+    that exist already. Of replicas the first one's value counts.
 
     Args:
         values: per tensor its layout and a value of this rank's shard: float tensors of one shape.
-            All ranks of a mesh name the same tensors of it.
-        groups: that know the meshes.
-        rank: this one.
+            All ranks of a mesh pass the same tensors of it.
+        groups: process groups of the meshes.
+        rank: the global rank of this process.
+        take_largest: return the maximum.
     """
     sums: dict[MeshSpec, list[Tensor]] = {}
     for layout, value in values:
@@ -37,12 +38,12 @@ def total_of(
         sums.setdefault(mesh, []).append(value if is_first else torch.zeros_like(value))
     if not sums:
         return torch.zeros((), dtype=torch.float64)
-    found = []
+    by_mesh = []
     for mesh in sorted(sums, key=lambda m: (m.num_ranks, sorted(m.ranks), m.dim_names, m.shape)):
-        here = torch.stack(sums[mesh])
-        value = here.amax(0) if take_largest else here.sum(0)
+        local = torch.stack(sums[mesh])
+        value = local.amax(0) if take_largest else local.sum(0)
         for group in groups.along_each_dim(mesh) if mesh.dim_names else ():
             (all_reduce_max if take_largest else all_reduce_sum)(value, group)
-        found.append(value)
-    everything = torch.stack([value.to(found[0].device) for value in found])
-    return everything.amax(0) if take_largest else everything.sum(0)
+        by_mesh.append(value)
+    totals = torch.stack([value.to(by_mesh[0].device) for value in by_mesh])
+    return totals.amax(0) if take_largest else totals.sum(0)

@@ -1,4 +1,4 @@
-"""Records when this rank ran which phase, for the Chrome tracing tools."""
+"""Records the times of the phases on this rank, for Chrome's tracing tools."""
 
 import json
 import time
@@ -14,7 +14,7 @@ from muon_dtensor.planning.plan import Phase
 class Span:
     """One phase of one bucket on one rank; seconds since the epoch, by the host's clock.
 
-    On a GPU these are the times at which the host had issued the work.
+    On a GPU these are the times at which the host issued the work.
     """
 
     step: int
@@ -26,7 +26,7 @@ class Span:
 
 
 class Trace:
-    """Spans in the order in which they ended. Grows by one per phase; `clear` empties it."""
+    """Spans in the order of their ends, one per phase."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -35,7 +35,7 @@ class Trace:
 
     @contextmanager
     def span(self, bucket: int, phase: Phase) -> Iterator[None]:
-        """Record what happens inside."""
+        """Record the duration of the context."""
         start = time.time()
         try:
             yield
@@ -43,11 +43,11 @@ class Trace:
             self.spans.append(Span(self.step, self.rank, bucket, phase, start, time.time()))
 
     def clear(self) -> None:
-        """Forget all spans."""
+        """Remove all spans."""
         self.spans.clear()
 
     def to_chrome(self) -> str:
-        """JSON in the Trace Event Format, complete events in microseconds, one process a rank.
+        """Return JSON in the Trace Event Format: complete events in microseconds, pid = rank.
 
         Open it in chrome://tracing or ui.perfetto.dev; files of several ranks can be loaded
         together. Format: "Trace Event Format", Google, 2016, section "Complete Events".

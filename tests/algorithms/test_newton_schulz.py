@@ -1,4 +1,4 @@
-"""The iteration: bitwise torch's, scale-free, harmless on inputs that break torch's."""
+"""The iteration: bitwise torch's, independent of scale, finite where torch's is not."""
 
 import math
 
@@ -23,10 +23,10 @@ def torch_s(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
 @pytest.mark.parametrize("scale", [1.0, 1e-5, 3e4])
 def test_bitwise_torch_s(shape, scale):
     x = tensors_like([shape], 7)[0] * scale
-    kept = x.clone()
+    before = x.clone()
     result = newton_schulz(x)
     assert torch.equal(result, torch_s(x))
-    assert torch.equal(x, kept)
+    assert torch.equal(x, before)
     assert result.dtype == torch.bfloat16
 
 
@@ -36,7 +36,7 @@ def test_scale_free(exponent):
     assert torch.equal(newton_schulz(x * 2.0**exponent), newton_schulz(x))
 
 
-def test_torch_s_own_is_zero_at_those_scales():
+def test_torch_s_iteration_is_zero_at_these_scales():
     x = tensors_like([(12, 20)], 3)[0]
     assert torch_s(x * 1e-20).abs().max() < 1e-6
     assert torch_s(x * 1e19).abs().max() == 0
@@ -76,7 +76,7 @@ def test_singular_values_are_near_one():
     assert values.min() > 0.65
 
 
-def test_vectors_and_float16_are_refused():
+def test_vectors_and_float16_raise():
     with pytest.raises(ValueError, match="two dims"):
         newton_schulz(torch.ones(3))
     with pytest.raises(ValueError, match="dtype must be one of"):
@@ -93,19 +93,19 @@ def test_an_empty_parameter_steps(shape):
 
 
 @pytest.mark.parametrize("exponent", [-84, -66, 63, 100])
-def test_a_step_at_extreme_scales_is_the_ordinary_step(exponent):
+def test_a_step_at_extreme_scales_equals_the_unscaled_step(exponent):
     grad = tensors_like([(6, 10)], 2)[0]
-    moved = []
+    results = []
     for factor in (1.0, 2.0**exponent):
         param = nn.Parameter(torch.zeros(6, 10))
         optimizer = Muon([param], lr=1.0)
         param.grad = grad * factor
         optimizer.step()
-        moved.append(param.detach())
-    assert torch.equal(*moved)
+        results.append(param.detach())
+    assert torch.equal(*results)
 
 
-def test_bf16_momentum_without_nesterov_stays_a_momentum():
+def test_bf16_momentum_without_nesterov_is_not_scaled():
     param = nn.Parameter(torch.ones(4, 6, dtype=torch.bfloat16))
     optimizer = Muon([param], nesterov=False, momentum=0.5)
     param.grad = torch.full_like(param, 64.0)
@@ -114,7 +114,7 @@ def test_bf16_momentum_without_nesterov_stays_a_momentum():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_one_bad_element_reaches_nothing(value):
+def test_one_bad_element_changes_nothing(value):
     param = nn.Parameter(torch.ones(4, 6))
     optimizer = Muon([param], nonfinite="skip")
     param.grad = torch.ones(4, 6)
@@ -128,19 +128,19 @@ def test_one_bad_element_reaches_nothing(value):
 @pytest.mark.parametrize("shape", [(40, 33), (33, 40), (9, 8)], ids=str)
 def test_bf16_parameters_with_few_iterations(shape, steps):
     weight, grad = (t.bfloat16() for t in tensors_like([shape, shape], 4))
-    ours, theirs = nn.Parameter(weight.clone()), nn.Parameter(weight.clone())
-    ours.grad, theirs.grad = grad, grad.clone()
-    Muon([ours], lr=0.1, ns_steps=steps).step()
-    torch.optim.Muon([theirs], lr=0.1, ns_steps=steps).step()
-    assert torch.equal(ours, theirs)
+    param, expected = nn.Parameter(weight.clone()), nn.Parameter(weight.clone())
+    param.grad, expected.grad = grad, grad.clone()
+    Muon([param], lr=0.1, ns_steps=steps).step()
+    torch.optim.Muon([expected], lr=0.1, ns_steps=steps).step()
+    assert torch.equal(param, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "shape", [(4, 4), (7, 5), (5, 7), (1, 8), (8, 1), (129, 48), (3, 20, 30), (3, 30, 20)]
 )
-def test_in_place_the_iteration_is_the_same(shape, dtype):
-    """Bits and strides, where the first product reads a transposed matrix too."""
+def test_the_iteration_in_place_is_the_same(shape, dtype):
+    """Equal bits and strides, also if the first product reads a transposed matrix."""
     x = tensors_like([shape], 0)[0].to(dtype)
     x /= x.norm()
     x = x.mT if shape[-2] > shape[-1] else x
@@ -150,7 +150,7 @@ def test_in_place_the_iteration_is_the_same(shape, dtype):
     assert result.stride() == expected.stride()
 
 
-def test_an_input_is_overwritten_where_that_is_allowed_alone():
+def test_an_input_is_overwritten_only_if_allowed():
     x = tensors_like([(6, 9)], 0)[0].bfloat16()
     before = x.clone()
     expected = newton_schulz(x)

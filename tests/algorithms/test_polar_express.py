@@ -1,4 +1,4 @@
-"""Polar Express and Newton-Schulz: coefficients rederived, accuracy held, a user's own function."""
+"""Polar Express and Newton-Schulz: derivation of coefficients, accuracy, a user's own function."""
 
 import math
 from collections.abc import Callable
@@ -20,10 +20,10 @@ CUSHION = 0.02407327424182761
 
 
 def minimax_quintic(low: float, high: float) -> Tensor:
-    """(a, b, c) of the odd quintic whose largest distance from 1 on [low, high] is least.
+    """Return (a, b, c) of the odd quintic with the least maximal distance from 1 on [low, high].
 
-    Remez: the best one misses 1 by the same amount, with alternating signs, at four points: the
-    ends and the two extrema in between.
+    Remez: at four points, the ends and the two extrema in between, the best quintic differs from 1
+    by the same amount with alternating signs.
     """
     inner = torch.tensor([(3 * low + high) / 4, (low + 3 * high) / 4], dtype=torch.float64)
     signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
@@ -45,7 +45,7 @@ def value(row: Tensor, x: float) -> float:
 
 
 def composition(low: float, num_rows: int) -> list[Tensor]:
-    """The greedy composition of the paper's algorithm 1, with its cushion."""
+    """Compute the greedy composition of the paper's algorithm 1, with its cushion."""
     high, rows = 1.0, []
     for _ in range(num_rows):
         row = minimax_quintic(max(low, CUSHION * high), high)
@@ -57,7 +57,7 @@ def composition(low: float, num_rows: int) -> list[Tensor]:
     return rows
 
 
-def test_the_coefficients_rederived_from_their_definition():
+def test_the_coefficients_follow_from_their_definition():
     rows = composition(1e-3, 7)
     for row, stored in zip(rows, POLAR_EXPRESS[:7], strict=True):
         powers = torch.tensor([SAFETY, SAFETY**3, SAFETY**5], dtype=torch.float64)
@@ -75,21 +75,21 @@ def gaussian(rows: int, cols: int) -> Tensor:
 
 
 def with_spectrum(values: Tensor, cols: int) -> Tensor:
-    """A matrix of these singular values."""
+    """Return a matrix with these singular values."""
     rows = len(values)
-    left = torch.linalg.qr(gaussian(rows, rows).double())[0]
-    right = torch.linalg.qr(gaussian(cols, rows).double())[0]
-    return (left * values.double() @ right.T).float()
+    u = torch.linalg.qr(gaussian(rows, rows).double())[0]
+    v = torch.linalg.qr(gaussian(cols, rows).double())[0]
+    return (u * values.double() @ v.T).float()
 
 
 def low_rank(rows: int, cols: int) -> Tensor:
-    """Four singular values are 1, the rest noise from a hundredth to a thousandth."""
+    """Return a matrix with four singular values of 1 and noise from a hundredth to a thousandth."""
     noise = torch.logspace(-2, -3, rows - 4)
     return with_spectrum(torch.cat([torch.ones(4), noise]), cols)
 
 
-# The farther from square, the more of a Gaussian's singular values are where KELLER_JORDAN gives
-# least: at 1 : 1.5 its E is .35, at 1 : 16 it is .44, by no fault of the code.
+# The farther a Gaussian is from square, the more of its singular values are where KELLER_JORDAN
+# gives least: its E is .35 at 1 : 1.5 and .44 at 1 : 16. This is a property of the coefficients.
 GAUSSIAN = gaussian(64, 96)
 HARMONIC = with_spectrum(1 / torch.arange(1, 65), 96)
 LOW_RANK = low_rank(64, 96)
@@ -98,7 +98,7 @@ WIDE_HARMONIC = with_spectrum(1 / torch.arange(1, 97), 256)
 
 
 def measured(polar_factor: Tensor) -> tuple[float, float, float]:
-    """smin, smax, and E = ||X X^T - I||_F / sqrt(r)."""
+    """Return smin, smax, and E = ||X X^T - I||_F / sqrt(r)."""
     x = polar_factor.double()
     values = torch.linalg.svdvals(x)
     gram = x @ x.mT - torch.eye(len(x), dtype=torch.float64)
@@ -133,7 +133,7 @@ def test_polar_express_five(x, dtype):
 @DTYPES
 @pytest.mark.parametrize("x", [WIDE, WIDE_HARMONIC], ids=["gaussian", "1/i"])
 def test_wide_matrices(x, dtype):
-    """All but E of Keller Jordan's five, see above."""
+    """All bounds but that for E of Keller Jordan's coefficients, see above."""
     smin, smax, _ = measured(newton_schulz(x, dtype=dtype))
     assert (smin >= 0.65, smax <= 1.22) == (True, True)
     smin, smax, _ = measured(express(5)(x, dtype=dtype))
@@ -149,7 +149,7 @@ def test_polar_express_six(x, dtype):
     assert error <= (0.004 if dtype == torch.float32 else 0.006)
 
 
-def test_polar_express_converges_and_may_go_on():
+def test_polar_express_converges_and_stays():
     u, _, vh = torch.linalg.svd(GAUSSIAN.double(), full_matrices=False)
     for num_iterations in (8, 12):
         result = express(num_iterations)(GAUSSIAN, dtype=torch.float64)
@@ -163,7 +163,7 @@ def test_empty_and_zero(shape):
 
 
 def stepped(orthogonalizer: Any, **options: Any) -> tuple[bool, bool]:
-    """On four ranks against one alone: bitwise, and not Newton-Schulz's step."""
+    """Whether a step on four ranks equals that of one rank, and that of Newton-Schulz."""
     mesh, placements = mesh_of((2, 2)), (Shard(0), Shard(1))
     weight, grad = tensors_like([(12, 10), (12, 10)], 0)
 
@@ -173,13 +173,13 @@ def stepped(orthogonalizer: Any, **options: Any) -> tuple[bool, bool]:
         optimizer.step()
         return param
 
-    def shard(whole: Tensor) -> Tensor:
-        return spread(whole, mesh, placements)
+    def shard(tensor: Tensor) -> Tensor:
+        return spread(tensor, mesh, placements)
 
-    ours = step(nn.Parameter(shard(weight)), shard(grad), orthogonalizer).to_local()
-    alone = step(nn.Parameter(weight.clone()), grad.clone(), orthogonalizer)
+    sharded = step(nn.Parameter(shard(weight)), shard(grad), orthogonalizer).to_local()
+    expected = step(nn.Parameter(weight.clone()), grad.clone(), orthogonalizer)
     other = step(nn.Parameter(shard(weight)), shard(grad), "newton_schulz").to_local()
-    return torch.equal(ours, shard(alone.detach()).to_local()), torch.equal(ours, other)
+    return torch.equal(sharded, shard(expected.detach()).to_local()), torch.equal(sharded, other)
 
 
 def exact_polar_factor(x: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def test_every_mesh_gives_the_same_step(orthogonalizer):
     assert run_threads(4, stepped, orthogonalizer) == [(True, False)] * 4
 
 
-def test_a_group_names_its_own():
+def test_a_group_selects_its_orthogonalizer():
     params = [nn.Parameter(torch.ones(4, 4)) for _ in range(3)]
     optimizer = Muon(
         [
@@ -204,8 +204,8 @@ def test_a_group_names_its_own():
         weight_decay=0.0,
         lr=1.0,
     )
-    named = [group["orthogonalizer"] for group in optimizer.param_groups]
-    assert named == ["custom", "polar_express", "newton_schulz"]
+    orthogonalizers = [group["orthogonalizer"] for group in optimizer.param_groups]
+    assert orthogonalizers == ["custom", "polar_express", "newton_schulz"]
     grad = tensors_like([(4, 4)], 3)[0]
     for param in params:
         param.grad = grad.clone()
@@ -217,7 +217,7 @@ def test_a_group_names_its_own():
     assert (params[2] - exact).abs().max().item() > 0.05
 
 
-def test_custom_without_a_function_and_a_function_of_another_shape_are_told():
+def test_custom_without_a_function_and_wrong_functions_raise():
     param = nn.Parameter(torch.ones(4, 4))
     with pytest.raises(GroupOptionError, match="give it to the constructor"):
         Muon([{"params": [param], "orthogonalizer": "custom"}])
@@ -232,7 +232,7 @@ def test_custom_without_a_function_and_a_function_of_another_shape_are_told():
 
 @dataclass
 class Falsy:
-    """A function that cannot be hashed and counts as false."""
+    """A function that is not hashable and false."""
 
     def __len__(self) -> int:
         return 0
@@ -241,7 +241,7 @@ class Falsy:
         return exact_polar_factor(x)
 
 
-def test_any_callable_will_do():
+def test_any_callable_is_accepted():
     param = nn.Parameter(torch.ones(4, 4))
     optimizer = Muon([param], orthogonalizer=Falsy())
     param.grad = torch.randn(4, 4)
@@ -250,17 +250,17 @@ def test_any_callable_will_do():
 
 
 def only_on_meta(x: torch.Tensor) -> torch.Tensor:
-    """As a Triton kernel, which refuses tensors of the host."""
+    """Fail on the host, as a Triton kernel does."""
     if x.device.type != "meta":
         raise RuntimeError("needs a device")
     return torch.empty_like(x)
 
 
-def test_an_orthogonalizer_is_tried_where_it_will_run(monkeypatch):
-    """A kernel of a device is not refused because it fails on the host."""
+def test_an_orthogonalizer_is_checked_on_the_device_of_its_parameters(monkeypatch):
+    """A kernel for a device is accepted although it fails on the host."""
     monkeypatch.setattr(
         "muon_dtensor.optimizer.planned_step.META", torch.device("cuda")
-    )  # meta stands for it
+    )  # meta stands for cuda
     param = nn.Parameter(torch.ones(4, 4, device="meta"))
     assert Muon([param], orthogonalizer=only_on_meta).plan.params
     with pytest.raises(GroupOptionError, match=r"fails on \[2, 3\] of torch.bfloat16 on cpu"):

@@ -1,4 +1,4 @@
-"""Processors differ: which dtype is fast on them, and in which order they round."""
+"""Differences between processors: which dtype is fast, and the order of rounding."""
 
 import logging
 import platform
@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from muon_dtensor import Muon
-from muon_dtensor.algorithms import kernels as bodies
+from muon_dtensor.algorithms import kernels
 from tests.support.deadlines import run_program
 from tests.support.logs import logged
 
 ROOT = Path(__file__).parents[2]
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "DNNL_MAX_CPU_ISA": "AVX2"}
-"""Lets torch compute as on a processor without AVX512 and AMX."""
+"""Makes torch compute as on a processor without AVX512 and AMX."""
 
 EXACT = (
     "runtime/test_layouts_bitwise",
@@ -25,9 +25,9 @@ EXACT = (
 
 
 @pytest.mark.P1
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX2 is of x86")
-def test_updates_are_exact_on_a_processor_that_has_avx2_alone():
-    """The whole suite passes there too; these are the tests that compare bits."""
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX2 needs x86")
+def test_updates_are_exact_with_avx2_only():
+    """The full suite passes there too; these are the tests that compare bits."""
     tests = [f"tests/{name}.py" for name in EXACT]
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *tests]
     done = run_program(command, 600, env=AVX2, cwd=ROOT)
@@ -35,22 +35,22 @@ def test_updates_are_exact_on_a_processor_that_has_avx2_alone():
 
 
 @pytest.fixture
-def _untold(monkeypatch):
-    bodies.log_slow_bfloat16.cache_clear()
+def _not_logged(monkeypatch):
+    kernels.log_slow_bfloat16.cache_clear()
     yield
-    bodies.log_slow_bfloat16.cache_clear()
+    kernels.log_slow_bfloat16.cache_clear()
     monkeypatch.undo()
-    for level in (logging.WARNING, logging.INFO):  # as tests/conftest.py left it
-        bodies.log_slow_bfloat16(level)
+    for level in (logging.WARNING, logging.INFO):  # as in tests/conftest.py
+        kernels.log_slow_bfloat16(level)
 
 
 def param() -> nn.Parameter:
     return nn.Parameter(torch.ones(3, 2))
 
 
-@pytest.mark.usefixtures("_untold")
-def test_slow_bfloat16_is_told_once_with_its_ratio_and_the_option(monkeypatch):
-    monkeypatch.setattr(bodies, "bfloat16_slowdown", lambda: 7.04)
+@pytest.mark.usefixtures("_not_logged")
+def test_slow_bfloat16_is_logged_once_with_its_ratio_and_the_option(monkeypatch):
+    monkeypatch.setattr(kernels, "bfloat16_slowdown", lambda: 7.04)
     with logged() as lines:
         Muon([param()], ns_dtype=torch.float32)
         Muon([nn.Parameter(torch.ones(3, 2, device="meta"))])
@@ -63,16 +63,16 @@ def test_slow_bfloat16_is_told_once_with_its_ratio_and_the_option(monkeypatch):
     assert "Muon(..., ns_dtype=torch.float32)" in line
 
 
-@pytest.mark.usefixtures("_untold")
-def test_nothing_is_told_where_bfloat16_is_fast(monkeypatch):
-    monkeypatch.setattr(bodies, "bfloat16_slowdown", lambda: 1.4)
+@pytest.mark.usefixtures("_not_logged")
+def test_fast_bfloat16_is_not_logged(monkeypatch):
+    monkeypatch.setattr(kernels, "bfloat16_slowdown", lambda: 1.4)
     with logged() as lines:
         Muon([param()])
     assert lines == []
 
 
 def test_the_ratio_is_measured():
-    """Under AVX2 alone it is about 7, with AVX512-BF16 below 1."""
+    """With AVX2 only it is about 7, with AVX512-BF16 below 1."""
     code = (
         "import torch; torch.set_num_threads(1); "
         "from muon_dtensor.algorithms.kernels import bfloat16_slowdown; "
@@ -80,7 +80,7 @@ def test_the_ratio_is_measured():
     )
     done = run_program([sys.executable, "-c", code], 60, env=AVX2)
     assert done.returncode == 0, done.stderr
-    found = float(done.stdout)
-    assert 1 / 50 < found < 200
+    ratio = float(done.stdout)
+    assert 1 / 50 < ratio < 200
     if platform.machine() == "x86_64":
-        assert found > bodies.SLOW
+        assert ratio > kernels.SLOW

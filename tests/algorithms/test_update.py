@@ -1,4 +1,4 @@
-"""The elementwise part: as torch.optim.Muon on whole matrices, and the same on any piece."""
+"""The elementwise part: as torch.optim.Muon on full matrices, and the same on any piece."""
 
 import itertools
 import math
@@ -21,7 +21,7 @@ SHAPES = [(13, 7), (7, 13), (1, 1), (1, 40), (40, 1), (33, 33), (6, 64), (64, 6)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("update_dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_pieces_round_as_the_whole(shape, dtype, update_dtype):
+def test_pieces_round_as_the_full_matrix(shape, dtype, update_dtype):
     generator = torch.Generator().manual_seed(3)
     rows, cols = shape
     weight = torch.randn(shape, generator=generator).to(dtype)
@@ -47,8 +47,8 @@ def test_pieces_round_as_the_whole(shape, dtype, update_dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("update_dtype", [torch.bfloat16, torch.float32])
-def test_several_pieces_round_as_each_by_itself(dtype, update_dtype):
-    """Also beside a piece of another dtype, which takes another road."""
+def test_several_pieces_round_as_single_pieces(dtype, update_dtype):
+    """Also beside a piece of another dtype, which takes another code path."""
     generator = torch.Generator().manual_seed(5)
     weights, updates = torch.randn(2, 4, 16, 24, generator=generator).unbind()
     dtypes = [dtype, dtype, torch.bfloat16, dtype]
@@ -58,25 +58,25 @@ def test_several_pieces_round_as_each_by_itself(dtype, update_dtype):
     for weight, update in zip(expected, polar_factors, strict=True):
         weight.add_(update, alpha=-0.123)
     places, options = [MatrixSlice(16, 24, 0, False)] * 4, {"decay": 0.99, "matrix_lr": 0.123}
-    apart = [p.clone() for p in params]
+    same_dtype = [p.clone() for p in params]
     apply_updates(params, polar_factors, places, **options)
-    apply_updates(apart[:2], polar_factors[:2], places[:2], **options)
+    apply_updates(same_dtype[:2], polar_factors[:2], places[:2], **options)
     assert all(map(torch.equal, params, expected))
-    assert all(map(torch.equal, apart[:2], expected[:2]))
+    assert all(map(torch.equal, same_dtype[:2], expected[:2]))
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_mask_keeps_or_leaves_everything(kept):
-    keep = torch.tensor(kept)
+@pytest.mark.parametrize("applies", [True, False])
+def test_a_mask_applies_or_skips_the_step(applies):
+    keep = torch.tensor(applies)
     weight, grad, momentum, update = torch.randn(4, 6, 5).unbind()
     masked_weight, masked_momentum = weight.clone(), momentum.clone()
-    bad = grad if kept else torch.full_like(grad, math.nan)
+    bad = grad if applies else torch.full_like(grad, math.nan)
     update_momentum([masked_momentum], [bad], 0.9, keep)
     options = {"decay": 0.97, "matrix_lr": 0.2}
     apply_update(
         masked_weight, update * bad / grad, MatrixSlice(6, 5, 0, True), **options, keep=keep
     )
-    if kept:
+    if applies:
         update_momentum([momentum], [grad], 0.9)
         apply_update(weight, update, MatrixSlice(6, 5, 0, True), **options)
     assert torch.equal(masked_momentum, momentum)
@@ -110,7 +110,7 @@ def test_spectral_norm_gives_an_rms_operator_norm_of_lr(shape):
     assert float(update.square().mean().sqrt()) == pytest.approx(0.3 * 0.2)
 
 
-def test_cautious_decay_takes_what_the_update_leaves_alone():
+def test_cautious_decay_applies_where_the_update_is_zero():
     """O W >= 0 holds where O is zero (eq. 2 of arXiv:2510.12402)."""
     param = torch.tensor([[2.0, -2.0, 2.0, 0.0]])
     polar_factor = torch.tensor([[0.0, 0.0, -1.0, 1.0]])

@@ -1,4 +1,4 @@
-"""NorMuon, cautious weight decay, Dion's learning rates: formulas, and one update on any mesh."""
+"""NorMuon, cautious weight decay, Dion's learning rates: formulas, and equal steps on any mesh."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ from muon_dtensor.algorithms.newton_schulz import KELLER_JORDAN
 from muon_dtensor.algorithms.normuon import normalize_rows
 from muon_dtensor.planning.normuon_state import reductions
 from muon_dtensor.planning.plan import STRATEGIES
-from muon_dtensor.runtime import normuon_state as row_moments
+from muon_dtensor.runtime import normuon_state
 from muon_dtensor.runtime.torch_private import local_part, with_shard
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.layouts import EVEN, EXPERTS, LAYOUTS, ODD
@@ -43,7 +43,7 @@ def trained(
     group: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[list[Tensor], list[list[Tensor]], Any]:
-    """Parameters and state after each of three steps on a mesh, or on this process alone."""
+    """Return parameters and state after each of three steps on a mesh, or on one process."""
     mesh = mesh_of(layout[0]) if layout else None
 
     def placed(tensor: Tensor) -> Tensor:
@@ -56,24 +56,24 @@ def trained(
         for param, grad in zip(params, tensors_like(shapes, 1 + step, dtype), strict=True):
             param.grad = placed(grad)
         optimizer.step()
-        kept = [optimizer.state[p][key] for p in params for key in sorted(optimizer.state[p])]
-        history.append([with_shard(t, local_part(t.detach()).clone()) for t in (*params, *kept)])
+        state = [optimizer.state[p][key] for p in params for key in sorted(optimizer.state[p])]
+        history.append([with_shard(t, local_part(t.detach()).clone()) for t in (*params, *state)])
     return [p.detach() for p in params], history, optimizer
 
 
-def own_part(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's shard, cut as another tensor is."""
+def local_shard(full: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's shard, cut as another tensor."""
     if not isinstance(like, DTensor):
-        return whole
-    return local_part(spread(whole, like.device_mesh, like.placements))
+        return full
+    return local_part(spread(full, like.device_mesh, like.placements))
 
 
 def same_on(shapes: list[Shape], layout: Any, options: dict[str, Any]) -> bool:
-    _, found, _ = trained(shapes, layout, **options)
+    _, history, _ = trained(shapes, layout, **options)
     _, expected, _ = trained(shapes, None, **options)
     return all(
-        torch.equal(local_part(a), own_part(b, a))
-        for after in zip(found, expected, strict=True)
+        torch.equal(local_part(a), local_shard(b, a))
+        for after in zip(history, expected, strict=True)
         for a, b in zip(*after, strict=True)
     )
 
@@ -118,11 +118,11 @@ HEADS = {"matrix": "(head dim) model -> head dim model", "matrix_axes": {"head":
 
 
 def heads_and_blocks(layout: Any) -> list[bool]:
-    answers = []
+    results = []
     for group in (HEADS, {"split_sizes": (6, 2, 4)}, {"matrix": "i o -> o i"}):
         options: dict[str, Any] = {"group": group, **NORMUON}
-        answers.append(same_on([(12, 6), (12, 20)], layout, options))
-    return answers
+        results.append(same_on([(12, 6), (12, 20)], layout, options))
+    return results
 
 
 @pytest.mark.parametrize("placements", [(S0,), (S1,), (R,)], ids=str)
@@ -130,24 +130,24 @@ def test_normuon_of_declared_matrices(placements):
     assert run_threads(4, heads_and_blocks, ((4,), placements)) == [[True] * 3] * 4
 
 
-def told_bytes(layout: Any, shapes: list[Shape], group: dict[str, Any]) -> tuple[int, int, str]:
-    """Numbers this rank reduces in a step, those the plan says, and the plan as text."""
-    seen: list[int] = []
-    reduce = row_moments.all_reduce_sum
+def reduced_numel(layout: Any, shapes: list[Shape], group: dict[str, Any]) -> tuple[int, int, str]:
+    """Return the moments that this rank reduces in a step, the planned number, and the plan."""
+    numels: list[int] = []
+    reduce = normuon_state.all_reduce_sum
 
     def counted(values: Tensor, process_group: Any) -> None:
-        seen.append(values.numel())
+        numels.append(values.numel())
         reduce(values, process_group)
 
-    with mock.patch.object(row_moments, "all_reduce_sum", counted):
+    with mock.patch.object(normuon_state, "all_reduce_sum", counted):
         _, _, optimizer = trained(shapes, layout, group=group, **NORMUON, strategy="owned")
     planned = sum(reduction.numel for reduction in reductions(optimizer.plan))
-    return sum(seen) // 3, planned, str(optimizer.plan)
+    return sum(numels) // 3, planned, str(optimizer.plan)
 
 
-def test_moments_are_told_as_planned():
-    for seen, planned, text in run_processes(4, told_bytes, ((2, 2), (R, S0)), [*EVEN], {}):
-        assert seen == planned == sum(rows for rows, _ in EVEN)
+def test_moments_are_reduced_as_planned():
+    for numel, planned, text in run_processes(4, reduced_numel, ((2, 2), (R, S0)), [*EVEN], {}):
+        assert numel == planned == sum(rows for rows, _ in EVEN)
         assert "row moments  all_reduce over a=2 x b=2, not counted above: 264 B a rank" in text
 
 
@@ -156,16 +156,16 @@ def test_moments_are_told_as_planned():
     [((8, 6, 5), {}), ((7, 6, 5), {}), ((12, 6), HEADS)],
     ids=["experts", "uneven-experts", "heads"],
 )
-def test_whole_matrices_on_a_rank_tell_nobody(shape, group):
-    for seen, planned, text in run_processes(4, told_bytes, ((4,), (S0,)), [shape], group):
-        assert seen == planned == 0
+def test_moments_of_local_matrices_are_not_reduced(shape, group):
+    for numel, planned, text in run_processes(4, reduced_numel, ((4,), (S0,)), [shape], group):
+        assert numel == planned == 0
         assert "row moments" not in text
 
 
 def reference_normuon(
     weight: Tensor, grads: list[Tensor], *, lr: float, beta: float, decay: float, eps: float
 ) -> Tensor:
-    """Algorithm 1 of arXiv:2510.05491 in float64, with Nesterov's direction as in Muon."""
+    """Compute algorithm 1 of arXiv:2510.05491 in float64, with Nesterov's direction as in Muon."""
     weight, momentum = weight.double(), torch.zeros_like(weight.double())
     v = torch.zeros(len(weight), 1, dtype=torch.float64)
     a, b, c = KELLER_JORDAN
@@ -190,7 +190,7 @@ def reference_normuon(
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6), (7, 7), (1, 5)], ids=str)
 def test_normuon_is_the_paper_s(shape):
     options: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-8}
-    found, _, _ = trained(
+    params, _, _ = trained(
         [shape],
         None,
         normuon_beta=0.95,
@@ -201,10 +201,10 @@ def test_normuon_is_the_paper_s(shape):
     (weight,) = tensors_like([shape], 0)
     grads = [tensors_like([shape], 1 + step)[0] for step in range(3)]
     expected = reference_normuon(weight, grads, lr=0.02, beta=0.95, decay=0.1, eps=1e-8)
-    torch.testing.assert_close(found[0].double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(params[0].double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_rows_become_alike():
+def test_rows_become_equally_long():
     torch.manual_seed(0)
     uneven = torch.randn(6, 40) * torch.logspace(-2, 0, 6)[:, None]
     moments = torch.zeros(6)
@@ -224,14 +224,14 @@ def test_eps_is_added_to_the_root_of_the_moments():
     torch.testing.assert_close(result, expected * math.sqrt(2) / expected.norm())
 
 
-def test_a_masked_step_leaves_moments():
+def test_a_masked_step_does_not_change_moments():
     moments = torch.full((3,), 0.5)
     normalize_rows(torch.randn(3, 4), moments, beta=0.9, eps=1e-8, keep=torch.tensor(False))
     assert torch.equal(moments, torch.full((3,), 0.5))
 
 
 def reference_cautious(weight: Tensor, polar: Tensor, lr: float, decay: float) -> Tensor:
-    """Eq. 2 of arXiv:2510.12402 element by element, in Python's own numbers."""
+    """Compute eq. 2 of arXiv:2510.12402 element by element, in Python's floats."""
     rows = [
         [w - lr * o - (lr * decay * w if o * w >= 0 else 0.0) for w, o in zip(ws, os, strict=True)]
         for ws, os in zip(weight.double().tolist(), polar.double().tolist(), strict=True)
@@ -252,7 +252,9 @@ def test_cautious_decay_is_the_paper_s():
     assert polar is not None
     expected = reference_cautious(weight, polar, 0.1, 0.4)
     torch.testing.assert_close(params[1].detach().double(), expected, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(params[1], params[0] - 0.04 * weight, atol=1e-4), "not of all"
+    assert not torch.allclose(params[1], params[0] - 0.04 * weight, atol=1e-4), (
+        "not all elements decay"
+    )
 
 
 def resumed() -> bool:
@@ -283,15 +285,15 @@ def test_normuon_resumes_bitwise():
     assert all(run_threads(4, resumed))
 
 
-def test_moments_of_narrow_parameters_stay_wide():
+def test_moments_of_bf16_parameters_are_float32():
     param = nn.Parameter(torch.randn(4, 6).bfloat16())
     optimizer = Muon([param], **NORMUON)
     param.grad = torch.randn(4, 6).bfloat16()
     optimizer.step()
-    kept = optimizer.state[param]["row_second_moment"].clone()
+    moments = optimizer.state[param]["row_second_moment"].clone()
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.state[param]["row_second_moment"].dtype == torch.float32
-    assert torch.equal(optimizer.state[param]["row_second_moment"], kept)
+    assert torch.equal(optimizer.state[param]["row_second_moment"], moments)
 
 
 @pytest.mark.parametrize(

@@ -421,17 +421,17 @@ def refusals(kind: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("unsaid", "PlanError.*group 'tp' cuts was not said.*Give tp_shard_dim"),
+        ("unsaid", "PlanError.*which tensor dim the process group 'tp' cuts.*Give tp_shard_dim"),
         ("beside-dtensors", "PlanError.*It is a plain tensor beside DTensors or slices"),
-        ("no-such-dim", "PlanError.*2 tensor dims, and 'tp' is said to cut dim 2"),
+        ("no-such-dim", "PlanError.*2 tensor dims, and 'tp' cuts dim 2"),
         ("too-few", "PlanError.*tensor dims were given for 0"),
         ("not-named", "PlanError.*Tensor dims were given for v.*Name it too"),
         ("other-sizes", "PlanError.*though tensor dim 1 is not cut"),
         ("other-dims", "PlanError.*Ranks hold shards of 2 and 3 tensor dims"),
         ("other-names", "PlanMismatchError.*different plain parameters.*w0.*w1"),
         ("flat", "PlanError.*use_orig_params=True"),
-        ("slices", r"PlanError.*\[4, 4\] when whole.*create_auto_config"),
-        ("two-cuts", "PlanError.*cut over one mesh dim, not tp and fsdp"),
+        ("slices", r"PlanError.*full shape is \[4, 4\].*create_auto_config"),
+        ("two-cuts", "PlanError.*cut over one mesh dim, not over tp and fsdp"),
     ],
 )
 def test_what_cannot_be_is_told_on_every_rank(kind, words):

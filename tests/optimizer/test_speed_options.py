@@ -279,7 +279,7 @@ def test_a_capturable_step_does_not_read_a_tensor_lr(adjust_lr_fn):
 
 def test_symmetric_kernels_are_an_error_where_asked_for_and_a_line_where_not(caplog):
     bodies._symmetric.cache_clear()
-    bodies._tell.cache_clear()
+    bodies._log_fallback.cache_clear()
     with pytest.raises(GroupOptionError, match="say exact=False"):
         stepped(None, kernels="auto")
     with pytest.raises(GroupOptionError, match="pip install gram-newton-schulz"):

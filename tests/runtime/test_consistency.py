@@ -1,4 +1,4 @@
-"""What ranks agree on before a step: every disagreement is told on every rank, nothing changes."""
+"""Ranks compare before a step: any difference raises on every rank, and nothing changes."""
 
 import contextlib
 import logging
@@ -40,8 +40,8 @@ def snapshot(optimizer: Muon) -> list[torch.Tensor]:
     return [local(t).detach().clone() for t in (*params, *states)]
 
 
-def told(optimizer: Muon, step: Callable[[], Any] | None = None) -> tuple[str, str, bool]:
-    """Error type and text of a step, and whether all was left as it was."""
+def try_step(optimizer: Muon, step: Callable[[], Any] | None = None) -> tuple[str, str, bool]:
+    """Return error type and text of a step, and whether all values are unchanged."""
     before = snapshot(optimizer)
     try:
         (step or optimizer.step)()
@@ -53,13 +53,13 @@ def told(optimizer: Muon, step: Callable[[], Any] | None = None) -> tuple[str, s
     return name, text, same
 
 
-def made(
+def make_optimizer(
     shape: tuple[int, ...] = (4,), placements: Any = (S0,), adamw: bool = False, **options: Any
 ) -> tuple[list[nn.Parameter], Muon, Any]:
     mesh = mesh_of(shape)
     params = [nn.Parameter(spread(w, mesh, placements)) for w in tensors_like(SHAPES, 0)]
-    named = [(f"layers.{i}.weight", p) for i, p in enumerate(params)]
-    groups: list[dict[str, Any]] = [{"params": named}]
+    named_params = [(f"layers.{i}.weight", p) for i, p in enumerate(params)]
+    groups: list[dict[str, Any]] = [{"params": named_params}]
     if adamw:
         norm = nn.Parameter(spread(torch.ones(9), mesh, (R,) * len(shape)))
         params.append(norm)
@@ -78,12 +78,12 @@ def give_gradients(params: list[nn.Parameter], mesh: Any, placements: Any, seed:
 def different_order() -> Any:
     mesh = mesh_of((2, 2))
     params = [nn.Parameter(spread(w, mesh, (S0, S1))) for w in tensors_like(SHAPES, 0)]
-    named = [(f"layers.{i}.weight", p) for i, p in enumerate(params)]
+    named_params = [(f"layers.{i}.weight", p) for i, p in enumerate(params)]
     if dist.get_rank() == 2:
-        named[1], named[2] = named[2], named[1]
+        named_params[1], named_params[2] = named_params[2], named_params[1]
     give_gradients(params, mesh, (S0, S1))
-    answer = told(Muon(named))
-    return (*answer, sum(map(len, groups._own.values())))
+    outcome = try_step(Muon(named_params))
+    return (*outcome, sum(map(len, groups._own.values())))
 
 
 def test_different_order_of_parameters():
@@ -101,12 +101,12 @@ def different_twice() -> Any:
     param = nn.Parameter(spread(torch.ones(shape), mesh, (S0, S1)))
     param.grad = spread(torch.ones(shape), mesh, (S0, S1))
     optimizer = Muon([("w", param)])
-    return [(*told(optimizer), sum(map(len, groups._own.values()))) for _ in range(2)]
+    return [(*try_step(optimizer), sum(map(len, groups._own.values()))) for _ in range(2)]
 
 
-def test_plans_that_differ_are_told_at_every_step_and_make_no_group():
-    for answers in run_processes(4, different_twice):
-        for name, text, same, num_groups in answers:
+def test_different_plans_raise_in_every_step_and_create_no_group():
+    for outcomes in run_processes(4, different_twice):
+        for name, text, same, num_groups in outcomes:
             assert num_groups == 0
             assert (name, same) == ("PlanMismatchError", True)
             assert "w [8, 5]" in text
@@ -117,19 +117,19 @@ def another_dtype(algorithm: str) -> Any:
     dtype = torch.bfloat16 if dist.get_rank() == 3 else torch.float32
     param = nn.Parameter(spread(torch.ones(8, 6, dtype=dtype), mesh, (S0,)))
     param.grad = spread(torch.ones(8, 6, dtype=dtype), mesh, (S0,))
-    return told(Muon([{"params": [("w", param)], "algorithm": algorithm}]))
+    return try_step(Muon([{"params": [("w", param)], "algorithm": algorithm}]))
 
 
 @pytest.mark.parametrize("algorithm", ["muon", "adamw"])
-def test_parameters_of_another_dtype_on_one_rank_are_told(algorithm):
+def test_another_dtype_on_one_rank_raises_on_all(algorithm):
     for name, text, same in run_processes(4, another_dtype, algorithm):
         assert (name, same) == ("PlanMismatchError", True)
         assert "w [8, 6] bfloat16" in text
 
 
 def different_plan_options() -> Any:
-    _, optimizer, _ = made(prefetch_count=dist.get_rank() % 2)
-    return told(optimizer)
+    _, optimizer, _ = make_optimizer(prefetch_count=dist.get_rank() % 2)
+    return try_step(optimizer)
 
 
 def test_different_plan_options():
@@ -139,7 +139,7 @@ def test_different_plan_options():
 
 
 def different_lr(later: bool) -> Any:
-    params, optimizer, mesh = made(
+    params, optimizer, mesh = make_optimizer(
         (2, 2), (R, S0), lr=0.1 if dist.get_rank() != 1 or later else 0.2
     )
     if later:
@@ -147,7 +147,7 @@ def different_lr(later: bool) -> Any:
         give_gradients(params, mesh, (R, S0))
         if dist.get_rank() == 1:
             optimizer.param_groups[0]["lr"] = 0.2
-    return told(optimizer)
+    return try_step(optimizer)
 
 
 @pytest.mark.parametrize("later", [False, True])
@@ -159,10 +159,10 @@ def test_different_hyperparameters(later):
         assert "lr=0.1" in text
 
 
-OTHERS = {**OTHER_VALUES, "algorithm": "adamw", "betas": (0.8, 0.99)}
+CHANGED_VALUES = {**OTHER_VALUES, "algorithm": "adamw", "betas": (0.8, 0.99)}
 
 READ_BY = {
-    "muon": OTHERS.keys() - {"betas"},
+    "muon": CHANGED_VALUES.keys() - {"betas"},
     "adamw": {"algorithm", "lr", "betas", "eps", "weight_decay", "capturable"},
 }
 
@@ -173,36 +173,36 @@ OF_GROUPS = [
 
 
 def with_another_option(index: int, name: str) -> Any:
-    params, optimizer, mesh = made((2, 2), (R, S0), adamw=True)
+    params, optimizer, mesh = make_optimizer((2, 2), (R, S0), adamw=True)
     optimizer.step()
     give_gradients(params, mesh, (R, S0), seed=2)
     if dist.get_rank() == 2:
-        optimizer.param_groups[index][name] = OTHERS[name]
-    return told(optimizer)
+        optimizer.param_groups[index][name] = CHANGED_VALUES[name]
+    return try_step(optimizer)
 
 
 @pytest.mark.parametrize(("index", "name"), OF_GROUPS)
 def test_every_option_that_a_step_reads_is_compared(index, name):
     for error, text, same in run_processes(4, with_another_option, index, name):
         assert error == "PlanMismatchError"
-        # the rank that changed it has made the state that the other plan needs
+        # the rank that changed it has created the state of the other plan
         assert same or name in ("algorithm", "normuon_beta")
         assert name in text or name in ("algorithm", "normuon_beta", "orthogonalizer"), text
 
 
-def test_no_option_is_forgotten_above():
+def test_all_options_are_covered_above():
     assert set(READ_BY_MUON) == READ_BY["muon"]
     assert set(READ_BY_ADAMW) == READ_BY["adamw"]
 
 
 def missing_on(ranks: tuple[int, ...], shape: Any, placements: Any, options: Any) -> Any:
-    params, optimizer, mesh = made(shape, placements, adamw=True, **options)
+    params, optimizer, mesh = make_optimizer(shape, placements, adamw=True, **options)
     optimizer.step()
     give_gradients(params, mesh, placements, seed=2)
     if dist.get_rank() in ranks:
         params[1].grad = None
         params[3].grad = None
-    first = told(optimizer)
+    first = try_step(optimizer)
     give_gradients(params, mesh, placements, seed=3)
     optimizer.step()
     return first, local(params[1]).detach(), local(params[3]).detach()
@@ -220,7 +220,7 @@ def test_a_gradient_missing_on_some_ranks_is_named(shape, placements):
 
 
 def missing_everywhere(shape: Any, placements: Any) -> Any:
-    params, optimizer, _ = made(shape, placements, adamw=True)
+    params, optimizer, _ = make_optimizer(shape, placements, adamw=True)
     params[1].grad = params[3].grad = None
     before = snapshot(optimizer)
     optimizer.step()
@@ -229,7 +229,7 @@ def missing_everywhere(shape: Any, placements: Any) -> Any:
 
 
 @pytest.mark.parametrize(("shape", "placements"), [((3,), (S1,)), ((2, 2), (R, S0))], ids=str)
-def test_a_gradient_missing_everywhere_leaves_the_parameter_alone(shape, placements):
+def test_a_gradient_missing_everywhere_does_not_change_the_parameter(shape, placements):
     num_ranks = torch.Size(shape).numel()
     for same in run_processes(num_ranks, missing_everywhere, shape, placements):
         # parameters, then momenta of the first three, then step, exp_avg, exp_avg_sq
@@ -237,7 +237,7 @@ def test_a_gradient_missing_everywhere_leaves_the_parameter_alone(shape, placeme
 
 
 def zero_or_zeros(explicit: bool) -> Any:
-    params, optimizer, _ = made(adamw=True, missing_grad="zero")
+    params, optimizer, _ = make_optimizer(adamw=True, missing_grad="zero")
     optimizer.step()
     if dist.get_rank() == 2:
         zeros = [
@@ -256,24 +256,24 @@ def zero_or_zeros(explicit: bool) -> Any:
 
 def test_a_missing_gradient_may_count_as_zero():
     expected = run_processes(4, zero_or_zeros, True)
-    found = run_processes(4, zero_or_zeros, False)
-    for (seen, _), (wanted, _) in zip(found, expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(seen, wanted, strict=True))
-    first, *others = [warnings for _, warnings in found]
+    outcomes = run_processes(4, zero_or_zeros, False)
+    for (values, _), (expected_values, _) in zip(outcomes, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(values, expected_values, strict=True))
+    first, *later_ranks = [warnings for _, warnings in outcomes]
     assert len(first) == 1
     assert "layers.0.weight, norm.weight" in first[0]
-    assert others == [[]] * 3  # all would say the same
+    assert later_ranks == [[]] * 3  # with the same message
 
 
 def non_finite(value: float, mode: str, which: int, shape: Any, placements: Any) -> Any:
-    params, optimizer, mesh = made(shape, placements, adamw=True, nonfinite=mode)
+    params, optimizer, mesh = make_optimizer(shape, placements, adamw=True, nonfinite=mode)
     optimizer.step()
     if dist.get_rank() == 1:
         local(params[which].grad).view(-1)[0] = value
-    first = told(optimizer)
+    first = try_step(optimizer)
     finite_after = all(bool(t.isfinite().all()) for t in snapshot(optimizer))
     give_gradients(params, mesh, placements, seed=3)
-    clean = told(optimizer)
+    clean = try_step(optimizer)
     return first, finite_after, clean
 
 
@@ -296,7 +296,7 @@ def test_non_finite_gradients(value, which, shape, placements):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_finite_gradients_whose_sum_overflows_are_finite(dtype):
-    """Looked at by their sums first, which are five times as fast and not the last word."""
+    """Sums are checked first; if one is not finite, the extremes decide."""
     param = nn.Parameter(torch.ones(16, 16, dtype=dtype))
     param.grad = torch.full((16, 16), torch.finfo(dtype).max, dtype=dtype)
     Muon([param], lr=0.1).step()
@@ -306,14 +306,14 @@ def test_finite_gradients_whose_sum_overflows_are_finite(dtype):
         Muon([param], lr=0.1).step()
 
 
-def test_propagated_nan_is_what_torch_does():
+def test_nan_propagates_as_in_torch():
     outcomes = run_processes(4, non_finite, math.nan, "propagate", 0, (4,), (S0,))
     assert all(not finite_after for _, finite_after, _ in outcomes)
     assert [first[0] for first, _, _ in outcomes] == [""] * 4
 
 
 def nan_on_the_smaller_mesh() -> Any:
-    """A router on dp alone; its NaN must stop ranks that do not hold the router."""
+    """A router only on dp; its NaN must stop ranks that do not hold the router."""
     world = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     dense = nn.Parameter(spread(tensors_like([(8, 8)], 0)[0], world, (S0, S1)))
     router = nn.Parameter(spread(tensors_like([(6, 4)], 0)[0], world["dp"], (S0,)))
@@ -322,12 +322,12 @@ def nan_on_the_smaller_mesh() -> Any:
     router.grad = spread(torch.ones(6, 4), world["dp"], (S0,))
     if dist.get_rank() == 2:
         local(router.grad)[0, 0] = math.nan
-    nan = told(optimizer)
+    nan = try_step(optimizer)
     router.grad = spread(torch.ones(6, 4), world["dp"], (S0,)) if dist.get_rank() != 2 else None
-    return nan, told(optimizer)
+    return nan, try_step(optimizer)
 
 
-def test_what_a_smaller_mesh_finds_stops_the_larger():
+def test_a_fault_on_a_smaller_mesh_stops_the_larger():
     for nan, missing in run_processes(4, nan_on_the_smaller_mesh):
         assert (nan[0], nan[2]) == ("NonFiniteGradientError", True)
         assert (missing[0], missing[2]) == ("MissingGradientError", True)
@@ -336,12 +336,12 @@ def test_what_a_smaller_mesh_finds_stops_the_larger():
 def sparse_gradient() -> Any:
     mesh = mesh_of((2,))
     plain = nn.Embedding(6, 4, sparse=True)
-    held = nn.Parameter(spread(torch.ones(6, 4), mesh, (S0,)))
-    optimizer = Muon([("table", plain.weight), ("held", held)])
-    held.grad = spread(torch.ones(6, 4), mesh, (S0,))
+    sharded = nn.Parameter(spread(torch.ones(6, 4), mesh, (S0,)))
+    optimizer = Muon([("table", plain.weight), ("sharded", sharded)])
+    sharded.grad = spread(torch.ones(6, 4), mesh, (S0,))
     if dist.get_rank() == 0:
         plain(torch.tensor([1, 2])).sum().backward()
-    return told(optimizer)
+    return try_step(optimizer)
 
 
 def test_a_sparse_gradient_on_one_rank_stops_all():
@@ -362,8 +362,8 @@ def test_a_sparse_gradient_on_one_rank_stops_all():
     ],
     ids=["host", "first-step", "device", "zeros-for-missing"],
 )
-def test_which_steps_wait_for_their_ballots(device, steps, options, waits):
-    """On a device the first alone, unless zeros for what is missing are asked for."""
+def test_which_steps_wait_for_the_comparison(device, steps, options, waits):
+    """On a device only the first, unless missing gradients count as zero."""
     param = nn.Parameter(torch.ones(4, 3))
     optimizer = Muon([param], **options)
     for _ in range(steps):
@@ -375,8 +375,8 @@ def test_which_steps_wait_for_their_ballots(device, steps, options, waits):
 
 
 def masked(value: float, missing: bool, mode: str) -> Any:
-    """The road of a GPU, taken on the host: ballots stay unread, the step is masked."""
-    params, optimizer, mesh = made((2, 2), (R, S0), adamw=True, nonfinite=mode)
+    """The code path of a GPU on the host: results stay unread, and the step is masked."""
+    params, optimizer, mesh = make_optimizer((2, 2), (R, S0), adamw=True, nonfinite=mode)
     optimizer.step()
     optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
     give_gradients(params, mesh, (R, S0), seed=2)
@@ -384,15 +384,15 @@ def masked(value: float, missing: bool, mode: str) -> Any:
         if missing:
             params[1].grad = None
         local(params[0].grad).view(-1)[0] = value
-    first = told(optimizer)
+    first = try_step(optimizer)
     give_gradients(params, mesh, (R, S0), seed=3)
-    second = told(optimizer)
-    third = told(optimizer)
-    return first, second, third, told(optimizer, optimizer.state_dict)
+    second = try_step(optimizer)
+    third = try_step(optimizer)
+    return first, second, third, try_step(optimizer, optimizer.state_dict)
 
 
 @pytest.mark.parametrize("missing", [False, True])
-def test_a_masked_step_changes_nothing_and_is_told_later(missing):
+def test_a_masked_step_changes_nothing_and_raises_later(missing):
     value = 1.0 if missing else math.nan
     name = "MissingGradientError" if missing else "NonFiniteGradientError"
     for first, second, third, saved in run_processes(4, masked, value, missing, "raise"):
@@ -404,7 +404,7 @@ def test_a_masked_step_changes_nothing_and_is_told_later(missing):
 
 
 def masked_and_saved_on_one_rank(then: str) -> Any:
-    params, optimizer, mesh = made((2, 2), (R, S0), adamw=True)
+    params, optimizer, mesh = make_optimizer((2, 2), (R, S0), adamw=True)
     optimizer.step()
     optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
     give_gradients(params, mesh, (R, S0), seed=2)
@@ -412,7 +412,7 @@ def masked_and_saved_on_one_rank(then: str) -> Any:
         local(params[0].grad).view(-1)[0] = math.nan
     optimizer.step()
     if then == "save":
-        told(optimizer, optimizer.state_dict) if dist.get_rank() == 0 else None
+        try_step(optimizer, optimizer.state_dict) if dist.get_rank() == 0 else None
     elif then == "add":
         optimizer.add_param_group({"params": [("added", nn.Parameter(torch.ones(3, 3)))]})
     elif then == "load":
@@ -420,20 +420,20 @@ def masked_and_saved_on_one_rank(then: str) -> Any:
             optimizer.state_dict()
         optimizer.load_state_dict(torch.optim.Optimizer.state_dict(optimizer))
     give_gradients(params, mesh, (R, S0), seed=3)
-    return told(optimizer)[0]
+    return try_step(optimizer)[0]
 
 
 @pytest.mark.parametrize(
     ("then", "name"),
     [("save", "NonFiniteGradientError"), ("add", "NonFiniteGradientError"), ("load", "")],
 )
-def test_what_a_masked_step_found_is_raised_by_the_next_step_of_every_rank(then, name):
-    """Though one rank alone asked for its state dict, or a group was added; not after loading."""
+def test_the_fault_of_a_masked_step_raises_in_the_next_step_of_every_rank(then, name):
+    """Also if one rank alone saves its state, or a group is added; not after loading."""
     assert run_processes(4, masked_and_saved_on_one_rank, then) == [name] * 4
 
 
 def flag_on_device(grads: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """What `non_finite_flag` does on a GPU: nothing is read."""
+    """Compute `non_finite_flag` as on a GPU: the host reads nothing."""
     extremes = torch.stack([grad.abs().amax() for grad in grads])
     return (~extremes.isfinite()).any().to(torch.int64)
 
@@ -452,8 +452,8 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("adamw", [False, True])
-def test_a_masked_step_reads_no_tensor_but_the_copy_of_the_last_outcome(adamw, monkeypatch):
-    """In a plain loop, without a state_dict() before the step that would empty the queue."""
+def test_a_masked_step_reads_only_the_copy_of_the_last_outcome(adamw, monkeypatch):
+    """In a plain loop, without a state_dict() before the step, which would empty the queue."""
     monkeypatch.setattr(gradients, "non_finite_flag", flag_on_device)
     params = [nn.Parameter(t) for t in tensors_like([(6, 4), (5, 7)], 0)]
     groups: list[Any] = [{"params": params[:1]}, {"params": params[1:]}]
@@ -476,7 +476,7 @@ def test_a_masked_step_may_be_skipped_silently():
 
 
 def masked_or_not(reads_now: bool) -> Any:
-    params, optimizer, mesh = made((2, 2), (S0, S1), adamw=True)
+    params, optimizer, mesh = make_optimizer((2, 2), (S0, S1), adamw=True)
     for step in range(3):
         give_gradients(params, mesh, (S0, S1), seed=step)
         optimizer.step()
@@ -485,13 +485,13 @@ def masked_or_not(reads_now: bool) -> Any:
     return snapshot(optimizer)
 
 
-def test_a_masked_good_step_is_the_ordinary_one():
-    for seen, wanted in zip(
+def test_a_masked_good_step_equals_an_unmasked_one():
+    for masked_values, expected in zip(
         run_processes(4, masked_or_not, False), run_processes(4, masked_or_not, True), strict=True
     ):
-        for a, b in zip(seen[:3], wanted[:3], strict=True):
+        for a, b in zip(masked_values[:3], expected[:3], strict=True):
             assert torch.equal(a, b)  # Muon: the same operations
-        for a, b in zip(seen[3:], wanted[3:], strict=True):
+        for a, b in zip(masked_values[3:], expected[3:], strict=True):
             torch.testing.assert_close(a, b)  # AdamW: torch's fused kernel
 
 
@@ -505,7 +505,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def skipping(name: str, shape: Any, placements: Any, *, masks: bool) -> list[list[torch.Tensor]]:
-    """All values after a good step, a bad one that is skipped, and two good ones."""
+    """Return all values after a good step, a bad one that is skipped, and two good ones."""
     mesh = mesh_of(shape)
     dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
     shapes = [(12, 8), (8, 12), (7, 5)]
@@ -521,8 +521,8 @@ def skipping(name: str, shape: Any, placements: Any, *, masks: bool) -> list[lis
         optimizer.step()
         if masks:
             optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
-        kept = [optimizer.state[p][key] for p in params for key in sorted(optimizer.state[p])]
-        history.append([local(value).clone() for value in (*(p.detach() for p in params), *kept)])
+        state = [optimizer.state[p][key] for p in params for key in sorted(optimizer.state[p])]
+        history.append([local(value).clone() for value in (*(p.detach() for p in params), *state)])
     return history
 
 
@@ -533,17 +533,17 @@ def skipping(name: str, shape: Any, placements: Any, *, masks: bool) -> list[lis
 def test_a_masked_step_leaves_all_state_as_a_skipped_one_does(name, shape, placements):
     masked_ones = run_processes(4, partial(skipping, masks=True), name, shape, placements)
     skipped = run_processes(4, partial(skipping, masks=False), name, shape, placements)
-    for mine, theirs in zip(masked_ones, skipped, strict=True):
-        assert all(map(torch.equal, mine[0], mine[1])), "the bad step changes nothing"
-        assert not all(map(torch.equal, mine[1], mine[2]))
-        for found, expected in zip(mine, theirs, strict=True):
-            for a, b in zip(found, expected, strict=True):
+    for history, skipped_history in zip(masked_ones, skipped, strict=True):
+        assert all(map(torch.equal, history[0], history[1])), "the bad step changes nothing"
+        assert not all(map(torch.equal, history[1], history[2]))
+        for values, expected in zip(history, skipped_history, strict=True):
+            for a, b in zip(values, expected, strict=True):
                 torch.testing.assert_close(a, b)  # AdamW: torch's fused kernel
 
 
 @pytest.mark.parametrize("mode", ["raise", "skip"])
-def test_a_rank_by_itself_masks_its_steps_too(mode):
-    """The road of a single GPU, taken on the host."""
+def test_a_single_rank_masks_its_steps_too(mode):
+    """The code path of a single GPU, on the host."""
     params = [nn.Parameter(t) for t in tensors_like([(6, 4), (5, 7)], 0)]
     optimizer = Muon(params, nonfinite=mode)
     optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
@@ -565,17 +565,17 @@ def test_a_rank_by_itself_masks_its_steps_too(mode):
 
 
 def group_added_later(shape: Any, placements: Any) -> Any:
-    params, optimizer, mesh = made(shape, placements)
+    params, optimizer, mesh = make_optimizer(shape, placements)
     optimizer.step()
     give_gradients(params, mesh, placements, seed=2)
     if dist.get_rank() == 1:
         more = nn.Parameter(spread(torch.ones(4, 4), mesh, placements))
         optimizer.add_param_group({"params": [("more", more)]})
-    return told(optimizer)
+    return try_step(optimizer)
 
 
 @pytest.mark.parametrize(("shape", "placements"), [((4,), (S0,)), ((2, 2), (S0, S1))], ids=str)
-def test_a_group_added_on_one_rank_is_told(shape, placements):
+def test_a_group_added_on_one_rank_raises_on_all(shape, placements):
     for name, text, same in run_processes(4, group_added_later, shape, placements):
         assert (name, same) == ("PlanMismatchError", True)
         assert "rank 1: more [4, 4]" in text
@@ -583,14 +583,14 @@ def test_a_group_added_on_one_rank_is_told(shape, placements):
 
 
 def different_modes(option: str, value: str) -> Any:
-    params, optimizer, _ = made(**({option: value} if dist.get_rank() == 2 else {}))
+    params, optimizer, _ = make_optimizer(**({option: value} if dist.get_rank() == 2 else {}))
     if dist.get_rank() == 1:
         params[0].grad = None
-    return told(optimizer)
+    return try_step(optimizer)
 
 
 @pytest.mark.parametrize(("option", "value"), [("missing_grad", "zero"), ("nonfinite", "skip")])
-def test_different_ways_to_take_gradients_are_told(option, value):
+def test_different_gradient_options_raise_on_all(option, value):
     for name, text, same in run_processes(4, different_modes, option, value):
         assert (name, same) == ("PlanMismatchError", True)
         assert "rank 2: optimizer:" in text
@@ -598,13 +598,13 @@ def test_different_ways_to_take_gradients_are_told(option, value):
 
 
 def order_over_two_meshes() -> Any:
-    both = mesh_of((2, 2))
+    mesh = mesh_of((2, 2))
     flat = init_device_mesh("cpu", (4,), mesh_dim_names=("ep",))
-    named = [
-        ("dense", nn.Parameter(spread(torch.ones(8, 8), both, (S0, S1)))),
+    named_params = [
+        ("dense", nn.Parameter(spread(torch.ones(8, 8), mesh, (S0, S1)))),
         ("expert", nn.Parameter(spread(torch.ones(4, 8), flat, (S0,)))),
     ]
-    return told(Muon(named[::-1] if dist.get_rank() == 2 else named))
+    return try_step(Muon(named_params[::-1] if dist.get_rank() == 2 else named_params))
 
 
 def test_different_order_over_two_meshes_of_the_same_ranks():
@@ -614,7 +614,7 @@ def test_different_order_over_two_meshes_of_the_same_ranks():
 
 
 def crossing_meshes(kind: str) -> Any:
-    """One parameter on rows of ranks, one on columns, none on all of them."""
+    """One parameter on rows of ranks, one on columns, and none on all ranks."""
     world = mesh_of((2, 2))
     on_a = nn.Parameter(spread(torch.ones(8, 6), world["a"], (S0,)))
     on_b = nn.Parameter(spread(torch.ones(6, 8), world["b"], (S0,)))
@@ -630,7 +630,7 @@ def crossing_meshes(kind: str) -> Any:
             on_a.grad = None
         elif kind == "nan":
             local(on_b.grad)[0, 0] = math.nan
-    return told(optimizer)
+    return try_step(optimizer)
 
 
 @pytest.mark.parametrize(
@@ -642,52 +642,52 @@ def crossing_meshes(kind: str) -> Any:
         ("shape", "PlanMismatchError"),
     ],
 )
-def test_meshes_that_cross_tell_each_other(kind, error):
+def test_faults_reach_ranks_of_crossing_meshes(kind, error):
     for name, _, same in run_processes(4, crossing_meshes, kind):
         assert (name, same) == (error, True)
 
 
 def masked_over_meshes(kind: str, meshes: tuple[str, ...]) -> Any:
-    """A good step, a masked bad one, and the one after; a parameter on each of these meshes."""
+    """A good step, a masked bad step, and the next one; one parameter on each of these meshes."""
     world = mesh_of((2, 2))
     params = {}
     for name in meshes:
         mesh = world if name == "ab" else world[name]
-        where = (S0,) * mesh.ndim
-        params[name] = nn.Parameter(spread(torch.ones(8, 8), mesh, where))
+        placements = (S0,) * mesh.ndim
+        params[name] = nn.Parameter(spread(torch.ones(8, 8), mesh, placements))
     optimizer = Muon(params.items())
 
-    def give() -> None:
+    def set_gradients() -> None:
         for param in params.values():
             param.grad = spread(torch.ones(8, 8), param.device_mesh, param.placements)
 
-    give()
+    set_gradients()
     optimizer.step()
     optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
-    give()
+    set_gradients()
     if dist.get_rank() == 0:
-        what, _, name = kind.partition(" on ")
-        if what == "missing":
+        fault, _, name = kind.partition(" on ")
+        if fault == "missing":
             params[name].grad = None
         else:
             local(params[name].grad)[0, 0] = math.nan
-    first = told(optimizer)
-    give()
-    return first, told(optimizer)
+    first = try_step(optimizer)
+    set_gradients()
+    return first, try_step(optimizer)
 
 
 @pytest.mark.parametrize(
     ("kind", "meshes"),
     [
-        (f"{what} on {name}", meshes)
+        (f"{fault} on {name}", meshes)
         for meshes in (("a", "b"), ("a", "ab"), ("b", "a", "ab"))
         for name in meshes
-        for what in ("missing", "nan")
+        for fault in ("missing", "nan")
     ],
     ids=str,
 )
 def test_a_masked_fault_of_one_mesh_masks_the_ranks_of_all(kind, meshes):
-    """Also of those that hold no part of the parameter; the next step raises on all."""
+    """Also ranks that hold no part of the parameter; the next step raises on all."""
     for first, (name, _, same) in run_processes(4, masked_over_meshes, kind, meshes):
         assert first == ("", "", True)
         assert same
@@ -695,27 +695,27 @@ def test_a_masked_fault_of_one_mesh_masks_the_ranks_of_all(kind, meshes):
 
 
 def num_reductions(meshes: tuple[str, ...]) -> int:
-    """Of ballots, in the second step."""
+    """Return the number of reductions before the second step."""
     world = mesh_of((2, 2))
     params = []
     for name in meshes:
         mesh = world if name == "ab" else world[name]
         params.append(nn.Parameter(spread(torch.ones(8, 8), mesh, (S0,) * mesh.ndim)))
     optimizer = Muon(params)
-    seen: list[int] = []
+    numels: list[int] = []
     reduce = agreement.maximum_of_all
 
     def counted(values: torch.Tensor, group: Any) -> None:
-        seen.append(len(values))
+        numels.append(len(values))
         reduce(values, group)
 
     for _ in range(2):
         for param in params:
             param.grad = spread(torch.ones(8, 8), param.device_mesh, param.placements)
-        seen.clear()
+        numels.clear()
         with mock.patch.object(agreement, "maximum_of_all", counted):
             optimizer.step()
-    return len(seen)
+    return len(numels)
 
 
 @pytest.mark.parametrize(
@@ -723,14 +723,14 @@ def num_reductions(meshes: tuple[str, ...]) -> int:
     [(("ab",), 1), (("a", "ab"), 2), (("ab", "a", "b"), 3), (("a", "b"), 4)],
     ids=str,
 )
-def test_a_step_reduces_one_ballot_for_each_set_of_ranks(meshes, count):
-    """And two where none of a rank's sets holds the others: a second sweep carries faults back."""
+def test_a_step_reduces_once_for_each_set_of_ranks(meshes, count):
+    """Twice if none of a rank's sets contains the others: a second sweep carries faults back."""
     assert run_processes(4, num_reductions, meshes) == [count] * 4
 
 
 def moved_gradients(missing_grad: str, masked_step: bool) -> Any:
-    """Rank 0 holds a Partial gradient, the others none at all; then all hold a Partial one."""
-    params, optimizer, mesh = made((4,), (R,), missing_grad=missing_grad)
+    """First only rank 0 has a gradient, a Partial one; then all ranks have a Partial one."""
+    params, optimizer, mesh = make_optimizer((4,), (R,), missing_grad=missing_grad)
     optimizer.step()
     if masked_step:
         optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
@@ -740,14 +740,14 @@ def moved_gradients(missing_grad: str, masked_step: bool) -> Any:
 
     give_gradients(params, mesh, (R,), seed=2)
     params[0].grad = partial(params[0]) if dist.get_rank() == 0 else None
-    first = told(optimizer)
+    first = try_step(optimizer)
     give_gradients(params, mesh, (R,), seed=3)
     params[0].grad = partial(params[0])
-    return first, told(optimizer), told(optimizer)
+    return first, try_step(optimizer), try_step(optimizer)
 
 
 @pytest.mark.parametrize("missing_grad", ["raise", "zero"])
-def test_a_partial_gradient_on_some_ranks_is_told(missing_grad):
+def test_a_partial_gradient_on_some_ranks_raises_on_all(missing_grad):
     for first, second, third in run_processes(4, moved_gradients, missing_grad, False):
         assert (first[0], first[2]) == ("MissingGradientError", True)
         assert "(Partial(sum),) on rank 0" in first[1]
@@ -755,45 +755,45 @@ def test_a_partial_gradient_on_some_ranks_is_told(missing_grad):
         assert not second[2]
 
 
-def test_a_masked_partial_gradient_on_some_ranks_is_told_later():
+def test_a_masked_partial_gradient_on_some_ranks_raises_later():
     for first, second, third in run_processes(4, moved_gradients, "raise", True):
         assert first == ("", "", True)
         assert second[0] == "MissingGradientError"
         assert (third[0], third[2]) == ("", False)
 
 
-def cut_otherwise() -> Any:
-    """A gradient of the right shape and placements whose shard on one rank is a row short."""
-    params, optimizer, mesh = made()
+def cut_differently() -> Any:
+    """A gradient of the right shape and placements, whose shard on one rank lacks a row."""
+    params, optimizer, mesh = make_optimizer()
     if dist.get_rank() == 1:
         grad = local(params[0].grad)[:-1].clone()
         size, stride = params[0].shape, params[0].stride()
         params[0].grad = DTensor.from_local(
             grad, mesh, (S0,), run_check=False, shape=size, stride=stride
         )
-    return told(optimizer)
+    return try_step(optimizer)
 
 
-def test_a_gradient_cut_otherwise_on_one_rank_stops_all():
-    answers = run_processes(4, cut_otherwise)
-    assert [(name, same) for name, _, same in answers] == [("RuntimeError", True)] * 4
-    assert "layers.0.weight stores" in answers[1][1]
-    assert "with equal placements" in answers[1][1]
+def test_a_gradient_cut_differently_on_one_rank_stops_all():
+    outcomes = run_processes(4, cut_differently)
+    assert [(name, same) for name, _, same in outcomes] == [("RuntimeError", True)] * 4
+    assert "layers.0.weight stores" in outcomes[1][1]
+    assert "with equal placements" in outcomes[1][1]
 
 
 def masked_sparse() -> Any:
     mesh = mesh_of((2,))
     plain = nn.Embedding(6, 4, sparse=True)
-    held = nn.Parameter(spread(torch.ones(6, 4), mesh, (S0,)))
-    optimizer = Muon([("table", plain.weight), ("held", held)])
+    sharded = nn.Parameter(spread(torch.ones(6, 4), mesh, (S0,)))
+    optimizer = Muon([("table", plain.weight), ("sharded", sharded)])
     optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
-    held.grad = spread(torch.ones(6, 4), mesh, (S0,))
+    sharded.grad = spread(torch.ones(6, 4), mesh, (S0,))
     if dist.get_rank() == 0:
         plain(torch.tensor([1, 2])).sum().backward()
-    return told(optimizer), told(optimizer, optimizer.state_dict)
+    return try_step(optimizer), try_step(optimizer, optimizer.state_dict)
 
 
-def test_a_masked_sparse_gradient_stops_all_and_is_told_later():
+def test_a_masked_sparse_gradient_stops_all_and_raises_later():
     (first, text), (other, other_text) = run_processes(2, masked_sparse)
     assert first == other == ("", "", True)
     assert "table has a sparse gradient" in text[1]
@@ -815,7 +815,7 @@ def stages_and_a_tie(nan_on: int | None) -> Any:
             param.grad = spread(torch.ones(param.shape), param.device_mesh, param.placements)
         if step and rank == nan_on:
             local(params[0][1].grad)[0, 0] = math.nan
-        outcome = told(optimizer)
+        outcome = try_step(optimizer)
     return outcome
 
 
@@ -830,27 +830,27 @@ def test_a_fault_crosses_meshes_that_others_do_not_know(rank):
 
 
 def more_on_some_ranks(kind: str, prefetch_count: int) -> Any:
-    """Some ranks hold a further parameter: on a smaller mesh, or of their own."""
-    rank, whole = dist.get_rank(), mesh_of((4,))
+    """Some ranks hold another parameter: on a smaller mesh, or plain."""
+    rank, world = dist.get_rank(), mesh_of((4,))
     half = DeviceMesh("cpu", [0, 1], mesh_dim_names=("x",))
     params = [
-        ("a", nn.Parameter(spread(torch.ones(16, 16), whole, (S0,)))),
-        ("b", nn.Parameter(spread(torch.ones(8, 8), whole, (R,)))),
-        ("e", nn.Parameter(spread(torch.ones(4, 4, 4), whole, (S0,)))),
+        ("a", nn.Parameter(spread(torch.ones(16, 16), world, (S0,)))),
+        ("b", nn.Parameter(spread(torch.ones(8, 8), world, (R,)))),
+        ("e", nn.Parameter(spread(torch.ones(4, 4, 4), world, (S0,)))),
     ]
     if kind == "mesh" and rank < 2:
         params.append(("c", nn.Parameter(spread(torch.ones(12, 12), half, (S0,)))))
     if kind == "plain" and rank == 0:
         params.append(("c", nn.Parameter(torch.ones(12, 12))))
     groups: list[dict[str, Any]] = [{"params": params[:3]}]
-    if len(params) > 3:  # a group of its own, and the first one
+    if len(params) > 3:  # in a separate group, which is the first
         groups.insert(0, {"params": params[3:], "lr": 0.2})
     optimizer = Muon(groups, bucket_mb=1e-3, prefetch_count=prefetch_count)
     for _, param in params:
         param.grad = torch.ones(param.shape)
         if isinstance(param, DTensor):
             param.grad = spread(param.grad, param.device_mesh, param.placements)
-    return told(optimizer)
+    return try_step(optimizer)
 
 
 @pytest.mark.parametrize("kind", ["mesh", "plain"])
@@ -864,37 +864,37 @@ def outside_the_mesh() -> Any:
     param = nn.Parameter(spread(torch.ones(12, 12), mesh, (S0,)))
     optimizer = Muon([("p", param)])
     param.grad = spread(torch.ones(12, 12), mesh, (S0,))
-    return told(optimizer)
+    return try_step(optimizer)
 
 
-def test_ranks_outside_a_mesh_have_nothing_to_do():
+def test_ranks_outside_a_mesh_do_nothing():
     inside, outside = [("", "", False)] * 2, [("", "", True)] * 2
     assert run_processes(4, outside_the_mesh) == [*inside, *outside]
 
 
 def loaded_on_one_rank() -> Any:
-    params, optimizer, mesh = made()
+    params, optimizer, mesh = make_optimizer()
     optimizer.step()
     if dist.get_rank() == 0:
         optimizer.load_state_dict(optimizer.state_dict())
     give_gradients(params, mesh, (S0,), seed=2)
-    return told(optimizer)
+    return try_step(optimizer)
 
 
-def test_loading_on_one_rank_alone_does_no_harm():
+def test_loading_on_one_rank_alone_is_allowed():
     assert run_processes(4, loaded_on_one_rank) == [("", "", False)] * 4
 
 
 def loaded_elsewhere() -> Any:
     mesh = mesh_of((2, 2))
-    there, here = (
+    saved, target = (
         Muon([("p", nn.Parameter(spread(torch.ones(8, 8), mesh, placements)))])
         for placements in ((S0, S1), (S1, S0))
     )
-    return told(here, lambda: here.load_state_dict(there.state_dict()))
+    return try_step(target, lambda: target.load_state_dict(saved.state_dict()))
 
 
-def test_state_of_other_placements_is_refused():
+def test_state_of_other_placements_raises():
     for name, text, same in run_processes(4, loaded_elsewhere):
         assert (name, same) == ("CheckpointError", True)
         assert "'momentum_buffer' of p is [8, 8] (Shard(dim=0), Shard(dim=1))" in text
@@ -903,16 +903,16 @@ def test_state_of_other_placements_is_refused():
 
 def partial_on_a_mesh_of_some(overflows: bool) -> Any:
     """Only ranks 0 and 1 hold a parameter whose gradient must be reduced first."""
-    whole, half = mesh_of((4,)), DeviceMesh("cpu", [0, 1], mesh_dim_names=("x",))
-    shared = nn.Parameter(spread(torch.ones(8, 8), whole, (S0,)))
-    shared.grad = spread(torch.ones(8, 8), whole, (S0,))
+    world, half = mesh_of((4,)), DeviceMesh("cpu", [0, 1], mesh_dim_names=("x",))
+    shared = nn.Parameter(spread(torch.ones(8, 8), world, (S0,)))
+    shared.grad = spread(torch.ones(8, 8), world, (S0,))
     params = [("shared", shared)]
     if dist.get_rank() < 2:
-        some = nn.Parameter(spread(torch.ones(6, 6), half, (R,)))
+        reduced = nn.Parameter(spread(torch.ones(6, 6), half, (R,)))
         part = torch.full((6, 6), 3e38 if overflows else 1.0)
-        some.grad = DTensor.from_local(part, half, (Partial(),), run_check=False)
-        params.append(("some", some))
-    return told(Muon(params))
+        reduced.grad = DTensor.from_local(part, half, (Partial(),), run_check=False)
+        params.append(("reduced", reduced))
+    return try_step(Muon(params))
 
 
 @pytest.mark.parametrize("overflows", [False, True])
@@ -933,8 +933,8 @@ def order_of_tied_meshes() -> Any:
     ]
     for _, param in params:
         param.grad = spread(torch.ones(9, 6), param.device_mesh, (S0,))
-    return told(Muon(params[::-1] if rank == 1 else params))
+    return try_step(Muon(params[::-1] if rank == 1 else params))
 
 
-def test_meshes_run_in_one_order_on_all_ranks():
+def test_meshes_run_in_the_same_order_on_all_ranks():
     assert run_processes(4, order_of_tied_meshes) == [("", "", False)] * 4

@@ -1,4 +1,4 @@
-"""Ranks that die or stop before, during and after an exchange: the others are told in time.
+"""If a rank dies or stops before, during or after an exchange, the others raise in time.
 
 Real processes, a process group with a short timeout, SIGKILL and SIGSTOP.
 """
@@ -37,8 +37,8 @@ SHAPES = [(12, 8), (8, 12), (8, 8)]
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a surviving rank says of the second step, or the third."""
+class Report:
+    """What a surviving rank reports about the second step, or the third."""
 
     error: str
     text: str
@@ -50,7 +50,7 @@ class Told:
 def survive(
     connection: Connection, rank: int, store: str, timeout: float, when: str, how: int
 ) -> None:
-    """One good step; in the second the victim gets a signal at the given moment."""
+    """Take a good step; in the second the victim receives a signal at the given moment."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -60,13 +60,13 @@ def survive(
         timeout=timedelta(seconds=timeout),
     )
     mesh = mesh_of((2, 2))
-    where = (Replicate(), Shard(0))
-    params = [nn.Parameter(spread(w, mesh, where)) for w in tensors_like(SHAPES, 0)]
+    placements = (Replicate(), Shard(0))
+    params = [nn.Parameter(spread(w, mesh, placements)) for w in tensors_like(SHAPES, 0)]
     optimizer = Muon(params, lr=0.1, strategy="owned")
 
     def set_grads(step: int) -> None:
         for param, grad in zip(params, tensors_like(SHAPES, 1 + step), strict=True):
-            param.grad = spread(grad, mesh, where)
+            param.grad = spread(grad, mesh, placements)
 
     set_grads(0)
     optimizer.step()
@@ -79,7 +79,7 @@ def survive(
     start = time.monotonic()
     try:
         optimizer.step()
-        if when == "APPLY":  # which ends the second
+        if when == "APPLY":  # the last phase of the second step
             before = [p.detach().to_local().clone() for p in params]
             start = time.monotonic()
             optimizer.step()
@@ -93,13 +93,13 @@ def survive(
     except StepFailedError as failure:
         saving = str(failure)
     same = all(torch.equal(p.detach().to_local(), b) for p, b in zip(params, before, strict=True))
-    connection.send(Told(error, text, seconds, saving, same))
-    os._exit(0)  # a dead group cannot be left in good order
+    connection.send(Report(error, text, seconds, saving, same))
+    os._exit(0)  # a broken group cannot be destroyed cleanly
 
 
 @contextlib.contextmanager
 def struck(when: str, strike: Callable[[], None]) -> Iterator[None]:
-    """Strike at the agreement, or when a phase begins."""
+    """Call `strike` in the comparison before the step, or when a phase begins."""
     act, reduce = Executor._act, agreement.maximum_of_all
 
     def acting(self: Any, action: Any, *args: Any) -> None:
@@ -119,63 +119,67 @@ def struck(when: str, strike: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def survivors_of(when: str, how: int) -> list[Told]:
-    """What the other three say, within the timeout and the grace of a machine as busy as this."""
+def survivors_of(when: str, how: int) -> list[Report]:
+    """Return the reports of the other three ranks; the limit depends on the machine's load."""
     timeout = TIMEOUT * slowness()
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         ranks: list[tuple[Any, Connection]] = []
         for rank in range(NUM_RANKS):
-            here, there = context.Pipe()
-            process = context.Process(target=survive, args=(there, rank, store, timeout, when, how))
+            receiver, sender = context.Pipe()
+            process = context.Process(
+                target=survive, args=(sender, rank, store, timeout, when, how)
+            )
             process.start()
-            there.close()
-            ranks.append((process, here))
-        told: dict[int, Told] = {}
+            sender.close()
+            ranks.append((process, receiver))
+        reports: dict[int, Report] = {}
         pending = {c: rank for rank, (_, c) in enumerate(ranks) if rank != VICTIM}
         deadline = Deadline(60)
         try:
             while pending:
                 patience = deadline.patience()
                 ready = wait(list(pending), timeout=patience)
-                assert ready or patience, f"ranks {sorted(pending.values())} hang; others: {told}"
+                assert ready or patience, (
+                    f"ranks {sorted(pending.values())} hang; others: {reports}"
+                )
                 for connection in ready:
-                    told[pending.pop(connection)] = connection.recv()
+                    reports[pending.pop(connection)] = connection.recv()
         finally:
             for process, connection in ranks:
                 process.kill()
                 process.join(5)
                 connection.close()
     limit = timeout + GRACE * slowness()
-    assert max(one.seconds for one in told.values()) < limit, told
-    return [told[rank] for rank in sorted(told)]
+    assert max(report.seconds for report in reports.values()) < limit, reports
+    return [reports[rank] for rank in sorted(reports)]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda s: s.name)
 @pytest.mark.parametrize("when", ["AGREEMENT", "UNSHARD", "ORTHOGONALIZE", "RESHARD"])
-def test_the_others_are_told_when_a_rank_is_lost(when, how):
-    for told in survivors_of(when, how):
+def test_the_others_raise_when_a_rank_is_lost(when, how):
+    for report in survivors_of(when, how):
         if when == "AGREEMENT":
-            assert told.error == "RuntimeError"
-            assert "could not agree before the step, which has changed nothing" in told.text
-            assert "one has died, hangs, or did not call step()," in told.text
-            assert told.same
-            assert told.saving == "", "nothing has changed: what there is may be saved"
+            assert report.error == "RuntimeError"
+            assert "could not agree before the step, which has changed nothing" in report.text
+            assert "one has died, hangs, or did not call step()," in report.text
+            assert report.same
+            assert report.saving == "", "nothing has changed: state may be saved"
             continue
-        assert told.error == "StepFailedError", told
-        # ranks of the other replica notice only when results are handed back
+        assert report.error == "StepFailedError", report
+        # ranks of the other replica raise only when results are sent back
         phases = "WRA" if when == "UNSHARD" else "A"
-        assert any(f"failed in phase {letter}0 (" in told.text for letter in phases), told
-        assert "failed halfway" in told.saving
-        assert "Load the last checkpoint" in told.saving
+        assert any(f"failed in phase {letter}0 (" in report.text for letter in phases), report
+        assert "failed halfway" in report.saving
+        assert "Load the last checkpoint" in report.saving
 
 
 def test_a_rank_that_dies_after_its_part_stops_the_next_step():
-    """Where the step could still be finished, the next one finds nobody and changes nothing."""
-    for told in survivors_of("APPLY", signal.SIGKILL):
-        assert told.error in ("RuntimeError", "StepFailedError"), told
-        assert (told.error == "StepFailedError") == ("failed halfway" in told.saving)
-        if told.error == "RuntimeError":
-            assert "could not agree before the step, which has changed nothing" in told.text
-            assert told.same
+    """If the step could be finished, the next one misses the rank and changes nothing."""
+    for report in survivors_of("APPLY", signal.SIGKILL):
+        assert report.error in ("RuntimeError", "StepFailedError"), report
+        assert (report.error == "StepFailedError") == ("failed halfway" in report.saving)
+        if report.error == "RuntimeError":
+            assert "could not agree before the step, which has changed nothing" in report.text
+            assert report.same

@@ -1,4 +1,4 @@
-"""DTensor -> values: our reading of placements against torch's own, and against real shards."""
+"""Layouts of DTensors, compared with torch's own conversion and with real shards."""
 
 import itertools
 
@@ -24,7 +24,7 @@ from tests.support.threads import run_threads
 
 
 class MeshOfSizes:
-    """As much of a DeviceMesh as torch's own conversion looks at."""
+    """The part of DeviceMesh that torch's own conversion reads."""
 
     def __init__(self, *sizes: int) -> None:
         self.shape = sizes
@@ -44,20 +44,20 @@ KINDS = [
 @pytest.mark.parametrize("sizes", [(2, 3), (3, 2), (2, 2, 3), (4, 3, 2)], ids=str)
 def test_cut_order_is_torch_s(sizes):
     for placements in itertools.product(KINDS, repeat=len(sizes)):
-        theirs = DTensorSpec._maybe_convert_StridedShard_to_shard_order(
+        torch_order = DTensorSpec._maybe_convert_StridedShard_to_shard_order(
             placements, MeshOfSizes(*sizes)
         )
-        if theirs is None:
-            with pytest.raises(ValueError, match="tell no order"):
+        if torch_order is None:
+            with pytest.raises(ValueError, match="define no order"):
                 _ = [_cut_order(placements, sizes, tensor_dim) for tensor_dim in (0, 1)]
             continue
-        orders = {entry.tensor_dim: entry.mesh_dims for entry in theirs}
+        orders = {entry.tensor_dim: entry.mesh_dims for entry in torch_order}
         for tensor_dim in (0, 1):
             assert _cut_order(placements, sizes, tensor_dim) == orders.get(tensor_dim, ())
 
 
 def real_shards(shape: tuple[int, int], num_rows: int, num_cols: int) -> list[str]:
-    """Rows and columns numbered; each rank's real shard against the region we say it holds."""
+    """Return differences between each rank's real shard and its region, by numbered elements."""
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
     wrong = []
     for style in (ColwiseParallel(), RowwiseParallel()):
@@ -147,9 +147,9 @@ def test_values_that_exist_are_valid(make, message):
 
 
 def test_regions():
-    whole, part = Region.whole((4, 6)), Region((1, 2), (3, 9))
-    assert whole.intersect(part) == Region((1, 2), (3, 6))
-    assert whole.intersect(Region((4, 0), (5, 1))).numel == 0
+    full, part = Region.whole((4, 6)), Region((1, 2), (3, 9))
+    assert full.intersect(part) == Region((1, 2), (3, 6))
+    assert full.intersect(Region((4, 0), (5, 1))).numel == 0
     assert part.relative_to(Region((1, 1), (9, 9))) == Region((0, 1), (2, 8))
-    assert whole.covers(Region((1, 1), (2, 2)))
-    assert not whole.covers(part)
+    assert full.covers(Region((1, 1), (2, 2)))
+    assert not full.covers(part)

@@ -1,4 +1,4 @@
-"""Truth: real processes over gloo. Real FSDP2 and TP models, counted bytes, buffers, errors."""
+"""Real processes over gloo: FSDP2 and TP models, counted bytes, buffers, errors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,7 +50,7 @@ def test_bitwise_and_as_planned(mesh_shape, placements, bucket_mb):
 
 
 class Block(nn.Module):
-    """Two linear layers, `up` to be cut by columns and `down` by rows under TP."""
+    """Two linear layers; TP cuts `up` by columns and `down` by rows."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def built(
     names = mesh.mesh_dim_names
     for block in model:
         if "tp" in names:
-            # whole activations between the layers, since torch takes local ones to be even
+            # replicated activations between the layers: torch assumes that local ones are even
             up, down = ColwiseParallel(output_layouts=R), RowwiseParallel(input_layouts=R)
             parallelize_module(block, mesh["tp"], {"up": up, "down": down})
         data = tuple(name for name in names if name != "tp")
@@ -84,14 +84,14 @@ def built(
     return model
 
 
-def whole(tensor: DTensor, numbers: DTensor) -> torch.Tensor:
-    """All elements in the order that `numbers`, cut alike, tell of them.
+def full_tensor(tensor: DTensor, numbers: DTensor) -> torch.Tensor:
+    """Return the full tensor; `numbers` has the same cuts and holds the index of each element.
 
     torch 2.9's own full_tensor misplaces uneven strided shards.
     """
     pieces: list[Any] = [None] * dist.get_world_size()
-    mine = (local_part(numbers.detach()).flatten().long(), local_part(tensor.detach()).flatten())
-    dist.all_gather_object(pieces, mine)
+    piece = (local_part(numbers.detach()).flatten().long(), local_part(tensor.detach()).flatten())
+    dist.all_gather_object(pieces, piece)
     full = torch.full((tensor.numel(),), torch.nan)
     for places, values in pieces:
         full[places] = values
@@ -105,23 +105,23 @@ def numbered(parameter: nn.Parameter) -> None:
 def train_real_model(
     shape: tuple[int, ...], names: tuple[str, ...], dims: tuple[int, int], shard_dim: int
 ) -> tuple[list[str], list[str]]:
-    """Forward, backward, step; the oracle takes the same gradients, put together."""
+    """Train; return names that differ from the oracle with full gradients, and placements."""
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     model = built(mesh, dims, shard_dim)
     params: dict[str, Any] = dict(model.named_parameters())
     numbers = dict(built(mesh, dims, shard_dim, numbered).named_parameters())
-    oracle = Oracle([whole(p, numbers[name]) for name, p in params.items()])
+    oracle = Oracle([full_tensor(p, numbers[name]) for name, p in params.items()])
     optimizer = Muon(model.named_parameters())
     for step in range(3):
         x = torch.randn(6, dims[0], generator=torch.Generator().manual_seed(step))
         model(x).square().mean().backward()
-        oracle.step([whole(p.grad, numbers[name]) for name, p in params.items()])
+        oracle.step([full_tensor(p.grad, numbers[name]) for name, p in params.items()])
         optimizer.step()
         optimizer.zero_grad()
     wrong = [
         name
         for (name, param), expected in zip(params.items(), oracle.results(), strict=True)
-        if not torch.equal(whole(param, numbers[name]), expected)
+        if not torch.equal(full_tensor(param, numbers[name]), expected)
     ]
     return wrong, [str(p.placements) for p in params.values()]
 
@@ -153,7 +153,7 @@ def test_real_models(shape, names, shard_dim, dims):
 
 
 def mixed_meshes() -> list[str]:
-    """Dense on (dp, tp), a router on dp alone, experts on a mesh of their own, a plain tensor."""
+    """Dense on (dp, tp), a router on dp, experts on a separate mesh, and a plain tensor."""
     world = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     experts = init_device_mesh("cpu", (4,), mesh_dim_names=("ep",))
     homes = [
@@ -199,7 +199,7 @@ def test_mixed_meshes_in_one_optimizer():
 
 
 def partial_gradient() -> list[bool]:
-    """(Partial, Replicate) and (Shard, Partial) gradients of parameters placed otherwise."""
+    """(Partial, Replicate) and (Partial, Partial) gradients of parameters with other placements."""
     mesh = mesh_of((2, 2))
     weights = tensors_like([(6, 8), (7, 5)], 0)
     placements = [(R, R), (S0, S1)]
@@ -229,7 +229,7 @@ def test_partial_gradients_are_reduced_first():
 class Recorder(TorchDispatchMode):
     """Names of all c10d ops that reach the dispatcher, with the bytes an all-to-all sends.
 
-    The one of int64 is the ballots'.
+    The one of int64 is the comparison before the step.
     """
 
     def __init__(self) -> None:
@@ -239,16 +239,16 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
-            is_ballots = "alltoall_base" in func._schema.name and args[1].dtype == torch.int64
-            self.names.append("ballots" if is_ballots else func._schema.name)
-            if "alltoall_base" in func._schema.name and not is_ballots:
+            is_comparison = "alltoall_base" in func._schema.name and args[1].dtype == torch.int64
+            self.names.append("comparison" if is_comparison else func._schema.name)
+            if "alltoall_base" in func._schema.name and not is_comparison:
                 _, send, _group, _, splits = args[:5]
-                own = splits[dist.get_rank()]  # these tests exchange over the whole world
-                self.sent_nbytes += (sum(splits) - own) * send.element_size()
+                to_self = splits[dist.get_rank()]  # these tests exchange over all ranks
+                self.sent_nbytes += (sum(splits) - to_self) * send.element_size()
         return func(*args, **(kwargs or {}))
 
 
-def whole_experts() -> tuple[list[str], int]:
+def experts_on_one_rank() -> tuple[list[str], int]:
     mesh = mesh_of((4,))
     param = nn.Parameter(spread(tensors_like([(8, 6, 5)], 0)[0], mesh, (S0,)))
     optimizer = Muon([param])
@@ -259,8 +259,8 @@ def whole_experts() -> tuple[list[str], int]:
     return recorder.names, optimizer.plan.cost.total_nbytes
 
 
-def test_whole_experts_need_no_exchange():
-    assert run_processes(4, whole_experts) == [(["ballots"], 0)] * 4
+def test_experts_on_one_rank_need_no_exchange():
+    assert run_processes(4, experts_on_one_rank) == [(["comparison"], 0)] * 4
 
 
 def exchanged_rows() -> tuple[int, int, list[str]]:
@@ -277,6 +277,6 @@ def exchanged_rows() -> tuple[int, int, list[str]]:
 
 
 def test_bytes_at_the_dispatcher_are_the_bytes_of_the_plan():
-    for seen, planned, names in run_processes(4, exchanged_rows):
-        assert seen == planned > 0
-        assert names == ["ballots", "c10d::alltoall_base_", "c10d::alltoall_base_"]
+    for sent, planned, names in run_processes(4, exchanged_rows):
+        assert sent == planned > 0
+        assert names == ["comparison", "c10d::alltoall_base_", "c10d::alltoall_base_"]

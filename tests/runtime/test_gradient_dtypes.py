@@ -1,4 +1,4 @@
-"""Gradients of another dtype than their parameters (`grad_dtype`) are stepped as by torch."""
+"""Gradients of another dtype than their parameters (`grad_dtype`) give the steps of torch."""
 
 import copy
 from typing import Any
@@ -48,7 +48,7 @@ def weights_of(
 def stepped(
     layout: Any, dtype: torch.dtype, grad_dtype: torch.dtype, options: dict[str, Any], when: str
 ) -> list[str]:
-    """Steps beside the oracle; names of what differs, in parameters or momenta."""
+    """Take steps and those of the oracle; return names of parameters and momenta that differ."""
     mesh = mesh_of(layout[0])
 
     def place(tensor: Tensor) -> Tensor:
@@ -56,14 +56,14 @@ def stepped(
 
     early = grad_dtype if when == "before" else None
     params = weights_of(dtype, early, place)
-    theirs = weights_of(dtype, None, lambda tensor: tensor)
-    if when == "after":  # the dtype is known with the first gradient only
+    oracle_params = weights_of(dtype, None, lambda tensor: tensor)
+    if when == "after":  # only the first gradient defines the dtype
         for param in params:
             param.grad_dtype = None
     optimizer = Muon(params, lr=0.1, strategy="owned", **options)
-    oracle = torch.optim.Muon(theirs, lr=0.1, **options)
+    oracle = torch.optim.Muon(oracle_params, lr=0.1, **options)
     for step in range(3):
-        for a, b, grad in zip(params, theirs, tensors_like(SHAPES, 1 + step), strict=True):
+        for a, b, grad in zip(params, oracle_params, tensors_like(SHAPES, 1 + step), strict=True):
             a.grad, b.grad = place(grad.to(grad_dtype)), grad.to(grad_dtype)
         optimizer.step()
         oracle.step()
@@ -71,15 +71,15 @@ def stepped(
             saved = copy.deepcopy(optimizer.state_dict())
             optimizer.load_state_dict(saved)
     wrong = []
-    for index, (a, b) in enumerate(zip(params, theirs, strict=True)):
+    for index, (a, b) in enumerate(zip(params, oracle_params, strict=True)):
         momentum = optimizer.state[a]["momentum_buffer"]
         expected = oracle.state[b]["momentum_buffer"]
         assert momentum.dtype == expected.dtype == grad_dtype
         pairs = {"parameter": (a.detach(), b.detach()), "momentum": (momentum, expected)}
         wrong += [
             f"{name} {index}"
-            for name, (mine, other) in pairs.items()
-            if not torch.equal(local_part(mine), local_part(place(other)))
+            for name, (sharded, full) in pairs.items()
+            if not torch.equal(local_part(sharded), local_part(place(full)))
         ]
     return wrong
 
@@ -92,8 +92,8 @@ LAYOUTS = [((1,), (S0,)), ((4,), (S0,)), ((2, 2), (R, S1)), ((2, 2), (S0, S1)), 
 def test_steps_are_bitwise_torch_s(dtypes, options, when):
     for layout in LAYOUTS:
         num_ranks = torch.Size(layout[0]).numel()
-        found = run_threads(num_ranks, stepped, layout, *dtypes, options, when)
-        assert found == [[]] * num_ranks, layout
+        differences = run_threads(num_ranks, stepped, layout, *dtypes, options, when)
+        assert differences == [[]] * num_ranks, layout
 
 
 def other_dtype_on_one_rank() -> tuple[str, str, bool]:
@@ -152,7 +152,7 @@ def test_a_masked_step_leaves_the_dtype_of_momenta():
 
 
 def missing_on_one_rank() -> tuple[torch.dtype, bool]:
-    """Counted as zero, in the dtype that gradients have."""
+    """The gradient counts as zero, in the dtype of the gradients."""
     mesh = mesh_of((2,))
     params = [nn.Parameter(spread(torch.ones(16, 8).bfloat16(), mesh, (S0,))) for _ in range(2)]
     optimizers = []

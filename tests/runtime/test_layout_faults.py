@@ -1,4 +1,4 @@
-"""Parameters that are not what they seem: odd shards, replicas that differ, stale tensors."""
+"""Wrong layouts: uneven shards, replicas that differ, stale tensors."""
 
 import copy
 import gc
@@ -28,7 +28,7 @@ R, S0, S1 = Replicate(), Shard(0), Shard(1)
 
 
 def outcome(optimizer: Muon, params: list[nn.Parameter]) -> tuple[str, str, bool]:
-    """Type and text of what a step raises, and whether parameters and state stay as they were."""
+    """Return type and text of a step's error, and whether parameters and state are unchanged."""
 
     def values() -> list[Tensor]:
         states = [v for p in params for v in optimizer.state[p].values()]
@@ -43,28 +43,28 @@ def outcome(optimizer: Muon, params: list[nn.Parameter]) -> tuple[str, str, bool
 
 
 def ragged(sizes: tuple[int, ...], algorithm: str) -> tuple[str, str, bool]:
-    """A DTensor of 12 rows whose ranks store other pieces than torch.chunk's."""
+    """A DTensor of 12 rows whose shards differ from torch.chunk's."""
     mesh = mesh_of((4,))
     rows = sizes[dist.get_rank()]
 
-    def made(value: float) -> DTensor:
+    def uneven(value: float) -> DTensor:
         return DTensor.from_local(
             torch.full((rows, 4), value), mesh, (S0,), run_check=False, shape=(12, 4), stride=(4, 1)
         )
 
-    param = nn.Parameter(made(1.0))
+    param = nn.Parameter(uneven(1.0))
     other = nn.Parameter(spread(torch.ones(8, 4), mesh, (S0,)))
     optimizer = Muon([{"params": [("odd", param), ("even", other)], "algorithm": algorithm}])
-    param.grad, other.grad = made(2.0), spread(torch.ones(8, 4), mesh, (S0,))
+    param.grad, other.grad = uneven(2.0), spread(torch.ones(8, 4), mesh, (S0,))
     return outcome(optimizer, [param, other])
 
 
 @pytest.mark.parametrize("algorithm", ["muon", "adamw"])
 @pytest.mark.parametrize("sizes", [(6, 2, 2, 2), (4, 2, 3, 3), (0, 6, 3, 3)], ids=str)
 def test_ragged_shards_are_an_error_on_all_ranks_before_anything_changes(sizes, algorithm):
-    """Also on the ranks whose own shard is as it should be."""
-    found = run_processes(4, ragged, sizes, algorithm)
-    for rank, (name, text, same) in enumerate(found):
+    """Also on ranks whose shard has the right size."""
+    outcomes = run_processes(4, ragged, sizes, algorithm)
+    for rank, (name, text, same) in enumerate(outcomes):
         assert same
         if sizes[rank] == 3:
             assert name == "PlanMismatchError"
@@ -76,15 +76,15 @@ def test_ragged_shards_are_an_error_on_all_ranks_before_anything_changes(sizes, 
 
 
 def ragged_plain(sizes: tuple[int, ...]) -> bool:
-    """What the message advises: the same shards as plain tensors, bitwise torch's Muon."""
-    whole, grad = tensors_like([(12, 4), (12, 4)], 3)
+    """The advice of the message: the same shards as plain tensors, bitwise torch's Muon."""
+    weight, grad = tensors_like([(12, 4), (12, 4)], 3)
     rank = dist.get_rank()
     config = create_processgroup_config(fsdp_pg=dist.group.WORLD)
-    param = nn.Parameter(whole.split(sizes)[rank].clone())
+    param = nn.Parameter(weight.split(sizes)[rank].clone())
     optimizer = Muon([("odd", param)], lr=0.1, distributed_config=config)
     param.grad = grad.split(sizes)[rank].clone()
     optimizer.step()
-    expected = nn.Parameter(whole.clone())
+    expected = nn.Parameter(weight.clone())
     expected.grad = grad
     torch.optim.Muon([expected], lr=0.1).step()
     return torch.equal(param, expected.detach().split(sizes)[rank])
@@ -112,7 +112,7 @@ def test_on_a_mesh_of_one_rank_the_constructor_raises():
 
 
 def other_replicas(layout: Any, odd: int, check: bool) -> tuple[str, str, bool]:
-    """One rank holds other values, as after a seed of its own."""
+    """One rank holds other values, as with a different seed."""
     mesh = init_device_mesh("cpu", layout[0], mesh_dim_names=("a", "b", "c")[: len(layout[0])])
     params = [nn.Parameter(spread(w, mesh, layout[1])) for w in tensors_like([(8, 6), (4, 9)], 0)]
     vector = nn.Parameter(spread(torch.ones(8), mesh, layout[1]))
@@ -132,23 +132,23 @@ def other_replicas(layout: Any, odd: int, check: bool) -> tuple[str, str, bool]:
     "layout", [((4,), (R,)), ((2, 2), (R, S0)), ((2, 2), (S0, R)), ((2, 2), (R, R))], ids=str
 )
 def test_replicas_that_differ_are_an_error_on_all_ranks(layout):
-    found = run_processes(4, other_replicas, layout, 3, True)
-    assert [same for _, _, same in found] == [True] * 4
-    names = {name for name, _, _ in found}
+    outcomes = run_processes(4, other_replicas, layout, 3, True)
+    assert [same for _, _, same in outcomes] == [True] * 4
+    names = {name for name, _, _ in outcomes}
     assert "PlanMismatchError" in names
     assert names <= {"PlanMismatchError", "RuntimeError"}
-    seen = [text for name, text, _ in found if name == "PlanMismatchError"]
-    assert all("Replicas of 1 parameters" in text and "second" in text for text in seen)
-    assert all("Another rank" in t for name, t, _ in found if name == "RuntimeError")
+    messages = [text for name, text, _ in outcomes if name == "PlanMismatchError"]
+    assert all("Replicas of 1 parameters" in text and "second" in text for text in messages)
+    assert all("Another rank" in text for name, text, _ in outcomes if name == "RuntimeError")
 
 
-def test_the_check_of_replicas_can_be_left_out():
+def test_the_check_of_replicas_can_be_disabled():
     for name, _, _ in run_processes(4, other_replicas, ((4,), (R,)), 3, False):
         assert name == ""
 
 
 def equal_replicas(dtype: torch.dtype) -> str:
-    """Equal ones pass in every dtype, with NaN, empty shards, and scalars of AdamW."""
+    """Equal replicas pass in every dtype, with NaN, empty shards, and scalars of AdamW."""
     mesh = mesh_of((2, 2))
     shapes = [(1, 4), (5, 3)]
     params = [nn.Parameter(spread(w, mesh, (R, S0))) for w in tensors_like(shapes, 0, dtype)]
@@ -164,12 +164,12 @@ def equal_replicas(dtype: torch.dtype) -> str:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_replicas_that_are_equal_pass(dtype):
+def test_equal_replicas_pass(dtype):
     assert run_processes(4, equal_replicas, dtype) == ["stepped"] * 4
 
 
 def plain_replicas() -> tuple[str, str, bool]:
-    """Plain tensors that a config calls replicas (DDP)."""
+    """Plain tensors that are replicas by the config (DDP)."""
     param = nn.Parameter(torch.full((4, 4), 1.0 + dist.get_rank()))
     config = create_devicemesh_config(mesh_of((2,)))
     optimizer = Muon([("w", param)], distributed_config=config)
@@ -184,7 +184,7 @@ def test_plain_replicas_that_differ_are_an_error():
 
 
 def wrapped_afterwards() -> tuple[str, str, bool]:
-    """FSDP1 changes the parameters of an optimizer that was made before it, in place."""
+    """FSDP1 changes the parameters of an existing optimizer in place."""
     model = nn.Sequential(nn.Linear(8, 8, bias=False))
     optimizer = Muon(model.named_parameters())
     wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
@@ -200,7 +200,7 @@ def test_a_parameter_that_changed_its_shape_is_an_error_before_anything_changes(
 
 
 def replaced() -> tuple[bool, int]:
-    """Whether old parameters are alive after the step that follows new ones, as in Accelerate."""
+    """Whether old parameters are alive after they were replaced, as in Accelerate, and a step."""
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
     config = create_devicemesh_config(mesh_of((2,)))
     optimizer = Muon(model.parameters(), distributed_config=config)
@@ -216,12 +216,12 @@ def replaced() -> tuple[bool, int]:
     return any(reference() is not None for reference in old), len(optimizer.state)
 
 
-def test_replaced_parameters_are_let_go():
+def test_replaced_parameters_are_freed():
     assert run_processes(2, replaced) == [(False, 2)] * 2
 
 
-def test_the_table_of_plain_tensors_holds_none():
-    """On one process too, where a plain parameter is replaced by another."""
+def test_plain_tensors_are_held_weakly():
+    """Also on one process, where another plain parameter replaces the first."""
     first, second = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
     optimizer = Muon([first])
     optimizer.param_groups[0]["params"] = [second]
@@ -234,7 +234,7 @@ def test_the_table_of_plain_tensors_holds_none():
 
 
 def copied_on_one_rank() -> str:
-    """A copy under process groups asks no other rank for what the original knows."""
+    """A copy under process groups takes over layouts without a collective."""
     config = create_processgroup_config(fsdp_pg=dist.group.WORLD)
     shard = torch.ones(4 + dist.get_rank(), 6)
     optimizer = Muon([("w", nn.Parameter(shard))], distributed_config=config)
@@ -253,12 +253,12 @@ def test_a_copy_on_one_rank_does_not_wait_for_the_others():
 
 def plain_without_config(config: bool) -> list[str]:
     with logged() as lines:
-        made = create_devicemesh_config(mesh_of((2,))) if config else None
-        Muon([("w", nn.Parameter(torch.ones(3, 3)))], distributed_config=made)
+        mesh_config = create_devicemesh_config(mesh_of((2,))) if config else None
+        Muon([("w", nn.Parameter(torch.ones(3, 3)))], distributed_config=mesh_config)
     return lines
 
 
-def test_plain_tensors_on_several_ranks_without_a_config_are_told_by_one_rank():
+def test_one_rank_warns_of_plain_tensors_without_a_config():
     first, second = run_processes(2, plain_without_config, False)
     assert len(first) == 1
     assert "create_devicemesh_config(mesh)" in first[0]
@@ -267,7 +267,7 @@ def test_plain_tensors_on_several_ranks_without_a_config_are_told_by_one_rank():
 
 
 def registries_after_destruction(folder: str) -> list[tuple[int, int]]:
-    """What the module-level registries hold in each of three lives of the default group."""
+    """Return sizes of module-level registries under three consecutive default groups."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     before = len(groups._own), len(by_hand._meshes)
     sizes = []
@@ -290,15 +290,15 @@ def registries_after_destruction(folder: str) -> list[tuple[int, int]]:
     return sizes
 
 
-def test_registries_forget_destroyed_groups(tmp_path):
-    """Process groups of an ended default group, and what was made of them."""
+def test_registries_drop_destroyed_groups(tmp_path):
+    """Process groups under a destroyed default group, and values that hold them."""
     for first, *later in run_processes(4, registries_after_destruction, str(tmp_path)):
         assert first[0] == 1
         assert max(later) <= first
 
 
-def test_equal_meshes_are_one_mesh_and_another_object_at_the_same_place_is_not():
-    """Layouts are remembered by the mesh itself, not by its address."""
+def test_equal_meshes_are_one_object_and_different_meshes_are_not():
+    """Layouts are cached by the mesh, not by its address."""
     for same, other in run_processes(4, meshes_by_value):
         assert same
         assert other

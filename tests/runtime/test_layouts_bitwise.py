@@ -1,6 +1,6 @@
-"""Every layout gives bitwise the parameters of torch.optim.Muon, each matrix once, as planned.
+"""On every layout parameters are bitwise torch.optim.Muon's, and each matrix is computed once.
 
-Ranks are threads here; `test_gloo.py` repeats the hard ones on processes.
+Ranks are threads here; `test_gloo.py` repeats the hard cases with processes.
 """
 
 import pytest
@@ -45,8 +45,8 @@ def test_experts(mesh_shape, placements):
 @pytest.mark.parametrize(("mesh_shape", "placements"), LAYOUTS[3:14:3])
 def test_any_buckets_and_prefetch(mesh_shape, placements, prefetch_count):
     many = (*EVEN, *ODD, *EVEN)
-    ours = {"bucket_mb": 1e-4, "prefetch_count": prefetch_count}
-    hold_to_plan(run(case(mesh_shape, many, placements, ours=ours)))
+    options = {"bucket_mb": 1e-4, "prefetch_count": prefetch_count}
+    hold_to_plan(run(case(mesh_shape, many, placements, ours=options)))
 
 
 @pytest.mark.parametrize(

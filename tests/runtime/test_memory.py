@@ -1,4 +1,4 @@
-"""What a step holds beside parameters, gradients and state, measured by counting live storages."""
+"""Memory of a step beside parameters, gradients and state, measured by live storages."""
 
 from itertools import product
 from typing import Any
@@ -79,17 +79,17 @@ SOME_CELLS = [
     ("wide", 4, BF16),
     ("experts", None, F32),
 ]
-"""Name, how many of its shapes at most, and dtype."""
+"""Name, maximal number of its shapes, and dtype."""
 
 
 def peaks_of_steps(
     mesh_shape: tuple[int, ...], placements: Any, options: Any, cells: Any
 ) -> dict[str, tuple[int, int]]:
-    """(measured, planned) by shapes and dtype."""
+    """Return (measured, planned) by shapes and dtype."""
     mesh = mesh_of(mesh_shape)
-    found = {}
-    for name, most, dtype in cells:
-        shapes = SHAPES[name][:most]
+    peaks = {}
+    for name, max_count, dtype in cells:
+        shapes = SHAPES[name][:max_count]
         weights, grads = ([t.to(dtype) for t in tensors_like(shapes, seed)] for seed in (0, 1))
         params = [nn.Parameter(spread(weight, mesh, placements)) for weight in weights]
         optimizer = Muon(params, **options)
@@ -98,8 +98,8 @@ def peaks_of_steps(
         optimizer.step()
         planned = optimizer.plan.cost.peak_nbytes
         measured = peak_nbytes_of(optimizer, enough=1.05 * max(planned))
-        found[f"{name} {dtype}"] = (measured, planned[dist.get_rank()])
-    return found
+        peaks[f"{name} {dtype}"] = (measured, planned[dist.get_rank()])
+    return peaks
 
 
 @pytest.mark.parametrize(
@@ -133,19 +133,19 @@ def test_peak_memory_is_predicted(mesh_shape, placements, options, cells):
 
 
 def peaks_without_kept_buffers(shapes: Any, options: Any) -> tuple[int, int, list[bool]]:
-    """(measured, planned, whether parameters are torch's) where buffers are not kept."""
+    """Return (measured, planned, whether parameters equal torch's) if buffers are not kept."""
     mesh = mesh_of((4,))
     with mock.patch.object(buffers, "KEPT_ON", ()):
         params = [nn.Parameter(spread(w, mesh, (S0,))) for w in tensors_like(shapes, 0)]
         optimizer = Muon(params, topology="h100-ib-400", **options)
-        alone = [nn.Parameter(w) for w in tensors_like(shapes, 0)]
-        for param, single, grad in zip(params, alone, tensors_like(shapes, 1), strict=True):
+        unsharded = [nn.Parameter(w) for w in tensors_like(shapes, 0)]
+        for param, single, grad in zip(params, unsharded, tensors_like(shapes, 1), strict=True):
             param.grad, single.grad = spread(grad, mesh, (S0,)), grad
         optimizer.step()
-        torch.optim.Muon(alone).step()
+        torch.optim.Muon(unsharded).step()
         equal = [
             torch.equal(param.full_tensor(), single)
-            for param, single in zip(params, alone, strict=True)
+            for param, single in zip(params, unsharded, strict=True)
         ]
         planned = optimizer.plan.cost.peak_nbytes
         measured = peak_nbytes_of(optimizer, enough=1.05 * max(planned))
@@ -161,9 +161,9 @@ def peaks_without_kept_buffers(shapes: Any, options: Any) -> tuple[int, int, lis
     ],
     ids=["one", "tall", "under-a-cap"],
 )
-def test_where_buffers_are_not_kept_the_iteration_has_their_memory(shapes, options):
-    """As on a GPU: the peak is two copies of the matrix and two of its Gram matrix beside what
-    the exchanges hold."""
+def test_the_iteration_uses_the_memory_of_buffers_that_are_not_kept(shapes, options):
+    """As on a GPU: the peak is two copies of the matrix, two of its Gram matrix, and the buffers
+    of the exchanges."""
     ranks = run_processes(4, peaks_without_kept_buffers, shapes, options)
     measured, planned = (max(values) for values in zip(*((m, p) for m, p, _ in ranks), strict=True))
     assert measured == pytest.approx(planned, rel=0.05)

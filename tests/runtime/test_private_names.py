@@ -1,6 +1,6 @@
-"""The private names of torch that this package reads: all in one file, and still there.
+"""The private names of torch that this package reads: all in one file, and still present.
 
-When a release of torch moves one, the test of that name says so, and what it is for.
+If a release of torch moves one, the test of that name fails and says what it is for.
 """
 
 import importlib
@@ -22,12 +22,12 @@ USED = {
     "torch.autograd._profiler_enabled": "no cost of named ranges where no profiler runs",
     "torch.distributed._composable_state._module_state_mapping": "parameters of fully_shard",
     "torch.distributed.distributed_c10d._get_default_group": "the timeout of the default group",
-    "torch.distributed.distributed_c10d._get_default_store": "how ranks tell of failed configs",
+    "torch.distributed.distributed_c10d._get_default_store": "how ranks report failed configs",
     "torch.distributed.tensor.placement_types._StridedShard": "the order in which dims were cut",
     "torch.distributed.tensor._utils._compute_local_shape_and_global_offset": (
         "which shards distributed checkpoints would misplace"
     ),
-    "torch.testing._internal.distributed.fake_pg.FakeStore": "plans of clusters one does not have",
+    "torch.testing._internal.distributed.fake_pg.FakeStore": "plans without the devices",
 }
 """Dotted names that are imported or called, and what for."""
 
@@ -39,49 +39,49 @@ ATTRIBUTES = {
 
 OF_FSDP1 = {"_is_flat_param", "_fsdp_flattened", "_params", "_shapes", "_param_extensions"}
 OF_FSDP1 |= {"_shard_param_infos"}
-"""Marks of FSDP1's flat parameters; test_from_groups.py shards by it for real."""
+"""Attributes of FSDP1's flat parameters; test_from_groups.py shards with FSDP1."""
 
 OF_FSDP2 = {"_orig_size", "_unsharded_param", "_fsdp_param_group", "_fsdp_param_groups"}
-"""What FSDP2 keeps of a parameter; optimizer/test_misuse.py makes optimizers at the wrong time."""
+"""FSDP2's attributes of a parameter; used by tests in optimizer/test_misuse.py."""
 
 OF_GROUPS = {"_get_backend", "_timeout"}
-"""Of a gloo process group; tests/runtime/test_deaths.py lets it run out."""
+"""The timeout of a gloo process group; it ends in tests/runtime/test_deaths.py."""
 
 
 @pytest.mark.parametrize("name", USED)
-def test_a_private_name_of_torch_is_still_there(name):
+def test_a_private_name_of_torch_exists(name):
     module, _, attribute = name.rpartition(".")
     home = importlib.import_module(module)
     assert hasattr(home, attribute), (
-        f"torch {torch.__version__} has moved {name} ({USED[name]}): follow it in "
+        f"torch {torch.__version__} has moved {name} ({USED[name]}): change "
         "muon_dtensor/runtime/torch_private.py"
     )
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
-def test_a_private_attribute_of_dtensors_is_still_there(name):
+def test_a_private_attribute_of_dtensors_exists(name):
     slots = {*getattr(DTensor, "__slots__", ()), *DTensor.__annotations__, *vars(DTensor)}
     assert name in slots, f"torch {torch.__version__} has moved DTensor.{name} ({ATTRIBUTES[name]})"
 
 
 def test_the_list_is_complete():
-    """Every underscored name of somebody else in the one file that may read them is listed."""
+    """The list has every underscored name of torch in the file that may read them."""
     source = inspect.getsource(torch_private)
     code = "\n".join(line.partition("#")[0] for line in source.splitlines())
     code = re.sub(r'""".*?"""', "", code, flags=re.DOTALL)
-    found = set(re.findall(r"(?<![\w.])(?:\w+\.)*(_[a-z]\w+)", code))
-    found |= set(re.findall(r"\b(_StridedShard|FakeStore)\b", code))
-    own = {name for name in vars(torch_private) if name.startswith("_")}
-    own |= {
+    underscored = set(re.findall(r"(?<![\w.])(?:\w+\.)*(_[a-z]\w+)", code))
+    underscored |= set(re.findall(r"\b(_StridedShard|FakeStore)\b", code))
+    defined = {name for name in vars(torch_private) if name.startswith("_")}
+    defined |= {
         name for cls in vars(torch_private).values() if inspect.isclass(cls) for name in vars(cls)
     }
-    own |= set(re.findall(r"self\.(_\w+)", code))
+    defined |= set(re.findall(r"self\.(_\w+)", code))
     listed = {name.rpartition(".")[2] for name in USED} | ATTRIBUTES.keys() | OF_FSDP1 | OF_FSDP2
     listed |= OF_GROUPS | {"_internal", "_utils", "_composable_state"}
-    assert found - own - listed == set()
+    assert underscored - defined - listed == set()
 
 
-def test_no_other_file_names_them():
+def test_no_other_file_uses_private_names():
     root = Path(torch_private.__file__).parents[1]
     names = [name.rpartition(".")[2] for name in USED if "FakeStore" not in name]
     for path in root.rglob("*.py"):
@@ -90,17 +90,17 @@ def test_no_other_file_names_them():
             assert not [name for name in names if re.search(rf"\b{name}\b", text)], path
 
 
-def test_flat_parameters_of_fsdp1_are_marked_as_they_were():
+def test_flat_parameters_of_fsdp1_have_these_attributes():
     from torch.distributed.fsdp import _flat_param
 
     text = inspect.getsource(_flat_param)
-    gone = [name for name in OF_FSDP1 if name not in text]
-    assert not gone, f"torch {torch.__version__} has moved {gone} of FSDP1's flat parameters"
-    for marks in run_processes(2, marks_of_a_real_one):
-        assert marks == OF_FSDP1
+    absent = [name for name in OF_FSDP1 if name not in text]
+    assert not absent, f"torch {torch.__version__} has moved {absent} of FSDP1's flat parameters"
+    for attributes in run_processes(2, attributes_of_a_flat_parameter):
+        assert attributes == OF_FSDP1
 
 
-def marks_of_a_real_one() -> set[str]:
+def attributes_of_a_flat_parameter() -> set[str]:
     model = FullyShardedDataParallel(
         nn.Linear(3, 2), use_orig_params=True, device_id=torch.device("cpu")
     )

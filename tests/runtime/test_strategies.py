@@ -1,6 +1,6 @@
 """Every strategy on every layout: bitwise, with the planned bytes and flops.
 
-Ranks are threads here, and processes where it says so.
+Ranks are threads here, and processes in `test_strategies_over_gloo`.
 """
 
 import pytest
