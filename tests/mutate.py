@@ -940,8 +940,8 @@ FAULTS = [
     *in_files(
         "qk_clip.py",
         "qk_clip",
-        ("maxima are each rank's own", "maximum_of_all(self._seen.view(-1), group)", "pass"),
-        ("logits are not forgotten", "        self._seen.zero_()\n", ""),
+        ("maxima are not exchanged", "maximum_of_all(self._max_logits.view(-1), group)", "pass"),
+        ("logits are not reset", "        self._max_logits.zero_()\n", ""),
         (
             "shards are scaled by the first rows' factors",
             "            factors = factors[region.start[0] : region.stop[0]]",
