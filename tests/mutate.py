@@ -581,17 +581,17 @@ FAULTS = [
         ),
         (
             "a checkpoint's declaration replaces the live one",
-            'group.update({name: known[name] for name in (*DECLARED, "param_names")',
-            'group.update({name: known[name] for name in ("param_names",)',
+            'group.update({name: live[name] for name in (*DECLARED, "param_names")',
+            'group.update({name: live[name] for name in ("param_names",)',
         ),
         (
             "amsgrad is left out in silence",
-            "    if asked := [name for name in NOT_OFFERED if group.get(name)]:",
-            "    if asked := []:",
+            "    if unsupported := [name for name in UNSUPPORTED_FLAGS if group.get(name)]:",
+            "    if unsupported := []:",
         ),
         (
             "AdamW's momentum does not follow cyclic schedulers",
-            "    if beta1 == known and momentum != known:",
+            "    if beta1 == last_beta1 and momentum != last_beta1:",
             "    if False:",
         ),
         (
@@ -612,17 +612,17 @@ FAULTS = [
         "layout_faults speed_options::a_checkpoint_keeps_momentum_in_bfloat16 torch_tools",
         (
             "state that is missing passes",
-            '            if "format_version" in saved and lacking:',
+            '            if "format_version" in saved and missing:',
             "            if False:",
         ),
         (
             "state of another optimizer passes",
-            "            if unknown := kept.keys() - needed:",
+            "            if unknown := saved_state.keys() - needed:",
             "            if unknown := set():",
         ),
         (
             "state that is cut otherwise passes",
-            "                if not _is_placed_as(kept[key], param):\n                    raise "
+            "                if not _is_placed_as(saved_state[key], param):\n                    raise "
             "CheckpointError(\n                        f\"'{key}'",
             "                if False:\n                    raise "
             "CheckpointError(\n                        f\"'{key}'",
@@ -639,7 +639,7 @@ FAULTS = [
         ),
         (
             "momenta do not follow the dtype of their gradients",
-            '        if kept["momentum_buffer"].dtype != grad.dtype:',
+            '        if param_state["momentum_buffer"].dtype != grad.dtype:',
             "        if False:",
         ),
         (
@@ -654,7 +654,7 @@ FAULTS = [
         ),
         (
             "momenta of replaced parameters are dropped in silence",
-            "    if any(local_part(v).any() for param in gone for v in state[param].values() if v.ndim):",
+            "    if any(local_part(v).any() for param in replaced for v in state[param].values() if v.ndim):",
             "    if False:",
         ),
         (
@@ -669,7 +669,7 @@ FAULTS = [
         "checkpoints::shards_say_where_they_lie_and_come_back",
         (
             "full state of another shape loads",
-            "    if whole.shape != live.shape:",
+            "    if full_value.shape != live.shape:",
             "    if False:",
         ),
         (
@@ -751,8 +751,8 @@ FAULTS = [
         ),
         (
             "an update is measured without what it began from",
-            "now.to(wide) - self._before[entry.name].to(wide)",
-            "now.to(wide)",
+            "shard.to(wide) - self._before[entry.name].to(wide)",
+            "shard.to(wide)",
         ),
     ),
     *in_files(
@@ -774,7 +774,7 @@ FAULTS = [
         "config_faults from_groups",
         (
             "groups that are not orthogonal pass",
-            "            if shared != [here]:",
+            "            if shared != [rank]:",
             "            if False:",
         ),
     ),
@@ -878,8 +878,8 @@ FAULTS = [
         ),
         (
             "replicas are not compared",
-            "            differ = self._differing_replicas()\n",
-            "            differ = None\n",
+            "            mismatch = self._replica_mismatch()\n",
+            "            mismatch = None\n",
         ),
         (
             "state that was cleared is not made anew",
@@ -962,7 +962,7 @@ FAULTS = [
         "custom_transport",
         (
             "NaN from the functions passes",
-            "        if look_for_nan and not shard.isfinite().all():",
+            "        if check_finite and not shard.isfinite().all():",
             "        if False:",
         ),
         (
