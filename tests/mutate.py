@@ -171,7 +171,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/buffers.py",
-        "buffer_placement speed_options::a_step_that_failed_leaves_its_buffers_to_it",
+        "buffer_placement speed_options::a_failed_step_drops_its_buffers",
         (
             "a block is lent again after a failed step",
             "        self._block = None\n        self._buffers.clear()\n",
@@ -551,8 +551,8 @@ FAULTS = [
     *in_files(
         "optimizer/options.py",
         "consistency::every_option_that_a_step_reads_is_compared "
-        "checkpoints::options_come_back_with_a_checkpoint "
-        "checkpoints::checkpoints_of_torch_leave_options_that_they_do_not_know "
+        "checkpoints::options_are_restored_from_a_checkpoint "
+        "checkpoints::checkpoints_of_torch_do_not_change_options_that_they_lack "
         "param_groups torch_optimizers declared_matrices checkpoints frozen_parameters",
         (
             "a differing eps is not compared between ranks",
@@ -607,7 +607,7 @@ FAULTS = [
     ),
     *in_files(
         "optimizer/state.py",
-        "checkpoints::damaged_and_foreign_state_is_told_and_changes_nothing gradient_dtypes "
+        "checkpoints::damaged_and_foreign_state_raises_and_changes_nothing gradient_dtypes "
         "variants::moments_of_narrow_parameters_stay_wide torch_optimizers frozen_parameters "
         "layout_faults speed_options::a_checkpoint_keeps_momentum_in_bfloat16 torch_tools",
         (
@@ -665,8 +665,8 @@ FAULTS = [
     ),
     *in_files(
         "optimizer/full_state.py",
-        "checkpoints::full_state_that_does_not_fit_is_refused "
-        "checkpoints::shards_say_where_they_lie_and_come_back",
+        "checkpoints::full_state_that_does_not_fit_raises "
+        "checkpoints::checkpointable_sets_offsets_and_restores_dtensors",
         (
             "full state of another shape loads",
             "    if full_value.shape != live.shape:",

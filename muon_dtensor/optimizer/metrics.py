@@ -81,7 +81,7 @@ class Measurement:
         numbers["grad_norm"] = grad_square**0.5
         if self._sample is not None:
             numbers["orthogonality_residual"] = total[-1]
-        return {**numbers, **self._local_metrics()}
+        return {**numbers, **self._rank_metrics()}
 
     def _totals(
         self,
@@ -136,7 +136,7 @@ class Measurement:
         )
         return scaled / numel if numel else float(group["lr"])
 
-    def _local_metrics(self) -> dict[str, float]:
+    def _rank_metrics(self) -> dict[str, float]:
         """Return the metrics of this rank alone: sent bytes and seconds."""
         rank, cost = this_rank(), self._plan.cost
         sent = cost.sent_nbytes[cost.ranks.index(rank)] if rank in cost.ranks else 0
