@@ -1,4 +1,4 @@
-"""Sharding-aware Muon: hand it DTensors, their placements say how each matrix comes together."""
+"""Sharding-aware Muon for PyTorch: DTensor placements determine how each matrix is exchanged."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from muon_dtensor.planning.report import PlanReport
 from muon_dtensor.version import __version__
 
 Plan = PlanReport
-"""Its name in 0.1.0."""
+"""The name of `PlanReport` in 0.1.0."""
 
 if TYPE_CHECKING:
     from muon_dtensor.clipping import clip_grad_norm_
@@ -61,8 +61,8 @@ __all__ = [
 ]
 
 
-# What needs torch is imported when it is asked for, so that plans can be made without torch.
-_HOMES = {
+# Names that need torch are imported on first access, so that planning works without torch.
+_LAZY = {
     "DistributedConfig": ("distributed_config.config", "DistributedConfig"),
     "Muon": ("optimizer.muon", "Muon"),
     "MuonConfig": ("config_file", "MuonConfig"),
@@ -74,7 +74,7 @@ _HOMES = {
     "create_processgroup_config": ("distributed_config.from_groups", "create_processgroup_config"),
     "group_parameters": ("grouping", "group_parameters"),
     "load_full_state_dict": ("optimizer.full_state", "load_full_state_dict"),
-    # the requirement documents import these by these names
+    # The requirement documents import these private names.
     "_default_assign_fn": ("distributed_config.assignment", "default_assign_fn"),
     "_gather_fn_async": ("distributed_config.manual_transport", "gather_fn_async"),
     "_load_balanced_assign_fn": ("distributed_config.assignment", "load_balanced_assign_fn"),
@@ -83,10 +83,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home, attribute = _HOMES[name]
-    return getattr(importlib.import_module(f"muon_dtensor.{home}"), attribute)
+    module, attribute = _LAZY[name]
+    return getattr(importlib.import_module(f"muon_dtensor.{module}"), attribute)
 
 
 def __dir__() -> list[str]:

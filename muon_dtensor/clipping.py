@@ -1,7 +1,7 @@
-"""Clipping gradients by their norm, whatever meshes they live on.
+"""Gradient clipping by norm for parameters on different meshes.
 
-torch's own `clip_grad_norm_` stacks norms, and fails where they live on different meshes, as those
-of a norm's weight and of a matrix under TP do (torch 2.13).
+torch's own `clip_grad_norm_` stacks norms. It fails where these live on different meshes, for
+example those of a norm layer's weight and of a matrix under TP (torch 2.13).
 """
 
 import logging
@@ -26,10 +26,10 @@ from muon_dtensor.runtime.totals import total_of
 logger = logging.getLogger("muon_dtensor")
 
 MILD = 1e-3
-"""A factor above this is what clipping is for."""
+"""Clipping factors above this are normal, and raise no warning."""
 
 NEAR_EPS = 100.0
-"""A gradient's norm is near eps below this many times eps."""
+"""A gradient norm below this many times eps is near eps."""
 
 EPS = 1e-6
 """Added to the norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does."""
@@ -49,31 +49,32 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scale all gradients in place so that their norm, taken as one vector, is at most `max_norm`.
 
-    As `torch.nn.utils.clip_grad_norm_`, with its arguments, for parameters on any meshes: FSDP, TP
-    and EP on the same ranks or on others, and plain tensors, which count once, as replicas or as
-    this rank's own. A collective of all ranks of the parameters' meshes, which must name the same
-    parameters, with gradients or without.
+    Works as `torch.nn.utils.clip_grad_norm_`, with the same arguments, for parameters on any
+    meshes: FSDP, TP and EP, on the same ranks or on different ones. A plain tensor counts once,
+    whether it is a replica or this rank's own. A collective of all ranks of the parameters' meshes.
+    These ranks must pass the same parameters, with or without gradients.
 
     Args:
-        parameters: those whose gradients are clipped; or an optimizer, or its param groups.
-        max_norm: the most the norm may be.
+        parameters: the parameters whose gradients are clipped, an optimizer, or its param groups.
+        max_norm: upper limit of the norm.
         norm_type: p of the p-norm, above 0; may be inf.
-        error_if_nonfinite: raise where the norm is NaN or Inf. Waits for the device.
-        foreach: False for one tensor after the other; else all at once.
-        algorithm: clip, and take the norm of, the groups of this algorithm alone; needs an
+        error_if_nonfinite: raise if the norm is NaN or Inf. Waits for the device.
+        foreach: False scales one tensor after the other; otherwise one foreach call scales all.
+        algorithm: only the groups of this algorithm are clipped and enter the norm. Needs an
             optimizer or param groups. Muon's update does not depend on the scale of its gradients,
-            so "adamw" is what clipping is about; of all groups, a large gradient of an embedding
-            scales Muon's down as well.
-        pp_group: the ranks that hold the pipeline's other stages, if the model is one: the norm is
-            of all stages.
+            so only AdamW's groups need clipping. With None, a large gradient of an embedding
+            scales Muon's gradients down as well.
+        pp_group: the ranks that hold the other pipeline stages, if there are any. The norm is then
+            that of all stages.
 
     Returns:
         The norm before clipping: a plain scalar, in float32 at least, on the first gradient's
-        device, the same on every rank. (torch returns a DTensor here, and in the gradients' dtype.)
+        device, the same on every rank. (torch returns a DTensor, in the gradients' dtype.)
 
     Raises:
-        ValueError: a norm_type that is 0 or less; an `algorithm` without param groups.
-        RuntimeError: a norm of NaN or Inf, with `error_if_nonfinite`; gradients are as they were.
+        ValueError: norm_type is not above 0; `algorithm` is set without param groups.
+        RuntimeError: the norm is NaN or Inf and `error_if_nonfinite` is True. Gradients are
+            unchanged.
     """
     if not norm_type > 0:
         raise ValueError(f"norm_type must be above 0 or inf, got {norm_type}")
@@ -82,7 +83,7 @@ def clip_grad_norm_(
     if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(
             f"the norm of order {norm_type} of the gradients is {float(total)}; nothing was "
-            "clipped. Pass error_if_nonfinite=False to scale by it all the same."
+            "clipped. Pass error_if_nonfinite=False to scale the gradients by it regardless."
         )
     factor = (max_norm / (total + EPS)).clamp(max=1.0)
     if eps_of and total.device.type == "cpu":
@@ -93,12 +94,12 @@ def clip_grad_norm_(
             grad = local_part(param.grad)
             by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
     for (device, dtype), grads in by_kind.items():
-        here = factor.to(device, dtype if dtype == torch.float64 else torch.float32)
+        scale = factor.to(device, dtype if dtype == torch.float64 else torch.float32)
         if foreach is False:
             for grad in grads:
-                grad.mul_(here)
+                grad.mul_(scale)
         else:
-            torch._foreach_mul_(grads, here)
+            torch._foreach_mul_(grads, scale)
     return total
 
 
@@ -106,52 +107,52 @@ def _params_of(
     parameters: Tensor | Iterable[Tensor] | Iterable[dict[str, Any]] | Optimizer,
     algorithm: str | None,
 ) -> tuple[list[Tensor], list[tuple[Tensor, float]]]:
-    """The parameters to clip, and those of Muon among them with their `eps`, as far as known."""
-    given: list[Any]
+    """Return the parameters to clip, and Muon's parameters among them with `eps`, if known."""
+    items: list[Any]
     if isinstance(parameters, Tensor):
-        given = [parameters]
+        items = [parameters]
     elif isinstance(parameters, Optimizer):
-        given = list(parameters.param_groups)
+        items = list(parameters.param_groups)
     else:
-        given = list(parameters)
-    groups = [group for group in given if isinstance(group, Mapping)]
+        items = list(parameters)
+    groups = [group for group in items if isinstance(group, Mapping)]
     if not groups:
         if algorithm is not None:
             raise ValueError(
-                f"algorithm={algorithm!r} needs an optimizer, or its param_groups: parameters do "
-                "not say what steps them"
+                f"algorithm={algorithm!r} needs an optimizer or its param_groups: parameters do "
+                "not name the algorithm that steps them"
             )
-        return given, []
+        return items, []
     if algorithm not in (None, "muon", "adamw"):
         raise ValueError(f"algorithm must be 'muon', 'adamw' or None, got {algorithm!r}")
     kinds = [_algorithm_of(group) for group in groups]
     if algorithm is not None and None in kinds:
         raise ValueError(
-            f"algorithm={algorithm!r}, and param group {kinds.index(None)} does not say what steps "
-            "it: neither Muon nor AdamW"
+            f"algorithm={algorithm!r}, but param group {kinds.index(None)} belongs to neither Muon "
+            "nor AdamW"
         )
     params: list[Tensor] = []
     eps_of: list[tuple[Tensor, float]] = []
     for group, kind in zip(groups, kinds, strict=True):
         if algorithm in (None, kind):
-            own = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
-            params += own
+            group_params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+            params += group_params
             if kind == "muon" and "eps" in group:
-                eps_of += [(param, group["eps"]) for param in own]
+                eps_of += [(param, group["eps"]) for param in group_params]
     return params, eps_of
 
 
 def _algorithm_of(group: Mapping[str, Any]) -> str | None:
-    """The algorithm that steps a param group, "muon" or "adamw"; None if unknown."""
+    """Return the algorithm that steps a param group, "muon" or "adamw"; None if unknown."""
     if "algorithm" in group or "ns_steps" in group:
         return str(group.get("algorithm", "muon"))
     return "adamw" if "betas" in group else None
 
 
 def _warn_near_eps(eps_of: Sequence[tuple[Tensor, float]], factor: float) -> None:
-    """Log once if a factor leaves Muon no gradient well above eps; on the host, where it is known.
+    """Log once if clipping brings all of Muon's gradients near eps. Only for norms on the host.
 
-    torch.optim.Muon's update shrinks there (DeepSpeed#8439), ours does not, but a narrow dtype
+    torch.optim.Muon's update shrinks there (DeepSpeed#8439). Ours does not, but a narrow dtype
     rounds such gradients to zero.
     """
     if factor > MILD:
@@ -168,9 +169,10 @@ def _warn_near_eps(eps_of: Sequence[tuple[Tensor, float]], factor: float) -> Non
 def _log_near_eps(factor: float) -> None:
     logger.log(
         warning_level(),
-        "clipping scales gradients by %.1e, and leaves all of Muon's near eps, where "
+        "clipping scales gradients by %.1e and brings all gradients of Muon near eps, where "
         "torch.optim.Muon's update shrinks and narrow dtypes round to zero. Muon does not need "
-        "clipping: clip_grad_norm_(optimizer, max_norm, algorithm='adamw') clips the others alone.",
+        "clipping: clip_grad_norm_(optimizer, max_norm, algorithm='adamw') clips only AdamW's "
+        "gradients.",
         factor,
     )
 
@@ -182,8 +184,8 @@ def _total_norm(params: Sequence[Tensor], p: float, pp_group: ProcessGroup | Non
     for index, param in enumerate(params):
         grad = param.grad
         if isinstance(grad, DTensor) and any(isinstance(q, Partial) for q in grad.placements):
-            whole = [Replicate() if isinstance(q, Partial) else q for q in grad.placements]
-            grad = grad.redistribute(placements=whole)
+            placements = [Replicate() if isinstance(q, Partial) else q for q in grad.placements]
+            grad = grad.redistribute(placements=placements)
         like = param if grad is None else grad
         if isinstance(like, DTensor):
             layout = describe_layout(like, layout_cache.mesh(like.device_mesh))

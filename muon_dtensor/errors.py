@@ -1,34 +1,34 @@
-"""Every error that this package raises on purpose, and their texts."""
+"""The exceptions of this package, and the texts that several of them share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 
-def shortened(names: Sequence[str], most: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def shortened(names: Sequence[str], max_names: int = 3) -> str:
+    """Return the first few names, and how many more there are."""
+    more = f" and {len(names) - max_names} more" if len(names) > max_names else ""
+    return ", ".join(names[:max_names]) + more
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One parameter that cannot be planned: what was seen, why not, what to do instead."""
+    """One parameter that cannot be planned: what was observed, the reason, and the remedy."""
 
     fqn: str
-    seen: str
+    observed: str
     reason: str
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.fqn}  {self.seen}\n    {self.reason}\n    {self.remedy}"
+        return f"{self.fqn}  {self.observed}\n    {self.reason}\n    {self.remedy}"
 
 
 class RefusalError(ValueError):
-    """Why one parameter cannot be planned, from whoever found out; a Problem without its name."""
+    """One parameter cannot be planned. The caller adds its name to make a `Problem`."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         self.reason, self.remedy = reason, remedy
-        super().__init__(reason, remedy)  # so that it pickles
+        super().__init__(reason, remedy)  # pickle calls the class with these args
 
     def __str__(self) -> str:
         return f"{self.reason} {self.remedy}"
@@ -39,10 +39,10 @@ GATHERED = (
     "Make the optimizer before the first forward, or call module.reshard() on the FSDP module "
     "first (the root stays gathered after a forward).",
 )
-"""Why a parameter that FSDP2 frees again cannot be stepped, and what to do."""
+"""Reason and remedy for a parameter that FSDP2 frees after the forward."""
 
 NUM_SHOWN = 3
-"""How many parameters of one problem an error lists."""
+"""How many parameters an error lists for each reason."""
 
 
 class PlanError(ValueError):
@@ -55,7 +55,7 @@ class PlanError(ValueError):
         for problem in self.problems:
             by_cause.setdefault((problem.reason, problem.remedy), []).append(problem)
         for (reason, remedy), same in by_cause.items():
-            lines += [f"  {problem.fqn}  {problem.seen}" for problem in same[:NUM_SHOWN]]
+            lines += [f"  {problem.fqn}  {problem.observed}" for problem in same[:NUM_SHOWN]]
             if len(same) > NUM_SHOWN:
                 lines.append(f"  and {len(same) - NUM_SHOWN} more, for the same reason:")
             lines += [f"    {reason}", f"    {remedy}"]
@@ -63,23 +63,23 @@ class PlanError(ValueError):
 
 
 class AssignmentError(ValueError, AssertionError):
-    """An assignment of parameters to ranks names a rank that is none, or a parameter not once."""
+    """An assignment names an invalid rank, or does not assign every parameter exactly once."""
 
 
 class GroupOptionError(ValueError):
-    """A param group holds an option that is unknown or has a value out of its range."""
+    """A param group holds an unknown option, or a value out of range."""
 
 
 class CheckpointError(ValueError):
-    """A state dict that is not whole, not ours, or that torch would not save as it is."""
+    """A state dict is incomplete, comes from another optimizer, or cannot be saved correctly."""
 
 
 class PlanMismatchError(RuntimeError):
-    """Ranks of one mesh hold different plans or hyperparameters. Raised on each of them."""
+    """Ranks of one mesh hold different plans or hyperparameters. Raised on each of these ranks."""
 
 
 class StepFailedError(RuntimeError):
-    """A step ended halfway: some parameters may be updated and others not. Load a checkpoint."""
+    """A step failed halfway: some parameters may be updated and others not. Load a checkpoint."""
 
 
 class MissingGradientError(RuntimeError):
@@ -87,4 +87,4 @@ class MissingGradientError(RuntimeError):
 
 
 class NonFiniteGradientError(RuntimeError):
-    """A gradient holds NaN or Inf on some rank. Nothing was updated on any rank."""
+    """A gradient holds NaN or Inf on some rank. No parameter was updated on any rank."""

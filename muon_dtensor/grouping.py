@@ -1,6 +1,6 @@
-"""Which parameter of a model belongs to which algorithm, and which matrices a convolution holds.
+"""`group_parameters`: sorts a model's parameters into param groups of Muon and AdamW.
 
-Module classes decide first, then names; never shapes alone. Builds param groups; plans nothing.
+Module classes decide first, then names; never shapes alone.
 """
 
 import logging
@@ -28,20 +28,21 @@ from muon_dtensor.runtime.torch_private import gathered_params, warning_level
 logger = logging.getLogger("muon_dtensor")
 
 CLASSES = ("matrix", "embedding", "head", "norm", "bias", "other")
-"""What `weight_decay` of `group_parameters` may name. "other" is whatever else is no matrix:
-tokens, tables, gains, depthwise convolutions."""
+"""Classes of parameters, as `weight_decay` of `group_parameters` names them. "other" holds
+everything else that is not a matrix: tokens, tables, gains, depthwise convolutions."""
 
 WITHOUT_DECAY = ("norm", "bias", "other")
-"""Classes that do not decay unless `weight_decay` says so, as in GPT-2's and nanoGPT's training."""
+"""Classes that do not decay unless `weight_decay` names them, as in GPT-2's and nanoGPT's
+training."""
 
 NO_MATRIX = re.compile(
     r"(^|_)(tokens?|table|scales?|scale_inv|gamma|log|latents?|prompts?|mask|freqs?|temperature"
     r"|position_bias|codebooks?|queue|null_kv)$"
     r"|^(A_log|weight_g|cls|class_embedding|pos_emb\w*|\w*pos_embed\w*|rel_pos\w*|time_\w+)$"
 )
-"""Parameters that are stored with two and more tensor dims and multiply nothing as a matrix: class,
-register and mask tokens, relative positions, LayerScale, Mamba's A_log, RWKV's decays, codebooks,
-scales of quantized weights, weight_norm's g."""
+"""Parameters with two or more tensor dims that no layer multiplies as a matrix: class, register and
+mask tokens, relative positions, LayerScale, Mamba's A_log, RWKV's decays, codebooks, scales of
+quantized weights, weight_norm's g."""
 
 FUSED_NAME = re.compile(
     r"(^|[._])(w?qkv|Wqkv|qkv_proj|qkv_proj_weight|c_attn|query_key_value|linear_qkv"
@@ -51,23 +52,23 @@ FUSED_NAME = re.compile(
 """Weights that commonly hold several matrices: query, key, value; gate and up; gates of LSTMs."""
 
 BLOCKS = (("qkv|c_attn|query|in_proj_weight", "q, k, v"), ("gate_up|w13|w1_w3|fc1", "gate, up"))
-"""Parts of fused names, and what their blocks are."""
+"""Parts of fused names, and the names of their blocks."""
 
-MOST_IN_A_HEAD = 2
-"""A module with a head's name and more projections than a hidden one and the last is a model of its
-own: a GAN's `generator`."""
+MAX_HEAD_PROJECTIONS = 2
+"""A head has at most a hidden projection and the last one. A module with a head's name and more
+projections is a model of its own, such as a GAN's `generator`."""
 
 FOLDED_NAME = re.compile(r"(^|\.)\w*experts\w*$")
-"""Parameters (not modules) that commonly hold all experts of a layer."""
+"""Names of parameters (not modules) that commonly hold all experts of a layer."""
 
 EXPERTS = re.compile(r"expert", re.IGNORECASE)
 """Classes and names of modules whose 3-D parameters are one matrix per expert."""
 
 MANY = (nn.ModuleList, nn.ModuleDict)
-"""Containers of heads rather than a head."""
+"""Containers of heads, which are not heads themselves."""
 
 DATA_PARALLEL = (DataParallel, DistributedDataParallel)
-"""What wraps a model as its `module`."""
+"""Wrappers that store the model as their attribute `module`."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -75,7 +76,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One parameter and where it goes: `kind` is one of CLASSES, `options` declare its matrices."""
+    """One parameter and its class: `kind` is one of CLASSES, `options` declare its matrices."""
 
     fqn: str
     param: nn.Parameter
@@ -99,40 +100,40 @@ def group_parameters(
     rules: Sequence[tuple[str, Mapping[str, Any]]] | Mapping[str, Mapping[str, Any]] = (),
     show: bool = False,
 ) -> list[dict[str, Any]]:
-    """Param groups of a whole model, for `Muon`.
+    """Return the param groups of a model, for `Muon`.
 
     Muon gets the weights of Linear layers, of convolutions (flattened to one matrix `o (i k...)`,
     one per group of a grouped convolution), of experts `[e, m, n]`, and other parameters with two
     tensor dims. AdamW gets embeddings, output heads (also tied to an embedding), norms, biases,
-    vectors, depthwise convolutions, tokens and tables, and parameters with three and more tensor
-    dims of unknown modules, which one warning names. Parameters without requires_grad are left
-    out. Weights whose names say that they hold several matrices (wqkv, gate_up_proj, ...) are named
-    in a warning unless a rule declares their matrices.
+    vectors, depthwise convolutions, tokens and tables. AdamW also gets parameters with three or
+    more tensor dims of unknown modules, and one warning names these. Parameters without
+    requires_grad are left out. A warning names weights that look like several matrices in one
+    (wqkv, gate_up_proj, ...) unless a rule declares their matrices.
 
     Args:
         model: plain, or after parallelize_module and fully_shard, or wrapped by FSDP1, DDP or
-            torch.compile; what wrappers put into names is left out.
+            torch.compile. The prefixes that wrappers add to names are removed.
         lr: learning rate of the Muon groups; default: the optimizer's.
         weight_decay: of the Muon groups; or of classes of parameters by name, `{"norm": 0.1}`:
             "matrix", "embedding", "head", "norm", "bias", "other". Default: the optimizer's for
-            matrices, that of `adamw` for embeddings and heads, none for all others.
-        adamw: options of the AdamW groups (`lr`, `betas`, `eps`, `weight_decay`); default:
-            `options.ADAMW_DEFAULTS`, whatever `lr` is.
-        rules: (regex, options) pairs, or a dict of them; the first whose regex is found in a
-            parameter's name overrides its options, and with `algorithm` its algorithm. So fused
-            weights declare their matrices, `(r"wqkv", {"split_sizes": (q, k, v)})`, and weights
-            stored transposed (GPT-2's Conv1D) their rows, `(r"c_fc", {"matrix": "i o -> o i"})`.
-            Tokens, tables and parameters of unknown modules go to Muon if a rule declares their
-            matrices.
-        show: print a table of all parameters, where they go and why.
+            matrices, that of `adamw` for embeddings and heads, 0 for all other classes.
+        adamw: options of the AdamW groups (`lr`, `betas`, `eps`, `weight_decay`). Default:
+            `options.ADAMW_DEFAULTS`, independent of `lr`.
+        rules: (regex, options) pairs, or a dict of them. The first rule whose regex matches part of
+            a parameter's name overrides its options, and with `algorithm` its algorithm. Rules
+            declare the matrices of fused weights, `(r"wqkv", {"split_sizes": (q, k, v)})`, and the
+            rows of weights stored transposed (GPT-2's Conv1D), `(r"c_fc", {"matrix": "i o -> o
+            i"})`. Tokens, tables and parameters of unknown modules go to Muon if a rule declares
+            their matrices.
+        show: print a table of all parameters with their algorithm and the reason.
 
     Returns:
         Groups of (name, parameter) pairs with equal options, in model order.
 
     Raises:
-        GroupOptionError: a rule that no parameter takes, or whose pattern is no regex; an unknown
-            class in `weight_decay`.
-        PlanError: flat parameters of FSDP1 (use_orig_params=False), or FSDP2's while gathered.
+        GroupOptionError: a rule applies to no parameter, or its pattern is not a valid regex;
+            `weight_decay` names an unknown class.
+        PlanError: flat parameters of FSDP1 (use_orig_params=False), or unsharded ones of FSDP2.
     """
     decays = _decays(weight_decay, adamw or {})
     compiled = [(_regex(n, p), p, o) for n, (p, o) in enumerate(_pairs(rules))]
@@ -178,9 +179,9 @@ def group_parameters(
 
 
 def clean_names(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of a model by the names that they have without wrappers around it."""
+    """Yield the parameters of a model with their names, without the prefixes of wrappers."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    # FSDP1's own named_parameters leaves its wrappers out inside summon_full_params
+    # FSDP1 overrides named_parameters: inside summon_full_params it omits the wrappers' names.
     for fqn, param in nn.Module.named_parameters(model):
         yield _Use(modules, fqn).fqn, param
 
@@ -192,26 +193,27 @@ def _pairs(
 
 
 def _regex(number: int, pattern: str) -> re.Pattern[str]:
-    """Raises GroupOptionError for what is no regex."""
+    """Return the compiled pattern. Raises GroupOptionError if it is not a valid regex."""
     try:
         return re.compile(pattern)
     except re.error as error:
         glob = "" if "*" not in pattern else " As a regex, a glob's '*' is '.*'."
         raise GroupOptionError(
-            f"the pattern of rule {number}, {pattern!r}, is no regular expression: {error}.{glob}"
+            f"the pattern of rule {number}, {pattern!r}, is not a valid regular expression: "
+            f"{error}.{glob}"
         ) from error
 
 
 def _decays(
     weight_decay: float | Mapping[str, float] | None, adamw: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Weight decay by class, of those that do not take the optimizer's."""
-    of_tables = adamw.get("weight_decay", ADAMW_DEFAULTS["weight_decay"])
-    decays = {"embedding": of_tables, "head": of_tables} | dict.fromkeys(WITHOUT_DECAY, 0.0)
+    """Return the weight decay of each class that does not use the optimizer's."""
+    adamw_decay = adamw.get("weight_decay", ADAMW_DEFAULTS["weight_decay"])
+    decays = {"embedding": adamw_decay, "head": adamw_decay} | dict.fromkeys(WITHOUT_DECAY, 0.0)
     if isinstance(weight_decay, Mapping):
-        if wrong := weight_decay.keys() - set(CLASSES):
+        if unknown := weight_decay.keys() - set(CLASSES):
             raise GroupOptionError(
-                f"weight_decay names {sorted(wrong)}; classes of parameters are "
+                f"weight_decay names {sorted(unknown)}; classes of parameters are "
                 f"{', '.join(CLASSES)}"
             )
         return decays | dict(weight_decay)
@@ -219,13 +221,13 @@ def _decays(
 
 
 def _warn_of_unknown(entries: Sequence[_Entry]) -> None:
-    """Log parameters of three and more tensor dims that nobody claims."""
+    """Log parameters with three or more tensor dims of unknown modules."""
     if entries:
         logger.log(
             warning_level(entry.param for entry in entries),
-            "%d parameters with three and more tensor dims belong to no convolution and no module "
-            "of experts, and go to AdamW: %s. If they hold matrices, say so: rules=[(r'%s', "
-            "{'matrix': 'batch rows cols -> batch rows cols'})].",
+            "%d parameters with three or more tensor dims belong to neither a convolution nor a "
+            "module of experts, and go to AdamW: %s. If they hold matrices, declare them: "
+            "rules=[(r'%s', {'matrix': 'batch rows cols -> batch rows cols'})].",
             len(entries),
             shortened([entry.fqn for entry in entries]),
             re.escape(entries[0].fqn),
@@ -233,7 +235,7 @@ def _warn_of_unknown(entries: Sequence[_Entry]) -> None:
 
 
 def _warn_of_undeclared(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Log weights of Muon that look fused, and that no rule has split."""
+    """Log weights of Muon whose names look fused and whose matrices no rule declares."""
     for group in groups:
         if group["algorithm"] != "muon" or group.get("split_sizes") or group.get("matrix"):
             continue
@@ -242,8 +244,8 @@ def _warn_of_undeclared(groups: Iterable[Mapping[str, Any]]) -> None:
                 logger.log(
                     warning_level([param]),
                     "%s looks like experts folded into two tensor dims and is orthogonalized as "
-                    "one matrix. If it is, say so: rules=[(r'%s', {'matrix': '(e m) n -> e m n', "
-                    "'matrix_axes': {'e': number of experts}})].",
+                    "one matrix. If it holds experts, declare them: rules=[(r'%s', {'matrix': "
+                    "'(e m) n -> e m n', 'matrix_axes': {'e': number of experts}})].",
                     *(fqn, fqn.rpartition(".")[2]),
                 )
             elif name := FUSED_NAME.search(fqn):
@@ -255,7 +257,7 @@ def _warn_of_undeclared(groups: Iterable[Mapping[str, Any]]) -> None:
                 logger.log(
                     warning_level([param]),
                     "%s looks like several matrices in one and is orthogonalized as one%s. If it "
-                    "is fused, say so: rules=[(r'%s', {'split_sizes': (%s)%s})]; "
+                    "is fused, declare its blocks: rules=[(r'%s', {'split_sizes': (%s)%s})]; "
                     "if it is not, rules=[(r'%s', {'matrix': '%s'})].",
                     fqn,
                     " per expert" if of_experts else "",
@@ -274,8 +276,8 @@ def _check_rules(patterns: Sequence[str], used: set[int], entries: Sequence[_Ent
             continue
         if any(re.search(pattern, fqn) for fqn in fqns):
             raise GroupOptionError(
-                f"rule {number}, {pattern!r}, takes no parameter: earlier rules take all that it "
-                "matches. Put it before them, or leave it out."
+                f"rule {number}, {pattern!r}, applies to no parameter: earlier rules apply to all "
+                "that it matches. Put it before them, or remove it."
             )
         raise GroupOptionError(
             f"rule {number}, {pattern!r}, matches no parameter. Names look like "
@@ -291,10 +293,10 @@ def _classify(model: nn.Module) -> Iterator[_Entry]:
             names.setdefault(param, []).append(fqn)
     slices = FlatSlices.of(names)
     _refuse(names, slices)
-    for param, found in names.items():
-        # A tied parameter goes where the most particular of its uses sends it.
+    for param, param_fqns in names.items():
+        # A tied parameter goes to AdamW if any of its uses does.
         shape = slices.shape_of(param) or tuple(param.shape)
-        uses = [_Use(modules, fqn).entry(param, shape) for fqn in found]
+        uses = [_Use(modules, fqn).entry(param, shape) for fqn in param_fqns]
         entry = next((use for use in uses if use.kind != "matrix"), uses[0])
         fqns = [use.fqn for use in uses]
         why = entry.why
@@ -317,10 +319,10 @@ def _refuse(names: Mapping[nn.Parameter, Sequence[str]], slices: FlatSlices) -> 
 
 
 class _Use:
-    """One place of a parameter in a model: the modules on its path, and its name there.
+    """One occurrence of a parameter in a model: the modules on its path, and its name in the last.
 
-    Without the modules that FSDP1, activation checkpointing, torch.compile and DDP add. A
-    parametrized weight is of the module that it parametrizes.
+    The path omits the modules that FSDP1, activation checkpointing, torch.compile and DDP add. A
+    parametrized weight belongs to the module that it parametrizes.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], fqn: str) -> None:
@@ -336,7 +338,7 @@ class _Use:
             if isinstance(module, ParametrizationList):
                 self._path.pop()  # `parametrizations`
                 own_names = [*parts[depth - 2 :], name]
-                if depth == len(parts):  # `original`, or `original0` and on, of that weight
+                if depth == len(parts):  # `original`, or `original0`, `original1`, of that weight
                     is_weight_norm = type(module[0]).__name__ == "_WeightNorm"
                     self._is_gain = is_weight_norm and name == "original0"
                     self._name = part
@@ -352,7 +354,7 @@ class _Use:
         self.fqn = ".".join([*(part for part, _ in self._path), *own_names])
 
     def entry(self, param: nn.Parameter, shape: tuple[int, ...]) -> _Entry:
-        """Where this use sends the parameter, of this whole shape."""
+        """Return the entry of the parameter by this use. `shape`: that of the full tensor."""
         kind, why, options, is_unknown = self._kind(shape)
         return _Entry(self.fqn, param, shape, kind, why, options, is_unknown)
 
@@ -376,41 +378,44 @@ class _Use:
         if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
             return _of_convolution(module, shape)
         if NO_MATRIX.search(self._name):
-            return "other", f"no matrix, by its name '{self._name}'", {}, False
+            return "other", f"not a matrix, by its name '{self._name}'", {}, False
         if len(shape) == 2:
             return "matrix", "matrix", {}, False
         if len(shape) == 3 and (EXPERTS.search(self.fqn) or any(map(EXPERTS.search, classes))):
             return "matrix", "experts", {}, False
-        return "other", f"{len(shape)}-D, of no known module", {}, True
+        return "other", f"{len(shape)}-D, of an unknown module", {}, True
 
     def _is_head(self) -> bool:
-        """Whether it is of a last projection, by the names and classes on its path."""
+        """Whether it belongs to a model's last projection, by the names and classes on its path."""
         for depth, (part, module) in enumerate(self._path):
             if part.isdecimal():
                 return False
             if HEAD_PART.search(part) or _is_head_class(module):
                 inner = self._path[depth + 1 :]
                 root = inner[0][1] if inner and isinstance(module, MANY) else module
-                if isinstance(root, nn.Sequential) or _num_projections(root) <= MOST_IN_A_HEAD:
+                if (
+                    isinstance(root, nn.Sequential)
+                    or _num_projections(root) <= MAX_HEAD_PROJECTIONS
+                ):
                     return self._is_last_below(depth)
         if self._path and self._path[-1][0] == "fc" and self._is_last_of_its_parent():
             return True
         return bool(HEAD_NAME.search(".".join(part for part, _ in self._path)))
 
     def _is_last_of_its_parent(self) -> bool:
-        """Whether other modules with parameters come before it, and none after: a ResNet's `fc`."""
+        """Whether its module is the last of several with parameters, like a ResNet's `fc`."""
         parent = self._path[-2][1] if len(self._path) > 1 else self._model
         children = [c for c in parent.children() if next(c.parameters(), None) is not None]
         return len(children) > 1 and children[-1] is self._path[-1][1]
 
     def _is_last_below(self, depth: int) -> bool:
-        """Whether no projection follows below a head; in a Sequential the last one is it."""
+        """Whether no projection follows it in the Sequentials of a head."""
         below = zip(self._path[depth:], self._path[depth + 1 :], strict=False)
         for (_, container), (_, inner) in below:
             if isinstance(container, nn.Sequential):
                 children = list(container.children())
-                places = [n for n, child in enumerate(children) if inner in child.modules()]
-                later = (m for child in children[places[0] + 1 :] for m in child.modules())
+                indices = [n for n, child in enumerate(children) if inner in child.modules()]
+                later = (m for child in children[indices[0] + 1 :] for m in child.modules())
                 if any(isinstance(m, (nn.Linear, *CONVOLUTIONS)) for m in later):
                     return False
         return True
@@ -428,9 +433,10 @@ def _is_head_class(module: nn.Module | None) -> bool:
 def _of_convolution(
     module: nn.Module, shape: tuple[int, ...]
 ) -> tuple[str, str, dict[str, Any], bool]:
-    """Of a weight [out, in / groups, k...], or of a transposed one [in, out / groups, k...].
+    """Return kind, reason, options and False for a convolution's weight.
 
-    One matrix per group, with the kernel flattened into the columns (Jordan 2024,
+    The weight is [out, in / groups, k...], or transposed [in, out / groups, k...]. It holds one
+    matrix per group, with the kernel flattened into the columns (Jordan 2024,
     https://kellerjordan.github.io/posts/muon/, on convolutional filters).
     """
     groups: int = module.groups  # type: ignore[assignment]
@@ -447,7 +453,7 @@ def _of_convolution(
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows of text in aligned columns, under a heading."""
+    """Return rows of text in aligned columns, under a heading."""
     rows = [("parameter", "shape", "algorithm", "why"), *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(

@@ -171,7 +171,7 @@ FAULTS = [
     ),
     *in_files(
         "runtime/buffers.py",
-        "buffer_placement speed_options::a_step_that_failed_leaves_its_buffers_to_it",
+        "buffer_placement speed_options::a_failed_step_drops_its_buffers",
         (
             "a block is lent again after a failed step",
             "        self._block = None\n        self._buffers.clear()\n",
@@ -552,8 +552,8 @@ FAULTS = [
     *in_files(
         "optimizer/options.py",
         "consistency::every_option_that_a_step_reads_is_compared "
-        "checkpoints::options_come_back_with_a_checkpoint "
-        "checkpoints::checkpoints_of_torch_leave_options_that_they_do_not_know "
+        "checkpoints::options_are_restored_from_a_checkpoint "
+        "checkpoints::checkpoints_of_torch_do_not_change_options_that_they_lack "
         "param_groups torch_optimizers declared_matrices checkpoints frozen_parameters",
         (
             "a differing eps is not compared between ranks",
@@ -582,17 +582,17 @@ FAULTS = [
         ),
         (
             "a checkpoint's declaration replaces the live one",
-            'group.update({name: known[name] for name in (*DECLARED, "param_names")',
-            'group.update({name: known[name] for name in ("param_names",)',
+            'group.update({name: live[name] for name in (*DECLARED, "param_names")',
+            'group.update({name: live[name] for name in ("param_names",)',
         ),
         (
             "amsgrad is left out in silence",
-            "    if asked := [name for name in NOT_OFFERED if group.get(name)]:",
-            "    if asked := []:",
+            "    if unsupported := [name for name in UNSUPPORTED_FLAGS if group.get(name)]:",
+            "    if unsupported := []:",
         ),
         (
             "AdamW's momentum does not follow cyclic schedulers",
-            "    if beta1 == known and momentum != known:",
+            "    if beta1 == last_beta1 and momentum != last_beta1:",
             "    if False:",
         ),
         (
@@ -608,22 +608,22 @@ FAULTS = [
     ),
     *in_files(
         "optimizer/state.py",
-        "checkpoints::damaged_and_foreign_state_is_told_and_changes_nothing gradient_dtypes "
+        "checkpoints::damaged_and_foreign_state_raises_and_changes_nothing gradient_dtypes "
         "variants::moments_of_bf16_parameters_are_float32 torch_optimizers frozen_parameters "
         "layout_faults speed_options::a_checkpoint_keeps_momentum_in_bfloat16 torch_tools",
         (
             "state that is missing passes",
-            '            if "format_version" in saved and lacking:',
+            '            if "format_version" in saved and missing:',
             "            if False:",
         ),
         (
             "state of another optimizer passes",
-            "            if unknown := kept.keys() - needed:",
+            "            if unknown := saved_state.keys() - needed:",
             "            if unknown := set():",
         ),
         (
             "state that is cut otherwise passes",
-            "                if not _is_placed_as(kept[key], param):\n                    raise "
+            "                if not _is_placed_as(saved_state[key], param):\n                    raise "
             "CheckpointError(\n                        f\"'{key}'",
             "                if False:\n                    raise "
             "CheckpointError(\n                        f\"'{key}'",
@@ -640,7 +640,7 @@ FAULTS = [
         ),
         (
             "momenta do not follow the dtype of their gradients",
-            '        if kept["momentum_buffer"].dtype != grad.dtype:',
+            '        if param_state["momentum_buffer"].dtype != grad.dtype:',
             "        if False:",
         ),
         (
@@ -655,7 +655,7 @@ FAULTS = [
         ),
         (
             "momenta of replaced parameters are dropped in silence",
-            "    if any(local_part(v).any() for param in gone for v in state[param].values() if v.ndim):",
+            "    if any(local_part(v).any() for param in replaced for v in state[param].values() if v.ndim):",
             "    if False:",
         ),
         (
@@ -666,11 +666,11 @@ FAULTS = [
     ),
     *in_files(
         "optimizer/full_state.py",
-        "checkpoints::full_state_that_does_not_fit_is_refused "
-        "checkpoints::shards_say_where_they_lie_and_come_back",
+        "checkpoints::full_state_that_does_not_fit_raises "
+        "checkpoints::checkpointable_sets_offsets_and_restores_dtensors",
         (
             "full state of another shape loads",
-            "    if whole.shape != live.shape:",
+            "    if full_value.shape != live.shape:",
             "    if False:",
         ),
         (
@@ -752,8 +752,8 @@ FAULTS = [
         ),
         (
             "an update is measured without what it began from",
-            "now.to(wide) - self._before[entry.name].to(wide)",
-            "now.to(wide)",
+            "shard.to(wide) - self._before[entry.name].to(wide)",
+            "shard.to(wide)",
         ),
     ),
     *in_files(
@@ -775,7 +775,7 @@ FAULTS = [
         "config_faults from_groups",
         (
             "groups that are not orthogonal pass",
-            "            if shared != [here]:",
+            "            if shared != [rank]:",
             "            if False:",
         ),
     ),
@@ -879,8 +879,8 @@ FAULTS = [
         ),
         (
             "replicas are not compared",
-            "            differ = self._differing_replicas()\n",
-            "            differ = None\n",
+            "            mismatch = self._replica_mismatch()\n",
+            "            mismatch = None\n",
         ),
         (
             "state that was cleared is not made anew",
@@ -941,8 +941,8 @@ FAULTS = [
     *in_files(
         "qk_clip.py",
         "qk_clip",
-        ("maxima are each rank's own", "maximum_of_all(self._seen.view(-1), group)", "pass"),
-        ("logits are not forgotten", "        self._seen.zero_()\n", ""),
+        ("maxima are not exchanged", "maximum_of_all(self._max_logits.view(-1), group)", "pass"),
+        ("logits are not reset", "        self._max_logits.zero_()\n", ""),
         (
             "shards are scaled by the first rows' factors",
             "            factors = factors[region.start[0] : region.stop[0]]",
@@ -963,7 +963,7 @@ FAULTS = [
         "custom_transport",
         (
             "NaN from the functions passes",
-            "        if look_for_nan and not shard.isfinite().all():",
+            "        if check_finite and not shard.isfinite().all():",
             "        if False:",
         ),
         (

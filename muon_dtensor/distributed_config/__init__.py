@@ -1,1 +1,1 @@
-"""How plain tensors lie on a mesh, and how exchanges run: `DistributedConfig` and its factories."""
+"""`DistributedConfig` and its factories: layouts of plain tensors, and how exchanges run."""

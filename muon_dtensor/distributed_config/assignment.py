@@ -1,6 +1,6 @@
-"""Assignments of parameters to ranks, in the two forms in which users write them.
+"""Assignments of parameters to ranks by the user's `assign_fn`, in its two forms.
 
-Counts and sizes only. The planner's own choice of owners is elsewhere: it knows matrices.
+The planner's own choice of owners is in `planning.owners`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,23 +14,23 @@ Assignments = Mapping[int, int] | Mapping[int, Sequence[int]]
 """`{index of parameter: global rank}`, or `{global rank: [index of parameter, ...]}`."""
 
 AssignFn = Callable[[Sequence[Tensor], dict[str, Any]], Assignments]
-"""(parameters, state) -> Assignments; the same on every rank."""
+"""(parameters, state) -> Assignments. It must return the same on every rank."""
 
 
 def ranks_of(state: Mapping[str, Any]) -> Sequence[int]:
-    """The ranks to assign to: those of the mesh, or all of the world."""
+    """Return the ranks to assign to: those of the mesh, or all ranks of the world."""
     ranks: Sequence[int] = state.get("ranks") or range(state["world_size"])
     return ranks
 
 
 def default_assign_fn(params: Sequence[Tensor], state: Mapping[str, Any]) -> dict[int, int]:
-    """Round robin, as `{index: rank}`: counts differ by at most one."""
+    """Assign round robin, as `{index: rank}`: counts differ by at most one."""
     ranks = ranks_of(state)
     return {index: ranks[index % len(ranks)] for index in range(len(params))}
 
 
 def load_balanced_assign_fn(params: Sequence[Tensor], state: Mapping[str, Any]) -> dict[int, int]:
-    """Largest first, each to the rank with the fewest elements so far, as `{index: rank}`."""
+    """Assign largest first, to the rank with the fewest elements so far, as `{index: rank}`."""
     loads = dict.fromkeys(ranks_of(state), 0)
     assignments = {}
     for index in sorted(range(len(params)), key=lambda i: (-params[i].numel(), i)):
@@ -41,7 +41,7 @@ def load_balanced_assign_fn(params: Sequence[Tensor], state: Mapping[str, Any]) 
 
 
 def by_rank(assignments: Mapping[int, int], ranks: Iterable[int]) -> dict[int, list[int]]:
-    """`{index: rank}` as `{rank: [index, ...]}`, with every one of `ranks`."""
+    """Convert `{index: rank}` to `{rank: [index, ...]}`, with a list for each of `ranks`."""
     lists: dict[int, list[int]] = {rank: [] for rank in ranks}
     for index, rank in assignments.items():
         lists[rank].append(index)
@@ -51,11 +51,11 @@ def by_rank(assignments: Mapping[int, int], ranks: Iterable[int]) -> dict[int, l
 def validate_assignments(
     assignments: Assignments, params: Sequence[object], world_size: int
 ) -> dict[int, int]:
-    """The assignments as `{index: rank}`.
+    """Check the assignments, and return them as `{index: rank}`.
 
     Raises:
-        AssignmentError: a rank outside 0..world_size - 1, an index outside the parameters, a
-            parameter assigned twice or not at all, or what is no assignment.
+        AssignmentError: a rank is outside 0..world_size - 1, an index is outside the parameters, a
+            parameter is assigned twice or not at all, or the value is not an assignment.
     """
     if not isinstance(assignments, Mapping):
         raise AssignmentError(
@@ -71,7 +71,8 @@ def validate_assignments(
     for index, rank in pairs:
         if type(index) is not int or not 0 <= index < len(params):
             raise AssignmentError(
-                f"there is no parameter {index!r} to assign: there are {len(params)}, from 0 on"
+                f"assign_fn assigns parameter {index!r}, but there are {len(params)}, numbered "
+                "from 0"
             )
         if type(rank) is not int or not 0 <= rank < world_size:
             raise AssignmentError(

@@ -1,7 +1,4 @@
-"""How parameters that are no DTensors lie, and how exchanges run: the one-liners of the door.
-
-Says where plain tensors are; the planner does the rest.
-"""
+"""`DistributedConfig`, and its factories for DeviceMeshes and DTensors."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from muon_dtensor.distributed_config.assignment import AssignFn
 from muon_dtensor.distributed_config.manual_transport import (
-    MADE_FUNCTIONS,
+    FACTORY_FUNCTIONS,
     assign_by_index,
     gather_to_one,
     scatter_from_one,
@@ -26,42 +23,42 @@ TITAN_DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """torchtitan's mesh dims, outermost first."""
 
 GatherFn = Callable[[Tensor, int, dict[str, Any]], Tensor | None]
-"""(this rank's shard, global rank of the owner, state) -> the whole tensor, on the owner at least.
+"""(this rank's shard, global rank of the owner, state) -> the full tensor on the owner.
 
 On other ranks it may return None. Called for every parameter, in order, on every rank."""
 
 RedistributeFn = Callable[[Tensor | None, int, dict[str, Any]], Tensor]
-"""(the whole tensor on the owner, global rank of the owner, state) -> this rank's shard."""
+"""(the full tensor on the owner, global rank of the owner, state) -> this rank's shard."""
 
 
 @dataclass
 class DistributedConfig:
-    """What `Muon(distributed_config=...)` takes.
+    """Layouts of plain tensors, and how exchanges run; for `Muon(distributed_config=...)`.
 
-    Made by a `create_*` function, it says how plain tensors lie, and the planner moves them.
-    Written by hand, for a framework of your own, its functions move them: `Muon` then calls
-    `assign_fn` once, and per parameter `gather_fn` and `redistribute_fn` on every rank; the owner
-    orthogonalizes in between, matrix by matrix as the parameter's group declares them. Other
-    ranks hand `redistribute_fn` None, or NaN of the whole shape where their `gather_fn` returned a
-    tensor: only what the owner hands over counts.
+    A config of a `create_*` function describes the layouts of plain tensors, and the planner moves
+    them. The functions of a hand-written config, for a framework of your own, move tensors
+    themselves. `Muon` then calls `assign_fn` once, and for each parameter `gather_fn` and
+    `redistribute_fn` on every rank. In between, the owner orthogonalizes the matrices that the
+    parameter's group declares. `redistribute_fn` must use only the owner's tensor: other ranks pass
+    None, or NaN of the full shape if their `gather_fn` returned a tensor.
 
-    A made config whose `assign_fn` is replaced keeps the planner, with those owners. One whose
-    `gather_fn` or `redistribute_fn` is replaced is a hand-written one.
+    Replacing `assign_fn` of a `create_*` config keeps the planner, with the new owners. Replacing
+    `gather_fn` or `redistribute_fn` makes it a hand-written config.
 
-    assign_fn: (parameters, state) -> `{index: rank}` or `{rank: [index, ...]}`, the same on every
-        rank; ranks are global. Parameters that are cut without being DTensors are shown to it as
-        meta tensors of their whole shape.
+    assign_fn: (parameters, state) -> `{index: rank}` or `{rank: [index, ...]}`, with global ranks,
+        the same on every rank. Plain tensors that are shards are passed as meta tensors of their
+        full shape.
     gather_fn: see GatherFn.
     redistribute_fn: see RedistributeFn.
-    state: handed to all three. `rank` and `world_size` are looked up in it; without them they are
-        those of torch.distributed. If hand-written functions leave a DeviceMesh of their ranks in
-        `device_mesh`, these agree before every step as under a made config.
-    async_gpu_parallelism: False for debugging: ranks orthogonalize one after the other, in rank
-        order. The result is the same. Hand-written functions decide that themselves.
+    state: passed to all three functions. `rank` and `world_size` are read from it; the defaults are
+        those of torch.distributed. If a hand-written config has a DeviceMesh of its ranks in
+        `device_mesh`, these ranks compare their state before every step, as in a `create_*` config.
+    async_gpu_parallelism: False makes ranks orthogonalize one after the other, in rank order, for
+        debugging. The result is the same. It has no effect on hand-written functions.
     prefetch_count: buckets whose exchange is in flight while another is orthogonalized.
 
-    Fields that change after the optimizer was made take effect at the next step, on all ranks or as
-    an error; where plain tensors lie does not change.
+    Fields that change after the optimizer was constructed take effect at the next step, on all
+    ranks; if ranks differ, it raises. Layouts of plain tensors cannot change.
     """
 
     assign_fn: AssignFn
@@ -73,29 +70,29 @@ class DistributedConfig:
 
     @property
     def uses_custom_transport(self) -> bool:
-        """Whether the config's own functions move tensors, rather than a plan."""
-        return not (_is_made(self.gather_fn) and _is_made(self.redistribute_fn))
+        """Whether the config's own functions move tensors, instead of a plan."""
+        return not (_is_factory_fn(self.gather_fn) and _is_factory_fn(self.redistribute_fn))
 
     @property
     def names_owners(self) -> bool:
-        """Whether `assign_fn` is the user's."""
-        return not _is_made(self.assign_fn)
+        """Whether `assign_fn` is the user's own."""
+        return not _is_factory_fn(self.assign_fn)
 
     @property
     def planned(self) -> tuple[object, ...]:
-        """What a plan depends on, as it is now; another value needs another plan."""
+        """The fields that a plan depends on. If they change, so does the plan."""
         functions = (self.assign_fn, self.gather_fn, self.redistribute_fn)
         return (*functions, self.async_gpu_parallelism, self.prefetch_count)
 
     @property
     def mesh(self) -> DeviceMesh | None:
-        """The mesh it was made for or from; it must hold all parameters."""
+        """The mesh of the config, which must hold all parameters; None without one."""
         mesh: DeviceMesh | None = self.state.get("device_mesh")
         return mesh
 
     @property
     def plain_rule(self) -> PlainLayoutRule | None:
-        """How plain tensors lie; None: they are each rank's own."""
+        """The rule for layouts of plain tensors; None if they are each rank's own."""
         rule: PlainLayoutRule | None = self.state.get("plain_rule")
         if self.uses_custom_transport:
             mesh = self.mesh if rule is None else rule.mesh
@@ -103,17 +100,17 @@ class DistributedConfig:
         return rule
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickles and copies: all but process groups, which live in one process."""
-        kept = {k: v for k, v in self.state.items() if not isinstance(v, dist.ProcessGroup)}
-        return {**self.__dict__, "state": kept}
+        """Return the fields to pickle or copy, without process groups, which cannot be pickled."""
+        state = {k: v for k, v in self.state.items() if not isinstance(v, dist.ProcessGroup)}
+        return {**self.__dict__, "state": state}
 
 
-def _is_made(function: object) -> bool:
-    return any(function is made for made in MADE_FUNCTIONS)
+def _is_factory_fn(function: object) -> bool:
+    return any(function is factory_fn for factory_fn in FACTORY_FUNCTIONS)
 
 
 def base_state(rule: PlainLayoutRule | None) -> dict[str, Any]:
-    """What is in the state of every made config."""
+    """Return the entries that the state of every `create_*` config has."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     ranks = None if rule is None else sorted(rule.mesh.mesh.flatten().tolist())
     return {
@@ -138,46 +135,47 @@ def create_devicemesh_config(
     cp: int | None = None,
     tp: int | None = None,
 ) -> DistributedConfig:
-    """One line for any mesh: DTensors keep their placements, plain parameters share the work.
+    """Return a config for any DeviceMesh. DTensors keep their placements.
 
-    Plain parameters are taken to be replicated over the named mesh dims (DDP, context parallel):
-    each matrix is then orthogonalized by one rank instead of by all. So are DTensors on a sub-mesh
-    of those dims over the other ones (tensor parallelism under DDP). The functions of the config,
-    called by hand, bring a plain tensor or a DTensor to one rank, and a plain one to all.
+    Plain parameters are treated as replicated over the named mesh dims (DDP, context parallel): one
+    rank instead of all orthogonalizes each matrix. DTensors on a sub-mesh are treated as replicated
+    over the named dims that their mesh does not have (tensor parallelism under DDP). When called
+    directly, `gather_fn` collects a plain tensor or a DTensor on one rank, and `redistribute_fn`
+    sends a plain tensor to all ranks.
 
     Args:
-        mesh: a DeviceMesh; or leave it out and give sizes, and `config.mesh` is made from them.
+        mesh: a DeviceMesh. Or omit it and pass sizes; `config.mesh` is then made from them.
         mesh_dim_names: dims over which plain parameters, and DTensors that do not have them, are
-            replicated; default: all but `pp` and `ep`, whose ranks hold different parameters.
+            replicated. Default: all but `pp` and `ep`, whose ranks hold different parameters.
         async_gpu_parallelism: see DistributedConfig.
         prefetch_count: see DistributedConfig.
-        device_type: of a mesh made from sizes; default: that of the default process group.
-        pp, dp_replicate, dp_shard, cp, tp: sizes by torchtitan's names, outermost first; one may
-            be -1, for what the world size leaves. Only those given become mesh dims.
+        device_type: of a mesh made from sizes. Default: that of the default process group.
+        pp, dp_replicate, dp_shard, cp, tp: sizes by torchtitan's names, outermost first. One may
+            be -1: it is computed from the world size. Sizes that are None give no mesh dim.
 
     Raises:
-        ValueError: neither or both of mesh and sizes, sizes that do not make the world size,
-            names that are not on the mesh.
+        ValueError: neither or both of mesh and sizes are passed, the product of the sizes is not
+            the world size, or a name is not on the mesh.
     """
-    given = {"pp": pp, "dp_replicate": dp_replicate, "dp_shard": dp_shard, "cp": cp, "tp": tp}
-    sizes = {name: size for name in TITAN_DIMS if (size := given[name]) is not None}
+    all_sizes = {"pp": pp, "dp_replicate": dp_replicate, "dp_shard": dp_shard, "cp": cp, "tp": tp}
+    sizes = {name: size for name in TITAN_DIMS if (size := all_sizes[name]) is not None}
     if (mesh is None) == (not sizes):
-        raise ValueError("give a DeviceMesh or sizes like dp_shard=4, and not both")
+        raise ValueError("pass either a DeviceMesh or sizes like dp_shard=4, not both")
     if mesh is None:
         sizes = _fill_in(sizes, dist.get_world_size())
-        assert dist.group.WORLD is not None, "it has a world size"
+        assert dist.group.WORLD is not None, "get_world_size succeeded"
         device_type = device_type or device_type_of(dist.group.WORLD)
         mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     names = mesh.mesh_dim_names
     if mesh_dim_names is None:
-        wanted = None if names is None else tuple(n for n in names if n not in ("pp", "ep"))
+        replica_dims = None if names is None else tuple(n for n in names if n not in ("pp", "ep"))
     else:
         if unknown := [name for name in mesh_dim_names if name not in (names or ())]:
             raise ValueError(f"mesh dims {unknown} are not on the mesh, which has {names}")
-        wanted = tuple(name for name in names or () if name in mesh_dim_names)
+        replica_dims = tuple(name for name in names or () if name in mesh_dim_names)
     plain_mesh: DeviceMesh | None = mesh
-    if wanted is not None and wanted != names:
-        plain_mesh = mesh[wanted] if wanted else None
+    if replica_dims is not None and replica_dims != names:
+        plain_mesh = mesh[replica_dims] if replica_dims else None
     rule = None if plain_mesh is None else PlainLayoutRule(plain_mesh)
     return DistributedConfig(
         assign_by_index,
@@ -190,23 +188,23 @@ def create_devicemesh_config(
 
 
 def _fill_in(sizes: dict[str, int], world_size: int) -> dict[str, int]:
-    """Sizes with the -1 replaced. Raises ValueError unless they make the world size."""
+    """Replace a size of -1. Raises ValueError if the product is not the world size."""
     text = ", ".join(f"{name}={size}" for name, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()):
         raise ValueError(f"mesh sizes must be 1 or more, or -1 for one of them, got {text}")
     open_dims = [name for name, size in sizes.items() if size == -1]
-    fixed = prod(size for size in sizes.values() if size != -1)
+    fixed = prod(size for size in sizes.values() if size != -1)  # product of the other sizes
     if len(open_dims) > 1:
         raise ValueError(f"only one mesh size may be -1, got {text}")
     if world_size % fixed or (not open_dims and fixed != world_size):
-        raise ValueError(f"{text} does not make the world size of {world_size}")
+        raise ValueError(f"the product of {text} does not match the world size of {world_size}")
     return {name: world_size // fixed if size == -1 else size for name, size in sizes.items()}
 
 
 def create_dtensor_config(
     *, async_gpu_parallelism: bool = True, prefetch_count: int = 1
 ) -> DistributedConfig:
-    """For models of DTensors alone: their placements say everything. See DistributedConfig."""
+    """Return a config for models that consist of DTensors only. See DistributedConfig."""
     return DistributedConfig(
         assign_by_index,
         gather_to_one,

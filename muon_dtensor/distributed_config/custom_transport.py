@@ -1,6 +1,6 @@
-"""A step whose matrices move by functions of the user, for frameworks that torch does not know.
+"""`CustomTransport`: a step whose tensors are moved by the user's own functions.
 
-The same arithmetic as the executor's; what moves, and how, is not known here.
+The arithmetic is that of the executor.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,9 +27,9 @@ from muon_dtensor.runtime.torch_private import local_part, with_shard
 
 @dataclass(frozen=True, slots=True)
 class FunctionParam:
-    """One parameter of the step: this rank's shards as the user keeps them, and its owner.
+    """One parameter of the step: this rank's shards, and its owner.
 
-    `declaration`: which matrices the whole tensor holds.
+    `declaration`: the matrices in the full tensor.
     """
 
     name: str
@@ -40,12 +40,13 @@ class FunctionParam:
 
 @dataclass(frozen=True)
 class CustomTransport:
-    """Gathers, orthogonalizes at the owner, and hands back, parameter by parameter.
+    """Gathers each parameter, orthogonalizes it at its owner, and redistributes it.
 
-    Contract: all ranks call `run` with the same parameters in the same order. Nothing changes
-    before every function has returned what it should. What they returned is looked at after the
-    last call, so that ranks which are told, and ranks which are not, have made the same calls; but
-    an owner without its tensor, and what is no tensor at all, are told at once.
+    Contract: all ranks call `run` with the same parameters in the same order. Parameters and
+    momenta change only after all functions have returned. Most return values are checked after the
+    last call, so that all ranks have made the same calls when one of them raises. Two errors are
+    raised immediately: `gather_fn` returned None on the owner, or `redistribute_fn` did not return
+    a tensor.
     """
 
     gather_fn: Callable[[Tensor, int, dict[str, Any]], Tensor | None]
@@ -57,31 +58,31 @@ class CustomTransport:
     def run(
         self, params: Sequence[FunctionParam], keep: Tensor | None, *, detect_misuse: bool
     ) -> None:
-        """One step.
+        """Run one step.
 
         Args:
-            params: those that have a gradient.
-            keep: a bool scalar on the device; where it is False nothing changes.
-            detect_misuse: whether NaN in a shard means that `redistribute_fn` did not take it
-                from the owner; False where gradients may hold NaN themselves.
+            params: the parameters that have a gradient.
+            keep: a bool scalar on the device; if it is False nothing changes.
+            detect_misuse: whether NaN in a shard means that `redistribute_fn` did not use the
+                owner's tensor. False if gradients may hold NaN themselves.
 
         Raises:
-            RuntimeError: a function returned what it should not. Nothing has changed here; ranks
-                whose functions returned what they should have stepped.
+            RuntimeError: a function returned a wrong value on this rank. Nothing has changed on
+                this rank; ranks whose functions returned correct values have stepped.
         """
-        done: list[tuple[FunctionParam, Tensor, Tensor]] = []
-        told: list[str] = []
+        results: list[tuple[FunctionParam, Tensor, Tensor]] = []
+        faults: list[str] = []
         for param in params:
             options, grad = param.local.options, local_part(param.local.grad)
             momentum = local_part(param.local.momentum_buffer).clone()
             update_momentum([momentum], [grad], options.momentum, keep)
             direction = direction_of(momentum, grad, options.momentum, options.nesterov)
             shard, was_gathered, fault = self._move(param, with_shard(param.local.grad, direction))
-            told.append(fault or self._misuse(param, shard, was_gathered and detect_misuse))
-            done.append((param, momentum, shard))
-        if misuse := next(filter(None, told), ""):
+            faults.append(fault or self._misuse(param, shard, was_gathered and detect_misuse))
+            results.append((param, momentum, shard))
+        if misuse := next(filter(None, faults), ""):
             raise RuntimeError(misuse)
-        for param, momentum, shard in done:
+        for param, momentum, shard in results:
             local_part(param.local.momentum_buffer).copy_(momentum)
             target = local_part(param.local.param)
             rows, cols = (*target.shape[-2:], 1)[:2]
@@ -96,30 +97,30 @@ class CustomTransport:
             )
 
     def _move(self, param: FunctionParam, direction: Tensor) -> tuple[Tensor, bool, str]:
-        """This rank's shard of the update of one parameter, scaled for `lr`.
+        """Return this rank's shard of the update of one parameter, without the factor `lr`.
 
-        And whether `gather_fn` returned a tensor here, and what was wrong with that.
+        Also returns whether `gather_fn` returned a tensor on this rank, and what was wrong with it.
         """
         fault = ""
-        whole = self.gather_fn(direction, param.owner, self.state)
-        was_gathered = whole is not None
+        full_tensor = self.gather_fn(direction, param.owner, self.state)
+        was_gathered = full_tensor is not None
         if self.rank == param.owner:
-            if whole is None:
+            if full_tensor is None:
                 raise RuntimeError(
                     f"gather_fn returned None for {param.name} on its owner, rank {param.owner}. "
-                    "It must return the whole tensor there."
+                    "It must return the full tensor there."
                 )
             try:
-                whole = self._scaled_polar_factor(whole, param)
+                full_tensor = self._scaled_polar_factor(full_tensor, param)
             except RefusalError as refusal:
                 fault = (
-                    f"gather_fn returned a tensor of shape {list(whole.shape)} for {param.name} on "
-                    f"its owner, rank {param.owner}. {refusal}"
+                    f"gather_fn returned a tensor of shape {list(full_tensor.shape)} for "
+                    f"{param.name} on its owner, rank {param.owner}. {refusal}"
                 )
-                whole = torch.full_like(whole, torch.nan)
-        elif whole is not None:
-            whole = torch.full_like(whole, torch.nan)
-        shard = self.redistribute_fn(whole, param.owner, self.state)
+                full_tensor = torch.full_like(full_tensor, torch.nan)
+        elif full_tensor is not None:
+            full_tensor = torch.full_like(full_tensor, torch.nan)
+        shard = self.redistribute_fn(full_tensor, param.owner, self.state)
         if not isinstance(shard, Tensor):
             raise RuntimeError(
                 f"redistribute_fn returned {shard!r} for {param.name} on rank {self.rank}. It must "
@@ -127,31 +128,31 @@ class CustomTransport:
             )
         return local_part(shard), was_gathered, fault
 
-    def _misuse(self, param: FunctionParam, shard: Tensor, look_for_nan: bool) -> str:
-        """What is wrong with the shard that `redistribute_fn` returned; empty if nothing is."""
+    def _misuse(self, param: FunctionParam, shard: Tensor, check_finite: bool) -> str:
+        """Return what is wrong with the shard that `redistribute_fn` returned; empty if correct."""
         expected = local_part(param.local.param).shape
         if shard.shape != expected:
             return (
-                f"redistribute_fn returned {list(shard.shape)} for {param.name} on rank "
-                f"{self.rank}, whose shard is {list(expected)}."
+                f"redistribute_fn returned shape {list(shard.shape)} for {param.name} on rank "
+                f"{self.rank}, whose shard has shape {list(expected)}."
             )
-        if look_for_nan and not shard.isfinite().all():
+        if check_finite and not shard.isfinite().all():
             return (
                 f"redistribute_fn returned NaN or Inf for {param.name} on rank {self.rank}. It "
-                f"must hand out what rank {param.owner}, the owner, passes to it; other ranks "
-                "pass NaN."
+                f"must return shards of the tensor that rank {param.owner}, the owner, passes to "
+                "it; other ranks pass NaN."
             )
         return ""
 
-    def _scaled_polar_factor(self, whole: Tensor, param: FunctionParam) -> Tensor:
-        """Of every matrix, times the factor of its learning rate: only the owner knows its size."""
+    def _scaled_polar_factor(self, full_tensor: Tensor, param: FunctionParam) -> Tensor:
+        """Return the polar factors of all matrices, each times the scale by `adjust_lr_fn`."""
         options = param.local.options
-        matrices = param.declaration.matrices(tuple(whole.shape))
-        direction, result = whole.to(self.dtype), torch.empty_like(whole)
+        matrices = param.declaration.matrices(tuple(full_tensor.shape))
+        direction, result = full_tensor.to(self.dtype), torch.empty_like(full_tensor)
         for matrix in matrices:
-            box = box_of(matrix.region, Region.whole(tuple(whole.shape)))
+            box = box_of(matrix.region, Region.whole(tuple(full_tensor.shape)))
             x = to_matrix(view_box(direction, box).contiguous(), matrix)
-            polar_factor = options.polar_factor(x, self.dtype).to(whole.dtype)
+            polar_factor = options.polar_factor(x, self.dtype).to(full_tensor.dtype)
             scale = adjusted_lr(1.0, options.adjust_lr_fn, matrix.rows, matrix.cols)
             view_box(result, box).copy_(from_matrix(polar_factor * scale, matrix))
         return result

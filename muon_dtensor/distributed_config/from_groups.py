@@ -1,6 +1,6 @@
-"""Configs from process groups, as the frameworks before DeviceMesh hand them around.
+"""Factories of `DistributedConfig` from process groups, for frameworks without DeviceMesh.
 
-Turns groups into the mesh they make and into what each cuts. The planner does the rest.
+They convert the groups into a mesh and a rule for the layouts of plain tensors.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from muon_dtensor.distributed_config.config import (
 from muon_dtensor.distributed_config.manual_transport import (
     assign_by_index,
     assign_by_rank,
-    cut_here,
+    cut_local_shard,
     gather_to_all,
     gather_to_one,
     scatter_from_one,
@@ -41,28 +41,32 @@ def create_processgroup_config(
     async_gpu_parallelism: bool = True,
     prefetch_count: int = 1,
 ) -> DistributedConfig:
-    """For plain tensors that are shards, or replicas, over process groups.
+    """Return a config for plain tensors that are shards or replicas over process groups.
 
-    DTensors keep their own placements, and slices of FSDP1's flat parameters are known by what
-    FSDP1 keeps of them. All ranks of the groups call this together, and make all such configs in
-    one order. By hand, `gather_fn(t, dst_rank, state)` gives the whole tensor on `dst_rank` and
-    None elsewhere; `redistribute_fn(whole_or_None, src_rank, state)` gives each rank its shard.
+    DTensors keep their own placements. The layouts of slices of FSDP1's flat parameters are read
+    from FSDP1. All ranks of the groups must call this together, and make all such configs in the
+    same order. When called directly, `gather_fn(t, dst_rank, state)` returns the full tensor on
+    `dst_rank` and None on other ranks; `redistribute_fn(full_tensor_or_None, src_rank, state)`
+    returns each rank's shard.
 
     Args:
-        fsdp_pg: over which parameters are cut along `fsdp_shard_dim`, in pieces of any sizes.
-        tp_pg: over which they are cut along `tp_shard_dim`, before `fsdp_pg` cuts them.
-        dp_pg, cp_pg: over which they are replicated: their ranks share the work.
-        ep_pg, pp_pg: whose ranks hold different parameters (experts, stages): each is on its own.
-        fsdp_shard_dim: the tensor dim; or one per parameter, as a list in the order of the
-            optimizer's parameters, or by name. In those, None is a parameter that is replicated
-            over the group; None for all says nothing, and plain tensors are refused.
+        fsdp_pg: the group over which parameters are cut along `fsdp_shard_dim`, in pieces of any
+            sizes.
+        tp_pg: the group over which they are cut along `tp_shard_dim`, before `fsdp_pg` cuts them.
+        dp_pg, cp_pg: groups over which they are replicated. Their ranks share the work.
+        ep_pg, pp_pg: groups whose ranks hold different parameters (experts, stages). Each rank
+            steps its own.
+        fsdp_shard_dim: one tensor dim for all parameters; or one for each, as a list in the order
+            of the optimizer's parameters, or as a dict by name, where None means replicated over
+            the group. If the argument itself is None, the dims are unknown and plain tensors raise
+            PlanError.
         tp_shard_dim: the same for `tp_pg`.
         async_gpu_parallelism: see DistributedConfig.
         prefetch_count: see DistributedConfig.
 
     Raises:
-        ValueError: a group without this rank, groups that are not orthogonal, or that make no
-            grid with those of the other ranks.
+        ValueError: a group does not contain this rank, groups are not orthogonal, or the groups of
+            all ranks do not form a grid.
     """
     return _config(
         {
@@ -97,38 +101,42 @@ def create_auto_config(
     async_gpu_parallelism: bool = True,
     prefetch_count: int = 1,
 ) -> DistributedConfig:
-    """For models wrapped with process groups: FSDP1, HYBRID_SHARD, DDP, and plain shards.
+    """Return a config for models under FSDP1, HYBRID_SHARD or DDP, or with plain shards.
 
-    DTensors keep their own placements, and slices of FSDP1's flat parameters are known by what
-    FSDP1 keeps of them. All ranks of the groups call this together, and make all such configs in
-    one order. By hand, `assign_fn` gives `{rank: [index, ...]}`, `gather_fn` the whole tensor on
-    every rank, and `redistribute_fn` cuts this rank's shard out of it.
+    DTensors keep their own placements. The layouts of slices of FSDP1's flat parameters are read
+    from FSDP1. All ranks of the groups must call this together, and make all such configs in the
+    same order. When called directly, `assign_fn` returns `{rank: [index, ...]}`, `gather_fn`
+    returns the full tensor on every rank, and `redistribute_fn` cuts this rank's shard out of it.
 
     Args:
-        fsdp_process_group, shard_process_group: over which parameters are cut; give one.
-        tp_process_group: over which they are cut along `tp_shard_dim`, before FSDP cuts them.
-        tp_shard_dim: the tensor dim; or one per parameter, as a list in the order of the
-            optimizer's parameters, or by name. In those, None is a parameter that is replicated
-            over the group.
-        replicate_process_group, ddp_process_group, cp_process_group: over which they are
-            replicated: their ranks share the work.
-        ep_process_group, pp_process_group: whose ranks hold different parameters (experts,
-            stages): each is on its own.
-        pp_stage_id, pp_num_stages: checked, and kept in `state`.
+        fsdp_process_group, shard_process_group: the group over which parameters are cut. Pass at
+            most one of the two.
+        tp_process_group: the group over which they are cut along `tp_shard_dim`, before FSDP cuts
+            them.
+        tp_shard_dim: one tensor dim for all parameters; or one for each, as a list in the order of
+            the optimizer's parameters, or as a dict by name, where None means replicated over the
+            group.
+        replicate_process_group, ddp_process_group, cp_process_group: groups over which they are
+            replicated. Their ranks share the work.
+        ep_process_group, pp_process_group: groups whose ranks hold different parameters (experts,
+            stages). Each rank steps its own.
+        pp_stage_id, pp_num_stages: checked, and stored in `state`.
         fsdp_shard_dim: as `tp_shard_dim`, for plain tensors that FSDP1 has not flattened. The
-            optimizer does not guess it; called by hand, `gather_fn` and `redistribute_fn` take the
-            last tensor dim.
+            optimizer needs it for these. `gather_fn` and `redistribute_fn`, called directly, use
+            the last tensor dim without it.
         async_gpu_parallelism: see DistributedConfig.
         prefetch_count: see DistributedConfig.
 
     Raises:
-        ValueError: a group without this rank, groups that are not orthogonal, or that make no
-            grid with those of the other ranks; a stage that does not exist.
+        ValueError: a group does not contain this rank, groups are not orthogonal, the groups of all
+            ranks do not form a grid, or the stage does not exist.
     """
     if fsdp_process_group is not None and shard_process_group is not None:
-        raise ValueError("fsdp_process_group and shard_process_group are the same cut: give one")
+        raise ValueError(
+            "fsdp_process_group and shard_process_group have the same meaning: pass only one"
+        )
     if (pp_stage_id is None) != (pp_num_stages is None):
-        raise ValueError("give pp_stage_id and pp_num_stages together")
+        raise ValueError("pass pp_stage_id and pp_num_stages together")
     if pp_num_stages is not None and pp_stage_id not in range(pp_num_stages):
         raise ValueError(
             f"pp_stage_id must be from 0 to pp_num_stages - 1 = {pp_num_stages - 1}, got "
@@ -145,7 +153,7 @@ def create_auto_config(
         },
         {"ep_process_group": ep_process_group, "pp_process_group": pp_process_group},
         {"tp": tp_shard_dim, "shard": fsdp_shard_dim, "fsdp": fsdp_shard_dim},
-        (assign_by_rank, gather_to_all, cut_here),
+        (assign_by_rank, gather_to_all, cut_local_shard),
         async_gpu_parallelism=async_gpu_parallelism,
         prefetch_count=prefetch_count,
     )
@@ -163,15 +171,18 @@ def _config(
     async_gpu_parallelism: bool,
     prefetch_count: int,
 ) -> DistributedConfig:
-    """`roles`: mesh dims, outermost first, with the keyword and group of each.
+    """Return a config from checked groups.
 
-    `apart`: keywords and groups whose ranks hold different parameters. `shard_dims`: of the roles
-    that cut, outermost cut first.
+    `roles`: mesh dims, outermost first, with the keyword and group of each. `apart`: keywords and
+    groups whose ranks hold different parameters. `shard_dims`: tensor dims of the roles that cut,
+    outermost cut first.
     """
     for role, tensor_dims in shard_dims.items():
         _check_tensor_dims("tp_shard_dim" if role == "tp" else "fsdp_shard_dim", tensor_dims)
-    given = {word: group for word, group in (*roles.values(), *apart.items()) if group is not None}
-    checked = check_groups(given)
+    passed_groups = {
+        word: group for word, group in (*roles.values(), *apart.items()) if group is not None
+    }
+    checked = check_groups(passed_groups)
     dims = {role: checked[word] for role, (word, _) in roles.items() if word in checked}
     rule = None
     if dims:
@@ -182,7 +193,7 @@ def _config(
 
 
 def _check_tensor_dims(keyword: str, tensor_dims: object) -> None:
-    """Raise ValueError for what tells no tensor dims."""
+    """Raise ValueError unless the value gives tensor dims."""
     if isinstance(tensor_dims, Mapping):
         values, is_right = list(tensor_dims.values()), all(isinstance(n, str) for n in tensor_dims)
     elif isinstance(tensor_dims, (list, tuple)):

@@ -1,1 +1,1 @@
-"""`Muon` and what it is made of."""
+"""`Muon` and its parts: options, parameter table, planned step, state, metrics."""

@@ -1,4 +1,4 @@
-"""Measures a step: norms of gradients, momenta and updates, bytes, seconds, as plain numbers."""
+"""Metrics of a step as plain numbers: norms of gradients, momenta and updates, bytes, seconds."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,14 +19,14 @@ from muon_dtensor.runtime.totals import total_of
 from muon_dtensor.runtime.trace import Trace
 
 State = Mapping[Tensor, dict[str, Any]]
-"""What an optimizer keeps of each parameter, by name."""
+"""The state of an optimizer: for each parameter, its values by name."""
 
 SUMMED = ("grad", "momentum", "update", "param", "numel")
-"""What is summed over the elements of a param group: squares, and how many there are."""
+"""Sums over the elements of a param group: squares of the first four, and the count."""
 
 
 class Measurement:
-    """One step: made before it, `finish` called after it.
+    """The metrics of one step: constructed before the step, `finish` is called after it.
 
     Holds a copy of this rank's shards of all parameters in between.
     """
@@ -34,21 +34,21 @@ class Measurement:
     def __init__(
         self, plan: PlanReport, table: ParameterTable, number: int, trace: Trace | None
     ) -> None:
-        """`number`: of the measurement; each looks at another matrix. `trace`: the user's."""
+        """`number`: index of the measurement, selects the sampled matrix. `trace`: the user's."""
         self._plan, self._table = plan, table
         self._before = {
             entry.name: local_part(entry.param).detach().clone() for entry in table.entries
         }
         self.trace = trace or Trace(this_rank())
         self._first_span = len(self.trace.spans)
-        whole = [(bucket, a) for bucket in plan.buckets for a in bucket.assignments]
+        matrices = [(bucket, a) for bucket in plan.buckets for a in bucket.assignments]
         self._sample: tuple[Bucket, Assignment] | None = None
-        if whole:
-            self._sample = whole[number % len(whole)]
+        if matrices:
+            self._sample = matrices[number % len(matrices)]
         self._residual: Tensor | None = None
 
-    def look(self, assignment: Assignment, polar_factor: Tensor) -> None:
-        """Called with every whole polar factor [rows, cols] that this rank makes."""
+    def observe(self, assignment: Assignment, polar_factor: Tensor) -> None:
+        """Record the residual of the sampled matrix from its full polar factor [rows, cols]."""
         if self._sample is None or assignment != self._sample[1]:
             return
         if self._sample[0].mesh.ranks[assignment.owner] == this_rank():
@@ -61,26 +61,27 @@ class Measurement:
         state: State,
         process_groups: Groups,
     ) -> dict[str, float]:
-        """The numbers of the step; see `Muon.metrics`. A collective of all parameters' meshes.
+        """Return the metrics of the step; see `Muon.metrics`.
 
-        `grads`: those that the step used, by name of parameter, placed as their parameters.
+        A collective of all parameters' meshes. `grads`: the gradients that the step used, by
+        parameter name, placed like the parameters.
         """
         total = self._totals(len(groups), grads, state, process_groups)
         numbers: dict[str, float] = {}
-        every_grad = 0.0
+        grad_square = 0.0
         for index, group in enumerate(groups):
             sums = dict(zip(SUMMED, total[index * len(SUMMED) :], strict=False))
             numel = sums.pop("numel")
-            here = f"group{index}"
-            numbers[f"{here}/lr"] = float(group["lr"])
-            numbers[f"{here}/effective_lr"] = self._effective_lr(index, group)
-            numbers |= {f"{here}/{name}_norm": square**0.5 for name, square in sums.items()}
-            numbers[f"{here}/update_rms"] = (sums["update"] / numel) ** 0.5 if numel else 0.0
-            every_grad += sums["grad"]
-        numbers["grad_norm"] = every_grad**0.5
+            group_name = f"group{index}"
+            numbers[f"{group_name}/lr"] = float(group["lr"])
+            numbers[f"{group_name}/effective_lr"] = self._effective_lr(index, group)
+            numbers |= {f"{group_name}/{name}_norm": square**0.5 for name, square in sums.items()}
+            numbers[f"{group_name}/update_rms"] = (sums["update"] / numel) ** 0.5 if numel else 0.0
+            grad_square += sums["grad"]
+        numbers["grad_norm"] = grad_square**0.5
         if self._sample is not None:
             numbers["orthogonality_residual"] = total[-1]
-        return {**numbers, **self._of_this_rank()}
+        return {**numbers, **self._rank_metrics()}
 
     def _totals(
         self,
@@ -89,7 +90,7 @@ class Measurement:
         state: State,
         process_groups: Groups,
     ) -> list[float]:
-        """SUMMED of each param group one after the other, and the residual."""
+        """Return the concatenated SUMMED values of all param groups, then the residual."""
         device, size = self._table.shared_device, num_groups * len(SUMMED) + 1
         values: list[tuple[Layout, Tensor]] = []
         for entry in self._table.entries:
@@ -104,7 +105,7 @@ class Measurement:
             row = torch.zeros(size, dtype=torch.float64, device=device)
             if self._residual is not None:
                 row[-1] = self._residual
-            # cut over all dims, so that every rank's counts
+            # The layout is cut over all mesh dims, so that the sum includes every rank's row.
             values.append((Layout(mesh, (mesh.num_ranks,), (mesh.dim_names,)), row))
         if not values:
             return [0.0] * size
@@ -112,18 +113,20 @@ class Measurement:
         return numbers
 
     def _squares(self, entry: Entry, grad: Tensor | None, state: State) -> Iterator[Tensor]:
-        """Of this rank's gradient, momentum, update and parameter."""
-        kept = state[entry.param]
-        momentum = kept["momentum_buffer" if entry.group["algorithm"] == "muon" else "exp_avg"]
-        now = local_part(entry.param).detach()
-        yield _square(now.new_empty(0) if grad is None else local_part(grad))
+        """Yield the sums of squares of this rank's gradient, momentum, update and parameter."""
+        param_state = state[entry.param]
+        momentum = param_state[
+            "momentum_buffer" if entry.group["algorithm"] == "muon" else "exp_avg"
+        ]
+        shard = local_part(entry.param).detach()
+        yield _square(shard.new_empty(0) if grad is None else local_part(grad))
         yield _square(local_part(momentum))
-        wide = torch.promote_types(now.dtype, torch.float32)
-        yield _square(now.to(wide) - self._before[entry.name].to(wide))
-        yield _square(now)
+        wide = torch.promote_types(shard.dtype, torch.float32)
+        yield _square(shard.to(wide) - self._before[entry.name].to(wide))
+        yield _square(shard)
 
     def _effective_lr(self, index: int, group: Mapping[str, Any]) -> float:
-        """lr times the scale of each matrix of a group, weighted by elements."""
+        """Return lr times the mean scale of a group's matrices, weighted by elements."""
         names = {entry.name for entry in self._table.muon if entry.group_index == index}
         matrices = [m for spec in self._plan.params if spec.fqn in names for m in spec.matrices]
         numel = sum(m.numel for m in matrices)
@@ -133,7 +136,8 @@ class Measurement:
         )
         return scaled / numel if numel else float(group["lr"])
 
-    def _of_this_rank(self) -> dict[str, float]:
+    def _rank_metrics(self) -> dict[str, float]:
+        """Return the metrics of this rank alone: sent bytes and seconds."""
         rank, cost = this_rank(), self._plan.cost
         sent = cost.sent_nbytes[cost.ranks.index(rank)] if rank in cost.ranks else 0
         sent += sum(r.sent_nbytes for r in reductions(self._plan.plan) if r.mesh.holds(rank))
@@ -145,7 +149,7 @@ class Measurement:
 
 
 def _square(part: Tensor) -> Tensor:
-    """The sum of the squares, in float64."""
+    """Return the sum of the squares, in float64."""
     if not part.numel():
         return torch.zeros((), dtype=torch.float64, device=part.device)
     wide = torch.promote_types(part.dtype, torch.float32)

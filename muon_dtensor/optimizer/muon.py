@@ -1,7 +1,4 @@
-"""Muon as a torch.optim.Optimizer: groups, state, step. Where the floors meet.
-
-Keeps torch's contract; leaves planning, moving and mathematics to those who know them.
-"""
+"""`Muon`, a torch.optim.Optimizer: param groups, state, step, checkpoints."""
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -23,13 +20,13 @@ from muon_dtensor.optimizer.options import (
     OPTIONS,
     complete,
     complete_loaded,
-    settle_numbers,
+    normalize_numbers,
     validate,
 )
 from muon_dtensor.optimizer.parameter_names import is_embedding_or_head
 from muon_dtensor.optimizer.planned_step import PlannedStep
 from muon_dtensor.optimizer.settings import Settings
-from muon_dtensor.optimizer.state import check_loaded, follow_params, keep_wide
+from muon_dtensor.optimizer.state import check_loaded, move_state_to_params, restore_wide_state
 from muon_dtensor.planning.report import PlanReport
 from muon_dtensor.planning.topology import Topology
 from muon_dtensor.runtime.hyperparameters import Orthogonalizer
@@ -64,14 +61,14 @@ class Muon(Optimizer):
     differ from torch by one rounding; see `algorithms.update`, Note [Where torch rounds].
 
     A 2-D parameter is one matrix, a 3-D parameter `[e, m, n]` is e matrices, unless its group
-    declares others. Each is brought together, on one rank unless `plan` says otherwise,
-    orthogonalized, and handed back. All ranks of a parameter's mesh must construct the optimizer
-    and call `step` alike.
+    declares others. The shards of each matrix are sent to one rank (see `plan`), orthogonalized
+    there, and sent back. All ranks of a parameter's mesh must construct the optimizer with equal
+    options and call `step` together.
 
     Args:
         params: tensors, DTensors, (name, tensor) pairs or param groups. Names make errors and
             plans readable: prefer `model.named_parameters()`. Plain tensors are this rank's own,
-            unless `distributed_config` says where they are replicated.
+            unless `distributed_config` describes how they are replicated or cut.
         lr: learning rate, a number or a one-element tensor.
         weight_decay: decoupled weight decay, times lr.
         momentum: of the moving average B.
@@ -80,71 +77,75 @@ class Muon(Optimizer):
         eps: least Frobenius norm to divide by; see `algorithms.newton_schulz`.
         ns_steps: iterations, 0 to 99.
         adjust_lr_fn: None or "original": s = sqrt(max(1, rows / cols)); "match_rms_adamw":
-            s = 0.2 sqrt(max(rows, cols)) (Liu et al. 2025, arXiv:2502.16982). As Dion has them:
+            s = 0.2 sqrt(max(rows, cols)) (Liu et al. 2025, arXiv:2502.16982). As in Dion:
             "spectral_norm": s = sqrt(rows / cols), which torch (2.14) calls "spectral_unclamped";
-            "rms_norm": as "match_rms_adamw".
-        distributed_config: of `create_devicemesh_config` or its kin: how plain tensors lie, and
-            how exchanges run; or hand-written functions that move them. DTensors need none.
-        ns_dtype: dtype of the iteration and of all that is sent.
-        bucket_mb: most MiB of exchange buffers a bucket may hold on a rank. The work space of one
-            matrix (where batched, of `bucket_mb` of them) comes on top.
-        prefetch_count: buckets in flight while another is orthogonalized; 0 for none. Default:
+            "rms_norm": same as "match_rms_adamw".
+        distributed_config: the result of `create_devicemesh_config` or another factory. It
+            describes how plain tensors are replicated or cut, and how exchanges run; or it holds
+            the user's own functions that move tensors. DTensors do not need it.
+        ns_dtype: dtype of the iteration and of everything that is sent.
+        bucket_mb: upper limit in MiB of a bucket's exchange buffers on a rank. The work space of
+            one matrix (if batched, of `bucket_mb` MiB of matrices) comes on top.
+        prefetch_count: buckets in flight while another is orthogonalized; may be 0. Default:
             that of `distributed_config`, or 1.
         batched: stack equal-shaped matrices of one owner; rounds differently. Default: on a GPU.
-        missing_grad: a parameter with a gradient on some ranks only: "raise"
-            MissingGradientError on every rank, or count it as "zero" there. Without a gradient
-            on any rank, a parameter, its momentum and its decay are left alone, as in torch.
-        nonfinite: NaN or Inf in a gradient on some rank: "raise" NonFiniteGradientError on
-            every rank, "skip" the step on every rank, or "propagate" it as torch does. On a GPU
-            the step is masked on the device, and raises at the next `step` or `state_dict`.
-        orthogonalizer: "newton_schulz" by `ns_coefficients`; "polar_express" (Amsel et al. 2025,
-            arXiv:2505.16932), better converged and so of another update size; or a callable,
-            [*batch, rows, cols] to the same. A group names it, a callable as "custom".
-        strategy: how matrices are brought together: "auto", whichever is predicted to be fastest on
-            `topology`; or "owned", "owned_staged" for all of them.
+        missing_grad: what to do if a parameter has a gradient on some ranks only: "raise"
+            MissingGradientError on every rank, or use "zero" where it is missing. If no rank has a
+            gradient, the parameter and its momentum do not change, as in torch.
+        nonfinite: what to do about NaN or Inf in a gradient on some rank: "raise"
+            NonFiniteGradientError on every rank, "skip" the step on every rank, or "propagate" it
+            as torch does. On a GPU the step is masked on the device, and the next `step` or
+            `state_dict` raises.
+        orthogonalizer: "newton_schulz" with `ns_coefficients`; "polar_express" (Amsel et al. 2025,
+            arXiv:2505.16932), which converges better and so gives updates of another size; or a
+            callable from [*batch, rows, cols] to the same shape. In a param group a callable is
+            called "custom".
+        strategy: how the shards of a matrix are collected: "auto" selects the strategy with the
+            least predicted time on `topology`; "owned" or "owned_staged" sets it for all matrices.
         exact: False allows `kernels` that round differently.
-        topology: what the machine costs: a preset of `planning.presets` ("gloo-local" by default
-            on the CPU, "h100-ib-400" on GPUs), or a file of `muon-dtensor calibrate`.
-        momentum_dtype: what the momentum is kept in, bfloat16 or float32; default: the dtype of its
-            parameter. The average is taken in the gradient's dtype, and rounded once.
-        offload_momentum: keep the momentum in pinned host memory, and bring each bucket's to the
-            GPU when its turn comes. Nothing changes where parameters are on the host.
+        topology: costs of the machine: a preset of `planning.presets` (default: "gloo-local" on
+            the CPU, "h100-ib-400" on GPUs), or a file written by `muon-dtensor calibrate`.
+        momentum_dtype: dtype of the stored momentum, bfloat16 or float32; default: the dtype of its
+            parameter. The average is computed in the gradient's dtype, and rounded once.
+        offload_momentum: store the momentum in pinned host memory, and copy each bucket's to the
+            GPU when the bucket is processed. No effect for parameters on the host.
         compile: run the iteration through torch.compile; rounds differently.
         kernels: "torch"; with exact=False "auto" or "symmetric": see `algorithms.kernels`.
-        capturable: let a CUDA graph capture the step, after one step outside; an lr that is a
+        capturable: let a CUDA graph capture the step, after one step outside of it. An lr that is a
             tensor on the GPU then stays there.
-        normuon_beta: divide the rows of each update by the root of their second moments, which
-            decay by this (the paper: 0.95); None for Muon. See `algorithms.normuon`.
-        cautious_weight_decay: decay only what the update moves towards zero.
-        async_gpu_parallelism: False lets ranks orthogonalize one after the other, to debug.
+        normuon_beta: divide the rows of each update by the root of their second moments, with this
+            decay rate (the paper: 0.95); None for Muon. See `algorithms.normuon`.
+        cautious_weight_decay: decay only elements that the update moves towards zero.
+        async_gpu_parallelism: False makes ranks orthogonalize one after the other, for debugging.
             Default: that of `distributed_config`, or True.
         check_replicas: before the first step, compare a few elements of every parameter between
             its replicas; see `runtime.replicas`.
-        metrics_every: measure the first step and every so many, for `metrics`; 0 for none.
+        metrics_every: measure the first step and then every `metrics_every`-th, for `metrics`; 0
+            disables it.
         trace: record in `trace` when this rank began and ended each phase of each bucket of the
-            plan; hand-written functions leave no trace.
+            plan. The user's own functions are not traced.
 
-    A param group may name any of the options up to `adjust_lr_fn`, `orthogonalizer`,
-    `normuon_beta`, `cautious_weight_decay`, and which matrices its parameters hold: `matrix`,
+    A param group can set any of the options up to `adjust_lr_fn`, `orthogonalizer`,
+    `normuon_beta`, `cautious_weight_decay`, and declare the matrices in its parameters: `matrix`,
     `matrix_axes`, `split_sizes`, `split_dim`, see `layout.declarations.Declaration`. With
-    `algorithm="adamw"` and `betas`, `eps`, `weight_decay`, `lr` torch's own AdamW steps a group, of
-    any shape. One that does not name them has `options.ADAMW_DEFAULTS`, for the ones above are
-    Muon's. Its `momentum` is another name of betas[0], which cyclic schedulers write. Unknown
-    keys are kept in the group, and ignored by `step`.
+    `algorithm="adamw"` and `betas`, `eps`, `weight_decay`, `lr`, torch's own AdamW steps the group;
+    its parameters may have any shape. The defaults of an AdamW group are `options.ADAMW_DEFAULTS`,
+    since the arguments above are Muon's. Its `momentum` is an alias of betas[0], which cyclic
+    schedulers write. Unknown keys are kept in the group, and `step` ignores them.
 
-    Parameters that do not require gradients, have none and never trained are left out: they are in
-    no plan and have no state, until they begin to train.
+    Parameters that do not require gradients, have no gradient and never trained are left out: they
+    are in no plan and have no state until they begin to train.
 
     Raises:
-        GroupOptionError: an option that is out of range.
-        ValueError: a generator of parameters that was used up before; `bucket_mb`,
-            `prefetch_count`, `strategy` or `topology` is out of range, or a DTensor lives on ranks
-            that the mesh of `distributed_config` does not hold.
+        GroupOptionError: an option is out of range.
+        ValueError: `params` is an exhausted generator; `bucket_mb`, `prefetch_count`, `strategy` or
+            `topology` is out of range; or a DTensor lives on ranks outside of the mesh of
+            `distributed_config`.
         AssignmentError: the user's `assign_fn` does not assign each parameter once, to a rank
             that can own it.
-        PlanError: parameters that Muon cannot step, all of them told at once.
+        PlanError: Muon cannot step some parameters; the message lists all of them.
         PlanMismatchError: from the first `step`, if ranks differ in parameters or options; from
-            the constructor, if they hand over different plain tensors under process groups.
+            the constructor, if ranks pass different plain tensors under process groups.
     """
 
     @ordinary_mode()
@@ -186,20 +187,25 @@ class Muon(Optimizer):
         options = {name: value for name, value in locals().items() if name in OPTIONS}
         if isinstance(params, Generator) and getgeneratorstate(params) == GEN_CLOSED:
             raise ValueError(
-                "params is a generator that was used up before, so the optimizer would hold no "
-                "parameter. Call model.parameters() or model.named_parameters() anew."
+                "params is an exhausted generator, so the optimizer would hold no parameters. Call "
+                "model.parameters() or model.named_parameters() again."
             )
         custom = orthogonalizer if callable(orthogonalizer) else None
         options["orthogonalizer"] = orthogonalizer if custom is None else "custom"
         self._settings = Settings.of(options, custom)
-        self._given_config = distributed_config or create_dtensor_config()
-        said = {"prefetch_count": prefetch_count, "async_gpu_parallelism": async_gpu_parallelism}
-        self._in_its_place: dict[str, Any] = {n: v for n, v in said.items() if v is not None}
+        self._user_config = distributed_config or create_dtensor_config()
+        overrides = {
+            "prefetch_count": prefetch_count,
+            "async_gpu_parallelism": async_gpu_parallelism,
+        }
+        self._config_overrides: dict[str, Any] = {
+            name: value for name, value in overrides.items() if value is not None
+        }
         self._trace = Trace(this_rank()) if trace else None
         self._plain = PlainTensors(None)
         self._prepared: PlannedStep | None = None
         self._sweeps_twice: dict[frozenset[int], bool] = {}
-        self._has_told_of_shards = False
+        self._has_warned_of_shards = False
         self._num_steps = 0
         self._metrics: dict[str, float] = {}
         self._beta1s: list[float | None] = []
@@ -207,26 +213,27 @@ class Muon(Optimizer):
         complete({}, defaults)
         groups: Any = params if isinstance(params, Tensor) else list(params) or [{"params": []}]
         super().__init__(groups, defaults)
-        self._settle_numbers()
+        self._normalize_numbers()
         self._prepare(exchange=True)
         self._warn_of_params(has_config=distributed_config is not None)
         logs = this_rank() == 0 and logger.isEnabledFor(logging.INFO)
         if logs and not self._config.uses_custom_transport:
-            logger.info("%s; print(optimizer.plan) says more", self.plan.headline())
+            logger.info("%s; print(optimizer.plan) shows all of it", self.plan.headline())
 
     @ordinary_mode()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch does; its parameters are planned, and compared at the next step.
+        """Add a group as torch does, and plan its parameters. Ranks compare it at the next step.
 
         Parameters that do not require gradients are planned once they do.
 
-        Under process groups a collective: all their ranks add a group at the same time.
+        Under process groups this is a collective: all their ranks must add a group at the same
+        time.
 
-        Raises what the constructor raises, and then adds nothing.
+        Raises what the constructor raises. The group is then not added.
         """
         super().add_param_group(complete(param_group, self.defaults))
         if self._prepared is not None:
-            self._settle_numbers()
+            self._normalize_numbers()
             try:
                 self._prepare(exchange=True)
             except Exception:
@@ -236,48 +243,51 @@ class Muon(Optimizer):
 
     @property
     def plan(self) -> PlanReport:
-        """What a step does: `print(optimizer.plan)`.
+        """The plan of a step: `print(optimizer.plan)`.
 
-        Raises RuntimeError under a hand-written DistributedConfig, whose functions nobody can plan.
+        Raises RuntimeError if the user's own functions of `DistributedConfig` move the tensors.
         """
         if self._config.uses_custom_transport:
-            raise RuntimeError("a hand-written DistributedConfig moves matrices without a plan")
+            raise RuntimeError(
+                "there is no plan: the functions of a hand-written DistributedConfig move matrices"
+            )
         return self._ready.report
 
     @property
     def _config(self) -> DistributedConfig:
-        """The user's as it is now, and what the constructor says in its place."""
-        return replace(self._given_config, **self._in_its_place)
+        """The user's config as it is now, with the constructor's arguments in place of its own."""
+        return replace(self._user_config, **self._config_overrides)
 
     @property
     def _ready(self) -> PlannedStep:
-        assert self._prepared is not None, "the constructor prepares"
+        assert self._prepared is not None, "the constructor calls _prepare"
         return self._prepared
 
     @property
     def trace(self) -> Trace:
-        """What this rank did when. Raises RuntimeError unless the constructor had `trace=True`."""
+        """The times of this rank's phases. Raises RuntimeError without `trace=True`."""
         if self._trace is None:
             raise RuntimeError("nothing was recorded: construct Muon with trace=True")
         return self._trace
 
-    def _settle_numbers(self) -> None:
-        """See `options.settle_numbers`, of all groups."""
-        known = [*self._beta1s, *[None] * len(self.param_groups)]
+    def _normalize_numbers(self) -> None:
+        """Apply `options.normalize_numbers` to all groups."""
+        last_beta1s = [*self._beta1s, *[None] * len(self.param_groups)]
         self._beta1s = [
-            settle_numbers(group, beta1)
-            for group, beta1 in zip(self.param_groups, known, strict=False)
+            normalize_numbers(group, beta1)
+            for group, beta1 in zip(self.param_groups, last_beta1s, strict=False)
         ]
 
     def _warn_of_params(self, *, has_config: bool) -> None:
-        """Log what is legal and probably meant otherwise."""
+        """Log parameters that are legal but probably not intended for Muon as they are."""
         table = self._ready.table
-        named = [entry.name for entry in table.muon]
-        if dubious := [name for name in named if is_embedding_or_head(name)]:
+        names = [entry.name for entry in table.muon]
+        if dubious := [name for name in names if is_embedding_or_head(name)]:
             logger.log(
                 warning_level(self._all_params()),
-                "%d embeddings or output heads, by their names, are stepped by Muon, which is "
-                "meant for hidden matrices: %s. group_parameters(model) gives them to AdamW.",
+                "Muon steps %d parameters that are embeddings or output heads by their names, but "
+                "Muon is meant for hidden matrices: %s. group_parameters(model) gives them to "
+                "AdamW.",
                 len(dubious),
                 shortened(dubious),
             )
@@ -290,23 +300,24 @@ class Muon(Optimizer):
                 warning_level(),
                 "%d plain tensors on %d ranks: each rank orthogonalizes all of its own (%s). If "
                 "they are replicas (DDP), share the work by distributed_config="
-                "create_devicemesh_config(mesh); if not, create_dtensor_config() ends this note.",
+                "create_devicemesh_config(mesh). If not, create_dtensor_config() disables this "
+                "warning.",
                 len(plain),
                 num_ranks(),
                 shortened(plain),
             )
 
     def _prepare(self, *, exchange: bool = False) -> None:
-        """Plan anew and make missing state; the next ballots compare the new plan.
+        """Make a new plan and missing state. Ranks compare the new plan at the next step.
 
-        `exchange`: whether all ranks learn of new plain tensors now, also those without any.
+        `exchange`: whether all ranks exchange the shapes of new plain tensors now.
         """
         config = self._config
         if self._plain.rule != config.plain_rule:
             if self._prepared is not None:
                 raise GroupOptionError(
-                    "distributed_config says that plain tensors lie otherwise than it said when "
-                    "the optimizer was made: make the optimizer anew"
+                    "distributed_config now describes another layout of plain tensors than when "
+                    "the optimizer was constructed: construct a new optimizer"
                 )
             self._plain = PlainTensors(config.plain_rule)
         self._prepared = PlannedStep(
@@ -328,22 +339,23 @@ class Muon(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     @uncompiled
-    @torch.inference_mode(mode=False)  # else kept buffers could not be written to outside of it
+    @torch.inference_mode(mode=False)  # reused buffers made in it could not be written outside
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of every parameter that has a gradient.
+        """Step every parameter that has a gradient.
 
         Raises:
             PlanMismatchError, MissingGradientError, NonFiniteGradientError: on every rank of
                 the meshes concerned, before anything has changed.
-            StepFailedError: it failed halfway, or an earlier one did and nothing was loaded since.
-            RuntimeError: ranks could not agree, for one has died or hangs; nothing has changed. Or
-                a gradient that cannot be used (sparse, of another shape, dtype or
-                mesh), on this rank or on another; a function of the user that returns what it
-                should not, on this rank.
+            StepFailedError: this step failed halfway, or an earlier one did and no checkpoint was
+                loaded since.
+            RuntimeError: ranks could not compare their state because one died or hangs; nothing has
+                changed. Or a gradient cannot be used (sparse, of another shape, dtype or mesh), on
+                this rank or on another. Or a function of the user returned a wrong value, on this
+                rank.
         """
         with ordinary_mode():
-            self._ready.must_be_finished()
+            self._ready.check_finished()
             self._ready.gate.read_past(capturable=all(g["capturable"] for g in self.param_groups))
         loss = None
         if closure is not None:
@@ -354,10 +366,10 @@ class Muon(Optimizer):
         return loss
 
     def _step(self) -> None:
-        self._settle_numbers()
+        self._normalize_numbers()
         fault: Exception | None = None
-        if not self._ready.holds(self.param_groups):
-            follow_params(self.state, self.param_groups)
+        if not self._ready.matches_params(self.param_groups):
+            move_state_to_params(self.state, self.param_groups)
             self._prepare(exchange=True)
         elif not self._ready.is_current(self.param_groups, self.state, self._config):
             try:
@@ -367,7 +379,7 @@ class Muon(Optimizer):
             except ValueError as error:
                 fault = error
         every, number = self._settings.metrics_every, self._num_steps
-        self._num_steps += 1  # however it ends: ranks measure the same steps
+        self._num_steps += 1  # also if the step raises, so that ranks measure the same steps
         if every and number % every == 0:
             self._metrics = self._ready.measured_step(
                 self.state, self._sweeps_twice, number // every, self._trace, fault
@@ -376,17 +388,18 @@ class Muon(Optimizer):
             self._ready.step(self.state, self._sweeps_twice, fault=fault)
 
     def metrics(self) -> dict[str, float]:
-        """Plain numbers of the last step that was measured: the first, and each `metrics_every`th.
+        """Return the metrics of the last measured step: the first, or a `metrics_every`-th one.
 
-        Summed over all shards and ranks of the parameters, each element once, and the same on every
-        rank: for param group i `group{i}/lr`, `/effective_lr` (times the scales of its matrices,
-        mean over elements), `/grad_norm`, `/momentum_norm`, `/update_norm` (of what was added to
-        the parameters, decay included), `/param_norm`, and `/update_rms` per element; `grad_norm`
-        of all groups; `orthogonality_residual` of the polar factor of one matrix, another each
-        time. Of this rank: `sent_nbytes` as planned, and `seconds/{phase}` by the host's clock.
+        The values are summed over all shards, each element once, and equal on every rank. For param
+        group i: `group{i}/lr`, `/effective_lr` (times the scales of its matrices, mean over
+        elements), `/grad_norm`, `/momentum_norm`, `/update_norm` (of the change of the parameters,
+        decay included), `/param_norm`, and `/update_rms` per element. `grad_norm` is that of all
+        groups. `orthogonality_residual` is that of the polar factor of one matrix, another one in
+        each measured step. Of this rank alone: `sent_nbytes` as planned, and `seconds/{phase}` by
+        the host's clock.
 
-        No collective; the measured step makes one small reduction more per mesh dim, and holds a
-        copy of this rank's shards.
+        No collective. The measured step adds one small reduction per mesh dim, and holds a copy of
+        this rank's shards.
 
         Raises RuntimeError before the first measured step.
         """
@@ -395,59 +408,61 @@ class Muon(Optimizer):
         return dict(self._metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict: `momentum_buffer`, or AdamW's state, per parameter.
+        """Return torch's state dict: `momentum_buffer`, or AdamW's state, per parameter.
 
         A parameter that never trained has the entry `{}`.
 
-        Warns once of shards that torch's distributed checkpoint would misplace; see
+        Logs a warning once if torch's distributed checkpoint would misplace shards; see
         `check_saveable`.
         """
-        self._ready.must_be_finished()
+        self._ready.check_finished()
         self._ready.gate.read_past(forget=False)
-        self._settle_numbers()
+        self._normalize_numbers()
         self._settings.wait_for_momentum()
-        if not self._has_told_of_shards and (misplaced := self._ready.table.misplaced()):
-            self._has_told_of_shards = True
+        if not self._has_warned_of_shards and (misplaced := self._ready.table.misplaced()):
+            self._has_warned_of_shards = True
             logger.log(warning_level(self._all_params()), "%s", misplaced)
         saved = super().state_dict()
         for number in self._ready.table.without_state(self.state):
-            saved["state"].setdefault(number, {})  # frozen, not lost
+            saved["state"].setdefault(number, {})  # marks it as frozen rather than missing
         return saved
 
     def check_saveable(self) -> None:
         """Raise CheckpointError if `torch.distributed.checkpoint` would misplace shards.
 
-        torch (2.13 to 2.15) says of some shards of tensor dims that two mesh dims cut, and do not
-        divide, that they lie elsewhere: a sharded checkpoint of them is refused, or cannot be
-        loaded. `checkpointable` lets torch 2.14 save them; before, a full state dict can be saved.
-        Ask before a run, on any rank.
+        If two mesh dims cut a tensor dim that they do not divide, torch (2.13 to 2.15) computes
+        wrong offsets for some shards: it raises while saving them, or cannot load them. With torch
+        2.14 `checkpointable` saves them; with older versions, save a full state dict. Call this
+        before a run, on any rank.
         """
         if misplaced := self._ready.table.misplaced():
             raise CheckpointError(misplaced)
 
     @ordinary_mode()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """torch's, for state of this optimizer, torch.optim.Muon or torch.optim.AdamW.
+        """Load state of this optimizer, torch.optim.Muon or torch.optim.AdamW.
 
         Declarations of matrices that a checkpoint does not have stay as they are.
 
         Raises:
-            GroupOptionError: an option out of its range.
-            PlanError: a declaration of matrices that does not fit.
-            CheckpointError: a state dict that is not whole, that another optimizer wrote, or whose
-                state is not cut as its parameters are. After each of these nothing has changed.
+            GroupOptionError: an option is out of range.
+            PlanError: a declaration of matrices does not fit.
+            CheckpointError: the state dict is incomplete, another optimizer wrote it, or its state
+                is not cut like its parameters. After each of these errors nothing has changed.
         """
         groups, state = self.param_groups, self.state
-        seen: list[Mapping[str, Any]] = []
+        loaded_dicts: list[Mapping[str, Any]] = []
 
-        def look(_: Optimizer, loaded: dict[str, Any]) -> None:
+        def check(_: Optimizer, loaded: dict[str, Any]) -> None:
             check_loaded(loaded, self.param_groups)
-            seen.append(loaded)
+            loaded_dicts.append(loaded)
 
-        hook = self.register_load_state_dict_pre_hook(look)  # after those of the user
+        hook = self.register_load_state_dict_pre_hook(check)  # runs after the user's hooks
         try:
             super().load_state_dict(state_dict)
-            keep_wide(self.state, seen[0], self.param_groups, self._settings.momentum_dtype)
+            restore_wide_state(
+                self.state, loaded_dicts[0], self.param_groups, self._settings.momentum_dtype
+            )
             self._ready.make_state(self.state)
             self._ready.is_unfinished = False
             self._ready.gate.forget_past()
@@ -459,36 +474,36 @@ class Muon(Optimizer):
             hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._ready.must_be_finished()
-        self._settle_numbers()
+        self._ready.check_finished()
+        self._normalize_numbers()
         self._settings.wait_for_momentum()
-        mine = {name: self.__dict__[name] for name in _PICKLED}
+        attributes = {name: self.__dict__[name] for name in _PICKLED}
         layouts = self._plain.of(self._all_params())
-        return {**super().__getstate__(), **mine, "_layouts": layouts}
+        return {**super().__getstate__(), **attributes, "_layouts": layouts}
 
     def _all_params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
     @ordinary_mode()
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called by pickle and by `load_state_dict`: plan what the groups now say."""
-        known = self.__dict__.get("param_groups", [])
+        """Set the state and make a plan of its groups. Called by pickle and `load_state_dict`."""
+        live_groups = self.__dict__.get("param_groups", [])
         layouts = state.get("_layouts")
         super().__setstate__({key: value for key, value in state.items() if key != "_layouts"})
         for index, group in enumerate(self.param_groups):
-            complete_loaded(group, known[index] if index < len(known) else {})
+            complete_loaded(group, live_groups[index] if index < len(live_groups) else {})
         self.__dict__.setdefault("_sweeps_twice", {})
         self.__dict__.setdefault("_plain", PlainTensors(None))
         self.__dict__.setdefault("_prepared", None)
-        self.__dict__.setdefault("_has_told_of_shards", False)
+        self.__dict__.setdefault("_has_warned_of_shards", False)
         self.__dict__.setdefault("_num_steps", 0)
         self.__dict__.setdefault("_metrics", {})
         self._beta1s = []
-        self._settle_numbers()
-        if layouts is not None:  # a copy: what other ranks told of the plain tensors is known
+        self._normalize_numbers()
+        if layouts is not None:  # a copy: it takes over the known layouts of plain tensors
             self._plain = PlainTensors(self._config.plain_rule)
             self._plain.restore(self._all_params(), layouts)
         self._prepare()
 
 
-_PICKLED = ("_settings", "_trace", "_given_config", "_in_its_place")
+_PICKLED = ("_settings", "_trace", "_user_config", "_config_overrides")

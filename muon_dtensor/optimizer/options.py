@@ -1,12 +1,12 @@
-"""The options of `Muon`: names, defaults, allowed values; and what param groups make of them.
+"""The options of `Muon` and of its param groups: names, defaults, allowed values, checks.
 
-Values in groups are plain, so that they pass through checkpoints.
+Values in groups are plain Python values, so that checkpoints can hold them.
 
 Note [Momentum of AdamW]
-    torch's OneCycleLR and CyclicLR write `momentum` into every group of an optimizer that has that
-    option, and `betas` into those of one that has betas instead. In an AdamW group `momentum` is
-    therefore another name of betas[0]: whichever of the two was written since the last step wins,
-    and the other one follows. Checkpoints hold both, equal.
+    torch's OneCycleLR and CyclicLR write `betas` into every group if the optimizer's defaults have
+    `betas`, and otherwise `momentum`. Muon's defaults have `momentum`. In an AdamW group `momentum`
+    is therefore an alias of betas[0]. The one that was written since the last step is copied to the
+    other. Checkpoints hold both, equal.
 """
 
 import difflib
@@ -35,18 +35,18 @@ logger = logging.getLogger("muon_dtensor")
 
 ALGORITHMS = ("muon", "adamw")
 
-MOST_ITERATIONS = 99
-"""torch.optim.Muon refuses 100 and more."""
+MAX_ITERATIONS = 99
+"""torch.optim.Muon raises for 100 or more."""
 
 FORMAT_VERSION = 1
-"""Of state dicts. A group carries it, for nothing else passes through every way of saving."""
+"""Version of state dicts. It is stored in param groups, which every way of saving preserves."""
 
 Check = Callable[[str, Any], None]
-"""Raises GroupOptionError, which names the option and its range, for a value out of it."""
+"""(name, value): raises GroupOptionError, with name and range, if the value is out of range."""
 
 
 def one_of(*allowed: object) -> Check:
-    """One of some values."""
+    """Return a check for one of some values."""
 
     def check(name: str, value: object) -> None:
         if value not in allowed:
@@ -57,17 +57,17 @@ def one_of(*allowed: object) -> Check:
 
 
 def boolean(name: str, value: object) -> None:
-    """True or False."""
+    """Check for True or False."""
     if type(value) is not bool:
-        raise GroupOptionError(f"{name} is True or False, got {value!r}")
+        raise GroupOptionError(f"{name} must be True or False, got {value!r}")
 
 
-def anything(name: str, value: object) -> None:
-    """Checked elsewhere: together with other options, or by the planner."""
+def checked_elsewhere(name: str, value: object) -> None:
+    """Accept any value. It is checked together with other options, or by the planner."""
 
 
 def numbers(count: int) -> Check:
-    """A tuple or list of so many numbers."""
+    """Return a check for a tuple or list of `count` numbers."""
 
     def check(name: str, value: object) -> None:
         if not _are_numbers(value, count):
@@ -83,23 +83,23 @@ def _normuon_beta(name: str, value: Any) -> None:
 
 
 def _ns_steps(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_ITERATIONS:
-        raise GroupOptionError(f"{name} must be an integer in 0..{MOST_ITERATIONS}, got {value}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_ITERATIONS:
+        raise GroupOptionError(f"{name} must be an integer in 0..{MAX_ITERATIONS}, got {value}")
 
 
 def _orthogonalizer(name: str, value: Any) -> None:
     if value not in ORTHOGONALIZERS:
         raise GroupOptionError(
-            f"{name} must be one of {', '.join(ORTHOGONALIZERS)}, got {value!r}; a callable is "
-            "given to the constructor"
+            f"{name} must be one of {', '.join(ORTHOGONALIZERS)}, got {value!r}. Pass a callable "
+            "to the constructor"
         )
 
 
 def _format_version(name: str, value: Any) -> None:
     if value != FORMAT_VERSION:
         raise GroupOptionError(
-            f"{name} must be {FORMAT_VERSION}, got {value!r}: this checkpoint was written by "
-            "another release of muon_dtensor; load it with that one"
+            f"{name} must be {FORMAT_VERSION}, got {value!r}: another release of muon_dtensor "
+            "wrote this checkpoint; load it with that release"
         )
 
 
@@ -115,16 +115,16 @@ def _bucket_mb(name: str, value: Any) -> None:
 
 def _metrics_every(name: str, value: Any) -> None:
     if type(value) is not int or value < 0:
-        raise GroupOptionError(f"{name} is a number of steps, got {value!r}")
+        raise GroupOptionError(f"{name} must be a number of steps, 0 or more, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
     """One option.
 
-    `type`: as config files and command lines spell its value; None where they cannot. `check`:
-    raises GroupOptionError for a value out of range. `in_groups`: a param group can have a value of
-    its own. `in_constructor`: it is a keyword of `Muon`, which documents it.
+    `type`: the type of its value in config files and on command lines; None if they cannot set it.
+    `check`: raises GroupOptionError for a value out of range. `in_groups`: a param group can have a
+    value of its own. `in_constructor`: it is a keyword of `Muon`, whose docstring describes it.
     """
 
     name: str
@@ -145,13 +145,13 @@ _BFLOAT16_OR_FLOAT32 = (torch.bfloat16, torch.float32)
 OPTIONS: dict[str, Option] = {
     option.name: option
     for option in (
-        # those of torch.optim.Muon, with its defaults; validate() checks the range of numbers
-        _group("lr", 1e-3, float, anything),
-        _group("weight_decay", 0.1, float, anything),
-        _group("momentum", 0.95, float, anything),
+        # Options of torch.optim.Muon, with its defaults. validate() checks the range of numbers.
+        _group("lr", 1e-3, float, checked_elsewhere),
+        _group("weight_decay", 0.1, float, checked_elsewhere),
+        _group("momentum", 0.95, float, checked_elsewhere),
         _group("nesterov", True, bool, boolean),
         _group("ns_coefficients", KELLER_JORDAN, tuple[float, float, float], numbers(3)),
-        _group("eps", EPS, float, anything),
+        _group("eps", EPS, float, checked_elsewhere),
         _group("ns_steps", NUM_ITERATIONS, int, _ns_steps),
         _group(
             "adjust_lr_fn",
@@ -159,15 +159,15 @@ OPTIONS: dict[str, Option] = {
             Literal[*filter(None, ADJUST_LR_FNS)] | None,
             one_of(*ADJUST_LR_FNS),
         ),
-        # of param groups alone
+        # Options of param groups only.
         _group("algorithm", "muon", None, one_of(*ALGORITHMS), in_constructor=False),
         _group("betas", (0.9, 0.95), None, _betas, in_constructor=False),
-        _group("matrix", None, None, anything, in_constructor=False),
-        _group("matrix_axes", None, None, anything, in_constructor=False),
-        _group("split_sizes", None, None, anything, in_constructor=False),
-        _group("split_dim", 0, None, anything, in_constructor=False),
+        _group("matrix", None, None, checked_elsewhere, in_constructor=False),
+        _group("matrix_axes", None, None, checked_elsewhere, in_constructor=False),
+        _group("split_sizes", None, None, checked_elsewhere, in_constructor=False),
+        _group("split_dim", 0, None, checked_elsewhere, in_constructor=False),
         _group("format_version", FORMAT_VERSION, None, _format_version, in_constructor=False),
-        # of both
+        # Options of the constructor and of param groups.
         _group(
             "orthogonalizer",
             "newton_schulz",
@@ -177,11 +177,11 @@ OPTIONS: dict[str, Option] = {
         _group("capturable", False, bool, boolean),
         _group("normuon_beta", None, float | None, _normuon_beta),
         _group("cautious_weight_decay", False, bool, boolean),
-        # of the optimizer as a whole
+        # Options of the constructor only.
         Option("ns_dtype", torch.bfloat16, DType, one_of(*_BFLOAT16_OR_FLOAT32)),
         Option("bucket_mb", 256, float, _bucket_mb),
-        Option("prefetch_count", None, int | None, anything),
-        Option("batched", None, bool | None, anything),
+        Option("prefetch_count", None, int | None, checked_elsewhere),
+        Option("batched", None, bool | None, checked_elsewhere),
         Option("missing_grad", "raise", Literal["raise", "zero"], one_of("raise", "zero")),
         Option(
             "nonfinite",
@@ -189,16 +189,16 @@ OPTIONS: dict[str, Option] = {
             Literal["raise", "skip", "propagate"],
             one_of("raise", "skip", "propagate"),
         ),
-        Option("strategy", "auto", Literal[STRATEGIES], anything),
-        Option("exact", True, bool, anything),
-        Option("topology", None, str | None, anything),
+        Option("strategy", "auto", Literal[STRATEGIES], checked_elsewhere),
+        Option("exact", True, bool, checked_elsewhere),
+        Option("topology", None, str | None, checked_elsewhere),
         Option("momentum_dtype", None, DType | None, one_of(None, *_BFLOAT16_OR_FLOAT32)),
         Option("offload_momentum", False, bool, boolean),
         Option("compile", False, bool, boolean),
-        Option("kernels", "torch", Literal[KERNELS], anything),
+        Option("kernels", "torch", Literal[KERNELS], checked_elsewhere),
         Option("metrics_every", 0, int, _metrics_every),
-        Option("trace", False, bool, anything),
-        Option("async_gpu_parallelism", None, bool | None, anything),
+        Option("trace", False, bool, checked_elsewhere),
+        Option("async_gpu_parallelism", None, bool | None, checked_elsewhere),
         Option("check_replicas", True, bool, boolean),
     )
 }
@@ -213,20 +213,20 @@ ADAMW_DEFAULTS: dict[str, Any] = {
     "eps": 1e-8,
     "weight_decay": 0.1,
 }
-"""What an AdamW group holds that does not name them, however the optimizer is made.
+"""Defaults of AdamW groups, independent of the constructor's arguments.
 
-The constructor's `lr`, `weight_decay` and `eps` are Muon's, whose learning rates are no AdamW's.
+The constructor's `lr`, `weight_decay` and `eps` are Muon's, whose learning rates do not suit AdamW.
 The values are GPT-3's (Brown et al. 2020, arXiv:2005.14165): betas, eps and decay of its appendix
 B, the learning rate of its model of 350 million parameters (table 2.1).
 """
 
-WRITTEN_BY_OTHERS = {
+TORCH_KEYS = {
     *("params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_lr"),
     *("base_momentum", "max_momentum"),
 }
-"""Keys that torch's Optimizer, schedulers and averaging put into a group."""
+"""Keys that torch's Optimizer, schedulers and averaging write into a group."""
 
-ALSO_KNOWN_AS = {
+ALIASES = {
     "learning_rate": "lr",
     "learning-rate": "lr",
     "wd": "weight_decay",
@@ -236,63 +236,67 @@ ALSO_KNOWN_AS = {
     "num_iterations": "ns_steps",
     "epsilon": "eps",
 }
-"""Names of options in other packages, for hints."""
+"""Names of options in other packages, with ours; for suggestions in messages."""
 
-NEAR = 0.82
-"""How like an option's name a foreign key is, by difflib, to be taken for a spelling of it:
-`weight_decy` and `momentun` are, `max_momentum` and `lr_scale` are not."""
+MISSPELLING_CUTOFF = 0.82
+"""Least difflib ratio at which an unknown key counts as a misspelled option: `weight_decy` and
+`momentun` do, `max_momentum` and `lr_scale` do not."""
 
-HINTS = {"foreach", "fused"}
-"""How torch's optimizers are asked to run, which frameworks put into any group; not taken up."""
+IMPLEMENTATION_FLAGS = {"foreach", "fused"}
+"""Flags of torch's optimizers that frameworks write into any group. They are removed."""
 
-NOT_OFFERED = ("amsgrad", "maximize", "differentiable")
-"""What torch's AdamW may be told in a checkpoint, and we cannot do."""
+UNSUPPORTED_FLAGS = ("amsgrad", "maximize", "differentiable")
+"""Flags of torch's AdamW in checkpoints. A group that sets one of them is rejected."""
 
 
 def complete(
     group: Mapping[str, Any], defaults: Mapping[str, Any], *, is_ours: bool = False
 ) -> dict[str, Any]:
-    """A new group with every option, and without hints to other optimizers.
+    """Return a new group with every option and without `IMPLEMENTATION_FLAGS`.
 
-    An AdamW group that does not name them holds `ADAMW_DEFAULTS`. Keys that are no option are
-    carried, as torch carries them; those that look like a misspelled option are logged.
+    The defaults of an AdamW group are `ADAMW_DEFAULTS`. Unknown keys are kept, as torch keeps them.
+    A warning names those that look like a misspelled option.
 
     Args:
-        group: what the user says.
+        group: the options that the user sets.
         defaults: of the constructor.
-        is_ours: whether a key that is no option is a mistake: in a config file of this package.
+        is_ours: whether unknown keys raise, as in a config file of this package.
 
     Raises:
-        GroupOptionError: values out of range; with `is_ours` keys that are no option.
+        GroupOptionError: a value is out of range; or with `is_ours` a key is unknown.
     """
-    group = {name: plain_number(value) for name, value in group.items() if name not in HINTS}
-    for name in sorted(group.keys() - DEFAULTS.keys() - WRITTEN_BY_OTHERS):
+    group = {
+        name: plain_number(value)
+        for name, value in group.items()
+        if name not in IMPLEMENTATION_FLAGS
+    }
+    for name in sorted(group.keys() - DEFAULTS.keys() - TORCH_KEYS):
         if is_ours:
             hint = did_you_mean(name, DEFAULTS) or f" Options are {', '.join(DEFAULTS)}."
             raise GroupOptionError(f"unknown param group option '{name}'.{hint}")
-        if hint := did_you_mean(name, DEFAULTS, cutoff=NEAR):
+        if hint := did_you_mean(name, DEFAULTS, cutoff=MISSPELLING_CUTOFF):
             logger.log(
                 warning_level(),
-                "'%s' in a param group is no option, and is carried without effect.%s",
+                "'%s' in a param group is not an option and has no effect.%s",
                 *(name, hint),
             )
     completed = {**_defaults_of(group.get("algorithm", "muon"), defaults), **group}
     if completed["algorithm"] == "adamw":
-        _name_beta1(completed, group)
+        _alias_beta1(completed, group)
     validate(completed)
     return completed
 
 
 def did_you_mean(name: object, names: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """A hint at the one of some names that was probably meant; empty if none was."""
-    known = list(names)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=cutoff)
-    meant = near[0] if near else ALSO_KNOWN_AS.get(str(name), "")
-    return f" Did you mean '{meant}'?" if meant in known else ""
+    """Return a suggestion of the most similar of some names; empty if none is similar."""
+    candidates = list(names)
+    matches = difflib.get_close_matches(str(name), candidates, n=1, cutoff=cutoff)
+    suggestion = matches[0] if matches else ALIASES.get(str(name), "")
+    return f" Did you mean '{suggestion}'?" if suggestion in candidates else ""
 
 
 def plain_number(value: Any) -> Any:
-    """A number of numpy or the like as Python's own; any other value as it is."""
+    """Return a number, e.g. of numpy, as int or float; any other value unchanged."""
     if isinstance(value, (bool, int, float, Tensor)):
         return value
     if isinstance(value, Integral):
@@ -300,25 +304,29 @@ def plain_number(value: Any) -> Any:
     return float(value) if isinstance(value, Real) else value
 
 
-def _name_beta1(completed: dict[str, Any], said: Mapping[str, Any]) -> None:
-    """See Note [Momentum of AdamW]. Raises GroupOptionError for two different values."""
-    if "momentum" not in said:
+def _alias_beta1(completed: dict[str, Any], group: Mapping[str, Any]) -> None:
+    """Make momentum and betas[0] equal, see Note [Momentum of AdamW].
+
+    `group`: the options that the user sets. Raises GroupOptionError if it has both, and they
+    differ.
+    """
+    if "momentum" not in group:
         betas = completed["betas"]
         completed["momentum"] = betas[0] if isinstance(betas, (tuple, list)) and betas else None
-    elif "betas" not in said:
-        completed["betas"] = (said["momentum"], ADAMW_DEFAULTS["betas"][1])
-    elif said["momentum"] != said["betas"][0]:
+    elif "betas" not in group:
+        completed["betas"] = (group["momentum"], ADAMW_DEFAULTS["betas"][1])
+    elif group["momentum"] != group["betas"][0]:
         raise GroupOptionError(
-            f"an AdamW group has momentum={said['momentum']!r} and betas={said['betas']!r}; its "
-            "momentum is betas[0]. Name one of the two."
+            f"an AdamW group has momentum={group['momentum']!r} and betas={group['betas']!r}; its "
+            "momentum is betas[0]. Set only one of the two."
         )
 
 
-def settle_numbers(group: MutableMapping[str, Any], known: float | None) -> float | None:
-    """Make numbers Python's own, restore options that were deleted, and see to Note [Momentum of
-    AdamW]. Returns the group's beta1; None for Muon.
+def normalize_numbers(group: MutableMapping[str, Any], last_beta1: float | None) -> float | None:
+    """Convert a group's numbers to int or float, and restore deleted options.
 
-    `known`: what this returned last.
+    Makes momentum and betas[0] equal, see Note [Momentum of AdamW]. Returns the group's beta1; None
+    for Muon. `last_beta1`: the previous result for this group.
     """
     for name, value in _defaults_of(group.get("algorithm", "muon"), DEFAULTS).items():
         group.setdefault(name, value)
@@ -327,7 +335,7 @@ def settle_numbers(group: MutableMapping[str, Any], known: float | None) -> floa
     if group["algorithm"] != "adamw" or not _are_numbers(group["betas"], 2):
         return None
     beta1, momentum = group["betas"][0], group["momentum"]
-    if beta1 == known and momentum != known:
+    if beta1 == last_beta1 and momentum != last_beta1:
         group["betas"] = (momentum, *group["betas"][1:])
     else:
         group["momentum"] = beta1
@@ -336,35 +344,40 @@ def settle_numbers(group: MutableMapping[str, Any], known: float | None) -> floa
 
 
 DECLARED = ("matrix", "matrix_axes", "split_sizes", "split_dim")
+"""Options that declare matrices."""
 
-OF_TORCH = (
+TORCH_OPTIONS = (
     *("lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps"),
     *("adjust_lr_fn", "betas"),
 )
-"""Options that torch's Muon or AdamW has, and so its checkpoints."""
+"""Options of torch's Muon or AdamW, which their checkpoints hold."""
 
-KEPT = tuple(name for name in DEFAULTS if name not in (*OF_TORCH, "algorithm", "format_version"))
-"""Options that a group keeps when a checkpoint of torch's Muon or AdamW is loaded."""
+OWN_OPTIONS = tuple(
+    name for name in DEFAULTS if name not in (*TORCH_OPTIONS, "algorithm", "format_version")
+)
+"""Options that loading a checkpoint of torch's Muon or AdamW does not change."""
 
 
-def complete_loaded(group: dict[str, Any], known: Mapping[str, Any]) -> None:
-    """Fill in, in place, what a checkpoint does not name.
+def complete_loaded(group: dict[str, Any], live: Mapping[str, Any]) -> None:
+    """Add, in place, the options that a loaded group lacks.
 
-    `known`: the group that is loaded into. It keeps what checkpoints of torch's Muon and AdamW
-    cannot say, such as its algorithm, and its own names of parameters and declarations of matrices,
-    whatever the checkpoint says of those. What they say and no group of ours holds is left out.
-    Raises GroupOptionError for what cannot be done.
+    `live`: the group of the optimizer before loading. Options that checkpoints of torch's Muon and
+    AdamW do not have, such as the algorithm, are taken from it. Names of parameters and
+    declarations of matrices are always taken from it. torch's flags that no group of this package
+    has are removed. Raises GroupOptionError for an unsupported flag.
     """
-    if asked := [name for name in NOT_OFFERED if group.get(name)]:
-        raise GroupOptionError(f"the loaded group has {asked[0]}=True, which Muon's AdamW has not")
-    for name in (*HINTS, *NOT_OFFERED, "decoupled_weight_decay"):
+    if unsupported := [name for name in UNSUPPORTED_FLAGS if group.get(name)]:
+        raise GroupOptionError(
+            f"the loaded group has {unsupported[0]}=True, which Muon's AdamW does not support"
+        )
+    for name in (*IMPLEMENTATION_FLAGS, *UNSUPPORTED_FLAGS, "decoupled_weight_decay"):
         group.pop(name, None)
-    algorithm = known.get("algorithm", "muon")
-    kept = {name: known[name] for name in KEPT if name in known}
-    for name, value in {**_defaults_of(algorithm, DEFAULTS), **kept}.items():
+    algorithm = live.get("algorithm", "muon")
+    own_options = {name: live[name] for name in OWN_OPTIONS if name in live}
+    for name, value in {**_defaults_of(algorithm, DEFAULTS), **own_options}.items():
         group.setdefault(name, value)
-    if known:
-        group.update({name: known[name] for name in (*DECLARED, "param_names") if name in known})
+    if live:
+        group.update({name: live[name] for name in (*DECLARED, "param_names") if name in live})
     if group["algorithm"] == "adamw" and group["betas"]:
         group["momentum"] = group["betas"][0]
 
@@ -377,9 +390,9 @@ def _defaults_of(algorithm: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def validate(group: Mapping[str, Any], *, reads_tensors: bool = True) -> None:
-    """Raise GroupOptionError for a value out of its range; names the option and the range.
+    """Raise GroupOptionError, with name and range, if an option is out of range.
 
-    `reads_tensors`: whether to look at the value of a tensor, which may wait for a device.
+    `reads_tensors`: whether to check the values of tensors, which may wait for a device.
     """
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -402,7 +415,7 @@ def validate(group: Mapping[str, Any], *, reads_tensors: bool = True) -> None:
 
 
 def declaration_of(group: Mapping[str, Any]) -> Declaration:
-    """What a group says of its parameters' matrices. Raises GroupOptionError for wrong types."""
+    """Return a group's declaration of matrices. Raises GroupOptionError for wrong types."""
     pattern, axes = group["matrix"], group["matrix_axes"]
     sizes, split_dim = group["split_sizes"], group["split_dim"]
     patterns = pattern if isinstance(pattern, (tuple, list)) else (pattern,)
@@ -425,15 +438,17 @@ def declaration_of(group: Mapping[str, Any]) -> Declaration:
     if type(split_dim) is not int:
         raise GroupOptionError(f"split_dim must be an integer, got {split_dim!r}")
     if split_dim != 0 and sizes is None:
-        raise GroupOptionError(f"split_dim={split_dim} without split_sizes splits nothing")
-    said = [p for p in patterns if p is not None]
+        raise GroupOptionError(f"split_dim={split_dim} has no effect without split_sizes")
+    texts = [p for p in patterns if p is not None]
     if unused := [
-        n for n in axes or {} if not any(re.search(rf"\b{re.escape(n)}\b", p) for p in said)
+        n for n in axes or {} if not any(re.search(rf"\b{re.escape(n)}\b", p) for p in texts)
     ]:
         raise GroupOptionError(f"matrix_axes names {unused}, which no pattern in matrix has")
     if isinstance(pattern, (tuple, list)):
         if sizes is None:
-            raise GroupOptionError("several patterns in matrix need split_sizes, one block each")
+            raise GroupOptionError(
+                "several patterns in matrix need split_sizes, one block for each pattern"
+            )
         pattern = tuple(pattern)
     return Declaration(
         pattern,
@@ -456,24 +471,24 @@ READ_BY_ADAMW = ("algorithm", "lr", "betas", "eps", "weight_decay", "capturable"
 READ_BY_MUON = tuple(
     name for name in DEFAULTS if name not in (*DECLARED, "betas", "format_version")
 )
-"""Options that a step reads; ranks compare these."""
+"""Options that a step reads. Ranks compare these."""
 
 
-def declares_otherwise(saved: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
-    """Whether a saved group declares matrices, or none, and the live one others."""
+def declarations_differ(saved: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+    """Whether a saved group has options that declare matrices, and the live ones differ."""
     if not saved.keys() >= set(DECLARED):
         return False
     return declaration_of(saved) != declaration_of(group)
 
 
 def planned_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a plan depends on, as it is now; another value needs another plan."""
+    """Return the options of a group that its plan depends on. If they change, so does the plan."""
     names = ("algorithm", "orthogonalizer", *DECLARED)
     return (*(copy(group[name]) for name in names), group["normuon_beta"] is None)
 
 
 def as_text(group: Mapping[str, Any]) -> str:
-    """What a step reads of a group as one line, for ranks to compare."""
+    """Return the options that a step reads from a group as one line, for ranks to compare."""
     parts = []
     for name in sorted(READ_BY_ADAMW if group["algorithm"] == "adamw" else READ_BY_MUON):
         value: Any = group[name]
@@ -485,6 +500,6 @@ def as_text(group: Mapping[str, Any]) -> str:
         parts.append(f"{name}={value!r}")
     try:
         declared = str(declaration_of(group))
-    except GroupOptionError as error:  # ranks compare first, and raise after
+    except GroupOptionError as error:  # ranks compare texts first, and raise afterwards
         declared = str(error)
     return ", ".join([*parts, declared])

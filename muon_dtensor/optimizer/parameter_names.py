@@ -10,21 +10,21 @@ HEAD_NAME = re.compile(
     r"(^|[._])(output|output_layer|score|unembed|unembedding|logits|proj_out|qa_outputs)$|^fc$",
     re.IGNORECASE,
 )
-"""Modules that are a model's last projection, outside numbered layers: a layer's own `output` is a
-hidden matrix."""
+"""Names of modules that are a model's last projection. Inside numbered layers these are hidden
+matrices, such as a layer's `output`."""
 
 HEAD_PART = re.compile(
     r"^(?!.*multi_?head)(\w+_)?(heads?|classifiers?|generator|predictions)$", re.IGNORECASE
 )
-"""Parts of a module's path under which a model's last projections lie, outside numbered layers:
+"""Parts of the paths of a model's last projections, outside of numbered layers:
 `classifier.out_proj`, `v_head.summary`, `lm_heads.0`, `cls.predictions.decoder`."""
 
 WRAPPING = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
-"""What FSDP1, activation checkpointing and torch.compile put into the names of what they wrap."""
+"""Prefixes that FSDP1, activation checkpointing and torch.compile add to names of parameters."""
 
 
 def is_embedding_or_head(fqn: str) -> bool:
-    """Whether a parameter's name says that it is an embedding or a model's last projection."""
+    """Whether a parameter is an embedding or a model's last projection, by its name."""
     path = ".".join(part for part in fqn.split(".")[:-1] if part not in WRAPPING)
     if not path:
         return False
@@ -33,5 +33,5 @@ def is_embedding_or_head(fqn: str) -> bool:
 
 
 def is_numbered(path: str) -> bool:
-    """Whether a path leads into numbered layers."""
+    """Whether a part of a path is a number, as in numbered layers."""
     return any(part.isdecimal() for part in path.split("."))

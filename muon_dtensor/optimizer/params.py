@@ -1,6 +1,6 @@
-"""The parameter table of an optimizer: names, layouts, and what planner and steps need of each.
+"""`ParameterTable`: names and layouts of an optimizer's parameters, as planner and steps use them.
 
-Collects every problem before it raises one error.
+It raises one error that lists all parameters with problems.
 """
 
 from collections import Counter
@@ -41,18 +41,18 @@ from muon_dtensor.runtime.torch_private import (
 from muon_dtensor.version import __version__
 
 VERSIONS = f"muon_dtensor {__version__}, torch {torch.__version__}"
-"""What ranks must have in common before they compare parameters."""
+"""Ranks compare this text before they compare parameters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One parameter with its name and its param group (number `group_index`).
 
-    `given_name` is what the user calls it; `name` differs from that of every other parameter.
+    `user_name` is the user's name for it; `name` is unique among all parameters.
     """
 
     name: str
-    given_name: str
+    user_name: str
     param: Tensor
     group: dict[str, Any]
     group_index: int
@@ -61,9 +61,9 @@ class Entry:
 class ParameterTable:
     """The parameters of all param groups, in order; unnamed ones are numbered.
 
-    `entries` are those that can train: they require gradients, have one, or have state because they
-    trained before. All others, such as the frozen base of an adapter, are neither planned nor given
-    state, and may have any shape and dtype.
+    `entries` can train: they require gradients, have one, or have state because they trained
+    before. Other parameters, such as the frozen base of an adapter, are in no plan and have no
+    state. They may have any shape and dtype.
     """
 
     def __init__(
@@ -78,50 +78,51 @@ class ParameterTable:
         self.muon = tuple(e for e in self.entries if e.group["algorithm"] == "muon")
         self.adamw = tuple(e for e in self.entries if e.group["algorithm"] == "adamw")
         self._plain = plain
-        self.stored_otherwise: dict[str, Problem] = {}
+        self.wrong_shards: dict[str, Problem] = {}
         self.layout_cache = LayoutCache(None if plain.rule is None else plain.rule.mesh)
 
     def specs(
-        self, wire_dtype: torch.dtype, *, whole: DeviceMesh | None, exchange: bool
+        self, wire_dtype: torch.dtype, *, mesh: DeviceMesh | None, exchange: bool
     ) -> list[ParamSpec]:
-        """All parameters of Muon as the planner knows them.
+        """Return the planner's description of all parameters of Muon.
 
         Args:
-            wire_dtype: of the iteration and of all that is sent.
-            whole: the mesh that must hold all parameters.
-            exchange: whether all ranks learn of new plain tensors now, also those without any.
+            wire_dtype: dtype of the iteration and of everything that is sent.
+            mesh: the mesh that must hold all parameters.
+            exchange: whether all ranks exchange the shapes of new plain tensors now, including
+                ranks that have none.
 
         Raises:
             ValueError: a parameter lives outside the mesh.
-            PlanMismatchError: ranks hold other plain tensors.
-            PlanError: parameters that Muon cannot step, all of them told at once.
+            PlanMismatchError: ranks hold different plain tensors.
+            PlanError: Muon cannot step some parameters; the message lists all of them.
         """
-        if whole is not None:
-            self._must_lie_on(self.layout_cache.mesh(whole))
-        named = [(entry.given_name, entry.param) for entry in self.all_entries]
-        self._plain.learn(named, self.layout_cache, exchange=exchange)
-        problems = [*self._problems(), *self._find_stored_otherwise()]
+        if mesh is not None:
+            self._check_on_mesh(self.layout_cache.mesh(mesh))
+        named_params = [(entry.user_name, entry.param) for entry in self.all_entries]
+        self._plain.learn(named_params, self.layout_cache, exchange=exchange)
+        problems = [*self._problems(), *self._find_wrong_shards()]
         refused = {problem.fqn for problem in problems}
         specs: list[ParamSpec] = []
-        homes: dict[MeshSpec, torch.device] = {}
+        devices: dict[MeshSpec, torch.device] = {}
         for entry in self.muon:
             if entry.name in refused:
                 continue
             try:
                 spec = self._param_spec(entry, wire_dtype)
             except RefusalError as refusal:
-                seen = placed(entry.param)
-                problems.append(Problem(entry.name, seen, refusal.reason, refusal.remedy))
+                observed = placed(entry.param)
+                problems.append(Problem(entry.name, observed, refusal.reason, refusal.remedy))
                 continue
             specs.append(spec)
             device = local_part(entry.param).device
-            home = homes.setdefault(spec.layout.mesh, device)
-            if home != device:
+            mesh_device = devices.setdefault(spec.layout.mesh, device)
+            if mesh_device != device:
                 problems.append(
                     Problem(
                         entry.name,
                         f"on {device}",
-                        f"Other parameters of mesh {spec.layout.mesh} are on {home}.",
+                        f"Other parameters of mesh {spec.layout.mesh} are on {mesh_device}.",
                         "Move them to one device, or give each device an optimizer of its own.",
                     )
                 )
@@ -130,7 +131,7 @@ class ParameterTable:
         return specs
 
     def _param_spec(self, entry: Entry, wire_dtype: torch.dtype) -> ParamSpec:
-        """One parameter of Muon as the planner knows it. Raises RefusalError."""
+        """Return the planner's description of one parameter of Muon. Raises RefusalError."""
         return self.layout_cache.param(
             entry.name,
             entry.param,
@@ -142,13 +143,13 @@ class ParameterTable:
             has_moments=entry.group["normuon_beta"] is not None,
         )
 
-    def must_be_real(self) -> None:
-        """Raise PlanError for parameters that nobody can step."""
+    def check_steppable(self) -> None:
+        """Raise PlanError for parameters that cannot be stepped in any layout."""
         if problems := self._problems():
             raise PlanError(problems, num_params=len(self.entries))
 
     def _problems(self) -> list[Problem]:
-        """Parameters that nobody can step, whatever their layout."""
+        """Return the problems of parameters that cannot be stepped in any layout."""
         gathered = gathered_params()
         problems = []
         for entry in self.entries:
@@ -160,13 +161,13 @@ class ParameterTable:
                 problems.append(_wrong_dtype(entry))
         return problems
 
-    def _find_stored_otherwise(self) -> list[Problem]:
-        """DTensors whose shard on this rank is not the one that their placements tell.
+    def _find_wrong_shards(self) -> list[Problem]:
+        """Return the problems of DTensors whose local shape does not match their placements.
 
-        Those on a mesh of this rank alone. Of all others `stored_otherwise` says so, and all ranks
-        raise when they compare their plans: the shards of other ranks may be as they should.
+        Only of those on meshes of one rank. The others are added to `wrong_shards`, and all ranks
+        raise when they compare their plans, since the shards of other ranks may be correct.
         """
-        alone = []
+        problems = []
         for entry in self.entries:
             if not isinstance(entry.param, DTensor):
                 continue
@@ -178,37 +179,38 @@ class ParameterTable:
             problem = Problem(
                 entry.name,
                 placed(entry.param),
-                f"Rank {this_rank()} stores {list(stored)}, and a shard so placed is "
+                f"Rank {this_rank()} stores {list(stored)}, but a shard with these placements is "
                 f"{list(expected or ())}.",
                 "Make DTensors by fully_shard, parallelize_module or distribute_tensor, or cut as "
                 "torch.chunk cuts before DTensor.from_local. Shards of other sizes can be plain "
                 "tensors under create_processgroup_config.",
             )
             if mesh.num_ranks == 1:
-                alone.append(problem)
+                problems.append(problem)
             else:
-                self.stored_otherwise[entry.name] = problem
-        return alone
+                self.wrong_shards[entry.name] = problem
+        return problems
 
-    def _must_lie_on(self, whole: MeshSpec) -> None:
+    def _check_on_mesh(self, config_mesh: MeshSpec) -> None:
+        """Raise ValueError for a parameter on ranks outside of the config's mesh."""
         for entry in self.entries:
-            home = self.layout_cache.home(entry.param)
-            if not home.rank_set <= whole.rank_set:
+            mesh = self.layout_cache.home(entry.param)
+            if not mesh.rank_set <= config_mesh.rank_set:
                 raise ValueError(
-                    f"{entry.name} lives on mesh {home} with ranks {min(home.ranks)} to "
-                    f"{max(home.ranks)}, which the config's mesh {whole} does not hold. Make the "
-                    "config from a mesh that holds all parameters."
+                    f"{entry.name} lives on mesh {mesh} with ranks {min(mesh.ranks)} to "
+                    f"{max(mesh.ranks)}, which the config's mesh {config_mesh} does not hold. Make "
+                    "the config from a mesh that holds all parameters."
                 )
 
     def owners(self, config: DistributedConfig, specs: Sequence[ParamSpec]) -> dict[str, int]:
-        """The owners that the user's own `assign_fn` names, by parameter; none without one.
+        """Return the owners by the user's own `assign_fn`, by parameter; empty without one.
 
-        Raises AssignmentError for an assignment that is none.
+        Raises AssignmentError for an invalid assignment.
         """
         if not config.names_owners:
             return {}
         rule = self._plain.rule
-        shown = [
+        tensors = [
             entry.param
             if isinstance(entry.param, DTensor) or rule is None or not rule.real_cuts
             else torch.empty(
@@ -218,22 +220,26 @@ class ParameterTable:
             )
             for entry, spec in zip(self.muon, specs, strict=True)
         ]
-        return self.assigned(config, shown)
+        return self.assigned_owners(config, tensors)
 
-    def assigned(self, config: DistributedConfig, shown: Sequence[Tensor]) -> dict[str, int]:
-        """What `assign_fn` makes of these tensors, one for each parameter of Muon, by name."""
+    def assigned_owners(
+        self, config: DistributedConfig, tensors: Sequence[Tensor]
+    ) -> dict[str, int]:
+        """Call `assign_fn` with one tensor for each parameter of Muon; return owners by name."""
         world_size = config.state.get("world_size") or num_ranks()
-        assignments = validate_assignments(config.assign_fn(shown, config.state), shown, world_size)
+        assignments = validate_assignments(
+            config.assign_fn(tensors, config.state), tensors, world_size
+        )
         return {self.muon[index].name: rank for index, rank in assignments.items()}
 
     def layout(self, entry: Entry) -> Layout:
-        """The layout of a parameter; of a plain tensor that which `specs` has learned."""
+        """Return the layout of a parameter. Plain tensors need a call of `specs` before."""
         if isinstance(entry.param, DTensor):
             return self.layout_cache.layout(entry.param)
         return self.layout_cache.shared(self._plain.layout(entry.param))
 
     def misplaced(self) -> str:
-        """Which shards torch's distributed checkpoint would misplace; empty for none."""
+        """Return a message that names shards which torch's checkpoints misplace; empty for none."""
         names = [
             entry.name
             for entry in self.entries
@@ -242,9 +248,9 @@ class ParameterTable:
         return misplaced_shards(names) if names else ""
 
     def without_state(self, state: Mapping[Tensor, Mapping[str, Any]]) -> list[int]:
-        """Numbers, in a state dict, of parameters that hold no state because they never trained.
+        """Return the state-dict numbers of parameters without state, which never trained.
 
-        But for slices of FSDP1, which gathers what all ranks hold.
+        Slices of FSDP1 are excluded, because FSDP1 gathers the state of all ranks.
         """
         return [
             number
@@ -253,47 +259,49 @@ class ParameterTable:
         ]
 
     def manifests(self, plan: Plan) -> Iterator[Manifest]:
-        """What each set of ranks must have in common: its part of the plan, its parameters.
+        """Yield what each set of ranks compares: its part of the plan, and its parameters.
 
-        Also of frozen ones, whose ranks compare, and find each other, before any is unfrozen.
+        Frozen parameters are included, so that their ranks are connected and have compared them
+        before one is unfrozen.
         """
         members: dict[frozenset[int], list[tuple[Entry, MeshSpec]]] = {}
         for entry in self.all_entries:
             mesh = self.layout_cache.home(entry.param)
             if mesh.dim_names and mesh.holds(this_rank()):
                 members.setdefault(mesh.rank_set, []).append((entry, mesh))
-        for rank_set, found in members.items():
-            lines = (VERSIONS, *(self._line(entry, mesh) for entry, mesh in found))
-            # Several meshes may hold these ranks; all ranks must pick the same one to vote on.
-            voting = min((mesh for _, mesh in found), key=lambda m: (m.dim_names, m.shape))
+        for rank_set, pairs in members.items():
+            lines = (VERSIONS, *(self._line(entry, mesh) for entry, mesh in pairs))
+            # Several meshes may have these ranks. All ranks must use the same one to compare.
+            mesh = min((mesh for _, mesh in pairs), key=lambda m: (m.dim_names, m.shape))
             yield Manifest(
-                mesh=voting,
+                mesh=mesh,
                 digest=digest(restrict(plan, rank_set)),
                 params=lines,
-                fqns=tuple(entry.name for entry, _ in found if entry.name in self._active),
+                fqns=tuple(entry.name for entry, _ in pairs if entry.name in self._active),
                 sometimes_empty=frozenset(
                     entry.name
-                    for entry, _ in found
+                    for entry, _ in pairs
                     if entry.name in self._active
                     and not isinstance(entry.param, DTensor)
                     and self._plain.is_sometimes_empty(entry.param)
                 ),
-                groups=tuple(sorted({entry.group_index for entry, _ in found})),
+                groups=tuple(sorted({entry.group_index for entry, _ in pairs})),
             )
 
     def _line(self, entry: Entry, mesh: MeshSpec) -> str:
+        """Return the text of a parameter that ranks compare."""
         param = entry.param
         shape: object = list(param.shape)
-        placed = getattr(param, "placements", "replicated")
+        placements = getattr(param, "placements", "replicated")
         if not isinstance(param, DTensor) and self._plain.is_cut(param):
-            shape, placed = list(self._plain.flat_shape(param) or ()) or "shards", "cut"
+            shape, placements = list(self._plain.flat_shape(param) or ()) or "shards", "cut"
         declared = declaration_of(entry.group)
         if entry.name not in self._active:
-            return f"{entry.name} {shape} {dtype_name(param.dtype)} {placed} on {mesh}, frozen"
-        problem = self.stored_otherwise.get(entry.name)
+            return f"{entry.name} {shape} {dtype_name(param.dtype)} {placements} on {mesh}, frozen"
+        problem = self.wrong_shards.get(entry.name)
         stored = f", but stores {list(local_part(param).shape)}" if problem else ""
         return (
-            f"{entry.name} {shape} {dtype_name(param.dtype)} {placed} on {mesh}{stored}, "
+            f"{entry.name} {shape} {dtype_name(param.dtype)} {placements} on {mesh}{stored}, "
             f"{entry.group['algorithm']}{'' if declared == Declaration() else f', {declared}'}"
         )
 
@@ -303,99 +311,112 @@ class ParameterTable:
         state: Mapping[Tensor, Mapping[str, Any]],
         groups: Sequence[Mapping[str, Any]],
         custom: Orthogonalizer | None,
-        body: IterationKernel,
+        kernel: IterationKernel,
     ) -> dict[int, LocalParam]:
-        """The parameters of Muon that have a gradient, by index among them.
+        """Return the parameters of Muon that have a gradient, by index in `muon`.
 
-        `groups`: what the param groups say; `custom`: the orthogonalizer of those that name
-        "custom"; `body`: of the iterations.
+        `groups`: the options of the step, by param group. `custom`: the orthogonalizer of groups
+        that name "custom". `kernel`: that of the iterations.
         """
         options: dict[int, MuonOptions] = {}
-        found: dict[int, LocalParam] = {}
+        params: dict[int, LocalParam] = {}
         for index, entry in enumerate(self.muon):
             if entry.group_index not in options:
-                options[entry.group_index] = MuonOptions.of(groups[entry.group_index], custom, body)
+                options[entry.group_index] = MuonOptions.of(
+                    groups[entry.group_index], custom, kernel
+                )
             if entry.name in grads:
-                kept = state[entry.param]
-                found[index] = LocalParam(
+                param_state = state[entry.param]
+                params[index] = LocalParam(
                     entry.param,
                     grads[entry.name],
-                    kept["momentum_buffer"],
+                    param_state["momentum_buffer"],
                     options[entry.group_index],
-                    kept.get(MOMENTS) if entry.group["normuon_beta"] is not None else None,
+                    param_state.get(MOMENTS) if entry.group["normuon_beta"] is not None else None,
                 )
-        return found
+        return params
 
     def function_params(
-        self, found: Mapping[int, LocalParam], owners: Mapping[str, int]
+        self, params: Mapping[int, LocalParam], owners: Mapping[str, int]
     ) -> list[FunctionParam]:
-        """Those of `muon_params` that functions of the user move, with their owners."""
+        """Return those of `muon_params` that have a gradient of their own, with their owners.
+
+        The user's functions move them.
+        """
         return [
-            FunctionParam(entry.name, found[index], owners[entry.name], declaration_of(entry.group))
+            FunctionParam(
+                entry.name, params[index], owners[entry.name], declaration_of(entry.group)
+            )
             for index, entry in enumerate(self.muon)
-            if index in found and entry.param.grad is not None
+            if index in params and entry.param.grad is not None
         ]
 
-    def adamw_leaves(
+    def adamw_params(
         self, grads: Mapping[str, Tensor], state: Mapping[Tensor, Mapping[str, Any]]
     ) -> dict[int, list[AdamWLocal]]:
-        """This rank's part of the parameters of AdamW that have a gradient, by param group."""
-        leaves: dict[int, list[AdamWLocal]] = {}
+        """Return this rank's shards of AdamW's parameters with a gradient, by param group."""
+        by_group: dict[int, list[AdamWLocal]] = {}
         for entry in self.adamw:
             if entry.name in grads:
-                kept = state[entry.param]
-                leaf = AdamWLocal(
+                param_state = state[entry.param]
+                local = AdamWLocal(
                     local_part(entry.param),
                     local_part(grads[entry.name]),
-                    local_part(kept["exp_avg"]),
-                    local_part(kept["exp_avg_sq"]),
-                    kept["step"],
+                    local_part(param_state["exp_avg"]),
+                    local_part(param_state["exp_avg_sq"]),
+                    param_state["step"],
                 )
-                leaves.setdefault(entry.group_index, []).append(leaf)
-        return leaves
+                by_group.setdefault(entry.group_index, []).append(local)
+        return by_group
 
     @property
     def shared_device(self) -> torch.device:
-        """Where the parameters that a mesh holds live, or any; the host if there are none.
+        """The device on which ranks compare values: that of the first parameter on a mesh.
 
-        Ballots need values: for parameters on the meta device it is the device of their mesh.
+        Without one, that of the first parameter; without any, the host. Tensors on the meta device
+        have no values: for such parameters it is the device of their mesh.
         """
-        alone = [e.param for e in self.entries]
-        shared = [param for param in alone if self.layout_cache.home(param).dim_names]
-        first = next(iter(shared or alone), None)
+        params = [e.param for e in self.entries]
+        on_meshes = [param for param in params if self.layout_cache.home(param).dim_names]
+        first = next(iter(on_meshes or params), None)
         if first is not None and not local_part(first).is_meta:
             return local_part(first).device
         return torch.device(first.device_mesh.device_type if isinstance(first, DTensor) else "cpu")
 
 
 def can_train(param: Tensor, state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
-    """Whether a step may change a parameter: now, or as it did before it was frozen."""
+    """Whether a parameter requires a gradient, has one, or trained before it was frozen."""
     return param.requires_grad or param.grad is not None or bool(state.get(param))
 
 
 def _entries(groups: Sequence[dict[str, Any]]) -> Iterator[Entry]:
-    """The n-th parameter of one name, n > 1, is called `n:name`: two pipeline chunks of a rank."""
+    """Yield the parameters of all groups, each with a unique name.
+
+    The n-th parameter of the same name, n > 1, is called `n:name`. Equal names occur if a rank has
+    two pipeline chunks.
+    """
     number = 0
     counts: Counter[str] = Counter()
     for group_index, group in enumerate(groups):
         names = group.get("param_names")
         for index, param in enumerate(group["params"]):
-            given = names[index] if names else f"param.{number}"
-            counts[given] += 1
-            name = given if counts[given] == 1 else f"{counts[given]}:{given}"
-            yield Entry(name, given, param, group, group_index)
+            user_name = names[index] if names else f"param.{number}"
+            counts[user_name] += 1
+            count = counts[user_name]
+            name = user_name if count == 1 else f"{count}:{user_name}"
+            yield Entry(name, user_name, param, group, group_index)
             number += 1
 
 
 def _shares_memory(tensor: Tensor) -> bool:
-    """Whether several elements lie in one place, as `expand` makes them."""
+    """Whether several elements share memory, as after `expand`."""
     return any(
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     )
 
 
 def _overlapping(entry: Entry) -> Problem:
-    """What to say of a parameter that torch cannot update in place."""
+    """Return the problem of a parameter that torch cannot update in place."""
     return Problem(
         entry.name,
         placed(entry.param),
@@ -405,7 +426,7 @@ def _overlapping(entry: Entry) -> Problem:
 
 
 def _wrong_dtype(entry: Entry) -> Problem:
-    """What to say of a parameter that holds no real floating-point numbers."""
+    """Return the problem of a parameter whose dtype is not a real floating-point one."""
     return Problem(
         entry.name,
         placed(entry.param),

@@ -1,6 +1,6 @@
-"""A plan of the param groups, with the checks and the executor that carry it out.
+"""`PlannedStep`: the plan of the param groups, the checks between ranks, and the executor.
 
-It is made again when param groups change. State of parameters lives in the optimizer.
+A new one is made when param groups change. The optimizer holds the state of parameters.
 """
 
 import logging
@@ -28,7 +28,7 @@ from muon_dtensor.optimizer.metrics import Measurement, State
 from muon_dtensor.optimizer.options import as_text, planned_options, validate
 from muon_dtensor.optimizer.params import ParameterTable, can_train
 from muon_dtensor.optimizer.settings import Settings
-from muon_dtensor.optimizer.state import drop_stale, follow_grad_dtypes, make_state
+from muon_dtensor.optimizer.state import cast_momenta, drop_stale, make_state
 from muon_dtensor.planning.check import check
 from muon_dtensor.planning.normuon_state import moment_layout
 from muon_dtensor.planning.report import plan_report
@@ -53,7 +53,7 @@ META = torch.device("meta")
 
 
 class PlannedStep:
-    """A plan of these param groups, and who agrees on it and walks it."""
+    """The plan of some param groups, its comparison between ranks, and its executor."""
 
     def __init__(
         self,
@@ -71,35 +71,40 @@ class PlannedStep:
 
         Args:
             groups: param groups with every option.
-            plain: what is known of plain tensors, under the rule of the config.
-            config: how plain tensors lie, and how exchanges run.
+            plain: the layouts of plain tensors, by the rule of the config.
+            config: layouts of plain tensors, and how exchanges run.
             settings: the other options of the constructor.
-            state: of the optimizer; a parameter that has some can train.
-            trace: what records the phases.
-            before: what was prepared for the groups as they were; a user's `assign_fn` is asked
-                once for the same parameters.
-            exchange: whether all ranks learn of new plain tensors now, also those without any.
+            state: of the optimizer. A parameter with state can train.
+            trace: records the phases.
+            before: the planned step of the groups before they changed. A user's `assign_fn` is
+                called once for the same parameters.
+            exchange: whether all ranks exchange the shapes of new plain tensors now, including
+                ranks that have none.
         """
         self._groups, self._config, self._settings = groups, config, settings
         for group in groups:
             if group["orthogonalizer"] == "custom" and settings.custom is None:
                 raise GroupOptionError(
-                    "a param group has orthogonalizer='custom': give it to the constructor, "
-                    "Muon(..., orthogonalizer=function)"
+                    "a param group has orthogonalizer='custom': pass the function to the "
+                    "constructor, Muon(..., orthogonalizer=function)"
                 )
             if group["normuon_beta"] is not None and config.uses_custom_transport:
-                raise GroupOptionError("normuon_beta needs a plan; yours is a hand-written config")
+                raise GroupOptionError(
+                    "normuon_beta needs a plan, but your distributed_config is hand-written"
+                )
         for name in ("offload_momentum", "metrics_every"):
             if config.uses_custom_transport and getattr(settings, name):
-                raise GroupOptionError(f"{name} needs a plan; yours is a hand-written config")
+                raise GroupOptionError(
+                    f"{name} needs a plan, but your distributed_config is hand-written"
+                )
         self.table = table = ParameterTable(groups, plain, state)
         self._check_orthogonalizer()
         if config.uses_custom_transport:
-            table.must_be_real()
+            table.check_steppable()
             specs = []
-            self._owners = self._assigned_by_hand(before)
+            self._owners = self._custom_transport_owners(before)
         else:
-            specs = table.specs(settings.ns_dtype, whole=config.mesh, exchange=exchange)
+            specs = table.specs(settings.ns_dtype, mesh=config.mesh, exchange=exchange)
             self._owners = table.owners(config, specs)
         on_gpu = any(entry.param.device.type == "cuda" for entry in table.muon)
         options = settings.plan_options(
@@ -110,7 +115,7 @@ class PlannedStep:
         self.report = plan_report(specs, options, self._owners)
         self.plan = self.report.plan
         check(self.plan)
-        self._tell_of_owners(before)
+        self._warn_of_owners(before)
         rank = this_rank()
         self._process_groups = process_groups = Groups(table.layout_cache.device_meshes, rank)
         self.agreement = Agreement(list(table.manifests(self.plan)), process_groups, rank)
@@ -135,53 +140,57 @@ class PlannedStep:
         devices = [local_part(entry.param).device for entry in table.muon]
         self.executor = Executor(self.plan, rank, process_groups, devices, trace)
         self._is_connected = False
-        self._has_told = False
+        self._has_warned = False
         skips_replicas = config.uses_custom_transport or not settings.check_replicas
         self.has_compared_replicas: bool = (
             skips_replicas if before is None else before.has_compared_replicas
         )
-        # what all ranks hold while this is not yet compared: it was made for the groups before
+        # The last planned step on which all ranks agree, until they have compared this one.
         self._agreed: PlannedStep | None = None
         self._is_agreed: bool = False
         if before is not None:
             self._agreed = before if before._is_agreed else before._agreed
         self.is_unfinished: bool = before is not None and before.is_unfinished
 
-    def _assigned_by_hand(self, before: "PlannedStep | None") -> dict[str, int]:
-        """Owners by the user's `assign_fn`."""
+    def _custom_transport_owners(self, before: "PlannedStep | None") -> dict[str, int]:
+        """Return the owners by `assign_fn`; for the same parameters, those of `before`."""
         params = [entry.param for entry in self.table.muon]
-        known = [entry.param for entry in before.table.muon] if before else None
-        if before and known and len(known) == len(params) and all(map(is_, known, params)):
+        previous = [entry.param for entry in before.table.muon] if before else None
+        if before and previous and len(previous) == len(params) and all(map(is_, previous, params)):
             return before._owners
-        return self.table.assigned(self._config, params)
+        return self.table.assigned_owners(self._config, params)
 
-    def must_be_finished(self) -> None:
-        """Raise StepFailedError where a step has failed, and nothing was loaded since."""
+    def check_finished(self) -> None:
+        """Raise StepFailedError if a step has failed and no checkpoint was loaded since."""
         if self.is_unfinished:
             raise StepFailedError(
                 "An earlier step failed halfway: some parameters and momenta may be updated and "
-                "others not. Load the last checkpoint into model and optimizer; if a rank has "
-                "died, start all of them again."
+                "others not. Load the last checkpoint into model and optimizer. If a rank has "
+                "died, restart all ranks."
             )
 
-    def holds(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether these groups hold the parameters it was made for, where they were then.
+    def matches_params(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether these groups hold the planned parameters, on the same devices.
 
-        On the meta device there is nothing to prepare for: the gradient gate tells of those.
+        Parameters that moved to the meta device match; the check of gradients raises for them.
         """
-        now = [param for group in groups for param in group["params"]]
-        devices = (local_part(param).device for param in now)
+        params = [param for group in groups for param in group["params"]]
+        devices = (local_part(param).device for param in params)
         return (
-            len(now) == len(self._params)
-            and all(map(is_, now, self._params))
-            and all(d in (then, META) for d, then in zip(devices, self._devices, strict=True))
+            len(params) == len(self._params)
+            and all(map(is_, params, self._params))
+            and all(
+                device in (planned, META)
+                for device, planned in zip(devices, self._devices, strict=True)
+            )
         )
 
     def is_current(
         self, groups: Sequence[Mapping[str, Any]], state: State, config: DistributedConfig
     ) -> bool:
-        """Whether groups and config say what they did, and all that can train was planned and has
-        state (which `optimizer.state.clear()` takes away).
+        """Whether options and config are unchanged, and all trainable parameters have state.
+
+        `optimizer.state.clear()` removes state. A parameter that was frozen may now be trainable.
         """
         return (
             self._planned == [planned_options(group) for group in groups]
@@ -191,7 +200,7 @@ class PlannedStep:
         )
 
     def make_state(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
-        """What is missing of it, or kept in another dtype or place than wanted."""
+        """Add missing state, and convert state in another dtype or on another device."""
         settings = self._settings
         specs = {spec.fqn: spec for spec in self.plan.params}
         for entry in self.table.entries:
@@ -214,9 +223,9 @@ class PlannedStep:
         trace: Trace | None,
         fault: Exception | None,
     ) -> dict[str, float]:
-        """`step`, and its metrics; `number`, `trace`: see `Measurement`, `fault`: see `step`."""
+        """Step, and return the metrics. `number`, `trace`: see `Measurement`; `fault`: `step`."""
         measurement = Measurement(self.report, self.table, number, trace)
-        with self.executor.observed(measurement.trace, measurement.look):
+        with self.executor.observed(measurement.trace, measurement.observe):
             grads = self.step(state, sweeps_twice, is_measured=True, fault=fault)
         self._settings.wait_for_momentum()
         return measurement.finish(self._read, grads, state, self._process_groups)
@@ -229,46 +238,46 @@ class PlannedStep:
         is_measured: bool = False,
         fault: Exception | None = None,
     ) -> dict[str, Tensor]:
-        """One step of every parameter that has a gradient; the gradients it used, by name.
+        """Step every parameter that has a gradient, and return these gradients by name.
 
         Args:
             state: of the optimizer, by parameter.
             sweeps_twice: see `Agreement.prove_plan`.
             is_measured: whether `measured_step` calls.
-            fault: why this rank cannot step; it is raised here, once all other ranks know.
+            fault: why this rank cannot step. It is raised after all ranks have compared.
 
         Raises what `Muon.step` raises.
         """
-        stored_otherwise = list(self.table.stored_otherwise.values())
+        wrong_shards = list(self.table.wrong_shards.values())
         try:
             self.agreement.prove_plan(self.gate.device, sweeps_twice)
-            if stored_otherwise:  # on every rank, for the lines that ranks compare say so
+            if wrong_shards:  # raised on every rank, since the compared lines contain it
                 raise PlanMismatchError(
                     "Local shards on some ranks do not match their DTensor placements."
                 )
         except PlanMismatchError as error:
-            if not stored_otherwise:
+            if not wrong_shards:
                 raise
-            raise PlanError(stored_otherwise, num_params=len(self._params)) from error
+            raise PlanError(wrong_shards, num_params=len(self._params)) from error
         texts = tuple(as_text(group) for group in self._groups)
         fault = fault or self._wrong_options(texts)
         if not self.has_compared_replicas:
-            self.has_compared_replicas = True  # by all ranks, however their step ends
-            differ = self._differing_replicas()
-            fault = fault or differ
+            self.has_compared_replicas = True  # on all ranks, also if the step raises
+            mismatch = self._replica_mismatch()
+            fault = fault or mismatch
         grads, keep = self.gate.admit(texts, is_measured=is_measured, fault=fault)
         planned, self._read = self, self._groups
         if isinstance(keep, Tensor) and self._agreed is not None and self.gate.found_fault():
-            # other ranks hold the plan of before: their exchanges are met, and change nothing
+            # Other ranks hold the last agreed plan. Run its exchanges too; they change nothing.
             planned, self._read = self._agreed, self._agreed._valid
         else:
             self._agree(state)
-            if fault is not None:  # a masked step goes on with the options that were last right
+            if fault is not None:  # a masked step runs with the last valid options
                 self._read = self._valid
         if keep is False:
             return grads
         if not grads and self.table.entries:
-            self._tell_of_no_gradient()
+            self._report_no_gradients()
         planned._connect()
         self.is_unfinished = not self._config.uses_custom_transport
         planned._step_all(grads, state, self._read, keep if isinstance(keep, Tensor) else None)
@@ -276,22 +285,22 @@ class PlannedStep:
         return grads
 
     def _agree(self, state: State) -> None:
-        """All ranks hold this plan: that of before, and state that only it needs, can go."""
+        """Drop the last agreed plan and its state: all ranks now hold this plan."""
         if not self._is_agreed:
             self._agreed, self._is_agreed = None, True
             for entry in self.table.entries:
                 drop_stale(state[entry.param], entry.group)
 
     def _connect(self) -> None:
-        """Connect all ranks of the plan, before its first step."""
+        """Connect the ranks of the plan before its first step."""
         if not self._is_connected:
             self.executor.connect()
             self._is_connected = True
 
-    def _tell_of_owners(self, before: "PlannedStep | None") -> None:
-        """Log which parameters the user's `assign_fn` gives to ranks that cannot own all of them.
+    def _warn_of_owners(self, before: "PlannedStep | None") -> None:
+        """Log parameters that `assign_fn` assigns to ranks that cannot own all their matrices.
 
-        `before`: what was prepared before; it has told of the same owners.
+        `before`: the previous planned step, which has logged the same owners.
         """
         if self._config.uses_custom_transport or (
             before is not None and before._owners == self._owners
@@ -305,13 +314,13 @@ class PlannedStep:
         if stay:
             logger.log(
                 warning_level(),
-                "assign_fn names other ranks for %d parameters than those which orthogonalize all "
-                "of them: matrices that lie whole on one rank stay there (%s)",
+                "assign_fn names ranks for %d parameters that do not orthogonalize all of their "
+                "matrices: a matrix that lies on one rank stays there (%s)",
                 *(len(stay), shortened(stay)),
             )
 
     def _check_orthogonalizer(self) -> None:
-        """Try the user's orthogonalizer where it will run. Raises GroupOptionError."""
+        """Call the user's orthogonalizer once on each of its devices. Raises GroupOptionError."""
         settings = self._settings
         if settings.custom is None:
             return
@@ -320,7 +329,7 @@ class PlannedStep:
             check_orthogonalizer(settings.custom, settings.ns_dtype, device)
 
     def _wrong_options(self, texts: tuple[str, ...]) -> Exception | None:
-        """What is wrong with a group that was changed since the last step. `texts`: of all."""
+        """Return the error of a group that changed since the last step. `texts`: of all groups."""
         if texts == self._texts:
             return None
         try:
@@ -331,8 +340,8 @@ class PlannedStep:
         self._texts, self._valid = texts, [dict(group) for group in self._groups]
         return None
 
-    def _differing_replicas(self) -> Exception | None:
-        """What to say of parameters whose replicas hold different values."""
+    def _replica_mismatch(self) -> Exception | None:
+        """Return the error of parameters whose replicas hold different values; None without any."""
         shards = [
             (entry.name, self.table.layout(entry), local_part(entry.param).detach())
             for entry in self.table.entries
@@ -342,30 +351,33 @@ class PlannedStep:
         if not names:
             return None
         return PlanMismatchError(
-            f"Replicas of {len(names)} parameters hold different values, as rank {this_rank()} and "
-            f"its replicas see: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}. Nothing "
-            "was changed. Seed all ranks alike, load one checkpoint, or broadcast the parameters; "
-            "Muon(..., check_replicas=False) leaves this check out."
+            f"Replicas of {len(names)} parameters hold different values on rank {this_rank()} and "
+            f"its replicas: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}. Nothing was "
+            "changed. Use one seed on all ranks, load one checkpoint, or broadcast the parameters. "
+            "Muon(..., check_replicas=False) disables this check."
         )
 
-    def _tell_of_no_gradient(self) -> None:
-        """Raise RuntimeError if `fully_shard` came after the optimizer; else log it once."""
-        mine = {id(entry.param) for entry in self.table.all_entries}
-        shapes = Counter(p.shape for p in fsdp2_params() if id(p.sharded) not in mine)
+    def _report_no_gradients(self) -> None:
+        """Raise RuntimeError if `fully_shard` was called after the optimizer was made, or log once.
+
+        Called if no parameter has a gradient.
+        """
+        param_ids = {id(entry.param) for entry in self.table.all_entries}
+        shapes = Counter(p.shape for p in fsdp2_params() if id(p.sharded) not in param_ids)
         plain = Counter(tuple(entry.param.shape) for entry in self.table.entries)
         is_plain = not any(isinstance(entry.param, DTensor) for entry in self.table.entries)
         if is_plain and plain <= shapes and not are_in_modules(self._params):
             raise RuntimeError(
                 "no parameter of this optimizer has a gradient, and fully_shard has replaced "
                 "parameters of their shapes by sharded ones: the optimizer was made before "
-                "fully_shard, and would never train. Make it after."
+                "fully_shard, and would never train. Make it after fully_shard."
             )
-        if not self._has_told:
-            self._has_told = True
+        if not self._has_warned:
+            self._has_warned = True
             logger.log(
                 warning_level(self._params),
                 "no parameter of this optimizer has a gradient, so nothing is stepped. If the "
-                "model was sharded after the optimizer was made, make the optimizer last.",
+                "model was sharded after the optimizer was made, make the optimizer after that.",
             )
 
     def _step_all(
@@ -378,19 +390,19 @@ class PlannedStep:
         config, settings = self._config, self._settings
         if settings.momentum_dtype is None:
             muon = [entry for entry in self.table.muon if entry.name in grads]
-            follow_grad_dtypes([(state[e.param], grads[e.name]) for e in muon])
-        found = self.table.muon_params(grads, state, groups, settings.custom, settings.body())
+            cast_momenta([(state[e.param], grads[e.name]) for e in muon])
+        params = self.table.muon_params(grads, state, groups, settings.custom, settings.kernel())
         if not config.uses_custom_transport:
-            local = {index: param.on_this_rank() for index, param in found.items()}
+            local = {index: param.on_this_rank() for index, param in params.items()}
             self.executor.run(local, mask, partial(self._step_adamw, grads, state, groups, mask))
             return
-        moved = self.table.function_params(found, self._owners)
+        function_params = self.table.function_params(params, self._owners)
         rank = config.state.get("rank", this_rank())
-        by_functions = CustomTransport(
+        transport = CustomTransport(
             config.gather_fn, config.redistribute_fn, config.state, rank, settings.ns_dtype
         )
         detect_misuse = mask is None and settings.nonfinite != "propagate"
-        by_functions.run(moved, mask, detect_misuse=detect_misuse)
+        transport.run(function_params, mask, detect_misuse=detect_misuse)
         self._step_adamw(grads, state, groups, mask)
 
     def _step_adamw(
@@ -400,7 +412,7 @@ class PlannedStep:
         groups: Sequence[Mapping[str, Any]],
         keep: Tensor | None,
     ) -> None:
-        leaves = self.table.adamw_leaves(grads, state)
+        by_group = self.table.adamw_params(grads, state)
         found_inf = None if keep is None else (~keep).to(torch.float32)
         for index, group in enumerate(groups):
-            adamw_step(leaves.get(index, []), group, found_inf)
+            adamw_step(by_group.get(index, []), group, found_inf)

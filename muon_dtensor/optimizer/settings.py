@@ -1,4 +1,4 @@
-"""The options of the optimizer as a whole, checked."""
+"""`Settings`: the checked options of `Muon` that are not options of param groups."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -19,10 +19,10 @@ from muon_dtensor.runtime.hyperparameters import Orthogonalizer
 
 @dataclass(frozen=True)
 class Settings:
-    """Keywords of `Muon` by their names there; `custom` is an orthogonalizer of the user's.
+    """Keywords of `Muon` with the same names. `custom` is the user's own orthogonalizer.
 
     Raises:
-        GroupOptionError: a value out of its range.
+        GroupOptionError: a value is out of range.
         ValueError: an unknown `topology`.
     """
 
@@ -48,37 +48,37 @@ class Settings:
                 OPTIONS[field.name].check(field.name, getattr(self, field.name))
         if self.exact and self.kernels != "torch":
             raise GroupOptionError(
-                f"kernels={self.kernels!r} round otherwise than torch.optim.Muon: say exact=False "
-                "as well"
+                f"kernels={self.kernels!r} round differently from torch.optim.Muon: set "
+                "exact=False as well"
             )
         if self.custom is not None and (self.compile or self.kernels != "torch"):
             raise GroupOptionError(
-                "compile and kernels are about the iterations of this package, not about an "
+                "compile and kernels apply to the iterations of this package, not to an "
                 "orthogonalizer of your own; compile that one yourself"
             )
-        self.body()
+        self.kernel()
         if self.topology is not None:
             object.__setattr__(self, "topology", topology_of(self.topology))
 
     @classmethod
     def of(cls, options: Mapping[str, Any], custom: Orthogonalizer | None) -> "Settings":
-        """Those of the constructor's options that are settings."""
+        """Select the settings among the constructor's options."""
         names = [field.name for field in fields(cls) if field.name in options]
         return cls(custom=custom, **{name: options[name] for name in names})
 
-    def body(self) -> IterationKernel:
-        """What multiplies the matrices of an iteration."""
+    def kernel(self) -> IterationKernel:
+        """Return the kernel that multiplies the matrices of an iteration."""
         return kernel_of(self.kernels, compiles=self.compile)
 
     def wait_for_momentum(self) -> None:
-        """Until copies of it to the host, which nothing else waits for, have arrived."""
+        """Wait for copies of an offloaded momentum to the host. A step does not wait for them."""
         if self.offload_momentum and torch.cuda.is_available():
             torch.cuda.synchronize()
 
     def plan_options(self, *, on_gpu: bool, prefetch_count: int, sequential: bool) -> PlanOptions:
-        """What the planner is told."""
+        """Return the options of the planner."""
         topology = self.topology or PRESETS["h100-ib-400" if on_gpu else "gloo-local"]
-        assert isinstance(topology, Topology), "made one above"
+        assert isinstance(topology, Topology), "__post_init__ converts names and paths"
         return PlanOptions(
             bucket_nbytes=max(1, int(self.bucket_mb * 2**20)),
             prefetch_count=prefetch_count,

@@ -10,7 +10,7 @@ from torch import Tensor
 from muon_dtensor.algorithms.adamw import step_tensor
 from muon_dtensor.errors import CheckpointError
 from muon_dtensor.layout import Layout
-from muon_dtensor.optimizer.options import DECLARED, complete_loaded, declares_otherwise, validate
+from muon_dtensor.optimizer.options import DECLARED, complete_loaded, declarations_differ, validate
 from muon_dtensor.runtime.dtensors import placed
 from muon_dtensor.runtime.normuon_state import zeros_beside
 from muon_dtensor.runtime.torch_private import (
@@ -26,7 +26,7 @@ from muon_dtensor.runtime.torch_private import (
 logger = logging.getLogger("muon_dtensor")
 
 MOMENTS = "row_second_moment"
-"""NorMuon's: one number per row of every matrix."""
+"""Key of NorMuon's row second moments: one number per row of every matrix."""
 
 
 def make_state(
@@ -38,14 +38,15 @@ def make_state(
     offload_momentum: bool = False,
     moments: Layout | None = None,
 ) -> None:
-    """Fill in what is missing of a parameter's state; made at once, so all ranks hold its keys.
+    """Add the missing state of a parameter, before its first step, so that all ranks save its keys.
 
     Muon keeps `momentum_buffer`, AdamW `step`, `exp_avg` and `exp_avg_sq`: tensors of the
     parameter's shape, dtype and placements (the momentum has the gradients' dtype, if `grad_dtype`
-    of the parameter names another one); NorMuon also `row_second_moment`, in float32, laid out as
-    `moments`. A momentum of another dtype, or one to be kept on the host, is brought there;
-    torch's `load_state_dict` gives it back as the parameter is. Raises CheckpointError for moments
-    that lie otherwise.
+    of the parameter names another one). NorMuon also keeps `row_second_moment`, in float32, with
+    layout `moments`. A momentum is cast to `momentum_dtype`, and moved to the host if
+    `offload_momentum`; torch's `load_state_dict` restores it with the parameter's dtype and device.
+
+    Raises CheckpointError if loaded row moments have another layout.
     """
     if algorithm == "muon":
         if "momentum_buffer" not in state:
@@ -57,11 +58,12 @@ def make_state(
             state["momentum_buffer"] = on_host(state["momentum_buffer"])
         if moments is not None:
             zeros = zeros_beside(param, moments, this_rank())
-            kept = state.setdefault(MOMENTS, zeros)
-            if not _is_placed_as(kept, zeros):
+            row_moments = state.setdefault(MOMENTS, zeros)
+            if not _is_placed_as(row_moments, zeros):
                 raise CheckpointError(
-                    f"the row moments of a parameter {placed(param)} are {placed(kept)}; they must "
-                    f"be {placed(zeros)}. Load with torch.distributed.checkpoint, which reshards."
+                    f"the row moments of a parameter {placed(param)} are {placed(row_moments)}; "
+                    f"they must be {placed(zeros)}. Load with torch.distributed.checkpoint, which "
+                    "reshards."
                 )
     elif "exp_avg" not in state:
         state["step"] = step_tensor(param)
@@ -70,126 +72,130 @@ def make_state(
 
 
 def drop_stale(state: MutableMapping[str, Any], group: Mapping[str, Any]) -> None:
-    """Drop what another algorithm, or NorMuon, kept before the group of a parameter changed."""
-    for key in _KNOWN - _keys_of(group):
+    """Drop state of the algorithm, or of NorMuon, that the group of a parameter used before."""
+    for key in _ALL_KEYS - _keys_of(group):
         state.pop(key, None)
 
 
 def grad_dtype_of(param: Tensor) -> torch.dtype | None:
-    """The dtype that gradients of a parameter have; None where it may be any, or torch is old."""
+    """Return the dtype of a parameter's gradients; None if it may be any, or torch is older."""
     return getattr(param, "grad_dtype", None) if param.is_leaf else None
 
 
-def follow_grad_dtypes(grads: Iterable[tuple[MutableMapping[str, Any], Tensor]]) -> None:
-    """Bring momenta to the dtype of their gradients, in which torch.optim.Muon keeps them.
+def cast_momenta(states_and_grads: Iterable[tuple[MutableMapping[str, Any], Tensor]]) -> None:
+    """Cast momenta to the dtype of their gradients, as torch.optim.Muon stores them.
 
-    `grads`: the state of parameters of Muon, and their gradients.
+    `states_and_grads`: for each parameter of Muon its state and its gradient.
     """
-    for kept, grad in grads:
-        if kept["momentum_buffer"].dtype != grad.dtype:
-            kept["momentum_buffer"] = cast(kept["momentum_buffer"], grad.dtype)
+    for param_state, grad in states_and_grads:
+        if param_state["momentum_buffer"].dtype != grad.dtype:
+            param_state["momentum_buffer"] = cast(param_state["momentum_buffer"], grad.dtype)
 
 
 def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise for a state dict that does not fit these param groups, before anything is loaded.
+    """Raise if a state dict does not fit these param groups, before anything is loaded.
 
-    State dicts of torch's Muon and AdamW may lack state, as those make it in their first step. Ours
-    may lack that of frozen parameters, of those that were frozen when it was saved (theirs is there
-    and empty), of those that this rank holds nothing of (FSDP1's), and by names that of any:
-    torch's set_optimizer_state_dict leaves out the state of frozen parameters, and with
-    strict=False of those that the checkpoint does not know. All of these start afresh.
+    State dicts of torch's Muon and AdamW may lack state, since those optimizers make it in their
+    first step. State dicts of this package may lack the state of frozen parameters, of parameters
+    that were frozen when it was saved (their entry is empty), and of parameters of which this rank
+    holds no element (FSDP1's). State dicts with names as keys may lack the state of any parameter:
+    torch's set_optimizer_state_dict omits frozen parameters, and with strict=False those that the
+    checkpoint does not have. Missing state starts at zero.
 
     Raises:
-        GroupOptionError: an option out of its range.
-        CheckpointError: no state dict of an optimizer; other groups; state that is missing, that
-            another optimizer wrote, or that is not cut as its parameter is.
+        GroupOptionError: an option is out of range.
+        CheckpointError: it is not a state dict of an optimizer, or has other groups; state is
+            missing, was written by another optimizer, or is not cut like its parameter.
     """
     if not {"state", "param_groups"} <= state_dict.keys():
         raise CheckpointError(
-            f"a state dict of an optimizer has 'state' and 'param_groups', this one {[*state_dict]}"
+            "a state dict of an optimizer has the keys 'state' and 'param_groups', this one has "
+            f"{[*state_dict]}"
         )
     saved_groups = state_dict["param_groups"]
-    sizes, saved_sizes = ([len(g["params"]) for g in many] for many in (groups, saved_groups))
+    sizes, saved_sizes = (
+        [len(g["params"]) for g in all_groups] for all_groups in (groups, saved_groups)
+    )
     if sizes != saved_sizes:
         raise CheckpointError(
             f"the state dict has param groups of {saved_sizes} parameters, the optimizer of "
-            f"{sizes}. Make the groups as they were when it was saved, or load by name: "
+            f"{sizes}. Construct the optimizer with the groups that were saved, or load by name: "
             "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
         )
     absent: list[str] = []
     for group, saved in zip(groups, saved_groups, strict=True):
         loaded = dict(saved)
         complete_loaded(loaded, group)
-        if declares_otherwise(saved, group):
+        if declarations_differ(saved, group):
             logger.log(
                 warning_level(group["params"]),
-                "the matrices that the checkpoint declares (%s) differ from those of the optimizer "
-                "(%s). The optimizer's are used; to use the others, declare them before loading.",
-                *({name: of[name] for name in DECLARED} for of in (saved, group)),
+                "the checkpoint declares other matrices (%s) than the optimizer (%s). The "
+                "optimizer's are used; to use the checkpoint's, declare them before loading.",
+                *({name: options[name] for name in DECLARED} for options in (saved, group)),
             )
         validate(loaded)
         names = group.get("param_names") or [f"parameter {n}" for n in saved["params"]]
         needed = _keys_of(loaded)
         for name, param, number in zip(names, group["params"], saved["params"], strict=True):
-            kept = state_dict["state"].get(number, {})
-            # what is there and empty was frozen when it was saved
+            saved_state = state_dict["state"].get(number, {})
+            # An empty entry belongs to a parameter that was frozen when it was saved.
             may_be_absent = isinstance(number, str) or number in state_dict["state"]
-            if not kept and may_be_absent and param.requires_grad:
+            if not saved_state and may_be_absent and param.requires_grad:
                 absent.append(name)
             may_be_absent |= not param.requires_grad or not param.numel()
-            lacking = needed - kept.keys() if kept or not may_be_absent else set()
-            if "format_version" in saved and lacking:
+            missing = needed - saved_state.keys() if saved_state or not may_be_absent else set()
+            if "format_version" in saved and missing:
                 raise CheckpointError(
-                    f"the checkpoint is not whole: it has no {' and no '.join(sorted(lacking))} of "
-                    f"{name}. Nothing was loaded; take an earlier checkpoint."
+                    f"the checkpoint is incomplete: it has no {' and no '.join(sorted(missing))} "
+                    f"of {name}. Nothing was loaded; use an earlier checkpoint."
                 )
-            if unknown := kept.keys() - needed:
+            if unknown := saved_state.keys() - needed:
                 hint = " muon_dtensor.integrations.dion converts Dion's." * ("momentum" in unknown)
                 raise CheckpointError(
                     f"the checkpoint has {', '.join(sorted(unknown))} of {name}, which "
-                    f"{loaded['algorithm']} does not know: another optimizer wrote it.{hint}"
+                    f"{loaded['algorithm']} does not use: another optimizer wrote it.{hint}"
                 )
-            for key in kept.keys() & CUT_AS_THEIR_PARAMETER:
-                if not _is_placed_as(kept[key], param):
+            for key in saved_state.keys() & SHARDED_LIKE_PARAM:
+                if not _is_placed_as(saved_state[key], param):
                     raise CheckpointError(
-                        f"'{key}' of {name} is {placed(kept[key])}, the parameter {placed(param)}. "
-                        "Load with torch.distributed.checkpoint, which reshards."
+                        f"'{key}' of {name} is {placed(saved_state[key])}, the parameter "
+                        f"{placed(param)}. Load with torch.distributed.checkpoint, which reshards."
                     )
     if absent:
         logger.log(
             warning_level(param for group in groups for param in group["params"]),
-            "the checkpoint has no optimizer state for %d parameters; theirs starts at zero: %s",
+            "the checkpoint has no optimizer state for %d parameters; it starts at zero: %s",
             len(absent),
             ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else ""),
         )
 
 
-def keep_wide(
+def restore_wide_state(
     state: Mapping[Tensor, dict[str, Any]],
     state_dict: Mapping[str, Any],
     groups: Sequence[Mapping[str, Any]],
     momentum_dtype: torch.dtype | None,
 ) -> None:
-    """Bring back what torch's `load_state_dict` has rounded to the dtype of a parameter.
+    """Restore state that torch's `load_state_dict` has rounded to the dtype of a parameter.
 
     Args:
         state: of the optimizer, by parameter.
-        state_dict: what was loaded.
+        state_dict: the loaded state dict.
         groups: of the optimizer.
-        momentum_dtype: what the momentum is kept in; None for the gradients' dtype.
+        momentum_dtype: dtype of the stored momentum; None for the gradients' dtype.
 
-    Values made in inference mode are copied, for a step could not update them; AdamW's step counts
-    become tensors, as torch's own AdamW makes them.
+    Tensors made in inference mode are cloned, because a step could not update them. AdamW's step
+    counts become tensors, as in torch's own AdamW.
     """
     for group, saved in zip(groups, state_dict["param_groups"], strict=True):
         for param, number in zip(group["params"], saved["params"], strict=True):
-            kept = state_dict["state"].get(number, {})
+            saved_state = state_dict["state"].get(number, {})
             wide = momentum_dtype or grad_dtype_of(param)
-            if wide is None and param.is_leaf and hasattr(param, "grad_dtype"):  # it may be any
-                wide = getattr(kept.get("momentum_buffer"), "dtype", None)
+            if wide is None and param.is_leaf and hasattr(param, "grad_dtype"):  # any dtype
+                wide = getattr(saved_state.get("momentum_buffer"), "dtype", None)
             for key, dtype in (("momentum_buffer", wide), (MOMENTS, torch.float32)):
-                if key in kept and dtype not in (None, param.dtype):
-                    state[param][key] = cast(kept[key], dtype, local_part(param).device)
+                if key in saved_state and dtype not in (None, param.dtype):
+                    state[param][key] = cast(saved_state[key], dtype, local_part(param).device)
             loaded = state.get(param, {})
             for key, value in loaded.items():
                 if isinstance(value, Tensor) and local_part(value).is_inference():
@@ -206,46 +212,47 @@ def _is_step_tensor(step: object, param: Tensor) -> bool:
     )
 
 
-def follow_params(
+def move_state_to_params(
     state: MutableMapping[Tensor, dict[str, Any]], groups: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Let go of the state of parameters that somebody has replaced, and move what has moved.
+    """Drop the state of replaced parameters, and move state to the devices of its parameters.
 
-    Accelerate replaces them when it shards a model; `model.to(device)` moves them. Before the first
-    step nothing is lost. Raises RuntimeError where a momentum would be. State made on the meta
-    device has no values: it is left for `make_state` to make anew.
+    Accelerate replaces parameters when it shards a model; `model.to(device)` moves them. State on
+    the meta device has no values: it is dropped, and `make_state` makes it again. Raises
+    RuntimeError if a momentum other than zero would be dropped.
     """
-    now = {param for group in groups for param in group["params"]}
-    for param, kept in state.items():
-        state[param] = {key: v for key, v in kept.items() if not local_part(v).is_meta}
-    gone = [param for param in state if param not in now]
-    if any(local_part(v).any() for param in gone for v in state[param].values() if v.ndim):
+    params = {param for group in groups for param in group["params"]}
+    for param, param_state in state.items():
+        state[param] = {key: v for key, v in param_state.items() if not local_part(v).is_meta}
+    replaced = [param for param in state if param not in params]
+    if any(local_part(v).any() for param in replaced for v in state[param].values() if v.ndim):
         raise RuntimeError(
             "parameters were replaced after the optimizer had stepped, and their momentum does not "
-            "fit the new ones. Take optimizer.state_dict() before, shard or move the model, make "
-            "the optimizer anew, and load."
+            "fit the new ones. Call optimizer.state_dict() first, shard or move the model, "
+            "construct a new optimizer, and load the state dict."
         )
-    for param in gone:
+    for param in replaced:
         del state[param]
-    for param, kept in state.items():
-        for key, value in kept.items():
-            kept[key] = cast(value, value.dtype, local_part(param).device)
+    for param, param_state in state.items():
+        for key, value in param_state.items():
+            param_state[key] = cast(value, value.dtype, local_part(param).device)
 
 
-_KNOWN = {"momentum_buffer", "step", "exp_avg", "exp_avg_sq", MOMENTS}
+_ALL_KEYS = {"momentum_buffer", "step", "exp_avg", "exp_avg_sq", MOMENTS}
 
-CUT_AS_THEIR_PARAMETER = {"momentum_buffer", "exp_avg", "exp_avg_sq"}
+SHARDED_LIKE_PARAM = {"momentum_buffer", "exp_avg", "exp_avg_sq"}
+"""Keys whose tensors have the shape and placements of their parameter."""
 
 
 def _keys_of(group: Mapping[str, Any]) -> set[str]:
-    """What a group keeps of each parameter."""
+    """Return the keys of the state of a group's parameters."""
     if group["algorithm"] == "adamw":
         return {"step", "exp_avg", "exp_avg_sq"}
     return {"momentum_buffer"} | ({MOMENTS} if group["normuon_beta"] is not None else set())
 
 
 def _is_placed_as(value: Tensor, param: Tensor) -> bool:
-    """Whether a state tensor is cut exactly as another."""
+    """Whether a state tensor has the shape, placements and mesh of another tensor."""
     same = value.shape == param.shape
     for name in ("placements", "device_mesh"):
         same = same and getattr(value, name, None) == getattr(param, name, None)

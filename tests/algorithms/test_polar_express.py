@@ -219,7 +219,7 @@ def test_a_group_selects_its_orthogonalizer():
 
 def test_custom_without_a_function_and_wrong_functions_raise():
     param = nn.Parameter(torch.ones(4, 4))
-    with pytest.raises(GroupOptionError, match="give it to the constructor"):
+    with pytest.raises(GroupOptionError, match="pass the function to the constructor"):
         Muon([{"params": [param], "orthogonalizer": "custom"}])
     for function, words in (
         (lambda x: x.mT, r"returned \[3, 2\] for \[2, 3\]"),

@@ -301,7 +301,7 @@ def test_moments_of_bf16_parameters_are_float32():
     [
         ({"normuon_beta": 1.0}, r"normuon_beta must be None or in \[0, 1\), got 1.0"),
         ({"normuon_beta": "yes"}, "normuon_beta must be None"),
-        ({"cautious_weight_decay": 1}, "cautious_weight_decay is True or False, got 1"),
+        ({"cautious_weight_decay": 1}, "cautious_weight_decay must be True or False, got 1"),
         ({"normuon_beta": 0.9, "algorithm": "adamw"}, "for Muon's groups only"),
         ({"adjust_lr_fn": "rms"}, "adjust_lr_fn must be one of None, original"),
     ],

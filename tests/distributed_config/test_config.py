@@ -1,4 +1,4 @@
-"""The one-liners: plain parameters share the work; the mesh is made from sizes; debug mode."""
+"""`create_devicemesh_config` and `create_dtensor_config`: plain parameters, meshes, debug mode."""
 
 import time
 from itertools import groupby, pairwise
@@ -26,14 +26,14 @@ SHAPES = [(8, 16), (16, 8), (7, 5), (3, 4, 6), (1, 9), (0, 4)]
 
 
 def shared(mesh_shape: tuple[int, ...], names: tuple[str, ...] | None, **options: Any) -> Any:
-    """Plain parameters beside a DTensor; equal gradients on all ranks, as DDP leaves them."""
+    """Step plain parameters and a DTensor, with equal gradients on all ranks as under DDP."""
     mesh = mesh_of(mesh_shape)
     weights = tensors_like([*SHAPES, (12, 6)], 0)
     params = [nn.Parameter(w) for w in weights[:-1]]
     params.append(nn.Parameter(spread(weights[-1], mesh, (S0,) * mesh.ndim)))
     config = create_devicemesh_config(mesh, names, **options)
-    named = [(f"p{i}", p) for i, p in enumerate(params)]
-    optimizer = Muon(named, distributed_config=config, strategy="owned")
+    named_params = [(f"p{i}", p) for i, p in enumerate(params)]
+    optimizer = Muon(named_params, distributed_config=config, strategy="owned")
     oracle = Oracle(weights)
     with counting() as count:
         for step in range(3):
@@ -57,8 +57,8 @@ def shared(mesh_shape: tuple[int, ...], names: tuple[str, ...] | None, **options
     [
         pytest.param((4,), None, 1, id="ddp"),
         pytest.param((2, 2), None, 1, id="two-dims"),
-        pytest.param((2, 2), ("a",), 2, id="over-a-alone"),
-        pytest.param((2, 3), ("b",), 2, id="over-b-alone"),
+        pytest.param((2, 2), ("a",), 2, id="over-a-only"),
+        pytest.param((2, 3), ("b",), 2, id="over-b-only"),
         pytest.param((1,), None, 1, id="one-rank"),
     ],
 )
@@ -68,7 +68,7 @@ def test_plain_parameters_share_the_work(mesh_shape, names, copies):
         outcomes = run_threads(num_ranks, lambda: shared(mesh_shape, names))
     assert all(all(same) for same, *_ in outcomes)
     done = sum(num for _, num, *_ in outcomes)
-    # seven plain matrices are shared by each group of replicas, the DTensor's one by all ranks
+    # Each group of replicas shares seven plain matrices; all ranks share the DTensor's matrix.
     assert done == 3 * (7 * copies + 1)
     if copies == 1:
         for rank, (_, _, in_plan, sent, planned) in enumerate(outcomes):
@@ -112,15 +112,15 @@ def test_real_ddp():
 def intervals(
     sequential: bool, ranks: Any = ((0, 1), (2, 3))
 ) -> tuple[list[torch.Tensor], list[tuple[float, float]]]:
-    """Parameters after three steps, and when this rank orthogonalized."""
-    seen: list[tuple[float, float]] = []
+    """Return parameters after three steps, and when this rank orthogonalized."""
+    spans: list[tuple[float, float]] = []
     original = muon_options.newton_schulz
 
-    def timed(x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def timed_newton_schulz(x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         start = time.monotonic()
         time.sleep(0.002)
         result = original(x, **kwargs)
-        seen.append((start, time.monotonic()))
+        spans.append((start, time.monotonic()))
         return result
 
     mesh = DeviceMesh("cpu", ranks, mesh_dim_names=("a", "b"))
@@ -129,30 +129,38 @@ def intervals(
         mesh, async_gpu_parallelism=not sequential, prefetch_count=0 if sequential else 1
     )
     optimizer = Muon(params, distributed_config=config, bucket_mb=5e-4)
-    with mock.patch.object(muon_options, "newton_schulz", timed):
+    with mock.patch.object(muon_options, "newton_schulz", timed_newton_schulz):
         for step in range(3):
             for param, grad in zip(params, tensors_like([(8, 6)] * 8, 1 + step), strict=True):
                 param.grad = spread(grad, mesh, (R, S0))
             optimizer.step()
-    return [p.to_local().detach() for p in params], seen
+    return [p.to_local().detach() for p in params], spans
 
 
-def test_sequential_execution_is_one_rank_at_a_time_and_changes_nothing():
+def test_sequential_execution_is_one_rank_at_a_time_with_the_same_result():
     sequential = run_processes(4, intervals, True)
     spans = sorted(
-        (start, stop, rank) for rank, (_, seen) in enumerate(sequential) for start, stop in seen
+        (start, stop, rank)
+        for rank, (_, own_spans) in enumerate(sequential)
+        for start, stop in own_spans
     )
     assert len(spans) == 24
     for (_, stop, _), (start, _, _) in pairwise(spans):
         assert stop <= start
-    for (ours, _), (theirs, _) in zip(sequential, run_processes(4, intervals, False), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for (sequential_params, _), (parallel_params, _) in zip(
+        sequential, run_processes(4, intervals, False), strict=True
+    ):
+        assert all(
+            torch.equal(a, b) for a, b in zip(sequential_params, parallel_params, strict=True)
+        )
 
 
 def test_sequential_execution_follows_global_ranks_on_a_permuted_mesh():
-    """Not the order of the mesh: ranks are what logs and debuggers show."""
+    """It does not follow the order of the mesh, since logs and debuggers show global ranks."""
     outcomes = run_processes(4, intervals, True, ((3, 1), (0, 2)))
-    spans = sorted((start, rank) for rank, (_, seen) in enumerate(outcomes) for start, _ in seen)
+    spans = sorted(
+        (start, rank) for rank, (_, own_spans) in enumerate(outcomes) for start, _ in own_spans
+    )
     turns = [rank for rank, _ in groupby(rank for _, rank in spans)]
     assert turns == [0, 1, 2, 3] * (len(turns) // 4)
 
@@ -160,10 +168,10 @@ def test_sequential_execution_follows_global_ranks_on_a_permuted_mesh():
 def from_sizes() -> list[Any]:
     config = create_devicemesh_config(dp_replicate=2, dp_shard=-1, tp=2)
     assert config.mesh is not None
-    found: list[Any] = [config.mesh.mesh_dim_names, tuple(config.mesh.shape)]
+    results: list[Any] = [config.mesh.mesh_dim_names, tuple(config.mesh.shape)]
     stages = create_devicemesh_config(pp=2, dp_shard=4)
     assert stages.plain_rule is not None
-    found.append(stages.plain_rule.mesh.mesh_dim_names)
+    results.append(stages.plain_rule.mesh.mesh_dim_names)
     for wrong in (
         {},
         {"mesh": config.mesh, "tp": 2},
@@ -175,8 +183,8 @@ def from_sizes() -> list[Any]:
     ):
         with pytest.raises(ValueError, match=r"mesh|world size|sizes") as caught:
             create_devicemesh_config(**wrong)
-        found.append(str(caught.value))
-    return found
+        results.append(str(caught.value))
+    return results
 
 
 def test_a_mesh_from_sizes():
@@ -184,12 +192,12 @@ def test_a_mesh_from_sizes():
     assert (names, shape) == (("dp_replicate", "dp_shard", "tp"), (2, 2, 2))
     assert plain == ("dp_shard",)
     assert errors == [
-        "give a DeviceMesh or sizes like dp_shard=4, and not both",
-        "give a DeviceMesh or sizes like dp_shard=4, and not both",
-        "dp_shard=3 does not make the world size of 8",
+        "pass either a DeviceMesh or sizes like dp_shard=4, not both",
+        "pass either a DeviceMesh or sizes like dp_shard=4, not both",
+        "the product of dp_shard=3 does not match the world size of 8",
         "only one mesh size may be -1, got dp_shard=-1, tp=-1",
         "mesh sizes must be 1 or more, or -1 for one of them, got tp=0",
-        "dp_shard=4 does not make the world size of 8",
+        "the product of dp_shard=4 does not match the world size of 8",
         "mesh dims ['ep'] are not on the mesh, which has ('dp_replicate', 'dp_shard', 'tp')",
     ]
 
@@ -202,19 +210,19 @@ def foreign_mesh() -> str:
     return str(caught.value)
 
 
-def test_a_config_must_hold_the_parameters():
+def test_the_mesh_of_a_config_must_hold_the_parameters():
     for text in run_threads(4, foreign_mesh):
         assert "w lives on mesh (a=2, b=2) with ranks 0 to 3" in text
         assert "mesh (b=2) does not hold" in text
 
 
-def test_a_config_for_dtensors_alone():
+def test_create_dtensor_config():
     config = create_dtensor_config(prefetch_count=3, async_gpu_parallelism=False)
     optimizer = Muon([nn.Parameter(torch.ones(2, 2))], distributed_config=config)
     assert optimizer.plan.options.prefetch_count == 3
     assert optimizer.plan.options.sequential
-    again = Muon([nn.Parameter(torch.ones(2, 2))], distributed_config=config, prefetch_count=0)
-    assert again.plan.options.prefetch_count == 0
+    other = Muon([nn.Parameter(torch.ones(2, 2))], distributed_config=config, prefetch_count=0)
+    assert other.plan.options.prefetch_count == 0
 
 
 def replicated_dims(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -241,12 +249,12 @@ THREE = [(8, 6), (6, 8), (5, 5)]
 
 
 def changed_later(field: str, ranks: tuple[int, ...]) -> tuple[str, Any, bool]:
-    """A step, another value of a field of the config on some ranks, and a step.
+    """Change a field of the config on some ranks between steps.
 
-    What was raised, what the plan says then, and whether all is as without the change.
+    Returns the error, the value in the plan afterwards, and whether the result is unchanged.
     """
     mesh = mesh_of((4,))
-    found, error = [], ""
+    results, error = [], ""
     for changes in (True, False):
         params = [nn.Parameter(w) for w in tensors_like(THREE, 0)]
         config = create_devicemesh_config(mesh)
@@ -271,15 +279,15 @@ def changed_later(field: str, ranks: tuple[int, ...]) -> tuple[str, Any, bool]:
             except (RuntimeError, ValueError) as failure:
                 error = f"{type(failure).__name__}: {failure}"
                 break
-        found.append([param.detach() for param in params])
+        results.append([param.detach() for param in params])
         if changes:
             options = optimizer.plan.options
-            told = {
+            planned_value = {
                 "prefetch_count": options.prefetch_count,
                 "async_gpu_parallelism": not options.sequential,
                 "assign_fn": set(optimizer.plan.owners.values()),
             }.get(field)
-    return error, told, all(map(torch.equal, *found))
+    return error, planned_value, all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize(
@@ -290,20 +298,20 @@ def test_fields_of_a_config_that_change_later_take_effect(field, expected):
     answers = run_processes(4, changed_later, field, (0, 1, 2, 3))
     assert answers == [("", expected, True)] * 4
     for error, _, _ in run_processes(4, changed_later, field, (1,)):
-        assert error.startswith("PlanMismatchError"), "on one rank alone"
+        assert error.startswith("PlanMismatchError"), "changed on one rank only"
 
 
 @pytest.mark.parametrize(
     ("field", "text"),
     [
-        ("state", "make the optimizer anew"),
+        ("state", "construct a new optimizer"),
         ("wrong", "prefetch_count must be an integer of at least 0"),
     ],
 )
-def test_changes_of_a_config_that_cannot_take_effect_are_errors(field, text):
+def test_changes_of_a_config_that_cannot_take_effect_raise(field, text):
     for ranks in ((0, 1, 2, 3), (3,)):
-        told = run_processes(4, changed_later, field, ranks)
-        for rank, (error, _, _) in enumerate(told):
+        outcomes = run_processes(4, changed_later, field, ranks)
+        for rank, (error, _, _) in enumerate(outcomes):
             assert text in error if rank in ranks else "Another rank could not take" in error
 
 
@@ -321,9 +329,9 @@ def owners_that_stay() -> list[str]:
     return lines
 
 
-def test_owners_of_matrices_that_lie_whole_on_other_ranks_are_told():
-    first, *others = run_processes(4, owners_that_stay)
+def test_owners_of_matrices_that_lie_on_other_ranks_log_a_warning():
+    first, *other_ranks = run_processes(4, owners_that_stay)
     (line,) = first
-    assert "assign_fn names other ranks for 1 parameters" in line
+    assert "assign_fn names ranks for 1 parameters that do not orthogonalize" in line
     assert "(experts)" in line
-    assert others == [[]] * 3
+    assert other_ranks == [[]] * 3

@@ -1,4 +1,4 @@
-"""What one rank gets wrong in a config is told on every rank it is connected with, in seconds."""
+"""A fault in the config of one rank raises on every connected rank within seconds."""
 
 import copy
 import gc
@@ -32,7 +32,7 @@ from tests.support.threads import run_threads
 R, S0 = Replicate(), Shard(0)
 
 
-def told(call: Callable[[], Any]) -> str:
+def error_of(call: Callable[[], Any]) -> str:
     try:
         call()
     except Exception as error:
@@ -40,8 +40,8 @@ def told(call: Callable[[], Any]) -> str:
     return ""
 
 
-def one_rank_errs(kind: str) -> tuple[str, float]:
-    """Rank 3 of a 2 x 2 grid passes other groups than the others."""
+def wrong_on_one_rank(kind: str) -> tuple[str, float]:
+    """Rank 3 of a 2 x 2 grid passes other groups than the other ranks."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     dp, tp = mesh.get_group("dp"), mesh.get_group("tp")
     groups: dict[str, Any] = {"fsdp_process_group": dp, "tp_process_group": tp}
@@ -50,16 +50,16 @@ def one_rank_errs(kind: str) -> tuple[str, float]:
         match kind:
             case "no member":
                 groups["tp_process_group"] = trio
-            case "forgets one":
+            case "omits a group":
                 del groups["tp_process_group"]
-            case "twice the same":
+            case "same group twice":
                 groups["tp_process_group"] = dp
             case "swapped":
                 groups = {"fsdp_process_group": tp, "tp_process_group": dp}
-            case "other words":
+            case "other keywords":
                 groups = {"replicate_process_group": dp, "tp_process_group": tp}
     start = time.monotonic()
-    text = told(lambda: create_auto_config(**groups))
+    text = error_of(lambda: create_auto_config(**groups))
     return text, time.monotonic() - start
 
 
@@ -67,15 +67,15 @@ def one_rank_errs(kind: str) -> tuple[str, float]:
     ("kind", "words"),
     [
         ("no member", "does not contain rank 3"),
-        ("forgets one", "tp_process_group"),
-        ("twice the same", "both hold ranks"),
+        ("omits a group", "tp_process_group"),
+        ("same group twice", "both hold ranks"),
         ("swapped", "passes"),
-        ("other words", "passes"),
+        ("other keywords", "passes"),
         ("nothing wrong", ""),
     ],
 )
-def test_groups_that_one_rank_gets_wrong(kind, words):
-    for text, seconds in run_processes(4, one_rank_errs, kind):
+def test_wrong_groups_on_one_rank_raise_on_all(kind, words):
+    for text, seconds in run_processes(4, wrong_on_one_rank, kind):
         assert seconds < 20 * slowness()
         if kind == "nothing wrong":
             assert text == ""
@@ -84,30 +84,30 @@ def test_groups_that_one_rank_gets_wrong(kind, words):
 
 
 def ring() -> str:
-    """Pairs around a ring of six: each two groups meet in one rank, and make no grid."""
+    """Pairs around a ring of six ranks: two groups share one rank, but do not form a grid."""
     rank = dist.get_rank()
     even = [dist.new_group([i, i + 1]) for i in (0, 2, 4)]
     odd = [dist.new_group(sorted([i, (i + 1) % 6])) for i in (1, 3, 5)]
-    return told(
+    return error_of(
         lambda: create_auto_config(
             fsdp_process_group=even[rank // 2], tp_process_group=odd[((rank - 1) % 6) // 2]
         )
     )
 
 
-def test_groups_that_make_no_grid_are_told_to_all():
+def test_groups_that_do_not_form_a_grid_raise_on_all_ranks():
     for text in run_processes(6, ring):
-        assert "make no grid" in text
+        assert "do not form a grid" in text
 
 
-def nothing_to_hand_over() -> str:
+def one_rank_without_parameters() -> str:
     config = create_processgroup_config(fsdp_pg=dist.group.WORLD)
     params = [] if dist.get_rank() == 1 else [("w", nn.Parameter(torch.ones(2, 3)))]
-    return told(lambda: Muon(params, distributed_config=config))
+    return error_of(lambda: Muon(params, distributed_config=config))
 
 
-def test_a_rank_without_parameters_is_told_on_every_rank():
-    for text in run_processes(2, nothing_to_hand_over):
+def test_a_rank_without_parameters_raises_on_every_rank():
+    for text in run_processes(2, one_rank_without_parameters):
         assert re.match("PlanMismatchError: .*rank 0 has 1 .w., rank 1 has 0", text), text
 
 
@@ -131,7 +131,7 @@ def beside_slices() -> str:
     inner = TwoLayers()
     model = fsdp1(inner, ignored_modules=[inner.second])
     config = create_processgroup_config(fsdp_pg=dist.group.WORLD)
-    return told(lambda: Muon(model.named_parameters(), distributed_config=config))
+    return error_of(lambda: Muon(model.named_parameters(), distributed_config=config))
 
 
 def frozen_by_gc() -> str:
@@ -139,7 +139,7 @@ def frozen_by_gc() -> str:
     config = create_auto_config(fsdp_process_group=dist.group.WORLD)
     gc.freeze()
     try:
-        return told(lambda: Muon(model.named_parameters(), distributed_config=config))
+        return error_of(lambda: Muon(model.named_parameters(), distributed_config=config))
     finally:
         gc.unfreeze()
 
@@ -153,10 +153,10 @@ def swapped_hybrid() -> str:
         sharding_strategy=ShardingStrategy.HYBRID_SHARD,
     )
     config = create_auto_config(shard_process_group=replicate, replicate_process_group=shard)
-    return told(lambda: Muon(model.named_parameters(), distributed_config=config))
+    return error_of(lambda: Muon(model.named_parameters(), distributed_config=config))
 
 
-def only_without_sync() -> str:
+def without_sync() -> str:
     torch.manual_seed(0)
     model = fsdp1(TwoLayers())
     config = create_auto_config(fsdp_process_group=dist.group.WORLD)
@@ -164,7 +164,7 @@ def only_without_sync() -> str:
     with model.no_sync():
         model(torch.ones(3, 8)).sum().backward()
     before = [p.detach().clone() for p in model.parameters()]
-    text = told(optimizer.step)
+    text = error_of(optimizer.step)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     return text
 
@@ -175,10 +175,10 @@ def only_without_sync() -> str:
         (beside_slices, "PlanError.*plain tensor beside DTensors or slices of FSDP1"),
         (frozen_by_gc, r"PlanError.*before gc.freeze\(\)"),
         (swapped_hybrid, "PlanError.*as the matching argument"),
-        (only_without_sync, "RuntimeError.*(no_sync|another rank|Another rank)"),
+        (without_sync, "RuntimeError.*(no_sync|another rank|Another rank)"),
     ],
 )
-def test_fsdp1_that_is_not_as_the_config_says(body, words):
+def test_configs_that_do_not_match_fsdp1_raise(body, words):
     for text in run_processes(4, body):
         assert re.match(words, text), text
 
@@ -190,9 +190,9 @@ def dtensors_in_another_group(later: bool) -> str:
     other = nn.Parameter(spread(torch.ones(4, 4), mesh, (R,)))
     adamw = {"params": [("d", other)], "algorithm": "adamw"}
     if not later:
-        return told(lambda: Muon([plain, adamw], distributed_config=config))
+        return error_of(lambda: Muon([plain, adamw], distributed_config=config))
     optimizer = Muon([plain], distributed_config=config)
-    text = told(lambda: optimizer.add_param_group(adamw))
+    text = error_of(lambda: optimizer.add_param_group(adamw))
     assert len(optimizer.param_groups) == 1
     optimizer.param_groups[0]["params"][0].grad = torch.ones(4, 4)
     optimizer.step()
@@ -200,7 +200,7 @@ def dtensors_in_another_group(later: bool) -> str:
 
 
 @pytest.mark.parametrize("later", [False, True])
-def test_a_rule_for_all_beside_dtensors_of_any_group(later):
+def test_a_rule_for_all_parameters_beside_dtensors_raises(later):
     for text in run_processes(2, dtensors_in_another_group, later):
         assert re.match("PlanError.*w.*beside DTensors", text), text
 
@@ -215,7 +215,7 @@ def failing_group() -> int:
     return len(optimizer.param_groups)
 
 
-def test_a_group_that_fails_for_any_reason_is_not_added():
+def test_a_group_is_not_added_after_any_error():
     assert run_threads(2, failing_group) == [1, 1]
 
 
@@ -245,26 +245,26 @@ def groups_of_one() -> list[bool]:
         ]
 
 
-def test_a_group_of_one_rank_cuts_nothing():
+def test_a_group_of_one_rank_does_not_cut():
     assert run_processes(4, groups_of_one) == [[True, True]] * 4
 
 
-def shapes_that_assign_fn_sees() -> list[Any]:
-    seen: list[Any] = []
+def shapes_of_assign_fn() -> list[Any]:
+    shapes: list[Any] = []
     model = fsdp1(TwoLayers())
     config = create_auto_config(fsdp_process_group=dist.group.WORLD)
 
     def assign(params: Any, state: Any) -> dict[int, int]:
-        seen.extend((tuple(p.shape), p.device.type) for p in params)
+        shapes.extend((tuple(p.shape), p.device.type) for p in params)
         return {0: 0, 1: 1}
 
     config.assign_fn = assign
     Muon(model.named_parameters(), distributed_config=config)
-    return seen
+    return shapes
 
 
-def test_assign_fn_sees_the_same_on_every_rank():
-    assert run_processes(2, shapes_that_assign_fn_sees) == [[((8, 8), "meta")] * 2] * 2
+def test_assign_fn_gets_the_same_shapes_on_every_rank():
+    assert run_processes(2, shapes_of_assign_fn) == [[((8, 8), "meta")] * 2] * 2
 
 
 def copies() -> bool:
@@ -285,23 +285,23 @@ def test_copies_and_pickles():
 
 
 @pytest.mark.parametrize("dims", [True, "0", 1.0, [0, "1"], {1: 0}, [[0, 1]]], ids=str)
-def test_tensor_dims_that_are_none(dims):
+def test_invalid_tensor_dims_raise(dims):
     with pytest.raises(ValueError, match="tp_shard_dim must be"):
         create_processgroup_config(tp_shard_dim=dims)
 
 
-def by_hand_rules() -> tuple[str, str]:
+def rules_by_parameter() -> tuple[str, str]:
     group = dist.group.WORLD
     config = create_processgroup_config(tp_pg=group, tp_shard_dim=[0, 1])
-    by_hand = told(lambda: config.gather_fn(torch.ones(2, 2), 0, config.state))
-    too_many = told(
+    by_hand = error_of(lambda: config.gather_fn(torch.ones(2, 2), 0, config.state))
+    too_many = error_of(
         lambda: Muon([("w", nn.Parameter(torch.ones(2, 2)))], distributed_config=config)
     )
     return by_hand, too_many
 
 
-def test_a_rule_by_parameter_has_nothing_to_say_of_a_tensor_without_a_name():
-    for by_hand, too_many in run_processes(2, by_hand_rules):
+def test_a_rule_by_parameter_does_not_apply_to_a_tensor_without_a_name():
+    for by_hand, too_many in run_processes(2, rules_by_parameter):
         assert "tp_shard_dim was given for each parameter" in by_hand
         assert "tp_shard_dim has 2 tensor dims for 1 parameters" in too_many
 
@@ -309,38 +309,38 @@ def test_a_rule_by_parameter_has_nothing_to_say_of_a_tensor_without_a_name():
 def gathered_on_a_sub_mesh() -> list[Any]:
     mesh = mesh_of((2, 2))
     config = create_devicemesh_config(mesh)
-    whole = tensors_like([(6, 4)], 0)[0]
-    shard = spread(whole, mesh["b"], (S0,))
-    got = [config.gather_fn(shard, rank, config.state) for rank in range(4)]
-    return [None if g is None else torch.equal(g, whole) for g in got]
+    full = tensors_like([(6, 4)], 0)[0]
+    shard = spread(full, mesh["b"], (S0,))
+    gathered = [config.gather_fn(shard, rank, config.state) for rank in range(4)]
+    return [None if g is None else torch.equal(g, full) for g in gathered]
 
 
 def test_a_sub_mesh_gathers_on_the_line_of_the_destination():
-    for rank, got in enumerate(run_threads(4, gathered_on_a_sub_mesh)):
-        assert got == [True if other == rank else None for other in range(4)]
+    for rank, gathered in enumerate(run_threads(4, gathered_on_a_sub_mesh)):
+        assert gathered == [True if other == rank else None for other in range(4)]
 
 
-def there_and_back(kind: str) -> str:
-    """By the functions of `create_auto_config` or `create_devicemesh_config`, called by hand."""
+def gathered_and_redistributed(kind: str) -> str:
+    """Call gather_fn and redistribute_fn of a factory's config; return the error or outcome."""
     rank, world = dist.get_rank(), dist.group.WORLD
-    whole = tensors_like([(10, 6)], 0)[0]
+    full = tensors_like([(10, 6)], 0)[0]
     config = create_auto_config(fsdp_process_group=world)
     match kind:
         case "slices of FSDP1":
-            shard = whole.flatten()[[0, 7, 30, 44][rank] : [7, 30, 44, 60][rank]]
+            shard = full.flatten()[[0, 7, 30, 44][rank] : [7, 30, 44, 60][rank]]
         case "rows of FSDP2":
-            shard = spread(whole, mesh_of((4,)), (S0,))
+            shard = spread(full, mesh_of((4,)), (S0,))
         case "cols":
-            shard = whole.chunk(3, dim=1)[rank] if rank < 3 else whole[:, :0]
+            shard = full.chunk(3, dim=1)[rank] if rank < 3 else full[:, :0]
         case "a DTensor":
             config = create_devicemesh_config(mesh_of((4,)))
-            shard = spread(whole, mesh_of((4,)), (S0,))
+            shard = spread(full, mesh_of((4,)), (S0,))
         case "a replica":
             config = create_devicemesh_config(mesh_of((4,)))
-            shard = whole
+            shard = full
     gathered = config.gather_fn(shard, 0, config.state)
     if gathered is not None:
-        assert torch.equal(gathered.view(-1), whole.view(-1))
+        assert torch.equal(gathered.view(-1), full.view(-1))
     try:
         back = config.redistribute_fn(gathered, 0, config.state)
     except ValueError as error:
@@ -349,17 +349,17 @@ def there_and_back(kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["slices of FSDP1", "rows of FSDP2", "a DTensor"])
-def test_shards_that_would_come_back_as_others_are_refused(kind):
-    for told in run_processes(4, there_and_back, kind):
-        assert "a tensor of 60 elements was gathered from shards that are not those" in told
+def test_shards_that_would_be_redistributed_differently_raise(kind):
+    for message in run_processes(4, gathered_and_redistributed, kind):
+        assert "a tensor of 60 elements was gathered from shards that are not those" in message
 
 
 @pytest.mark.parametrize("kind", ["cols", "a replica"])
-def test_shards_that_are_cut_again_come_back(kind):
-    assert run_processes(4, there_and_back, kind) == ["the same"] * 4
+def test_gathered_shards_are_redistributed_as_they_were(kind):
+    assert run_processes(4, gathered_and_redistributed, kind) == ["the same"] * 4
 
 
-class Callable2:
+class Unhashable:
     """A function that cannot be hashed."""
 
     __hash__ = None  # type: ignore[assignment]
@@ -368,14 +368,14 @@ class Callable2:
         return tensor
 
 
-def agreeing_by_hand(kind: str) -> str:
-    """A hand-written config whose state names the mesh of its ranks."""
+def step_with_a_named_mesh(kind: str) -> str:
+    """Step with a hand-written config whose state has the mesh of its ranks."""
     mesh = mesh_of((2,))
     rank = dist.get_rank()
     config = DistributedConfig(
         lambda params, state: dict.fromkeys(range(len(params)), 0),
-        Callable2(),
-        lambda whole, *_: None if kind == "none" else whole,
+        Unhashable(),
+        lambda full_tensor, *_: None if kind == "none" else full_tensor,
         {"device_mesh": mesh},
     )
     sizes = (2, 3) if rank == 0 or kind != "uneven" else (0, 3)
@@ -384,20 +384,20 @@ def agreeing_by_hand(kind: str) -> str:
     for index, param in enumerate(params):
         if kind != "crossed" or index == rank:
             param.grad = torch.ones_like(param)
-    return told(optimizer.step)
+    return error_of(optimizer.step)
 
 
-def test_hand_written_functions_agree_over_a_mesh_that_they_name():
-    for text in run_processes(2, agreeing_by_hand, "crossed"):
+def test_ranks_of_a_hand_written_config_compare_over_its_mesh():
+    for text in run_processes(2, step_with_a_named_mesh, "crossed"):
         assert text.startswith("MissingGradientError")
         assert "a: no gradient on rank 1" in text
-    first, second = run_processes(2, agreeing_by_hand, "none")
+    first, second = run_processes(2, step_with_a_named_mesh, "none")
     assert "redistribute_fn returned None for a on rank 0" in first
     assert "redistribute_fn returned None for a on rank 1" in second
 
 
 def unused_and_empty() -> list[str]:
-    """One rank holds nothing of a parameter that no rank uses: no rank calls a function for it."""
+    """Return the gathers of a step with a parameter that has no gradient and is empty on a rank."""
     calls: list[str] = []
 
     def gather(update: Tensor, owner: int, state: Any) -> Tensor:
@@ -405,7 +405,7 @@ def unused_and_empty() -> list[str]:
         return update
 
     config = DistributedConfig(
-        lambda params, state: {0: 0, 1: 0}, gather, lambda whole, *_: whole, {}
+        lambda params, state: {0: 0, 1: 0}, gather, lambda full_tensor, *_: full_tensor, {}
     )
     sizes = (2, 3) if dist.get_rank() == 0 else (0, 3)
     unused, used = nn.Parameter(torch.ones(sizes)), nn.Parameter(torch.ones(2, 2))
@@ -415,18 +415,18 @@ def unused_and_empty() -> list[str]:
     return calls
 
 
-def test_a_parameter_that_nobody_uses_is_not_gathered():
+def test_a_parameter_without_gradients_is_not_gathered():
     assert run_processes(2, unused_and_empty) == [["(2, 2)"]] * 2
 
 
-def test_flat_shards_may_be_moved_by_hand():
-    """As ZeRO keeps them: the functions know the matrix, the optimizer need not."""
+def test_hand_written_functions_can_move_flat_shards():
+    """Shards are flat, as in ZeRO. Only the functions know the matrix."""
     weight, grad = tensors_like([(4, 6), (4, 6)], 0)
     param = nn.Parameter(weight.flatten().clone())
     config = DistributedConfig(
         lambda params, state: {0: 0},
         lambda update, owner, state: update.view(4, 6),
-        lambda whole, owner, state: whole.flatten(),
+        lambda full_tensor, owner, state: full_tensor.flatten(),
     )
     optimizer = Muon([param], distributed_config=config)
     oracle = Oracle([weight])

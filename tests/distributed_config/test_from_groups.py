@@ -1,4 +1,4 @@
-"""Plain shards and FSDP1 slices: bitwise torch's result, whatever their sizes; owners as named."""
+"""Plain shards and FSDP1 slices of any sizes: results are bitwise torch's; owners of assign_fn."""
 
 from itertools import accumulate, pairwise
 from math import prod
@@ -41,14 +41,14 @@ R, S0, S1 = Replicate(), Shard(0), Shard(1)
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_shards_of_any_sizes_make_the_layout_they_were_cut_by(data):
+def test_the_layout_of_shards_of_any_sizes(data):
     sizes = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
     mesh = MeshSpec.of(**dict(zip("abc", sizes, strict=False)))
     cuts: list[tuple[str, ...]] = [(), ()]
     for name in data.draw(st.permutations(mesh.dim_names)):
-        where = data.draw(st.sampled_from([None, 0, 1]))
-        if where is not None:
-            cuts[where] = (*cuts[where], name)
+        tensor_dim = data.draw(st.sampled_from([None, 0, 1]))
+        if tensor_dim is not None:
+            cuts[tensor_dim] = (*cuts[tensor_dim], name)
     pieces = [
         data.draw(st.lists(st.integers(0, 4), min_size=n, max_size=n))
         for n in (mesh.num_ranks_along(dims) for dims in cuts)
@@ -71,7 +71,7 @@ def test_shards_of_any_sizes_make_the_layout_they_were_cut_by(data):
     assert PlanReport.from_json(plan.to_json()) == plan
 
 
-def test_chunks_need_no_bounds():
+def test_layouts_of_chunks_have_no_bounds():
     mesh = MeshSpec.of(fsdp=4)
     shapes = {0: (3, 5), 1: (3, 5), 2: (3, 5), 3: (1, 5)}
     assert layout_from_shards(mesh, [("fsdp",), ()], shapes) == Layout(
@@ -91,7 +91,7 @@ def test_chunks_need_no_bounds():
     ],
     ids=str,
 )
-def test_bounds_that_are_none(bounds, words):
+def test_invalid_bounds_raise(bounds, words):
     with pytest.raises(ValueError, match=words):
         Layout(MeshSpec.of(a=2), (8, 3), (("a",), ()), bounds)
 
@@ -101,7 +101,7 @@ def test_a_matrix_fills_its_region():
         Matrix(Region((0,), (5,)), 2, 3)
 
 
-def test_slices_that_are_not_the_tensor_are_refused():
+def test_slices_that_do_not_form_the_tensor_raise():
     with pytest.raises(RefusalError, match="have 9 elements"):
         flat_layout_from_shards(MeshSpec.of(fsdp=2), "fsdp", (2, 5), {0: (0, 4), 1: (4, 5)})
     with pytest.raises(RefusalError, match=r"starts at element 0; .* would start at 5"):
@@ -140,7 +140,7 @@ SHAPES = [(11, 6), (6, 11), (4, 4), (3, 5, 7), (1, 9)]
 
 
 def parts(size: int, count: int, seed: int) -> list[int]:
-    """Uneven sizes of so many pieces, empty ones too."""
+    """Return uneven sizes of `count` pieces, some of them empty."""
     generator = torch.Generator().manual_seed(seed)
     ends = sorted(torch.randint(0, size + 1, (count - 1,), generator=generator).tolist())
     return [b - a for a, b in pairwise([0, *ends, size])]
@@ -149,25 +149,25 @@ def parts(size: int, count: int, seed: int) -> list[int]:
 def step_plain_shards(
     mesh_shape: tuple[int, ...], names: tuple[str, ...], dims: dict[str, Any], dtype: torch.dtype
 ) -> tuple[list[str], int, int]:
-    """`dims`: per group that cuts, the tensor dim, for all parameters or one each."""
+    """Step plain shards. `dims`: per group that cuts, one tensor dim, or one per parameter."""
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
 
     def shard(full: Tensor, index: int) -> Tensor:
         for name in ("tp", "fsdp"):  # tensor parallelism cuts first
             if name not in dims:
                 continue
-            where = dims[name] if isinstance(dims[name], int) else dims[name][index]
-            if where is not None:
+            tensor_dim = dims[name] if isinstance(dims[name], int) else dims[name][index]
+            if tensor_dim is not None:
                 count, turn = mesh[name].size(), mesh.get_local_rank(name)
-                sizes = parts(full.size(where), count, index + len(name))
-                full = split_along(full, sizes, where, turn)
+                sizes = parts(full.size(tensor_dim), count, index + len(name))
+                full = split_along(full, sizes, tensor_dim, turn)
         return full.clone()
 
     weights = tensors_like(SHAPES, 0, dtype)
     params = [nn.Parameter(shard(w, i)) for i, w in enumerate(weights)]
     groups = {f"{name}_pg": mesh.get_group(name) for name in names}
-    said = {f"{name}_shard_dim": where for name, where in dims.items()}
-    config = create_processgroup_config(**groups, **said)
+    shard_dims = {f"{name}_shard_dim": tensor_dim for name, tensor_dim in dims.items()}
+    config = create_processgroup_config(**groups, **shard_dims)
     optimizer = Muon(
         [(f"p{i}", p) for i, p in enumerate(params)],
         distributed_config=config,
@@ -175,7 +175,7 @@ def step_plain_shards(
         strategy="owned",
     )
     oracle = Oracle(weights)
-    wrong: list[str] = []
+    differing: list[str] = []
     with counting() as count:
         for step in range(3):
             grads = tensors_like(SHAPES, 1 + step, dtype)
@@ -183,14 +183,14 @@ def step_plain_shards(
                 param.grad = shard(grad, index)
             optimizer.step()
             oracle.step(grads)
-            for i, (param, *whole) in enumerate(
+            for i, (param, *full_values) in enumerate(
                 zip(params, oracle.results(), oracle.momenta(), strict=True)
             ):
-                mine = (param, optimizer.state[param]["momentum_buffer"])
-                if not all(map(torch.equal, mine, (shard(value, i) for value in whole))):
-                    wrong.append(f"p{i} after step {step}")
+                values = (param, optimizer.state[param]["momentum_buffer"])
+                if not all(map(torch.equal, values, (shard(value, i) for value in full_values))):
+                    differing.append(f"p{i} after step {step}")
     assert count.sent_nbytes == 3 * optimizer.plan.cost.sent_nbytes[dist.get_rank()]
-    return wrong, count.num_matrices, optimizer.plan.cost.num_matrices
+    return differing, count.num_matrices, optimizer.plan.cost.num_matrices
 
 
 PLAIN = [
@@ -229,7 +229,7 @@ def test_plain_shards_over_gloo():
 
 
 class Mixed(nn.Module):
-    """Matrices, a bias, a norm and a layer that one step leaves out."""
+    """Matrices, a bias, a norm, and a layer that can be left out of a forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,14 +244,14 @@ class Mixed(nn.Module):
 
 
 def fsdp1_with_adamw(dtype: torch.dtype) -> tuple[list[str], set[str], set[str]]:
-    """Gradients are set by construction; torch's Muon and AdamW step the whole tensors."""
+    """Step FSDP1 slices with set gradients; torch's Muon and AdamW step the full tensors."""
     torch.manual_seed(0)
-    whole = Mixed().to(dtype)
-    names = [name for name, _ in whole.named_parameters()]
-    weights = [p.detach().clone() for p in whole.parameters()]
+    full_model = Mixed().to(dtype)
+    names = [name for name, _ in full_model.named_parameters()]
+    weights = [p.detach().clone() for p in full_model.parameters()]
     strategy = ShardingStrategy.NO_SHARD if dist.get_world_size() == 1 else None
     model = FullyShardedDataParallel(
-        whole, sharding_strategy=strategy, use_orig_params=True, device_id=torch.device("cpu")
+        full_model, sharding_strategy=strategy, use_orig_params=True, device_id=torch.device("cpu")
     )
     groups = group_parameters(model, adamw={"lr": 2e-3})
     kinds = {g["algorithm"]: {name for name, _ in g["params"]} for g in groups}
@@ -261,12 +261,12 @@ def fsdp1_with_adamw(dtype: torch.dtype) -> tuple[list[str], set[str], set[str]]
     starts = slice_starts(list(params.values()))
     plain = [nn.Parameter(w.clone()) for w in weights]
     matrices = [p for p in plain if p.ndim == 2]
-    others = [p for p in plain if p.ndim != 2]
-    theirs: list[torch.optim.Optimizer] = [
+    vectors = [p for p in plain if p.ndim != 2]
+    oracles: list[torch.optim.Optimizer] = [
         torch.optim.Muon(matrices, lr=1e-3),
-        torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(vectors, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    wrong: list[str] = []
+    differing: list[str] = []
     for step in range(4):
         grads = tensors_like([tuple(w.shape) for w in weights], 1 + step, dtype)
         for index, (name, param) in enumerate(params.items()):
@@ -275,26 +275,28 @@ def fsdp1_with_adamw(dtype: torch.dtype) -> tuple[list[str], set[str], set[str]]
             param.grad = None if skipped or not param.numel() else flat.clone().view_as(param)
             plain[index].grad = None if skipped else grads[index].clone()
         optimizer.step()
-        for opt in theirs:
+        for opt in oracles:
             opt.step()
-        kept = {p: values for opt in theirs for p, values in opt.state.items()}
+        oracle_state = {p: values for opt in oracles for p, values in opt.state.items()}
         for index, (name, param) in enumerate(params.items()):
-            here = slice(starts[index], starts[index] + param.numel())
-            mine, others = optimizer.state[param], kept[plain[index]]
-            pairs = [(param, plain[index]), *((mine[key], others[key]) for key in others)]
+            own_slice = slice(starts[index], starts[index] + param.numel())
+            own_state, vectors = optimizer.state[param], oracle_state[plain[index]]
+            pairs = [(param, plain[index]), *((own_state[key], vectors[key]) for key in vectors)]
             if not all(
-                torch.equal(a, b) if b.ndim == 0 else torch.equal(a.flatten(), b.flatten()[here])
+                torch.equal(a, b)
+                if b.ndim == 0
+                else torch.equal(a.flatten(), b.flatten()[own_slice])
                 for a, b in pairs
             ):
-                wrong.append(f"{name} after step {step}")
-    return wrong, kinds["muon"], kinds["adamw"]
+                differing.append(f"{name} after step {step}")
+    return differing, kinds["muon"], kinds["adamw"]
 
 
 def slice_starts(params: list[nn.Parameter]) -> list[int]:
-    """Where this rank's slice of each parameter begins in it."""
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, [p.numel() for p in params])
-    ends = [list(accumulate(rank[i] for rank in told)) for i in range(len(params))]
+    """Return the offset of this rank's slice in each parameter."""
+    numels: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(numels, [p.numel() for p in params])
+    ends = [list(accumulate(by_param[i] for by_param in numels)) for i in range(len(params))]
     return [end[dist.get_rank()] - param.numel() for end, param in zip(ends, params, strict=True)]
 
 
@@ -324,14 +326,14 @@ def fsdp1_missing() -> str:
     return ""
 
 
-def test_a_missing_gradient_of_a_slice_is_told_on_every_rank():
+def test_a_missing_gradient_of_a_slice_raises_on_every_rank():
     for text in run_processes(3, fsdp1_missing):
         assert text.startswith("MissingGradientError")
         assert "first.weight: no gradient on rank 0" in text
 
 
 def masked_slices() -> tuple[bool, str]:
-    """The road of a GPU, taken on the host: a slice without a gradient on one rank."""
+    """Run a masked step, as on a GPU, with a slice that has no gradient on one rank."""
     model = FullyShardedDataParallel(Mixed(), use_orig_params=True, device_id=torch.device("cpu"))
     config = create_auto_config(fsdp_process_group=dist.group.WORLD)
     optimizer = Muon(group_parameters(model), distributed_config=config)
@@ -421,7 +423,7 @@ def refusals(kind: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("unsaid", "PlanError.*which tensor dim the process group 'tp' cuts.*Give tp_shard_dim"),
+        ("no-dim", "PlanError.*which tensor dim the process group 'tp' cuts.*Give tp_shard_dim"),
         ("beside-dtensors", "PlanError.*It is a plain tensor beside DTensors or slices"),
         ("no-such-dim", "PlanError.*2 tensor dims, and 'tp' cuts dim 2"),
         ("too-few", "PlanError.*tensor dims were given for 0"),
@@ -434,7 +436,7 @@ def refusals(kind: str) -> str:
         ("two-cuts", "PlanError.*cut over one mesh dim, not over tp and fsdp"),
     ],
 )
-def test_what_cannot_be_is_told_on_every_rank(kind, words):
+def test_invalid_plain_tensors_raise_on_every_rank(kind, words):
     import re
 
     for text in run_processes(4, refusals, kind):
@@ -459,8 +461,8 @@ def with_owners(
     config = create_devicemesh_config(mesh)
     config.assign_fn = assign
     params = [nn.Parameter(place(w)) for w in weights]
-    named = [(f"p{i}", p) for i, p in enumerate(params)]
-    optimizer = Muon(named, distributed_config=config, strategy="owned")
+    named_params = [(f"p{i}", p) for i, p in enumerate(params)]
+    optimizer = Muon(named_params, distributed_config=config, strategy="owned")
     oracle = Oracle(weights)
     for step in range(3):
         grads = tensors_like([tuple(w.shape) for w in weights], 1 + step)
@@ -468,17 +470,17 @@ def with_owners(
             param.grad = place(grad)
         optimizer.step()
         oracle.step(grads)
-    wrong = [
+    differing = [
         f"p{i}"
         for i, (param, value) in enumerate(zip(params, oracle.results(), strict=True))
         if not torch.equal(local(param), local(place(value)))
     ]
-    return wrong, optimizer.plan.owners, len(called)
+    return differing, optimizer.plan.owners, len(called)
 
 
 def local(tensor: Tensor) -> Tensor:
-    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return found
+    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return shard
 
 
 @pytest.mark.parametrize(
@@ -490,7 +492,7 @@ def local(tensor: Tensor) -> Tensor:
     ids=["rows-twice", "hsdp", "rows-and-cols", "plain"],
 )
 def test_owners_that_the_user_names(assignments, placements, plain):
-    """Rank 3 holds nothing of [3, 5] cut over rows twice; it owns it all the same."""
+    """Rank 3 holds no element of [3, 5] with rows cut twice, but can own it."""
     for wrong, owners, num_calls in run_processes(4, with_owners, assignments, placements, plain):
         assert wrong == []
         assert num_calls == 1
@@ -500,7 +502,7 @@ def test_owners_that_the_user_names(assignments, placements, plain):
 
 
 def owner_elsewhere() -> str:
-    """A weight on each pair of ranks, all assigned to rank 3."""
+    """Assign a weight on each pair of ranks to rank 3; return the error."""
     mesh = mesh_of((2, 2))
     config = create_dtensor_config()
     config.assign_fn = lambda params, state: {0: 3}
@@ -513,11 +515,11 @@ def owner_elsewhere() -> str:
 
 
 def test_an_owner_on_another_mesh():
-    first, second, *others = run_threads(4, owner_elsewhere)
+    first, second, *other_ranks = run_threads(4, owner_elsewhere)
     for text in (first, second):
         assert "w is assigned to rank 3, but none of its matrices can be sent there" in text
         assert "stored on ranks [0, 1]" in text
-    assert others == ["", ""]
+    assert other_ranks == ["", ""]
 
 
 def tp_under_ddp(permuted: bool) -> tuple[list[str], int, int, str]:
@@ -534,21 +536,21 @@ def tp_under_ddp(permuted: bool) -> tuple[list[str], int, int, str]:
         strategy="owned",
     )
     oracle = Oracle(weights)
-    wrong: list[str] = []
+    differing: list[str] = []
     with counting() as count:
         for step in range(3):
             grads = tensors_like([tuple(w.shape) for w in weights], 1 + step)
-            for param, grad, where in zip(params, grads, placements, strict=True):
-                param.grad = spread(grad, mesh["tp"], where)
+            for param, grad, placement in zip(params, grads, placements, strict=True):
+                param.grad = spread(grad, mesh["tp"], placement)
             optimizer.step()
             oracle.step(grads)
-    wrong = [
+    differing = [
         f"p{i}"
         for i, (param, value) in enumerate(zip(params, oracle.results(), strict=True))
         if not torch.equal(param.to_local(), spread(value, mesh["tp"], placements[i]).to_local())
     ]
     plan = optimizer.plan
-    return wrong, count.num_matrices, plan.cost.num_matrices, str(plan.meshes[0])
+    return differing, count.num_matrices, plan.cost.num_matrices, str(plan.meshes[0])
 
 
 @pytest.mark.parametrize("permuted", [False, True])

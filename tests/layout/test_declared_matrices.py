@@ -389,10 +389,10 @@ def test_the_live_declaration_wins_over_that_of_a_checkpoint(live, caplog):
     optimizer.load_state_dict(other.state_dict())
     assert declared(optimizer) == before
     assert optimizer.plan.digest == digest
-    assert caplog.text.count("the matrices that the checkpoint declares") == 1
+    assert caplog.text.count("the checkpoint declares other matrices") == 1
     caplog.clear()
     optimizer.load_state_dict(optimizer.state_dict())
-    assert "that the checkpoint declares" not in caplog.text
+    assert "the checkpoint declares" not in caplog.text
 
 
 def test_declarations_survive_deepcopy():

@@ -1,4 +1,4 @@
-"""A step is the same whatever modes, defaults and contexts the caller has set."""
+"""A step gives the same result under any modes, defaults and contexts of the caller."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -71,7 +71,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def trained(mode: Any, options: dict[str, Any], *, mesh: Any = None) -> list[Tensor]:
-    """Parameters and state after three steps; construction and steps under a mode."""
+    """Return parameters and state after three steps, with construction and steps under a mode."""
     params = [nn.Parameter(t) for t in tensors_like(SHAPES, 0)]
     config = None if mesh is None else create_devicemesh_config(mesh)
     groups: list[Any] = [{"params": params[:2]}, {"params": params[2:], "algorithm": "adamw"}]
@@ -93,16 +93,16 @@ def trained(mode: Any, options: dict[str, Any], *, mesh: Any = None) -> list[Ten
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_step_on_one_process_depends_on_no_mode(mode, options):
+def test_a_step_on_one_process_is_independent_of_modes(mode, options):
     expected = trained(contextlib.nullcontext, OPTIONS[options])
-    found = trained(MODES[mode], OPTIONS[options])
-    assert [v.dtype for v in found] == [v.dtype for v in expected]
-    assert [v.device for v in found] == [v.device for v in expected]
-    assert all(map(torch.equal, found, expected))
+    values = trained(MODES[mode], OPTIONS[options])
+    assert [v.dtype for v in values] == [v.dtype for v in expected]
+    assert [v.device for v in values] == [v.device for v in expected]
+    assert all(map(torch.equal, values, expected))
 
 
 def under_modes(names: list[str]) -> list[str]:
-    """Modes in which steps of replicas on four ranks differ; exchanges and comparisons included."""
+    """Return the modes under which steps of replicas on four ranks give another result."""
     mesh = mesh_of((2, 2))
     expected = trained(contextlib.nullcontext, {}, mesh=mesh)
     return [
@@ -112,7 +112,7 @@ def under_modes(names: list[str]) -> list[str]:
     ]
 
 
-def test_steps_on_four_ranks_depend_on_no_mode():
+def test_steps_on_four_ranks_are_independent_of_modes():
     names = [name for name in MODES if name != "anomaly-detection"]
     assert run_processes(4, under_modes, names) == [[]] * 4
 
@@ -120,29 +120,29 @@ def test_steps_on_four_ranks_depend_on_no_mode():
 def test_a_closure_runs_in_the_caller_s_modes():
     param = nn.Parameter(torch.ones(3, 3))
     param.grad = torch.ones(3, 3)
-    seen: list[Any] = []
+    modes: list[Any] = []
 
     def closure() -> float:
-        seen.extend([torch.is_autocast_enabled("cpu"), torch.empty(1).device.type])
-        seen.append(torch.is_grad_enabled())
+        modes.extend([torch.is_autocast_enabled("cpu"), torch.empty(1).device.type])
+        modes.append(torch.is_grad_enabled())
         return 1.0
 
     with torch.autocast("cpu", dtype=torch.bfloat16), default_device("meta"):
         assert Muon([param]).step(closure) == 1.0
-    assert seen == [True, "meta", True]
+    assert modes == [True, "meta", True]
 
 
 @pytest.mark.parametrize("function", [newton_schulz, polar_express])
-def test_the_iterations_themselves_do_not_follow_autocast(function):
+def test_iterations_ignore_autocast(function):
     x = tensors_like([(6, 4)], 0)[0]
     expected = function(x, num_iterations=5, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = function(x, num_iterations=5, dtype=torch.float32)
-    assert torch.equal(found, expected)
+        result = function(x, num_iterations=5, dtype=torch.float32)
+    assert torch.equal(result, expected)
 
 
 def made_in_inference_mode() -> bool:
-    """State that is made, or loaded, in inference mode can be stepped outside of it."""
+    """State that was made or loaded in inference mode can be stepped outside of it."""
     with torch.inference_mode(mode=False):
         model = nn.Sequential(nn.Linear(8, 4, bias=False))
         fully_shard(model, mesh=mesh_of((2,)))

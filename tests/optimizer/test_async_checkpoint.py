@@ -1,4 +1,4 @@
-"""Steps go on while torch's asynchronous checkpoint saves with the default process group."""
+"""Steps run while torch's asynchronous checkpoint uses the default process group."""
 
 import tempfile
 from pathlib import Path
@@ -40,10 +40,10 @@ def steps_while_saving(folder: str, sizes: tuple[int, ...]) -> bool:
         for step in range(6):
             generator = torch.Generator().manual_seed(save * 100 + step)
             x = torch.randn(8, 16, generator=generator)
-            for each, by in ((model, optimizer), (oracle, undisturbed)):
-                each(x).square().mean().backward()
-                by.step()
-                by.zero_grad()
+            for net, stepper in ((model, optimizer), (oracle, undisturbed)):
+                net(x).square().mean().backward()
+                stepper.step()
+                stepper.zero_grad()
         saving.result()
     names = [Path(folder, str(save), ".metadata").exists() for save in range(NUM_SAVES)]
     same = [
@@ -54,13 +54,13 @@ def steps_while_saving(folder: str, sizes: tuple[int, ...]) -> bool:
     return all(names) and all(same)
 
 
-def test_steps_on_two_mesh_dims_go_on_while_a_checkpoint_is_saved():
+def test_steps_on_two_mesh_dims_run_while_a_checkpoint_is_saved():
     with tempfile.TemporaryDirectory() as folder:
         assert all(run_processes(4, steps_while_saving, folder, (2, 2)))
 
 
 def groups_of_a_step(sizes: tuple[int, ...]) -> tuple[bool, int]:
-    """Whether a step borrowed the default group; and how many groups it has connected."""
+    """Return whether a step used the default group, and how many groups it has connected."""
     names = ("a", "b", "c")[: len(sizes)]
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
     model = model_on(mesh["a", "b"]) if len(sizes) > 1 else model_on(mesh)
@@ -71,46 +71,48 @@ def groups_of_a_step(sizes: tuple[int, ...]) -> tuple[bool, int]:
     process_groups = optimizer._ready._process_groups
     used = list(process_groups._known.values())
     assert used
-    own = [mesh.get_group(dim) for dim in range(mesh.ndim)]  # torch's FSDP2 uses these as well
-    borrowed = any(group is dist.group.WORLD and group not in own for group in used)
-    return borrowed, len(groups._warm) - before
+    mesh_groups = [
+        mesh.get_group(dim) for dim in range(mesh.ndim)
+    ]  # torch's FSDP2 uses these as well
+    uses_default = any(group is dist.group.WORLD and group not in mesh_groups for group in used)
+    return uses_default, len(groups._warm) - before
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (1, 4), (4, 1)], ids=str)
-def test_a_step_over_several_mesh_dims_never_borrows_the_default_group(sizes):
-    for borrowed, num_connected in run_processes(4, groups_of_a_step, sizes):
-        assert not borrowed
+def test_a_step_over_several_mesh_dims_does_not_use_the_default_group(sizes):
+    for uses_default, num_connected in run_processes(4, groups_of_a_step, sizes):
+        assert not uses_default
         assert num_connected > 0
 
 
 def connected_twice() -> list[int]:
-    """All-to-alls without splits, of two optimizers' first steps: only the first one connects."""
+    """Count all-to-alls without splits of two optimizers: only the first one connects groups."""
     counts = []
     original = dist.all_to_all_single
-    seen: list[int] = []
+    sent_numels: list[int] = []
 
     def counted(output: Any, send: Any, *args: Any, **kwargs: Any) -> Any:
         if not args and send.dtype == torch.float32:
-            seen.append(send.numel())
+            sent_numels.append(send.numel())
         return original(output, send, *args, **kwargs)
 
     dist.all_to_all_single = counted
     try:
         for _ in range(2):
-            seen.clear()
+            sent_numels.clear()
             mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
             model = model_on(mesh)
             optimizer = Muon(group_parameters(model), lr=0.1, strategy="owned")
             model(torch.ones(2, 16)).sum().backward()
             optimizer.step()
             optimizer.step()
-            counts.append(len(seen))
+            counts.append(len(sent_numels))
     finally:
         dist.all_to_all_single = original
     return counts
 
 
-def test_groups_are_connected_by_data_once_before_they_are_used():
+def test_groups_are_connected_once_before_they_are_used():
     for first, second in run_processes(4, connected_twice):
         assert first > 0
         assert second <= first

@@ -1,4 +1,4 @@
-"""Real checkpoints on disk: saved on one layout, loaded on another, resumed, refused.
+"""Checkpoints on disk: saved in one layout, loaded in another, resumed, rejected.
 
 Ranks are processes; models are sharded by parallelize_module and fully_shard.
 """
@@ -59,7 +59,7 @@ DIM, VOCAB = 8, 16
 
 @dataclass(frozen=True)
 class Setup:
-    """A mesh by sizes, "" for none, and how a model lies on it."""
+    """The sizes and names of a mesh's dims; without names the model is not sharded."""
 
     name: str
     sizes: tuple[int, ...]
@@ -83,7 +83,7 @@ BY_NAME = {setup.name: setup for setup in SETUPS}
 
 
 class Net(nn.Module):
-    """Embedding, two matrices, a fused one, a norm and a head."""
+    """Embedding, two matrices, a fused one, and a norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Net(nn.Module):
 
 
 def built(setup: Setup, **options: Any) -> tuple[nn.Module, Muon]:
-    """The model with its seeded weights, sharded, and its optimizer."""
+    """Return the sharded model with seeded weights, and its optimizer."""
     torch.manual_seed(0)
     model = Net()
     if setup.dims:
@@ -119,7 +119,7 @@ def built(setup: Setup, **options: Any) -> tuple[nn.Module, Muon]:
 
 
 def set_grads(model: nn.Module, step: int) -> None:
-    """Gradients that are the same whatever the layout."""
+    """Set gradients that are the same in every layout."""
     for index, param in enumerate(model.parameters()):
         (grad,) = tensors_like([tuple(param.shape)], 100 * step + index)
         param.grad = cut_like(grad, param) if isinstance(param, DTensor) else grad
@@ -144,28 +144,28 @@ def saved_state(model: nn.Module, optimizer: Muon, *, flat: bool) -> dict[str, A
     }
 
 
-def everything(model: nn.Module, optimizer: Muon) -> dict[str, Tensor]:
-    """All values whole, by name: parameters, and state as the optimizer keeps it."""
+def full_values(model: nn.Module, optimizer: Muon) -> dict[str, Tensor]:
+    """Return all parameters and state as full tensors, by name."""
 
-    def whole(tensor: Tensor) -> Tensor:
+    def full(tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    found = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+    values = {name: full(p.detach()).clone() for name, p in model.named_parameters()}
     for name, param in model.named_parameters():
         for key, value in optimizer.state[param].items():
-            found[f"{name} {key}"] = whole(value).clone()
-    return found
+            values[f"{name} {key}"] = full(value).clone()
+    return values
 
 
 @pytest.mark.parametrize(("source", "target"), [("fsdp-tp", "hsdp"), ("hsdp-tp", "plain")])
-def test_flattened_state_dicts_reshard_too(source, target, tmp_path):
-    """Two of the pairs; all of them are marked slow."""
+def test_flattened_state_dicts_reshard(source, target, tmp_path):
+    """Two pairs of layouts; the test of all pairs is marked slow."""
     num_ranks = BY_NAME[source].num_ranks
     expected = run_processes(num_ranks, trained_and_saved, source, tmp_path, True)[0]
     num_ranks = BY_NAME[target].num_ranks
-    for found in run_processes(num_ranks, loaded_and_trained, target, source, tmp_path, True):
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], value) for key, value in expected.items())
+    for values in run_processes(num_ranks, loaded_and_trained, target, source, tmp_path, True):
+        assert values.keys() == expected.keys()
+        assert all(torch.equal(values[key], value) for key, value in expected.items())
 
 
 def trained_and_saved(name: str, folder: Path, flat: bool) -> dict[str, Tensor]:
@@ -173,15 +173,15 @@ def trained_and_saved(name: str, folder: Path, flat: bool) -> dict[str, Tensor]:
     scheduler = scheduled(optimizer)
     train(model, optimizer, scheduler, range(3))
     state = saved_state(model, optimizer, flat=flat)
-    if name == "hsdp":  # one of them asynchronously
+    if name == "hsdp":  # one layout is saved asynchronously
         dcp.async_save(state, checkpoint_id=folder / name).result()
     else:
         dcp.save(state, checkpoint_id=folder / name)
     if dist.get_rank() == 0:
         torch.save(scheduler.state_dict(), folder / f"{name}.scheduler")
-    expected = everything(model, optimizer)
+    expected = full_values(model, optimizer)
     train(model, optimizer, scheduler, range(3, 5))
-    return expected | {f"later {k}": v for k, v in everything(model, optimizer).items()}
+    return expected | {f"later {k}": v for k, v in full_values(model, optimizer).items()}
 
 
 def loaded_and_trained(name: str, source: str, folder: Path, flat: bool) -> dict[str, Tensor]:
@@ -197,9 +197,9 @@ def loaded_and_trained(name: str, source: str, folder: Path, flat: bool) -> dict
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
     path = folder / f"{source}.scheduler"
     scheduler.load_state_dict(torch.load(path, weights_only=True))
-    found = everything(model, optimizer)
+    values = full_values(model, optimizer)
     train(model, optimizer, scheduler, range(3, 5))
-    return found | {f"later {k}": v for k, v in everything(model, optimizer).items()}
+    return values | {f"later {k}": v for k, v in full_values(model, optimizer).items()}
 
 
 @pytest.fixture(
@@ -208,40 +208,40 @@ def loaded_and_trained(name: str, source: str, folder: Path, flat: bool) -> dict
     ids=["nested", "flat"],
 )
 def saves(request, tmp_path_factory) -> tuple[Path, bool, dict[str, dict[str, Tensor]]]:
-    """A checkpoint of every layout, and what was in the optimizer then and two steps later."""
+    """Checkpoints of every layout, with the values at saving and two steps later."""
     folder = tmp_path_factory.mktemp("saves")
-    seen = {
+    expected = {
         setup.name: run_processes(
             setup.num_ranks, trained_and_saved, setup.name, folder, request.param
         )[0]
         for setup in SETUPS
     }
-    return folder, request.param, seen
+    return folder, request.param, expected
 
 
 @pytest.mark.parametrize("target", [setup.name for setup in SETUPS])
 def test_save_on_one_layout_and_load_on_another(saves, target):
-    """Bitwise: parameters, momenta, row moments, AdamW state, and all of them two steps later."""
-    folder, flat, seen = saves
-    for source in seen:
+    """Parameters, momenta, row moments and AdamW state are bitwise equal, also two steps later."""
+    folder, flat, expected = saves
+    for source in expected:
         ranks = run_processes(
             BY_NAME[target].num_ranks, loaded_and_trained, target, source, folder, flat
         )
-        for found in ranks:
-            wrong = [k for k, v in seen[source].items() if not torch.equal(found[k], v)]
+        for values in ranks:
+            wrong = [k for k, v in expected[source].items() if not torch.equal(values[k], v)]
             assert not wrong, f"{source} to {target}: {wrong}"
-            assert found.keys() == seen[source].keys()
+            assert values.keys() == expected[source].keys()
 
 
-def test_the_table_of_layouts_is_worth_its_name(saves):
-    _, _, seen = saves
-    for a, b in itertools.pairwise(seen.values()):
+def test_layouts_give_equal_values_and_cover_all_kinds_of_state(saves):
+    _, _, expected = saves
+    for a, b in itertools.pairwise(expected.values()):
         assert all(torch.equal(a[key], b[key]) for key in a), "gradients do not depend on layout"
-    keys = {key.split()[-1] for key in seen["fsdp-tp"]}
+    keys = {key.split()[-1] for key in expected["fsdp-tp"]}
     assert {"momentum_buffer", "row_second_moment", "step", "exp_avg", "exp_avg_sq"} <= keys
 
 
-def kept_dtypes(param_dtype: torch.dtype, momentum_dtype: torch.dtype | None) -> bool:
+def momentum_is_kept(param_dtype: torch.dtype, momentum_dtype: torch.dtype | None) -> bool:
     mesh = mesh_of((2, 2))
 
     def fresh() -> tuple[nn.Parameter, Muon]:
@@ -255,10 +255,12 @@ def kept_dtypes(param_dtype: torch.dtype, momentum_dtype: torch.dtype | None) ->
         optimizer.step()
     other, resumed = fresh()
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    ours, theirs = (
+    loaded_momentum, momentum = (
         local_part(o.state[p]["momentum_buffer"]) for o, p in ((resumed, other), (optimizer, param))
     )
-    return ours.dtype == (momentum_dtype or param_dtype) and torch.equal(ours, theirs)
+    return loaded_momentum.dtype == (momentum_dtype or param_dtype) and torch.equal(
+        loaded_momentum, momentum
+    )
 
 
 def _where(param: Any) -> tuple[Any, Any]:
@@ -269,7 +271,7 @@ def _where(param: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize("momentum_dtype", [None, torch.float32, torch.bfloat16], ids=str)
 def test_the_momentum_keeps_its_dtype_through_loading(param_dtype, momentum_dtype):
     """torch's load_state_dict would round float32 momenta of bfloat16 parameters."""
-    assert all(run_threads(4, kept_dtypes, param_dtype, momentum_dtype))
+    assert all(run_threads(4, momentum_is_kept, param_dtype, momentum_dtype))
 
 
 def pair() -> tuple[nn.Parameter, nn.Parameter, Muon]:
@@ -314,38 +316,38 @@ def damaged(kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "error", "text"),
     [
-        ("half a state", CheckpointError, "not whole: it has no exp_avg of b. Nothing was"),
+        ("half a state", CheckpointError, "incomplete: it has no exp_avg of b. Nothing was"),
         ("no parameter", CheckpointError, "no exp_avg and no exp_avg_sq and no step of b"),
         ("another shape", CheckpointError, r"'momentum_buffer' of a is \[4, 6\]"),
         ("fewer groups", CheckpointError, r"groups of \[1\] parameters, the optimizer of \[1, 1\]"),
         ("fewer parameters", CheckpointError, r"groups of \[0, 1\] parameters"),
-        ("no state dict", CheckpointError, r"'state' and 'param_groups', this one \['model'\]"),
-        ("newer", GroupOptionError, "written by another release"),
+        ("no state dict", CheckpointError, r"'state' and 'param_groups', this one has \['model'\]"),
+        ("newer", GroupOptionError, "another release of muon_dtensor wrote this checkpoint"),
         ("amsgrad", GroupOptionError, "amsgrad=True"),
-        ("foreign", CheckpointError, "momentum of a, which muon does not know.*converts Dion's"),
+        ("foreign", CheckpointError, "momentum of a, which muon does not use.*converts Dion's"),
     ],
 )
-def test_damaged_and_foreign_state_is_told_and_changes_nothing(kind, error, text):
+def test_damaged_and_foreign_state_raises_and_changes_nothing(kind, error, text):
     a, b, optimizer = stepped_pair()
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(error, match=text):
         optimizer.load_state_dict(damaged(kind))
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
-    for number, kept in before["state"].items():
-        assert all(torch.equal(value, after["state"][number][key]) for key, value in kept.items())
+    for number, values in before["state"].items():
+        assert all(torch.equal(value, after["state"][number][key]) for key, value in values.items())
     a.grad, b.grad = tensors_like([(6, 4), (4,)], 2)
     optimizer.step()
 
 
-def test_a_user_s_hook_may_repair_a_state_dict():
+def test_a_user_s_hook_can_repair_a_state_dict():
     _, _, optimizer = stepped_pair()
     bad = damaged("foreign")
 
     def repair(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-        kept = {**state_dict["state"][0]}
-        kept["momentum_buffer"] = kept.pop("momentum")
-        return {**state_dict, "state": {**state_dict["state"], 0: kept}}
+        param_state = {**state_dict["state"][0]}
+        param_state["momentum_buffer"] = param_state.pop("momentum")
+        return {**state_dict, "state": {**state_dict["state"], 0: param_state}}
 
     optimizer.register_load_state_dict_pre_hook(repair)
     optimizer.load_state_dict(bad)
@@ -355,7 +357,7 @@ def test_a_user_s_hook_may_repair_a_state_dict():
 
 
 class DionLike:
-    """The elementwise part of dion.Muon and its AdamW, and its state dict, in a few lines."""
+    """The elementwise part of dion.Muon, and its state dict."""
 
     def __init__(self, weight: Tensor, *, lr: float, mu: float, nesterov: bool) -> None:
         self.weight, self.lr, self.mu, self.nesterov = weight.clone(), lr, mu, nesterov
@@ -387,11 +389,11 @@ class DionLike:
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_dion_s_checkpoints_are_converted(nesterov):
     (weight,) = tensors_like([(6, 4)], 0)
-    theirs = DionLike(weight, lr=0.03, mu=0.9, nesterov=nesterov)
+    dion_optimizer = DionLike(weight, lr=0.03, mu=0.9, nesterov=nesterov)
     for step in range(4):
-        direction = theirs.direction(tensors_like([(6, 4)], 1 + step)[0])
+        direction = dion_optimizer.direction(tensors_like([(6, 4)], 1 + step)[0])
         if step == 2:
-            saved = copy.deepcopy(theirs.state_dict())
+            saved = copy.deepcopy(dion_optimizer.state_dict())
     param = nn.Parameter(weight.clone())
     optimizer = Muon([param], ns_dtype=torch.float32)
     optimizer.load_state_dict(dion.convert_state_dict(saved))
@@ -414,7 +416,7 @@ def test_dion_s_checkpoints_are_converted(nesterov):
     torch.testing.assert_close(param, expected)
 
 
-def test_dion_s_adamw_and_what_cannot_be_converted():
+def test_dion_s_adamw_is_converted_and_unsupported_options_raise():
     (weight,) = tensors_like([(5,)], 0)
     group = {
         "lr": 0.1,
@@ -433,9 +435,9 @@ def test_dion_s_adamw_and_what_cannot_be_converted():
     param = nn.Parameter(weight.clone())
     optimizer = Muon([{"params": [param], "algorithm": "adamw"}])
     optimizer.load_state_dict(dion.convert_state_dict({"state": state, "param_groups": [group]}))
-    kept = optimizer.state[param]
-    assert (float(kept["step"]), optimizer.param_groups[0]["betas"]) == (7.0, (0.9, 0.99))
-    assert torch.equal(kept["exp_avg"], weight)
+    param_state = optimizer.state[param]
+    assert (float(param_state["step"]), optimizer.param_groups[0]["betas"]) == (7.0, (0.9, 0.99))
+    assert torch.equal(param_state["exp_avg"], weight)
     for bad, text in (
         ({**group, "algorithm": "lion"}, "'lion'"),
         ({**group, "algorithm": "muon"}, "adjust_lr=None"),
@@ -445,7 +447,7 @@ def test_dion_s_adamw_and_what_cannot_be_converted():
 
 
 class Uneven(nn.Module):
-    """One matrix whose rows two mesh dims cut and do not divide."""
+    """One matrix whose rows two mesh dims cut but do not divide."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -456,7 +458,7 @@ class Uneven(nn.Module):
 
 
 def uneven_model(rows: int, how: str = "fsdp-3-tp-2") -> tuple[nn.Module, Muon]:
-    """On six ranks, `how` they share it."""
+    """Return the model on six ranks, sharded as `how` says, and its optimizer."""
     torch.manual_seed(0)
     model = Uneven(rows)
     if how.startswith("fsdp-"):
@@ -477,15 +479,15 @@ def uneven_model(rows: int, how: str = "fsdp-3-tp-2") -> tuple[nn.Module, Muon]:
 
 
 def saving_uneven(rows: int, folder: Path) -> tuple[str, str, bool]:
-    """What `check_saveable` says, what torch says, and whether a full state dict resumes."""
+    """Return the errors of `check_saveable` and of torch, and whether a full state dict resumes."""
     model, optimizer = uneven_model(rows)
     set_grads(model, 0)
     optimizer.step()
-    told = torchs = ""
+    message = torch_error = ""
     try:
         optimizer.check_saveable()
     except CheckpointError as error:
-        told = str(error)
+        message = str(error)
     path = folder / f"sharded{rows}"
     before = local_part(model.up.weight.detach()).clone()
     try:
@@ -494,9 +496,9 @@ def saving_uneven(rows: int, folder: Path) -> tuple[str, str, bool]:
             local_part(model.up.weight).zero_()
         dcp.load(saved_state(model, optimizer, flat=False), checkpoint_id=path)
         if not torch.equal(before, local_part(model.up.weight.detach())):
-            torchs = "another value came back"
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
-        torchs = f"{type(error).__name__}: {error}"
+            torch_error = "another value was loaded"
+    except (Exception, CheckpointException) as error:  # the latter is not an Exception
+        torch_error = f"{type(error).__name__}: {error}"
     with torch.no_grad():
         local_part(model.up.weight).copy_(before)
     full = StateDictOptions(full_state_dict=True)
@@ -512,17 +514,17 @@ def saving_uneven(rows: int, folder: Path) -> tuple[str, str, bool]:
         set_grads(which, 1)
         by.step()
     a, b = (local_part(m.up.weight.detach()) for m in (model, other))
-    return told, torchs, torch.equal(a, b)
+    return message, torch_error, torch.equal(a, b)
 
 
 @pytest.mark.parametrize("rows", [7, 13])
-def test_shards_that_torch_would_misplace_are_told_of_before_saving(rows, tmp_path):
+def test_check_saveable_raises_for_shards_that_torch_would_misplace(rows, tmp_path):
     ranks = run_processes(6, saving_uneven, rows, tmp_path)
-    for told, _, resumes in ranks:
-        assert "takes shards of 1 tensors for others (up.weight)" in told
-        assert ("checkpointable" if can_place_shards() else "full_state_dict=True") in told
+    for message, _, resumes in ranks:
+        assert "takes shards of 1 tensors for others (up.weight)" in message
+        assert ("checkpointable" if can_place_shards() else "full_state_dict=True") in message
         assert resumes
-    assert any(torchs for _, torchs, _ in ranks), "torch saves these now: drop this check"
+    assert any(torch_error for _, torch_error, _ in ranks), "torch saves these now: drop this check"
 
 
 def saveable(rows: int) -> str:
@@ -532,7 +534,7 @@ def saveable(rows: int) -> str:
 
 
 @pytest.mark.parametrize("rows", [6, 12])
-def test_shards_that_torch_places_right_are_saveable(rows):
+def test_shards_that_torch_places_correctly_are_saveable(rows):
     assert run_processes(6, saveable, rows) == ["yes"] * 6
 
 
@@ -545,14 +547,14 @@ def warned(rows: int) -> list[str]:
 
 
 def test_state_dict_warns_once_of_misplaced_shards():
-    first, *others = run_processes(6, warned, 13)
+    first, *other_ranks = run_processes(6, warned, 13)
     assert len(first) == 1
     assert "up.weight" in first[0]
-    assert others == [[]] * 5  # all would say the same
+    assert other_ranks == [[]] * 5  # their warnings would be the same
 
 
 def steps_after(model: nn.Module, optimizer: Muon) -> tuple[Tensor, Tensor]:
-    """The whole weight and momentum after one more step."""
+    """Return the full weight and momentum after one more step."""
     set_grads(model, 1)
     optimizer.step()
     weight = model.up.weight
@@ -563,7 +565,7 @@ def steps_after(model: nn.Module, optimizer: Muon) -> tuple[Tensor, Tensor]:
 
 
 def resharded(rows: int, before: str, after: str, folder: Path, *, in_background: bool) -> str:
-    """Save in one layout and load into another: what differs, or what was raised."""
+    """Save in one layout and load into another; return what differs, or the error."""
     model, optimizer = uneven_model(rows, before)
     set_grads(model, 0)
     optimizer.step()
@@ -586,8 +588,10 @@ def resharded(rows: int, before: str, after: str, folder: Path, *, in_background
         dcp.load(state, checkpoint_id=folder)
     set_model_state_dict(other, state["model"])
     set_optimizer_state_dict(other, resumed, state["optimizer"])
-    expected, found = steps_after(model, optimizer), steps_after(other, resumed)
-    differ = [n for n, a, b in zip("wm", expected, found, strict=True) if not torch.equal(a, b)]
+    values, resumed_values = steps_after(model, optimizer), steps_after(other, resumed)
+    differ = [
+        n for n, a, b in zip("wm", values, resumed_values, strict=True) if not torch.equal(a, b)
+    ]
     return ", ".join(differ)
 
 
@@ -596,28 +600,34 @@ HOWS = ["fsdp-3-tp-2", "fsdp-2-tp-3", "rows", "cols", "hsdp-tp", "whole"]
 
 @pytest.mark.parametrize("after", HOWS)
 @pytest.mark.parametrize("rows", [7, 13])
-def test_misplaced_shards_are_saved_where_they_lie(rows, after, tmp_path):
-    """From uneven strided shards into every layout, bitwise."""
-    told = run_processes(6, partial(resharded, in_background=False), rows, HOWS[0], after, tmp_path)
+def test_misplaced_shards_are_saved_at_their_true_offsets(rows, after, tmp_path):
+    """Checkpoints of uneven strided shards load into every layout, bitwise."""
+    outcomes = run_processes(
+        6, partial(resharded, in_background=False), rows, HOWS[0], after, tmp_path
+    )
     if can_place_shards():
-        assert told == [""] * 6
+        assert outcomes == [""] * 6
     else:
-        assert all("takes shards of 2 tensors for others" in text for text in told)
+        assert all("takes shards of 2 tensors for others" in text for text in outcomes)
 
 
 @pytest.mark.parametrize("before", HOWS[1:])
 def test_checkpoints_load_into_misplaced_shards(before, tmp_path):
     if not can_place_shards():
         pytest.skip("torch 2.14 has CheckpointableTensor")
-    told = run_processes(6, partial(resharded, in_background=False), 13, before, HOWS[0], tmp_path)
-    assert told == [""] * 6
+    outcomes = run_processes(
+        6, partial(resharded, in_background=False), 13, before, HOWS[0], tmp_path
+    )
+    assert outcomes == [""] * 6
 
 
 def test_misplaced_shards_are_saved_in_the_background(tmp_path):
     if not can_place_shards():
         pytest.skip("torch 2.14 has CheckpointableTensor")
-    told = run_processes(6, partial(resharded, in_background=True), 13, HOWS[0], HOWS[1], tmp_path)
-    assert told == [""] * 6
+    outcomes = run_processes(
+        6, partial(resharded, in_background=True), 13, HOWS[0], HOWS[1], tmp_path
+    )
+    assert outcomes == [""] * 6
 
 
 UNKNOWN_TO_TORCH = ("orthogonalizer", "capturable", "normuon_beta", "cautious_weight_decay")
@@ -632,7 +642,7 @@ def of_options(**options: Any) -> Muon:
 
 
 @pytest.mark.parametrize("name", OTHER_VALUES)
-def test_options_come_back_with_a_checkpoint(name):
+def test_options_are_restored_from_a_checkpoint(name):
     saved = copy.deepcopy(of_options(**{name: OTHER_VALUES[name]}).state_dict())
     optimizer = of_options()
     optimizer.load_state_dict(saved)
@@ -640,41 +650,41 @@ def test_options_come_back_with_a_checkpoint(name):
 
 
 @pytest.mark.parametrize("name", OTHER_VALUES)
-def test_checkpoints_of_torch_leave_options_that_they_do_not_know(name):
+def test_checkpoints_of_torch_do_not_change_options_that_they_lack(name):
     oracle = torch.optim.Muon([nn.Parameter(torch.ones(3, 2))])
     optimizer = of_options(**{name: OTHER_VALUES[name]})
     optimizer.load_state_dict(oracle.state_dict())
-    kept = optimizer.param_groups[0][name]
-    theirs = oracle.param_groups[0].get(name)
-    assert kept == (OTHER_VALUES[name] if name in UNKNOWN_TO_TORCH else theirs)
+    value = optimizer.param_groups[0][name]
+    torch_value = oracle.param_groups[0].get(name)
+    assert value == (OTHER_VALUES[name] if name in UNKNOWN_TO_TORCH else torch_value)
 
 
-def test_no_option_is_forgotten_above():
+def test_every_option_is_in_the_tests_above():
     elsewhere = {"algorithm", "betas", "format_version", *DECLARED}
     assert DEFAULTS.keys() - elsewhere == OTHER_VALUES.keys()
 
 
 def placed_shards() -> list[Any]:
-    """What `checkpointable` makes of two tensors, one of which torch misplaces."""
+    """Return what `checkpointable` makes of two tensors, one of which torch misplaces."""
     model, _ = uneven_model(13)
     even, _ = uneven_model(12)
     state = {"a": [{"w": model.up.weight}], "b": even.up.weight, "c": 3}
     with mock.patch.object(full_state, "can_place_shards", return_value=True):
         with checkpointable(state):
             inside = state["a"][0]["w"]
-            told = [type(inside) is Tensor, state["b"] is even.up.weight, inside.global_shape]
-            told += [inside.global_offsets, inside.local_sizes, tuple(inside.shape)]
+            outcomes = [type(inside) is Tensor, state["b"] is even.up.weight, inside.global_shape]
+            outcomes += [inside.global_offsets, inside.local_sizes, tuple(inside.shape)]
         with pytest.raises(KeyError), checkpointable(state):
             raise KeyError
-    return [*told, state["a"][0]["w"] is model.up.weight, state["c"]]
+    return [*outcomes, state["a"][0]["w"] is model.up.weight, state["c"]]
 
 
-def test_shards_say_where_they_lie_and_come_back():
-    """13 rows over tp=2 and then dp=3: pieces of 3, 3, 1 rows of 7, and of 2, 2, 2 of 6."""
+def test_checkpointable_sets_offsets_and_restores_dtensors():
+    """13 rows over tp=2 and then dp=3: pieces of 3, 3, 1 rows of 7, and 2, 2, 2 rows of 6."""
     rows = [(0, 3), (7, 2), (3, 3), (9, 2), (6, 1), (11, 2)]
-    for (first, count), told in zip(rows, run_processes(6, placed_shards), strict=True):
-        where = [((first, 0),), ((count, 4),), (count, 4)]
-        assert told == [True, True, (13, 4), *where, True, 3]
+    for (first, count), outcomes in zip(rows, run_processes(6, placed_shards), strict=True):
+        offsets = [((first, 0),), ((count, 4),), (count, 4)]
+        assert outcomes == [True, True, (13, 4), *offsets, True, 3]
 
 
 def full_of_another(shape: str) -> str:
@@ -683,11 +693,11 @@ def full_of_another(shape: str) -> str:
     weights = get_model_state_dict(model, options=full)
     saved = get_optimizer_state_dict(model, optimizer, options=full)
     if dist.get_rank() == 0:
-        told: list[Any] = [(weights, saved)]
+        payload: list[Any] = [(weights, saved)]
     else:
-        told = [None]
-    dist.broadcast_object_list(told)
-    weights, saved = told[0]
+        payload = [None]
+    dist.broadcast_object_list(payload)
+    weights, saved = payload[0]
     wrong = torch.ones(12, 5)
     match shape:
         case "weight":
@@ -708,11 +718,19 @@ def full_of_another(shape: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        ("weight", r"up.weight is \[12, 5\], here it is \[12, 4\]"),
-        ("momentum", r"momentum_buffer of up.weight is \[12, 5\], here it is \[12, 4\]"),
-        ("name", "in the model or in its state only: down.weight, up.weight"),
+        (
+            "weight",
+            r"up.weight has shape \[12, 5\] in the state dict and \[12, 4\] in the model or "
+            "optimizer",
+        ),
+        (
+            "momentum",
+            r"momentum_buffer of up.weight has shape \[12, 5\] in the state dict and \[12, 4\] in "
+            "the model or optimizer",
+        ),
+        ("name", "only in the model or only in its state dict: down.weight, up.weight"),
     ],
 )
-def test_full_state_that_does_not_fit_is_refused(kind, text):
-    for told in run_processes(6, full_of_another, kind):
-        assert re.match(rf"{text} True", told), told
+def test_full_state_that_does_not_fit_raises(kind, text):
+    for outcome in run_processes(6, full_of_another, kind):
+        assert re.match(rf"{text} True", outcome), outcome

@@ -1,4 +1,4 @@
-"""Long runs: memory, file handles, threads and process groups stay as many as they were."""
+"""Long runs: memory and the numbers of file handles, threads and process groups do not grow."""
 
 import gc
 import os
@@ -27,7 +27,7 @@ SHAPES = [(8, 6), (6, 12), (5, 5), (7, 3)]
 
 
 def held() -> dict[str, int]:
-    """What a process holds."""
+    """Return the counts of what this process holds."""
     gc.collect()
     kinds = (torch.Tensor, nn.Parameter, DTensor)
     tensors = [o for o in gc.get_objects() if type(o) in kinds]
@@ -45,34 +45,35 @@ def held() -> dict[str, int]:
 
 
 def growth_since(before: dict[str, int]) -> dict[str, int]:
-    """What this process holds more than before, for good.
+    """Return by how much the counts have grown.
 
-    gloo's threads let go of what was sent last once they get a core, so a busy machine is asked
-    again.
+    gloo's threads free what was sent last once they run, so the counts are read repeatedly.
     """
     deadline = Deadline(10)
     while True:
-        now = held()
-        more = {name: now[name] - before[name] for name in before}
-        counted = [value for name, value in more.items() if name != "kB resident"]
+        current = held()
+        growth = {name: current[name] - before[name] for name in before}
+        counted = [value for name, value in growth.items() if name != "kB resident"]
         if not any(counted) or not deadline.patience():
-            return more
+            return growth
         time.sleep(0.1)
 
 
 def settled() -> dict[str, int]:
-    """What a process holds once gloo's threads have let go: the same three times in a row."""
-    deadline, seen = Deadline(10), [held()]
+    """Return the counts once gloo's threads have freed what was sent: three equal readings."""
+    deadline, readings = Deadline(10), [held()]
     while deadline.patience():
         time.sleep(0.1)
-        seen.append(held())
-        kept = [{k: v for k, v in one.items() if k != "kB resident"} for one in seen[-3:]]
-        if len(kept) == 3 and kept[0] == kept[1] == kept[2]:
+        readings.append(held())
+        last_readings = [
+            {k: v for k, v in reading.items() if k != "kB resident"} for reading in readings[-3:]
+        ]
+        if len(last_readings) == 3 and last_readings[0] == last_readings[1] == last_readings[2]:
             break
-    return seen[-1]
+    return readings[-1]
 
 
-def made(mesh: Any) -> tuple[list[nn.Parameter], Muon]:
+def optimizer_on(mesh: Any) -> tuple[list[nn.Parameter], Muon]:
     params = [nn.Parameter(spread(w, mesh, (R, S0))) for w in tensors_like(SHAPES, 0)]
     muon = {"params": params[:3], "normuon_beta": 0.9}
     return params, Muon([muon, {"params": params[3:], "algorithm": "adamw"}], bucket_mb=1e-3)
@@ -86,9 +87,9 @@ def step(mesh: Any, params: list[nn.Parameter], optimizer: Muon, grads: list[Any
 
 def growth_over(num_steps: int) -> dict[str, int]:
     mesh = mesh_of((2, 2))
-    params, optimizer = made(mesh)
+    params, optimizer = optimizer_on(mesh)
     grads = [spread(g, mesh, (R, S0)) for g in tensors_like(SHAPES, 1)]
-    for _ in range(2 * num_steps):  # the heap grows to its size
+    for _ in range(2 * num_steps):  # until the heap has its final size
         step(mesh, params, optimizer, grads)
     before = settled()
     for _ in range(num_steps):
@@ -98,23 +99,23 @@ def growth_over(num_steps: int) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_five_thousand_steps_leave_everything_as_it_was():
-    # a job of the pool has a deadline: twice 2,550 steps, of which the last 850 are measured
+def test_five_thousand_steps_leak_nothing():
+    # A job of the pool has a deadline: twice 2,550 steps, of which the last 850 are measured.
     jobs = [run_processes(4, growth_over, 850) for _ in range(2)]
-    for both in zip(*jobs, strict=True):
-        resident = min(more.pop("kB resident") for more in both)
-        assert not any(value for more in both for value in more.values()), both
-        assert resident < 800, "kB: one a step, in both, would be a leak"
+    for growths in zip(*jobs, strict=True):
+        resident = min(growth.pop("kB resident") for growth in growths)
+        assert not any(value for growth in growths for value in growth.values()), growths
+        assert resident < 800, "kB: growth of 1 kB in each step of both runs is a leak"
 
 
 def growth_over_optimizers(num: int) -> dict[str, int]:
-    """Optimizers that are made, stepped and dropped."""
+    """Construct, step and delete optimizers; return the growth."""
     mesh = mesh_of((2, 2))
     grads = [spread(g, mesh, (R, S0)) for g in tensors_like(SHAPES, 1)]
 
     def some(count: int) -> None:
         for _ in range(count):
-            params, optimizer = made(mesh)
+            params, optimizer = optimizer_on(mesh)
             step(mesh, params, optimizer, grads)
             del params, optimizer
 
@@ -124,11 +125,11 @@ def growth_over_optimizers(num: int) -> dict[str, int]:
     return growth_since(before)
 
 
-def test_two_hundred_optimizers_are_let_go():
-    for more in run_processes(4, growth_over_optimizers, 200):
-        resident = more.pop("kB resident")
-        assert not any(more.values()), more
-        assert resident < 20_000, "less than 100 kB each, and they hold 200"
+def test_two_hundred_optimizers_are_freed():
+    for growth in run_processes(4, growth_over_optimizers, 200):
+        resident = growth.pop("kB resident")
+        assert not any(growth.values()), growth
+        assert resident < 20_000, "kB: less than 100 each; an optimizer holds 200"
 
 
 def test_a_step_under_torch_s_debugging_wrapper():

@@ -1,6 +1,6 @@
-"""Parameters that do not train have no state and no place in the plan, until they begin to.
+"""Frozen parameters have no state and are in no plan, until they begin to train.
 
-Adapters (LoRA), alternating training (GANs), progressive unfreezing, and checkpoints of them.
+Adapters (LoRA), alternating training (GANs), progressive unfreezing, and their checkpoints.
 """
 
 import copy
@@ -55,7 +55,7 @@ def lora(dtype: torch.dtype, dim: int = 1024) -> LoRALinear:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.int8, torch.bool])
 def test_a_frozen_base_has_no_state_and_may_be_anything(dtype):
-    """All parameters are handed over, as HF's and torchtune's recipes do."""
+    """The optimizer gets all parameters, as in HF's and torchtune's recipes."""
     model = lora(dtype)
     optimizer = Muon(model.named_parameters(), lr=0.1)
     assert sum(v.numel() for s in optimizer.state.values() for v in s.values()) == 2048
@@ -68,23 +68,23 @@ def test_a_frozen_base_has_no_state_and_may_be_anything(dtype):
 
 
 def lora_sharded() -> bool:
-    """The same under FSDP2: bitwise torch.optim.Muon on the adapters alone."""
+    """Under FSDP2 the result is bitwise that of torch.optim.Muon on the trained layer."""
     torch.manual_seed(0)
     model, oracle = (
         nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 6, bias=False)) for _ in range(2)
     )
     oracle.load_state_dict(model.state_dict())
-    for each in (model, oracle):
-        each[0].weight.requires_grad_(False)
+    for net in (model, oracle):
+        net[0].weight.requires_grad_(False)
     fully_shard(model, mesh=mesh_of((2, 2)))
     optimizer = Muon(model.named_parameters(), lr=0.1, metrics_every=1)
-    theirs = torch.optim.Muon([oracle[1].weight], lr=0.1)
+    oracle_optimizer = torch.optim.Muon([oracle[1].weight], lr=0.1)
     x = torch.randn(4, 8)
     for _ in range(3):
-        for each, by in ((model, optimizer), (oracle, theirs)):
-            each(x).square().mean().backward()
-            by.step()
-            by.zero_grad()
+        for net, stepper in ((model, optimizer), (oracle, oracle_optimizer)):
+            net(x).square().mean().backward()
+            stepper.step()
+            stepper.zero_grad()
     assert "0.weight" not in str(optimizer.plan)
     assert optimizer.metrics()["grad_norm"] > 0
     return torch.equal(model[1].weight.full_tensor(), oracle[1].weight)
@@ -117,26 +117,26 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("adamw", [False, True])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_layers_that_train_by_turns_are_stepped_as_torch_does(schedule, adamw):
-    ours, theirs = two_layers()
-    for layer in (*ours, *theirs):  # all frozen when the optimizer is made
+def test_layers_that_train_in_turns_are_stepped_as_in_torch(schedule, adamw):
+    layers, torch_layers = two_layers()
+    for layer in (*layers, *torch_layers):  # all are frozen when the optimizer is constructed
         layer.weight.requires_grad_(False)
-    groups: Any = {"params": ours.parameters(), "lr": 0.1}
+    groups: Any = {"params": layers.parameters(), "lr": 0.1}
     if adamw:
         groups |= {"algorithm": "adamw", "betas": (0.9, 0.999), "weight_decay": 0.01}
     optimizer = Muon([groups])
     make = torch.optim.AdamW if adamw else torch.optim.Muon
-    oracle = make(theirs.parameters(), lr=0.1)
+    oracle = make(torch_layers.parameters(), lr=0.1)
     for step, active in enumerate(SCHEDULES[schedule]):
-        train_layer(ours, optimizer, active, 10 * step)
-        train_layer(theirs, oracle, active, 10 * step)
-        for a, b in zip(ours, theirs, strict=True):
+        train_layer(layers, optimizer, active, 10 * step)
+        train_layer(torch_layers, oracle, active, 10 * step)
+        for a, b in zip(layers, torch_layers, strict=True):
             assert torch.equal(a.weight, b.weight)
         assert len(optimizer.state) == len(oracle.state)
 
 
 def test_a_parameter_that_trained_once_stays_in_the_plan():
-    """Toggling every step, as GANs do, plans once."""
+    """Alternating every step, as GANs do, does not change the plan."""
     layers, _ = two_layers()
     optimizer = Muon(layers.parameters())
     digests = set()
@@ -170,40 +170,40 @@ def test_a_parameter_unfrozen_on_one_rank_is_an_error_on_all():
 
 
 def plain_shards_unfrozen() -> bool:
-    """Under process groups whose ranks tell each other the sizes of plain shards, once."""
+    """FSDP1 under process groups, whose ranks exchange the sizes of plain shards once."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
     oracle = copy.deepcopy(model)
     wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
     config = create_auto_config(fsdp_process_group=dist.group.WORLD)
     optimizer = Muon(wrapped.named_parameters(), lr=0.1, distributed_config=config)
-    theirs = torch.optim.Muon(oracle.parameters(), lr=0.1)
+    oracle_optimizer = torch.optim.Muon(oracle.parameters(), lr=0.1)
     x = torch.randn(4, 8)
     for _ in range(3):
-        for each, by in ((wrapped, optimizer), (oracle, theirs)):
-            each(x).square().mean().backward()
-            by.step()
-            by.zero_grad()
+        for net, stepper in ((wrapped, optimizer), (oracle, oracle_optimizer)):
+            net(x).square().mean().backward()
+            stepper.step()
+            stepper.zero_grad()
     with FullyShardedDataParallel.summon_full_params(wrapped):
         pairs = zip(wrapped.parameters(), oracle.parameters(), strict=True)
         return all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_fsdp1_still_steps_all_that_train():
+def test_fsdp1_steps_all_trainable_parameters():
     assert all(run_processes(2, plain_shards_unfrozen))
 
 
 def resumed(folder: str, strict: bool) -> Any:
-    """Saved with a frozen layer, resumed with it, and with an adapter that is new."""
+    """Save with a frozen layer, and resume with it and a new adapter."""
     torch.manual_seed(0)
     mesh = mesh_of((2,))
 
     def model(adapter: bool) -> nn.Module:
         parts = [nn.Linear(8, 8, bias=False), nn.Linear(8, 8)]
         parts += [nn.Linear(8, 8, bias=False)] * adapter
-        made = nn.Sequential(*parts)
-        made[0].weight.requires_grad_(False)
-        return fully_shard(made, mesh=mesh)
+        net = nn.Sequential(*parts)
+        net[0].weight.requires_grad_(False)
+        return fully_shard(net, mesh=mesh)
 
     def step(model: nn.Module, optimizer: Muon) -> None:
         model(torch.ones(2, 8)).square().mean().backward()
@@ -213,7 +213,7 @@ def resumed(folder: str, strict: bool) -> Any:
     first = model(False)
     optimizer = Muon(group_parameters(first), lr=0.1)
     step(first, optimizer)
-    # the layer trains for a while, and is frozen again: torch saves its state, and never loads it
+    # The layer trains for a step and is frozen again: torch saves its state, but does not load it.
     optimizer.add_param_group({"params": [("0.weight", first[0].weight)], "algorithm": "muon"})
     first[0].weight.requires_grad_(True)
     step(first, optimizer)
@@ -234,25 +234,25 @@ def resumed(folder: str, strict: bool) -> Any:
         set_optimizer_state_dict(second, other, template, options=options)
     except (RuntimeError, CheckpointError) as error:
         return str(error)
-    kept = other.state[second[1].weight]["momentum_buffer"].full_tensor()
-    saved = optimizer.state[first[1].weight]["momentum_buffer"].full_tensor()
+    loaded_momentum = other.state[second[1].weight]["momentum_buffer"].full_tensor()
+    saved_momentum = optimizer.state[first[1].weight]["momentum_buffer"].full_tensor()
     frozen = other.state.get(second[0].weight, {})
-    fresh = other.state[second[2].weight]["momentum_buffer"].full_tensor()
+    new_momentum = other.state[second[2].weight]["momentum_buffer"].full_tensor()
     step(second, other)
-    return torch.equal(kept, saved), dict(frozen), bool(fresh.any())
+    return torch.equal(loaded_momentum, saved_momentum), dict(frozen), bool(new_momentum.any())
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_absent_state_starts_afresh_where_torch_lets_it(tmp_path, strict):
-    for found in run_processes(2, resumed, str(tmp_path / str(strict)), strict):
+def test_missing_state_starts_at_zero_if_torch_allows_it(tmp_path, strict):
+    for outcome in run_processes(2, resumed, str(tmp_path / str(strict)), strict):
         if strict:
-            assert "Missing optimizer state for parameter '2.weight'" in found
+            assert "Missing optimizer state for parameter '2.weight'" in outcome
         else:
-            assert found == (True, {}, False)
+            assert outcome == (True, {}, False)
 
 
-def test_state_that_is_missing_by_number_is_still_an_error():
-    """As saved by torch.save: nothing but damage can take a trained parameter's state away."""
+def test_state_that_is_missing_by_number_raises():
+    """In a state dict by numbers, the state of a trained parameter is missing only by damage."""
     layers, _ = two_layers()
     optimizer = Muon(layers.parameters())
     train_layer(layers, optimizer, [0, 1], 0)
@@ -260,7 +260,7 @@ def test_state_that_is_missing_by_number_is_still_an_error():
     layers[0].weight.requires_grad_(True)
     saved = optimizer.state_dict()
     del saved["state"][0]
-    with pytest.raises(CheckpointError, match="not whole"):
+    with pytest.raises(CheckpointError, match="the checkpoint is incomplete"):
         optimizer.load_state_dict(saved)
     layers[0].weight.requires_grad_(False)
     layers[0].weight.grad = None
@@ -269,7 +269,7 @@ def test_state_that_is_missing_by_number_is_still_an_error():
 
 
 def fsdp1_checkpoint() -> list[str]:
-    """Ranks that hold nothing of a parameter are given no state of it."""
+    """Ranks that hold no element of a parameter get no state of it."""
     model = FullyShardedDataParallel(
         nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)),
         use_orig_params=True,
@@ -281,7 +281,7 @@ def fsdp1_checkpoint() -> list[str]:
     optimizer.step()
     momenta = {p: optimizer.state[p]["momentum_buffer"].clone() for p in model.parameters()}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, of its own ShardedTensor
+        warnings.simplefilter("ignore")  # torch warns about its own ShardedTensor
         saved = get_optimizer_state_dict(model, optimizer)
         set_optimizer_state_dict(model, optimizer, saved)
     optimizer.zero_grad()
@@ -299,42 +299,42 @@ def test_fsdp1_checkpoints_load_on_ranks_that_hold_nothing():
     assert run_processes(4, fsdp1_checkpoint) == [[]] * 4
 
 
-def test_a_step_count_that_is_a_number_is_taken(caplog):
-    """Of an old torch.optim.AdamW; its functional code wants tensors."""
-    ours, theirs = (nn.Parameter(tensors_like([(5,)], 0)[0]) for _ in range(2))
-    oracle = torch.optim.AdamW([theirs], lr=0.1)
-    optimizer = Muon([{"params": [ours], "algorithm": "adamw"}])
-    theirs.grad = torch.ones(5)
+def test_a_step_count_that_is_a_number_loads(caplog):
+    """Older versions of torch.optim.AdamW saved numbers; its functional code needs tensors."""
+    param, torch_param = (nn.Parameter(tensors_like([(5,)], 0)[0]) for _ in range(2))
+    oracle = torch.optim.AdamW([torch_param], lr=0.1)
+    optimizer = Muon([{"params": [param], "algorithm": "adamw"}])
+    torch_param.grad = torch.ones(5)
     oracle.step()
     saved = copy.deepcopy(oracle.state_dict())
     saved["state"][0]["step"] = 1
     with caplog.at_level(logging.WARNING):
         optimizer.load_state_dict(saved)
-    ours.data.copy_(theirs)
-    ours.grad = torch.ones(5)
-    for each in (optimizer, oracle):
-        each.step()
-    assert torch.equal(ours, theirs)
-    assert isinstance(optimizer.state[ours]["step"], Tensor)
-    assert local_part(optimizer.state[ours]["step"]) == 2
+    param.data.copy_(torch_param)
+    param.grad = torch.ones(5)
+    for stepper in (optimizer, oracle):
+        stepper.step()
+    assert torch.equal(param, torch_param)
+    assert isinstance(optimizer.state[param]["step"], Tensor)
+    assert local_part(optimizer.state[param]["step"]) == 2
 
 
-def test_state_that_the_user_clears_starts_afresh():
-    """As in torch: `optimizer.state.clear()` is how people reset an optimizer."""
-    ours, theirs = two_layers()
-    optimizer = Muon(ours.parameters(), lr=0.1)
-    oracle = torch.optim.Muon(theirs.parameters(), lr=0.1)
+def test_state_that_the_user_clears_starts_at_zero():
+    """As in torch, `optimizer.state.clear()` resets an optimizer."""
+    layers, torch_layers = two_layers()
+    optimizer = Muon(layers.parameters(), lr=0.1)
+    oracle = torch.optim.Muon(torch_layers.parameters(), lr=0.1)
     for step in range(3):
-        train_layer(ours, optimizer, [0, 1], step)
-        train_layer(theirs, oracle, [0, 1], step)
+        train_layer(layers, optimizer, [0, 1], step)
+        train_layer(torch_layers, oracle, [0, 1], step)
         optimizer.state.clear()
         oracle.state.clear()
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(layers, torch_layers, strict=True):
         assert torch.equal(a.weight, b.weight)
 
 
 def frozen_then(path: str) -> Any:
-    """Saved while a layer was frozen, loaded once it trains: by number, as torch.save keeps it."""
+    """Save by numbers while a layer is frozen, and load into an optimizer that trains it."""
     layers, twins = two_layers()
     layers[0].weight.requires_grad_(False)
     optimizer = Muon(layers.parameters(), lr=0.1)
@@ -345,20 +345,19 @@ def frozen_then(path: str) -> Any:
     return optimizer, other, layers, twins
 
 
-def test_a_layer_that_was_frozen_when_it_was_saved_starts_afresh(tmp_path, caplog):
+def test_the_state_of_a_layer_that_was_frozen_at_saving_starts_at_zero(tmp_path, caplog):
     optimizer, other, layers, twins = frozen_then(str(tmp_path / "state.pt"))
     assert (
-        "the checkpoint has no optimizer state for 1 parameters; theirs starts at zero"
-        in caplog.text
+        "the checkpoint has no optimizer state for 1 parameters; it starts at zero" in caplog.text
     )
     assert not other.state[twins[0].weight]["momentum_buffer"].any()
-    mine, theirs = other.state[twins[1].weight], optimizer.state[layers[1].weight]
-    assert torch.equal(mine["momentum_buffer"], theirs["momentum_buffer"])
+    loaded_state, saved_state = other.state[twins[1].weight], optimizer.state[layers[1].weight]
+    assert torch.equal(loaded_state["momentum_buffer"], saved_state["momentum_buffer"])
     train_layer(twins, other, [0, 1], 1)
 
 
 def test_state_follows_a_change_of_algorithm(caplog):
-    """And can be saved and loaded after it."""
+    """It can be saved and loaded afterwards."""
     layers, _ = two_layers()
     optimizer = Muon(layers.parameters(), lr=0.1, normuon_beta=0.9)
     train_layer(layers, optimizer, [0, 1], 0)
@@ -378,7 +377,7 @@ def test_state_follows_a_change_of_algorithm(caplog):
 
 
 def changed_on_one_rank(how: str, masked: bool) -> list[str]:
-    """What each of three steps raises after rank 0 alone has changed something."""
+    """Return what each of three steps raises after only rank 0 has changed something."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
     weight = nn.Parameter(spread(torch.ones(8, 8), mesh, (R, S0)))
     expert = nn.Parameter(spread(torch.ones(8, 8), mesh["ep"], (S0,)), requires_grad=False)
@@ -443,15 +442,17 @@ def changes_on_one_rank(how: str, masked: bool) -> list[str]:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("how", ON_ONE_RANK)
-def test_a_change_on_one_rank_stops_all_or_none(how, masked):
-    """Nobody waits for the timeout, also on the road of a GPU, where a bad step is masked."""
+def test_a_change_on_one_rank_raises_on_all_ranks_or_none(how, masked):
+    """No rank runs into the timeout, also with masked steps as on a GPU."""
     for rank, raised in enumerate(run_processes(4, changes_on_one_rank, how, masked)):
         if how == "clear":
             assert raised == [""] * 3
         else:
-            own = {"GroupOptionError", "PlanMismatchError"} if rank == 0 else {"PlanMismatchError"}
-            errors = {*own, "RuntimeError"}
-            if masked:  # what one step finds the next one raises, before it compares anything
+            rank_errors = (
+                {"GroupOptionError", "PlanMismatchError"} if rank == 0 else {"PlanMismatchError"}
+            )
+            errors = {*rank_errors, "RuntimeError"}
+            if masked:  # the next step raises the error of a masked one, before ranks compare
                 assert (raised[0], raised[2]) == ("", "")
                 assert raised[1] in errors
             else:
@@ -459,7 +460,7 @@ def test_a_change_on_one_rank_stops_all_or_none(how, masked):
 
 
 def unfrozen_on_all(masked: bool) -> bool:
-    """Under a mask too the new plan is taken in the step that all ranks change it in."""
+    """All ranks switch to the new plan in the step in which they unfreeze, also if masked."""
     mesh = mesh_of((2, 2))
     params = [nn.Parameter(spread(w, mesh, (R, S0))) for w in tensors_like([(8, 6)] * 2, 0)]
     twins = [nn.Parameter(p.full_tensor().detach().clone()) for p in params]
@@ -484,15 +485,15 @@ def unfrozen_on_all(masked: bool) -> bool:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_unfreezing_on_all_ranks_loses_no_step(masked):
+def test_unfreezing_on_all_ranks_takes_effect_in_the_same_step(masked):
     assert all(run_processes(4, unfrozen_on_all, masked))
 
 
 def full_state_of_a_frozen_layer(normuon_beta: float | None) -> bool:
-    """Trained and saved whole, loaded into a model in which the layer is frozen."""
+    """Load the full state of a trained layer into a model in which the layer is frozen."""
     mesh = mesh_of((2, 2))
 
-    def made(frozen: bool) -> tuple[nn.Module, Muon]:
+    def sharded_model(frozen: bool) -> tuple[nn.Module, Muon]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 12, bias=False), nn.Linear(12, 8))
         fully_shard(model, mesh=mesh)
@@ -503,21 +504,21 @@ def full_state_of_a_frozen_layer(normuon_beta: float | None) -> bool:
         muon = {"params": matrices, "normuon_beta": normuon_beta}
         return model, Muon([muon, {"params": vectors, "algorithm": "adamw"}])
 
-    model, optimizer = made(frozen=False)
+    model, optimizer = sharded_model(frozen=False)
     model(torch.ones(4, 8)).square().mean().backward()
     optimizer.step()
     options = StateDictOptions(full_state_dict=True)
     saved = get_optimizer_state_dict(model, optimizer, options=options)
     weights = get_model_state_dict(model, options=options)
-    twin, other = made(frozen=True)
+    twin, other = sharded_model(frozen=True)
     load_full_state_dict(twin, other, weights, saved)
-    kept = [optimizer.state[model[1].weight], other.state.get(twin[1].weight, {})]
+    states = [optimizer.state[model[1].weight], other.state.get(twin[1].weight, {})]
     twin[1].requires_grad_(True)
     twin(torch.ones(4, 8)).square().mean().backward()
     if normuon_beta is None:
-        same = torch.equal(*(local_part(state["momentum_buffer"]) for state in kept))
-    else:  # how its row moments are cut is planned when it trains: all its state starts at zero
-        same = not kept[1]
+        same = torch.equal(*(local_part(state["momentum_buffer"]) for state in states))
+    else:  # row moments need a layout from the plan, so all state starts at zero
+        same = not states[1]
     other.step()
     return same
 

@@ -1,4 +1,4 @@
-"""`optimizer.metrics()`: numbers of one process, whatever the layout."""
+"""`optimizer.metrics()` gives the numbers of one process in every layout."""
 
 import math
 from typing import Any
@@ -25,7 +25,7 @@ SHAPES = [(7, 5), (6, 12), (3, 4, 5), (9,)]
 
 
 def measured(layout: Any, **options: Any) -> tuple[dict[str, float], Any]:
-    """The metrics of the third step, and the optimizer."""
+    """Return the metrics of the third step, and the optimizer."""
     mesh = mesh_of(layout[0]) if layout else None
 
     def placed(tensor: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ def measured(layout: Any, **options: Any) -> tuple[dict[str, float], Any]:
 
 
 def expected() -> dict[str, float]:
-    """By hand, on one process: torch's optimizers, and differences of parameters."""
+    """Compute the metrics on one process from torch's optimizers and changes of parameters."""
     weights = tensors_like(SHAPES, 0)
     params = [nn.Parameter(w.clone()) for w in weights]
     parts = [[nn.Parameter(m.clone()) for m in weights[2].unbind()]]
@@ -65,33 +65,33 @@ def expected() -> dict[str, float]:
         before = [[p.detach().clone() for p in group] for group in groups]
         for oracle in oracles:
             oracle.step()
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     keys = ("momentum_buffer", "momentum_buffer", "exp_avg")
-    for index, (group, old, oracle, key) in enumerate(
+    for index, (group, old_params, oracle, key) in enumerate(
         zip(groups, before, oracles, keys, strict=True)
     ):
 
         def norm(tensors: list[torch.Tensor]) -> float:
             return float(torch.cat([t.detach().double().flatten() for t in tensors]).norm())
 
-        found[f"group{index}/grad_norm"] = norm([p.grad for p in group])
-        found[f"group{index}/param_norm"] = norm(group)
-        found[f"group{index}/momentum_norm"] = norm([oracle.state[p][key] for p in group])
-        update = norm([p - q for p, q in zip(group, old, strict=True)])
-        found[f"group{index}/update_norm"] = update
+        values[f"group{index}/grad_norm"] = norm([p.grad for p in group])
+        values[f"group{index}/param_norm"] = norm(group)
+        values[f"group{index}/momentum_norm"] = norm([oracle.state[p][key] for p in group])
+        update = norm([p - q for p, q in zip(group, old_params, strict=True)])
+        values[f"group{index}/update_norm"] = update
         numel = sum(p.numel() for p in group)
-        found[f"group{index}/update_rms"] = update / math.sqrt(numel)
-        found[f"group{index}/lr"] = 0.1 * (index + 1)
+        values[f"group{index}/update_rms"] = update / math.sqrt(numel)
+        values[f"group{index}/lr"] = 0.1 * (index + 1)
     scale = (35 * math.sqrt(7 / 5) + 72) / (35 + 72)
-    found["group0/effective_lr"] = 0.1 * scale
-    found["group1/effective_lr"] = 0.2 * 0.2 * math.sqrt(5)
-    found["group2/effective_lr"] = 0.3
-    found["grad_norm"] = math.sqrt(sum(found[f"group{i}/grad_norm"] ** 2 for i in range(3)))
-    return found
+    values["group0/effective_lr"] = 0.1 * scale
+    values["group1/effective_lr"] = 0.2 * 0.2 * math.sqrt(5)
+    values["group2/effective_lr"] = 0.3
+    values["grad_norm"] = math.sqrt(sum(values[f"group{i}/grad_norm"] ** 2 for i in range(3)))
+    return values
 
 
-def agrees(found: dict[str, float], layout: Any) -> bool:
-    return all(math.isclose(found[key], value, rel_tol=2e-5) for key, value in expected().items())
+def agrees(metrics: dict[str, float], layout: Any) -> bool:
+    return all(math.isclose(metrics[key], value, rel_tol=2e-5) for key, value in expected().items())
 
 
 @pytest.mark.parametrize(
@@ -110,29 +110,29 @@ def test_numbers_are_those_of_one_process(layout):
         assert agrees(measured(None)[0], None)
         return
     num_ranks = math.prod(layout[0])
-    for found, _ in run_threads(num_ranks, measured, layout):
-        assert agrees(found, layout)
+    for metrics, _ in run_threads(num_ranks, measured, layout):
+        assert agrees(metrics, layout)
 
 
 def plain_and_replicated() -> dict[str, float]:
-    """DDP's plain tensors, which a config replicates."""
+    """Return the metrics of plain tensors that a config declares as replicated, as under DDP."""
     config = create_devicemesh_config(mesh_of((4,)))
     return measured(None, distributed_config=config)[0]
 
 
 def test_replicated_plain_tensors_count_once():
-    for found in run_threads(4, plain_and_replicated):
-        assert agrees(found, None)
+    for metrics in run_threads(4, plain_and_replicated):
+        assert agrees(metrics, None)
 
 
 def bytes_and_seconds(layout: Any) -> tuple[dict[str, float], int]:
-    found, optimizer = measured(layout, strategy="owned")
+    metrics, optimizer = measured(layout, strategy="owned")
     cost = optimizer.plan.cost
-    return found, cost.sent_nbytes[torch.distributed.get_rank()]
+    return metrics, cost.sent_nbytes[torch.distributed.get_rank()]
 
 
 def bytes_of_moments(layout: Any) -> tuple[float, int, int]:
-    """Told by the metrics, planned without the moments, and what moments were summed in a step."""
+    """Return the bytes by the metrics, those planned without row moments, and those of moments."""
     reduced: list[int] = []
     reduce = row_moments.all_reduce_sum
 
@@ -142,51 +142,55 @@ def bytes_of_moments(layout: Any) -> tuple[float, int, int]:
         reduce(values, group)
 
     with mock.patch.object(row_moments, "all_reduce_sum", counted):
-        found, optimizer = measured(layout, strategy="owned", normuon_beta=0.9)
-    return found["sent_nbytes"], optimizer.plan.cost.sent_nbytes[dist.get_rank()], sum(reduced) // 3
+        metrics, optimizer = measured(layout, strategy="owned", normuon_beta=0.9)
+    return (
+        metrics["sent_nbytes"],
+        optimizer.plan.cost.sent_nbytes[dist.get_rank()],
+        sum(reduced) // 3,
+    )
 
 
 def test_bytes_of_row_moments_are_counted():
-    """As those of the rank that holds the most of them, on every rank; see `moments.Reduction`."""
+    """Every rank counts the bytes of the rank with the most moments; see `Reduction`."""
     ranks = run_processes(4, bytes_of_moments, ((2, 2), (R, S0)))
     fullest = max(moments for _, _, moments in ranks)
     assert fullest > 0
-    assert [told - planned for told, planned, _ in ranks] == [fullest] * 4
+    assert [measured_nbytes - planned for measured_nbytes, planned, _ in ranks] == [fullest] * 4
 
 
 def test_bytes_and_seconds():
-    for found, planned in run_processes(4, bytes_and_seconds, ((2, 2), (R, S0))):
-        assert found["sent_nbytes"] == planned > 0
+    for metrics, planned in run_processes(4, bytes_and_seconds, ((2, 2), (R, S0))):
+        assert metrics["sent_nbytes"] == planned > 0
         phases = {"unshard", "wait", "orthogonalize", "reshard", "apply"}
-        assert {key for key in found if key.startswith("seconds/")} == {
+        assert {key for key in metrics if key.startswith("seconds/")} == {
             f"seconds/{phase}" for phase in phases
         }
-        assert all(found[f"seconds/{phase}"] >= 0 for phase in phases)
+        assert all(metrics[f"seconds/{phase}"] >= 0 for phase in phases)
 
 
 def residuals(layout: Any) -> list[float]:
-    """Of steps one by one."""
+    """Return the residual of each of four steps."""
     mesh = mesh_of(layout[0])
     grads = tensors_like(SHAPES[:2], 1)
     params = [nn.Parameter(spread(torch.zeros_like(g), mesh, layout[1])) for g in grads]
     optimizer = Muon(params, metrics_every=1, strategy="owned", momentum=0.0, nesterov=False)
-    found = []
+    values = []
     for _ in range(4):
         for param, grad in zip(params, grads, strict=True):
             param.grad = spread(grad, mesh, layout[1])
         optimizer.step()
-        found.append(optimizer.metrics()["orthogonality_residual"])
-    return found
+        values.append(optimizer.metrics()["orthogonality_residual"])
+    return values
 
 
 @pytest.mark.parametrize("layout", [((4,), (S0,)), ((2, 2), (R, S1)), ((4,), (R,))], ids=str)
-def test_every_rank_has_the_residual_of_one_matrix_and_they_take_turns(layout):
+def test_every_rank_has_the_residual_of_one_matrix_a_different_one_each_step(layout):
     expected = {
         round(float(orthogonality_residual(newton_schulz(grad))), 6)
         for grad in tensors_like(SHAPES[:2], 1)
     }
     ranks = run_threads(4, residuals, layout)
-    assert all(found == ranks[0] for found in ranks)
+    assert all(values == ranks[0] for values in ranks)
     assert {round(number, 6) for number in ranks[0]} == expected
     assert ranks[0][:2] == ranks[0][2:]
 
@@ -199,14 +203,14 @@ def test_orthogonality_residual():
     assert orthogonality_residual(torch.zeros(3, 5)) == pytest.approx(1.0)
 
 
-def test_metrics_must_be_asked_for():
+def test_metrics_without_metrics_every_raise():
     param = nn.Parameter(torch.ones(2, 2))
     optimizer = Muon([param])
     param.grad = torch.ones(2, 2)
     optimizer.step()
     with pytest.raises(RuntimeError, match="construct Muon with metrics_every"):
         optimizer.metrics()
-    with pytest.raises(ValueError, match="metrics_every is a number of steps, got -1"):
+    with pytest.raises(ValueError, match=r"metrics_every must be a number of steps.*got -1"):
         Muon([param], metrics_every=-1)
     config = DistributedConfig(lambda p, s: {0: 0}, lambda t, o, s: t, lambda t, o, s: t, {})
     with pytest.raises(GroupOptionError, match="metrics_every needs a plan"):
@@ -225,7 +229,7 @@ def measured_on_some() -> str:
     return ""
 
 
-def test_measuring_on_some_ranks_only_is_told():
+def test_measuring_on_some_ranks_only_raises_on_all():
     for text in run_processes(4, measured_on_some):
         assert text.startswith("PlanMismatchError")
         assert "measured=True" in text
@@ -238,15 +242,15 @@ def test_measuring_changes_nothing():
         assert all(map(torch.equal, a["params"], b["params"]))
 
 
-def test_a_trace_of_the_user_goes_on():
-    found, optimizer = measured(None, trace=True)
+def test_measured_steps_are_in_the_user_s_trace():
+    metrics, optimizer = measured(None, trace=True)
     assert {span.step for span in optimizer.trace.spans} == {0, 1, 2}
-    whole = sum(s.stop - s.start for s in optimizer.trace.spans if s.step == 2)
-    assert sum(v for k, v in found.items() if k.startswith("seconds/")) == pytest.approx(whole)
+    seconds = sum(s.stop - s.start for s in optimizer.trace.spans if s.step == 2)
+    assert sum(v for k, v in metrics.items() if k.startswith("seconds/")) == pytest.approx(seconds)
 
 
 def with_partial_gradients() -> dict[str, float]:
-    """Each rank holds a part of the sum, as tensor parallelism leaves it."""
+    """Return the metrics of a Partial gradient, as in tensor parallelism."""
     mesh = mesh_of((2,))
     param = nn.Parameter(spread(torch.zeros(4, 6), mesh, (R,)))
     optimizer = Muon([param], metrics_every=1)
@@ -257,13 +261,13 @@ def with_partial_gradients() -> dict[str, float]:
 
 
 def test_partial_gradients_count_with_their_sum():
-    for found in run_threads(2, with_partial_gradients):
-        assert found["grad_norm"] == pytest.approx(3 * math.sqrt(24))
-        assert found["group0/grad_norm"] == found["grad_norm"]
+    for metrics in run_threads(2, with_partial_gradients):
+        assert metrics["grad_norm"] == pytest.approx(3 * math.sqrt(24))
+        assert metrics["group0/grad_norm"] == metrics["grad_norm"]
 
 
 def with_moved_and_missing_gradients() -> float:
-    """A gradient on the mesh of its parameter, placed otherwise; another on one rank only."""
+    """Return the norm of a gradient with other placements, and of one on one rank only."""
     mesh = mesh_of((2,))
     params = [nn.Parameter(spread(torch.zeros(4, 6), mesh, (S0,))) for _ in range(2)]
     optimizer = Muon(params, metrics_every=1, missing_grad="zero")
@@ -275,8 +279,8 @@ def with_moved_and_missing_gradients() -> float:
 
 
 def test_gradients_count_as_the_step_uses_them():
-    for found in run_threads(2, with_moved_and_missing_gradients):
-        assert found == pytest.approx(math.sqrt(24 + 12))
+    for grad_norm in run_threads(2, with_moved_and_missing_gradients):
+        assert grad_norm == pytest.approx(math.sqrt(24 + 12))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -286,13 +290,13 @@ def test_every_dtype_is_measured(dtype):
     (param.grad,) = tensors_like([(4, 6)], 1, dtype)
     before = param.detach().double().clone()
     optimizer.step()
-    found = optimizer.metrics()
-    assert found["grad_norm"] == pytest.approx(float(param.grad.double().norm()))
+    metrics = optimizer.metrics()
+    assert metrics["grad_norm"] == pytest.approx(float(param.grad.double().norm()))
     change = float((param.detach().double() - before).norm())
-    assert found["group0/update_norm"] == pytest.approx(change)
+    assert metrics["group0/update_norm"] == pytest.approx(change)
 
 
-def test_metrics_wait_for_momenta_on_their_way_to_the_host():
+def test_metrics_wait_for_copies_of_momenta_to_the_host():
     param = nn.Parameter(torch.ones(4, 6))
     optimizer = Muon([param], metrics_every=1, offload_momentum=True)
     param.grad = torch.ones(4, 6)
@@ -314,7 +318,7 @@ def test_metrics_wait_for_momenta_on_their_way_to_the_host():
 
 
 def wrong_when_measured() -> list[str]:
-    """Rank 0 cannot step, under a mask, when all measure: ranks measure the same steps after it."""
+    """Return the errors of masked steps, where rank 0 has a fault in the step that is measured."""
     mesh = mesh_of((2, 2))
     param = nn.Parameter(spread(torch.ones(16, 8), mesh, (R, S0)))
     optimizer = Muon([("w", param)], lr=0.1, metrics_every=2)
@@ -332,7 +336,7 @@ def wrong_when_measured() -> list[str]:
     return raised
 
 
-def test_a_fault_at_a_measured_step_leaves_ranks_together():
+def test_after_a_fault_in_a_measured_step_ranks_measure_the_same_steps():
     for rank, raised in enumerate(run_processes(4, wrong_when_measured)):
         error = "GroupOptionError" if rank == 0 else "RuntimeError"
         assert raised == ["", "", error, "", "", "", ""]

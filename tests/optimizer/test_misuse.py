@@ -1,4 +1,4 @@
-"""What people do wrong, or oddly, with an optimizer on several ranks: told on all, or harmless."""
+"""Misuse of an optimizer on several ranks: it raises on all ranks, or is harmless."""
 
 import logging
 import multiprocessing
@@ -25,10 +25,10 @@ from tests.support.threads import run_threads
 
 R, S0 = Replicate(), Shard(0)
 SHAPES = [(8, 4), (4, 8)]
-Made = tuple[Any, list[nn.Parameter], Muon]
+ShardedOptimizer = tuple[Any, list[nn.Parameter], Muon]
 
 
-def made(**options: Any) -> Made:
+def sharded_optimizer(**options: Any) -> ShardedOptimizer:
     mesh = mesh_of((4,))
     params = [nn.Parameter(spread(w, mesh, (S0,))) for w in tensors_like(SHAPES, 0)]
     return mesh, params, Muon(params, lr=0.1, strategy="owned", **options)
@@ -43,8 +43,8 @@ def shards(params: list[nn.Parameter]) -> list[torch.Tensor]:
     return [local_part(p.detach()).clone() for p in params]
 
 
-def told(step: Callable[[], Any], params: list[nn.Parameter]) -> tuple[str, str, bool]:
-    """Type and text of what a step raises, and whether parameters are as they were."""
+def error_of(step: Callable[[], Any], params: list[nn.Parameter]) -> tuple[str, str, bool]:
+    """Return type and text of what a step raises, and whether parameters are unchanged."""
     before = shards(params)
     try:
         step()
@@ -55,39 +55,39 @@ def told(step: Callable[[], Any], params: list[nn.Parameter]) -> tuple[str, str,
 
 
 def in_inference_mode() -> bool:
-    """Buffers are kept between steps: they must not become inference tensors."""
-    mesh, params, optimizer = made()
-    _, others, oracle = made()
+    """Buffers are reused between steps: they must not become inference tensors."""
+    mesh, params, optimizer = sharded_optimizer()
+    _, oracle_params, oracle = sharded_optimizer()
     for step in range(3):
         set_grads(mesh, params, step)
-        set_grads(mesh, others, step)
+        set_grads(mesh, oracle_params, step)
         with torch.inference_mode(mode=step != 1):
             optimizer.step()
         oracle.step()
-    return all(map(torch.equal, shards(params), shards(others)))
+    return all(map(torch.equal, shards(params), shards(oracle_params)))
 
 
-def test_a_step_in_inference_mode_is_a_step():
+def test_a_step_in_inference_mode_gives_the_same_result():
     assert all(run_processes(4, in_inference_mode))
 
 
 def with_the_group_destroyed() -> tuple[str, str, bool]:
-    mesh, params, optimizer = made()
+    mesh, params, optimizer = sharded_optimizer()
     set_grads(mesh, params, 0)
     optimizer.step()
     dist.barrier()
     dist.destroy_process_group()
-    return told(optimizer.step, params)
+    return error_of(optimizer.step, params)
 
 
-def test_a_destroyed_process_group_is_told():
+def test_a_destroyed_process_group_raises():
     for name, text, same in run_processes(4, with_the_group_destroyed):
         assert (name, same) == ("RuntimeError", True)
         assert "or the process group was destroyed" in text
 
 
 def two_in_different_order() -> tuple[str, str, bool]:
-    mesh, params, first = made()
+    mesh, params, first = sharded_optimizer()
     other = [nn.Parameter(spread(w, mesh, (S0,))) for w in tensors_like(SHAPES[:1], 7)]
     second = Muon(other, lr=0.1, strategy="owned")
     set_grads(mesh, params, 0)
@@ -95,10 +95,10 @@ def two_in_different_order() -> tuple[str, str, bool]:
     first.step()
     second.step()
     order = [first, second] if dist.get_rank() % 2 else [second, first]
-    return told(lambda: [optimizer.step() for optimizer in order], [*params, *other])
+    return error_of(lambda: [optimizer.step() for optimizer in order], [*params, *other])
 
 
-def test_two_optimizers_in_different_order_are_told():
+def test_two_optimizers_stepped_in_different_order_raise():
     for name, text, same in run_processes(4, two_in_different_order):
         assert (name, same) == ("PlanMismatchError", True)
         assert "2 ranks (0, 2): no further parameter" in text
@@ -107,12 +107,12 @@ def test_two_optimizers_in_different_order_are_told():
 def other_version() -> tuple[str, str, bool]:
     version = table.VERSIONS if dist.get_rank() != 3 else "muon_dtensor 9.9, torch 2.13.0"
     with mock.patch.object(table, "VERSIONS", version):
-        mesh, params, optimizer = made()
+        mesh, params, optimizer = sharded_optimizer()
         set_grads(mesh, params, 0)
-        return told(optimizer.step, params)
+        return error_of(optimizer.step, params)
 
 
-def test_another_version_on_one_rank_is_told():
+def test_another_version_on_one_rank_raises_on_all():
     for name, text, same in run_processes(4, other_version):
         assert (name, same) == ("PlanMismatchError", True)
         assert "run different versions" in text
@@ -120,7 +120,7 @@ def test_another_version_on_one_rank_is_told():
 
 
 def group_changed(how: str) -> tuple[str, str, bool]:
-    mesh, params, optimizer = made()
+    mesh, params, optimizer = sharded_optimizer()
     set_grads(mesh, params, 0)
     optimizer.step()
     if dist.get_rank() == 2:
@@ -134,13 +134,13 @@ def group_changed(how: str) -> tuple[str, str, bool]:
     for param, grad in zip(params, tensors_like(SHAPES, 1), strict=True):
         if param.requires_grad:
             param.grad = spread(grad, mesh, (S0,))
-    return told(optimizer.step, params)
+    return error_of(optimizer.step, params)
 
 
 @pytest.mark.parametrize(
     ("how", "error"), [("requires_grad", "RuntimeError"), ("added", "PlanMismatchError")]
 )
-def test_a_group_changed_on_one_rank_is_told_at_the_next_step(how, error):
+def test_a_group_changed_on_one_rank_raises_on_all_at_the_next_step(how, error):
     answers = run_processes(4, group_changed, how)
     assert all(same for _, _, same in answers)
     assert {name for name, _, _ in answers} <= {error, "MissingGradientError"}
@@ -148,7 +148,7 @@ def test_a_group_changed_on_one_rank_is_told_at_the_next_step(how, error):
 
 
 def without_gradients() -> tuple[bool, bool]:
-    mesh, params, optimizer = made()
+    mesh, params, optimizer = sharded_optimizer()
     set_grads(mesh, params, 0)
     optimizer.step()
     optimizer.zero_grad()
@@ -172,10 +172,10 @@ ODD_GRADIENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def odd_gradient(kind: str) -> tuple[bool, bool]:
-    """Whether all is finite, and as a contiguous gradient gives it."""
+    """Return whether the result is finite, and equals that of a contiguous gradient."""
     results = []
     for contiguous in (False, True):
-        _, params, optimizer = made()
+        _, params, optimizer = sharded_optimizer()
         for step in range(2):
             for param, grad in zip(params, tensors_like(SHAPES, 1 + step), strict=True):
                 local = ODD_GRADIENTS[kind](local_part(spread(grad, param.device_mesh, (S0,))))
@@ -194,22 +194,22 @@ def odd_gradient(kind: str) -> tuple[bool, bool]:
 
 
 @pytest.mark.parametrize("kind", ODD_GRADIENTS)
-def test_odd_gradients_are_gradients(kind):
+def test_unusual_gradients_are_stepped(kind):
     assert run_processes(4, odd_gradient, kind) == [(True, True)] * 4
 
 
 def gradient_elsewhere() -> tuple[str, str, bool]:
-    """On one rank a gradient that lives on a mesh of other dims."""
-    mesh, params, optimizer = made()
+    """On one rank a gradient lives on a mesh with other dims."""
+    mesh, params, optimizer = sharded_optimizer()
     other = init_device_mesh("cpu", (2, 2), mesh_dim_names=("x", "y"))
     set_grads(mesh, params, 0)
     if dist.get_rank() == 1:
         (grad,) = tensors_like(SHAPES[:1], 1)
         params[0].grad = spread(grad, other, (S0, S0))
-    return told(optimizer.step, params)
+    return error_of(optimizer.step, params)
 
 
-def test_a_gradient_on_another_mesh_stops_all():
+def test_a_gradient_on_another_mesh_raises_on_all_ranks():
     answers = run_processes(4, gradient_elsewhere)
     assert all(name and same for name, _, same in answers), answers
     assert all("param.0" in text for _, text, _ in answers)
@@ -218,14 +218,14 @@ def test_a_gradient_on_another_mesh_stops_all():
 
 
 def without_synchronized_gradients() -> tuple[str, str, bool, bool]:
-    """FSDP2's way to accumulate: no gradient is there yet, so nothing is stepped."""
+    """Gradient accumulation of FSDP2: without synchronized gradients nothing is stepped."""
     model = nn.Sequential(nn.Linear(8, 4, bias=False))
     fully_shard(model, mesh=mesh_of((4,)))
     params = list(model.parameters())
     optimizer = Muon(model.named_parameters(), lr=0.1)
     model.set_requires_gradient_sync(False)
     model(torch.ones(2, 8)).sum().backward()
-    unsynchronized = told(optimizer.step, params)
+    unsynchronized = error_of(optimizer.step, params)
     model.set_requires_gradient_sync(True)
     model(torch.ones(2, 8)).sum().backward()
     before = shards(params)
@@ -233,15 +233,15 @@ def without_synchronized_gradients() -> tuple[str, str, bool, bool]:
     return *unsynchronized, all(map(torch.equal, before, shards(params)))
 
 
-def test_a_step_before_gradients_are_synchronized_is_none():
+def test_a_step_before_gradients_are_synchronized_changes_nothing():
     for name, _, same, still_same in run_processes(4, without_synchronized_gradients):
         assert (name, same, still_same) == ("", True, False)
 
 
 def moved_away(movers: tuple[int, ...], masked: bool) -> tuple[str, str, bool, bool]:
-    """The model goes to the meta device, the one other device there always is, and comes back.
+    """Move the model to the meta device, the only other device without a GPU, and back.
 
-    `masked`: as steps go on a GPU, where ballots are read at the next one.
+    `masked`: check as on a GPU, where a step reads the results of the step before.
     """
     mesh = mesh_of((4,))
     torch.manual_seed(0)
@@ -250,18 +250,18 @@ def moved_away(movers: tuple[int, ...], masked: bool) -> tuple[str, str, bool, b
     model(torch.ones(2, 8)).sum().backward()
     optimizer.step()
     weight, momentum = model.weight, optimizer.state[model.weight]["momentum_buffer"]
-    kept = [local_part(t.detach()).clone() for t in (weight, momentum)]
+    before = [local_part(t.detach()).clone() for t in (weight, momentum)]
     if masked:
         optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
     if dist.get_rank() in movers:
         model.to("meta")
-    name, text, _ = told(optimizer.step, [])
+    name, text, _ = error_of(optimizer.step, [])
     assert model.weight is weight
     if local_part(weight).is_meta:
         model.to_empty(device="cpu")
         model.weight.grad = None
-        local_part(model.weight.detach()).copy_(kept[0])
-    same = all(map(torch.equal, kept, [local_part(weight.detach()), local_part(momentum)]))
+        local_part(model.weight.detach()).copy_(before[0])
+    same = all(map(torch.equal, before, [local_part(weight.detach()), local_part(momentum)]))
     weight.grad = None
     model(torch.ones(2, 8)).sum().backward()
     optimizer.step()
@@ -273,7 +273,7 @@ def moved_away(movers: tuple[int, ...], masked: bool) -> tuple[str, str, bool, b
     [((2,), False), ((0, 1, 2, 3), False), ((0, 1, 2, 3), True)],
     ids=["one-rank", "all", "masked"],
 )
-def test_parameters_moved_to_another_device_are_told_and_may_come_back(movers, masked):
+def test_parameters_moved_to_another_device_raise_and_may_be_moved_back(movers, masked):
     answers = run_processes(4, moved_away, movers, masked)
     for rank, (name, text, same, finite) in enumerate(answers):
         assert (name, same, finite) == ("RuntimeError", True, True)
@@ -282,25 +282,25 @@ def test_parameters_moved_to_another_device_are_told_and_may_come_back(movers, m
 
 
 def made_on_the_meta_device() -> bool:
-    """Meta, sharded, optimizer, memory, values: planned anew where the parameters came to lie."""
+    """An optimizer of sharded meta parameters makes a new plan when they get a device."""
     mesh = mesh_of((4,))
     with torch.device("meta"):
         model = nn.Linear(8, 6)
     fully_shard(model, mesh=mesh)
     optimizer = Muon(_weight_and_bias(model), lr=0.1)
     model.to_empty(device="cpu")
-    alone = nn.Linear(8, 6)
-    oracle = Muon(_weight_and_bias(alone), lr=0.1)
-    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
-        value, grad = tensors_like([tuple(theirs.shape)] * 2, 0)
+    full_model = nn.Linear(8, 6)
+    oracle = Muon(_weight_and_bias(full_model), lr=0.1)
+    for param, oracle_param in zip(model.parameters(), full_model.parameters(), strict=True):
+        value, grad = tensors_like([tuple(oracle_param.shape)] * 2, 0)
         with torch.no_grad():
-            local_part(ours).copy_(local_part(spread(value, mesh, (S0,))))
-            theirs.copy_(value)
-        ours.grad, theirs.grad = spread(grad, mesh, (S0,)), grad
+            local_part(param).copy_(local_part(spread(value, mesh, (S0,))))
+            oracle_param.copy_(value)
+        param.grad, oracle_param.grad = spread(grad, mesh, (S0,)), grad
     optimizer.step()
     oracle.step()
-    pairs = zip(model.parameters(), alone.parameters(), strict=True)
-    return all(torch.equal(ours.full_tensor(), theirs) for ours, theirs in pairs)
+    pairs = zip(model.parameters(), full_model.parameters(), strict=True)
+    return all(torch.equal(param.full_tensor(), oracle_param) for param, oracle_param in pairs)
 
 
 def _weight_and_bias(model: nn.Linear) -> list[dict[str, Any]]:
@@ -310,7 +310,7 @@ def _weight_and_bias(model: nn.Linear) -> list[dict[str, Any]]:
     ]
 
 
-def test_an_optimizer_made_on_the_meta_device_steps_where_its_parameters_come_to_lie():
+def test_an_optimizer_made_on_the_meta_device_steps_after_to_empty():
     assert all(run_processes(4, made_on_the_meta_device))
 
 
@@ -320,41 +320,41 @@ def stepping_in_a_fork(optimizer: Muon, pipe: Any) -> None:
 
 
 def test_a_forked_worker_steps_a_copy_of_its_own():
-    """Data loaders fork; what they do must not reach the parent."""
+    """Data loaders fork; a step in a child must not change the parent."""
     param = nn.Parameter(torch.ones(3, 4))
     optimizer = Muon([param], lr=0.1)
     param.grad = torch.ones(3, 4)
-    here, there = multiprocessing.Pipe()
+    receiver, sender = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(
-        target=stepping_in_a_fork, args=(optimizer, there)
+        target=stepping_in_a_fork, args=(optimizer, sender)
     )
     process.start()
-    assert here.poll(30)
-    assert here.recv() != 12.0
+    assert receiver.poll(30)
+    assert receiver.recv() != 12.0
     process.join(10)
     assert torch.equal(param, torch.ones(3, 4))
     optimizer.step()
     assert not torch.equal(param, torch.ones(3, 4))
 
 
-def sharded_behind_its_back() -> tuple[str, str, bool]:
-    """fully_shard after the optimizer was made: it holds parameters that no one trains."""
+def sharded_after_the_optimizer() -> tuple[str, str, bool]:
+    """fully_shard after the optimizer was made: it holds parameters that never get gradients."""
     model = nn.Sequential(nn.Linear(8, 4, bias=False))
     optimizer = Muon(model.named_parameters(), lr=0.1)
     fully_shard(model, mesh=mesh_of((2,)))
     model(torch.ones(2, 8)).sum().backward()
-    return told(optimizer.step, list(model.parameters()))
+    return error_of(optimizer.step, list(model.parameters()))
 
 
 def test_sharding_after_the_optimizer_was_made_is_an_error():
-    for name, text, same in run_processes(2, sharded_behind_its_back):
+    for name, text, same in run_processes(2, sharded_after_the_optimizer):
         assert (name, same) == ("RuntimeError", True)
         assert "the optimizer was made before fully_shard" in text
 
 
 def without_any_gradient() -> list[str]:
-    """Legal, as in torch; said once, and on rank 0 alone."""
-    _, _, optimizer = made()
+    """Legal, as in torch; logged once, and on rank 0 only."""
+    _, _, optimizer = sharded_optimizer()
     lines: list[str] = []
 
     def log(level: int, text: str, *_: Any) -> None:
@@ -367,22 +367,22 @@ def without_any_gradient() -> list[str]:
 
 
 def test_a_step_without_gradients_is_logged_once():
-    first, *others = run_processes(4, without_any_gradient)
+    first, *other_ranks = run_processes(4, without_any_gradient)
     assert [line.split(",")[0] for line in first] == [
         "no parameter of this optimizer has a gradient"
     ]
-    assert others == [[], [], []]
+    assert other_ranks == [[], [], []]
 
 
-def test_a_failure_of_adamw_is_told_as_such():
-    """It steps while the first exchanges are in flight: no phase of the plan is at fault."""
+def test_a_failure_of_adamw_names_adamw():
+    """AdamW steps while the first exchanges are in flight; the error must not name a phase."""
     matrix, vector = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3))
     optimizer = Muon([{"params": [matrix]}, {"params": [vector], "algorithm": "adamw"}])
     matrix.grad, vector.grad = torch.ones(3, 3), torch.ones(3)
     failing = mock.patch(
-        "muon_dtensor.optimizer.planned_step.adamw_step", side_effect=RuntimeError("no room")
+        "muon_dtensor.optimizer.planned_step.adamw_step", side_effect=RuntimeError("no memory")
     )
-    with failing, pytest.raises(StepFailedError, match=r"failed in AdamW's groups: no room"):
+    with failing, pytest.raises(StepFailedError, match=r"failed in AdamW's groups: no memory"):
         optimizer.step()
 
 
@@ -398,7 +398,7 @@ def test_a_failure_of_adamw_is_told_as_such():
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_only_a_rank_that_cannot_be_reached_is_called_dead(error, is_renamed):
+def test_only_errors_of_unreachable_ranks_are_renamed(error, is_renamed):
     for name, text in run_threads(2, with_failing_reduction, error):
         assert name == (RuntimeError.__name__ if is_renamed else type(error).__name__)
         assert ("one has died, hangs" in text) == is_renamed
@@ -434,7 +434,7 @@ def beside_a_sharded_teacher() -> tuple[str, str, bool]:
     teacher, student = nn.Linear(8, 4, bias=False), nn.Linear(8, 4, bias=False)
     fully_shard(teacher, mesh=mesh_of((2,)))
     optimizer = Muon(student.named_parameters())
-    return told(optimizer.step, list(student.parameters()))
+    return error_of(optimizer.step, list(student.parameters()))
 
 
 def test_a_step_without_gradients_beside_a_sharded_model_is_harmless():
@@ -442,7 +442,7 @@ def test_a_step_without_gradients_beside_a_sharded_model_is_harmless():
         assert (name, same) == ("", True)
 
 
-def test_complex_parameters_are_refused_by_name():
+def test_complex_parameters_raise_with_their_name():
     param = nn.Parameter(torch.ones(4, dtype=torch.complex64))
     param.grad = torch.ones_like(param)
     optimizer = Muon([{"params": [("w", param)], "algorithm": "adamw"}])
@@ -450,7 +450,7 @@ def test_complex_parameters_are_refused_by_name():
         optimizer.step()
 
 
-def test_a_failed_step_is_not_forgotten_when_a_group_is_added():
+def test_a_failed_step_still_raises_after_a_group_is_added():
     param = nn.Parameter(torch.ones(3, 2))
     param.grad = torch.ones(3, 2)
     fails = [False]

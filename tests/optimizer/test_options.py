@@ -1,4 +1,4 @@
-"""One table of options: the constructor, param groups, config files and the README follow it."""
+"""The constructor, param groups, config files and the README agree with the table of options."""
 
 import dataclasses
 import inspect
@@ -30,11 +30,11 @@ def test_a_keyword_has_the_default_of_the_table_and_is_documented(option):
 
 
 def test_the_table_has_every_keyword():
-    others = {"params", "distributed_config"}
-    assert KEYWORDS.keys() - others == {option.name for option in IN_CONSTRUCTOR}
+    not_options = {"params", "distributed_config"}
+    assert KEYWORDS.keys() - not_options == {option.name for option in IN_CONSTRUCTOR}
 
 
-def test_config_files_have_every_option_that_they_can_spell():
+def test_config_files_have_every_option():
     fields = {field.name: field for field in dataclasses.fields(OptimizerSection)}
     for option in IN_CONSTRUCTOR:
         default = option.default
@@ -78,13 +78,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_value_of_every_option_is_a_value_error_that_names_it(name):
+def test_a_wrong_value_raises_a_value_error_that_names_the_option(name):
     with pytest.raises(ValueError, match=rf"\b{name}\b"):
         Muon([torch.nn.Parameter(torch.ones(2, 2))], **{name: WRONG[name]})
 
 
 def test_every_option_has_a_wrong_value_here():
-    """But for those that are true or false, and any value may be that."""
+    """Except for options whose value may be anything, since only its truth value is used."""
     names = {option.name for option in IN_CONSTRUCTOR}
     assert names - WRONG.keys() == {"trace", "async_gpu_parallelism"}
 

@@ -1,4 +1,4 @@
-"""What param groups carry, what schedulers write into them, and what their defaults are."""
+"""Param groups: unknown keys, values that schedulers write, and defaults."""
 
 import copy
 import logging
@@ -21,7 +21,7 @@ SHAPES = [(6, 4), (5,)]
 
 
 class Unequal:
-    """Something that no two ranks hold equal."""
+    """An object that differs between ranks."""
 
 
 FOREIGN: dict[str, Any] = {
@@ -45,7 +45,7 @@ def params_and_grads() -> list[nn.Parameter]:
 
 
 @pytest.mark.parametrize("algorithm", ["muon", "adamw"])
-def test_foreign_keys_are_carried_as_torch_carries_them(algorithm, caplog):
+def test_unknown_keys_are_kept_as_in_torch(algorithm, caplog):
     params = params_and_grads()[:1]
     optimizer = Muon([{"params": params, "algorithm": algorithm, **FOREIGN}])
     optimizer.step()
@@ -63,23 +63,23 @@ def test_foreign_keys_are_carried_as_torch_carries_them(algorithm, caplog):
     ("key", "option"),
     [("momentun", "momentum"), ("weight_decy", "weight_decay"), ("split_size", "split_sizes")],
 )
-def test_a_misspelled_option_is_carried_with_a_warning(key, option, caplog):
+def test_a_misspelled_option_is_kept_with_a_warning(key, option, caplog):
     optimizer = Muon([{"params": params_and_grads()[:1], key: (1,)}])
     assert optimizer.param_groups[0][key] == (1,)
-    assert f"'{key}' in a param group is no option" in caplog.text
+    assert f"'{key}' in a param group is not an option" in caplog.text
     assert f"Did you mean '{option}'?" in caplog.text
 
 
 def foreign_on_ranks() -> tuple[str, bool]:
-    """What differs from rank to rank and no step reads is not compared; what a step reads is."""
+    """Step with keys that differ between ranks; return the error after momentum differs."""
     mesh = mesh_of((2,))
     param = nn.Parameter(spread(torch.ones(4, 4), mesh, mesh_placements()))
     param.grad = spread(torch.ones(4, 4), mesh, mesh_placements())
     rank = dist.get_rank()
-    own = {"device": f"cuda:{rank}", "callback": Unequal(), "initial_lr": 0.1 * rank}
-    optimizer = Muon([{"params": [param], **own}])
+    foreign_keys = {"device": f"cuda:{rank}", "callback": Unequal(), "initial_lr": 0.1 * rank}
+    optimizer = Muon([{"params": [param], **foreign_keys}])
     optimizer.step()
-    optimizer.param_groups[0]["betas"] = (0.1 * rank, 0.5)  # Muon reads none
+    optimizer.param_groups[0]["betas"] = (0.1 * rank, 0.5)  # Muon does not read betas
     optimizer.step()
     optimizer.param_groups[0]["momentum"] = 0.5 + 0.1 * rank
     try:
@@ -106,8 +106,8 @@ NUMPY = {
 }
 
 
-def test_numbers_of_numpy_are_numbers():
-    """Also where a scheduler writes them between steps."""
+def test_numbers_of_numpy_are_accepted():
+    """Also if a scheduler writes them between steps."""
     plain = {name: value.item() for name, value in NUMPY.items()}
     results = []
     for options in (NUMPY, plain):
@@ -123,8 +123,8 @@ def test_numbers_of_numpy_are_numbers():
             group["momentum"] = options["momentum"]
         optimizer.step()
         results.append(params)
-    for ours, theirs in zip(*results, strict=True):
-        assert torch.equal(ours, theirs)
+    for numpy_param, plain_param in zip(*results, strict=True):
+        assert torch.equal(numpy_param, plain_param)
 
 
 CYCLES: dict[str, Any] = {
@@ -137,23 +137,23 @@ CYCLES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", CYCLES)
-def test_cyclic_momentum_moves_both_algorithms_as_torch_s_own(name):
-    ours, theirs = params_and_grads(), params_and_grads()
-    optimizer = Muon([{"params": ours[:1]}, {"params": ours[1:], "algorithm": "adamw"}])
+def test_cyclic_momentum_changes_both_algorithms_as_in_torch(name):
+    params, torch_params = params_and_grads(), params_and_grads()
+    optimizer = Muon([{"params": params[:1]}, {"params": params[1:], "algorithm": "adamw"}])
     oracles = [
-        torch.optim.Muon(theirs[:1]),
-        torch.optim.AdamW(theirs[1:], weight_decay=0.1, betas=(0.9, 0.95)),
+        torch.optim.Muon(torch_params[:1]),
+        torch.optim.AdamW(torch_params[1:], weight_decay=0.1, betas=(0.9, 0.95)),
     ]
-    cycles = [CYCLES[name](each) for each in (optimizer, *oracles)]
+    cycles = [CYCLES[name](stepper) for stepper in (optimizer, *oracles)]
     for step in range(6):
-        for params in (ours, theirs):
-            for param, grad in zip(params, tensors_like(SHAPES, 1 + step), strict=True):
+        for group_params in (params, torch_params):
+            for param, grad in zip(group_params, tensors_like(SHAPES, 1 + step), strict=True):
                 param.grad = grad
-        for each in (optimizer, *oracles):
-            each.step()
+        for stepper in (optimizer, *oracles):
+            stepper.step()
         for cycle in cycles:
             cycle.step()
-        if step == 2:  # through a checkpoint, between a scheduler's step and the optimizer's
+        if step == 2:  # load a checkpoint between the scheduler's step and the optimizer's
             saved = copy.deepcopy(optimizer.state_dict())
             optimizer.load_state_dict(saved)
         assert optimizer.param_groups[0]["momentum"] == oracles[0].param_groups[0]["momentum"]
@@ -161,25 +161,25 @@ def test_cyclic_momentum_moves_both_algorithms_as_torch_s_own(name):
         beta1 = optimizer.param_groups[1]["betas"][0]
         assert beta1 == oracles[1].param_groups[0]["betas"][0]
         assert beta1 == optimizer.param_groups[1]["momentum"]
-        for a, b in zip(ours, theirs, strict=True):
+        for a, b in zip(params, torch_params, strict=True):
             assert torch.equal(a, b)
 
 
-def test_the_value_of_the_report():
-    """Five steps of OneCycleLR over 50 bring beta1 from 0.95 to 0.9217, as with torch's own."""
+def test_beta1_after_five_steps_of_one_cycle_lr():
+    """Five steps of OneCycleLR over 50 change beta1 from 0.95 to 0.9217, as in torch."""
     param = params_and_grads()[1]
     optimizer = Muon([{"params": [param], "algorithm": "adamw"}])
     cycle = schedulers.OneCycleLR(optimizer, 0.1, total_steps=50)
-    theirs = torch.optim.AdamW([params_and_grads()[1]])
-    other = schedulers.OneCycleLR(theirs, 0.1, total_steps=50)
+    torch_optimizer = torch.optim.AdamW([params_and_grads()[1]])
+    other = schedulers.OneCycleLR(torch_optimizer, 0.1, total_steps=50)
     for _ in range(5):
         optimizer.step()
-        theirs.step()
+        torch_optimizer.step()
         cycle.step()
         other.step()
     optimizer.step()
-    found = optimizer.param_groups[0]["betas"][0]
-    assert found == theirs.param_groups[0]["betas"][0] == pytest.approx(0.9217, abs=1e-4)
+    beta1 = optimizer.param_groups[0]["betas"][0]
+    assert beta1 == torch_optimizer.param_groups[0]["betas"][0] == pytest.approx(0.9217, abs=1e-4)
 
 
 def test_momentum_of_an_adamw_group_is_its_beta1():
@@ -202,23 +202,21 @@ def test_momentum_of_an_adamw_group_is_its_beta1():
         ("split_sizes", (1, 1), "sum to 2"),
         ("betas", (0.9, 1.5), "betas"),
         ("algorithm", "sgd", "algorithm must be one of"),
-        ("nesterov", "no", "nesterov is True or False, got 'no'"),
+        ("nesterov", "no", "nesterov must be True or False, got 'no'"),
     ],
 )
-def test_a_value_that_goes_wrong_between_steps_is_an_error_before_anything_changes(
-    name, value, message
-):
+def test_an_invalid_value_between_steps_raises_before_anything_changes(name, value, message):
     params = params_and_grads()
     optimizer = Muon([{"params": params[:1]}, {"params": params[1:], "algorithm": "adamw"}])
     optimizer.step()
     before = [p.detach().clone() for p in params]
     index = int(name == "betas")
-    right = optimizer.param_groups[index][name]
+    valid = optimizer.param_groups[index][name]
     optimizer.param_groups[index][name] = value
     with pytest.raises(ValueError, match=message):
         optimizer.step()
     assert all(map(torch.equal, before, params))
-    optimizer.param_groups[index][name] = right
+    optimizer.param_groups[index][name] = valid
     optimizer.step()
     assert not any(map(torch.equal, before, params))
 
@@ -241,7 +239,7 @@ def wrong_on_one_rank(name: str, value: Any) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize(("name", "value"), [("lr", "0.1"), ("split_sizes", (3, 3))])
-def test_a_value_that_goes_wrong_on_one_rank_stops_all(name, value):
+def test_an_invalid_value_on_one_rank_raises_on_all(name, value):
     for rank, (error, same) in enumerate(run_processes(4, wrong_on_one_rank, name, value)):
         assert same
         if rank == 1:
@@ -270,15 +268,15 @@ def by_name(optimizer: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def test_all_doors_have_one_set_of_defaults():
-    doors = {
+def test_all_entry_points_have_the_same_defaults():
+    optimizers = {
         "group_parameters": Muon(group_parameters(Model())),
         "MuonConfig": MuonConfig().build_optimizer(Model()),
         "MuonFactory": MuonFactory()(Model()),
     }
-    first, *others = [by_name(door) for door in doors.values()]
-    for other in others:
-        assert other == first
+    first, *other_options = [by_name(optimizer) for optimizer in optimizers.values()]
+    for options in other_options:
+        assert options == first
     assert (
         first["up.weight"]["lr"]
         == DEFAULTS["lr"]
@@ -295,19 +293,19 @@ def test_all_doors_have_one_set_of_defaults():
     assert {k: raw[k] for k in ADAMW_DEFAULTS} == ADAMW_DEFAULTS
 
 
-def test_the_learning_rate_of_adamw_never_follows_muon_s():
-    found = by_name(Muon(group_parameters(Model(), lr=0.02), weight_decay=0.3))
-    assert (found["up.weight"]["lr"], found["up.weight"]["weight_decay"]) == (0.02, 0.3)
+def test_the_learning_rate_of_adamw_is_independent_of_muon_s():
+    options = by_name(Muon(group_parameters(Model(), lr=0.02), weight_decay=0.3))
+    assert (options["up.weight"]["lr"], options["up.weight"]["weight_decay"]) == (0.02, 0.3)
     for name in ("embed.weight", "up.bias", "norm.weight"):
-        assert found[name]["lr"] == ADAMW_DEFAULTS["lr"]
+        assert options[name]["lr"] == ADAMW_DEFAULTS["lr"]
     raw = Muon([{"params": [params_and_grads()[1]], "algorithm": "adamw"}], lr=0.02)
     assert raw.param_groups[0]["lr"] == ADAMW_DEFAULTS["lr"]
 
 
-def test_weight_decay_is_switched_by_class():
+def test_weight_decay_is_set_by_class():
     decays = {"norm": 0.3, "embedding": 0.0, "matrix": 0.4}
-    found = by_name(Muon(group_parameters(Model(), weight_decay=decays)))
-    assert {name: options["weight_decay"] for name, options in found.items()} == {
+    all_options = by_name(Muon(group_parameters(Model(), weight_decay=decays)))
+    assert {name: options["weight_decay"] for name, options in all_options.items()} == {
         "embed.weight": 0.0,
         "up.weight": 0.4,
         "up.bias": 0.0,
@@ -318,39 +316,39 @@ def test_weight_decay_is_switched_by_class():
     table = {
         "optimizer": {"weight_decay": 0.4, "class_weight_decay": {"norm": 0.3, "embedding": 0}}
     }
-    assert by_name(MuonConfig.from_dict(table).build_optimizer(Model())) == found
+    assert by_name(MuonConfig.from_dict(table).build_optimizer(Model())) == all_options
     with pytest.raises(GroupOptionError, match=r"names \['norms'\]; classes of parameters are"):
         group_parameters(Model(), weight_decay={"norms": 0.1})
 
 
-def test_a_used_up_generator_is_an_error():
+def test_an_exhausted_generator_raises():
     names = Model().named_parameters()
     assert list(names)
-    with pytest.raises(ValueError, match="used up before"):
+    with pytest.raises(ValueError, match="exhausted generator"):
         Muon(names)
     assert Muon([]).plan.params == ()
     assert Muon(nn.ReLU().parameters()).plan.params == (), "a stage without parameters"
 
 
-def test_a_trace_that_was_not_recorded_says_so():
+def test_a_trace_that_was_not_recorded_raises():
     optimizer = Muon([params_and_grads()[0]])
     with pytest.raises(RuntimeError, match="construct Muon with trace=True"):
         optimizer.trace.save("rank0.json")
 
 
-def test_sequential_mode_is_an_option_of_muon_too():
+def test_sequential_mode_is_an_option_of_muon():
     optimizer = Muon([params_and_grads()[0]], async_gpu_parallelism=False)
     assert optimizer.plan.options.sequential
     assert not Muon([params_and_grads()[0]]).plan.options.sequential
 
 
-def test_an_unknown_name_in_explain_names_the_nearest():
+def test_explain_suggests_the_nearest_name():
     plan = Muon(group_parameters(Model())).plan
     with pytest.raises(ValueError, match=r"no parameter 'up.wieght'.* Did you mean 'up.weight'\?"):
         plan.explain("up.wieght")
 
 
-def test_a_transformer_without_groups_is_one_short_error():
+def test_a_transformer_without_groups_raises_one_short_error():
     layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16) for _ in range(40))
     with pytest.raises(ValueError, match=r"group_parameters\(model\)") as caught:
         Muon(layers.named_parameters())
@@ -360,19 +358,19 @@ def test_a_transformer_without_groups_is_one_short_error():
     assert len(text.splitlines()) < 10
 
 
-def test_an_embedding_given_to_muon_is_told(caplog):
+def test_an_embedding_in_a_muon_group_logs_a_warning(caplog):
     model = Model()
     matrices = [(n, p) for n, p in model.named_parameters() if p.ndim == 2]
     with caplog.at_level(logging.WARNING):
         Muon(matrices)
-    assert "2 embeddings or output heads" in caplog.text
+    assert "2 parameters that are embeddings or output heads" in caplog.text
     assert "embed.weight, lm_head.weight" in caplog.text
     caplog.clear()
     Muon(group_parameters(model))
     assert caplog.text == ""
 
 
-def test_an_option_that_is_deleted_has_its_default():
+def test_a_deleted_option_gets_its_default():
     optimizer = Muon([params_and_grads()[0]])
     del optimizer.param_groups[0]["momentum"]
     optimizer.step()
@@ -391,17 +389,21 @@ ADAMW_OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", ADAMW_OPTIONS, ids=str)
 def test_adamw_reads_each_of_its_options(options):
-    """Bitwise torch.optim.AdamW's, values and state, over three steps."""
-    given = {**ADAMW_DEFAULTS, **options}
-    mine, theirs = ([nn.Parameter(t) for t in tensors_like([(5, 3), (7,)], 0)] for _ in range(2))
-    optimizer = Muon([{"params": mine, "algorithm": "adamw", **options}])
-    oracle = torch.optim.AdamW(theirs, **given)
+    """Values and state are bitwise those of torch.optim.AdamW, over three steps."""
+    adamw_options = {**ADAMW_DEFAULTS, **options}
+    params, torch_params = (
+        [nn.Parameter(t) for t in tensors_like([(5, 3), (7,)], 0)] for _ in range(2)
+    )
+    optimizer = Muon([{"params": params, "algorithm": "adamw", **options}])
+    oracle = torch.optim.AdamW(torch_params, **adamw_options)
     for step in range(3):
-        for a, b, grad in zip(mine, theirs, tensors_like([(5, 3), (7,)], 1 + step), strict=True):
+        for a, b, grad in zip(
+            params, torch_params, tensors_like([(5, 3), (7,)], 1 + step), strict=True
+        ):
             a.grad, b.grad = grad.clone(), grad
         optimizer.step()
         oracle.step()
-        for a, b in zip(mine, theirs, strict=True):
+        for a, b in zip(params, torch_params, strict=True):
             assert torch.equal(a, b)
             assert all(
                 torch.equal(optimizer.state[a][k], oracle.state[b][k]) for k in oracle.state[b]

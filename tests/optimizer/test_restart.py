@@ -1,4 +1,4 @@
-"""A rank dies, torchrun starts all anew, and training ends where it would have ended."""
+"""A rank dies, torchrun restarts all ranks, and training ends with the same result."""
 
 import json
 import shutil
@@ -16,24 +16,24 @@ CONFIG = {"steps": 60, "dim": 16, "layers": 1, "context": 8, "batch": 4, "val_ba
 
 
 def trained(folder: Path, *, kill_at: int = 0, max_restarts: int = 0) -> tuple[dict[str, Any], str]:
-    """The report of a training, and what it printed."""
+    """Return the report of a training run, and its output."""
     folder.mkdir(exist_ok=True)
-    told = {
+    arguments = {
         "script": str(EXAMPLES / "train_gpt.py"),
         "folder": str(folder),
         "config": CONFIG,
         "kill_at": kill_at,
     }
-    output = torchrun(SCRIPT, 4, json.dumps(told), max_restarts=max_restarts)
+    output = torchrun(SCRIPT, 4, json.dumps(arguments), max_restarts=max_restarts)
     return json.loads((folder / "report.json").read_text()), output
 
 
-def test_a_killed_run_ends_bitwise_where_the_uninterrupted_one_ends(tmp_path):
+def test_a_killed_run_ends_bitwise_like_an_uninterrupted_one(tmp_path):
     """SIGKILL to one of four ranks at step 37 of 60, under torchrun with restarts.
 
-    And then twice from its last checkpoints: with the newest damaged, and with it unfinished.
+    Then it resumes twice: with the newest checkpoint damaged, and with the newest unfinished.
     """
-    expected, _ = trained(tmp_path / "whole")
+    expected, _ = trained(tmp_path / "uninterrupted")
     folder = tmp_path / "killed"
     report, output = trained(folder, kill_at=37, max_restarts=2)
     assert (folder / "killed").exists()

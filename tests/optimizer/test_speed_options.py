@@ -1,4 +1,4 @@
-"""Options that save time or memory: what they keep, and what they change."""
+"""Options that save time or memory: which results they change, and which not."""
 
 import copy
 import dataclasses
@@ -41,7 +41,7 @@ SHAPES = [(24, 16), (16, 40), (33, 17), (8, 8), (5, 12)]
 def stepped(
     layout: tuple[tuple[int, ...], Any] | None, num_steps: int = 3, **options: Any
 ) -> tuple[list[Tensor], Muon]:
-    """(whole weights after some steps, the optimizer); without a layout on this rank alone."""
+    """Return full weights after some steps, and the optimizer; without a layout on one rank."""
 
     def placed(tensor: Tensor) -> Tensor:
         return tensor.clone() if layout is None else spread(tensor, mesh, layout[1])
@@ -53,8 +53,8 @@ def stepped(
         for param, grad in zip(params, tensors_like(SHAPES, step + 1), strict=True):
             param.grad = placed(grad)
         optimizer.step()
-    found = [p.detach() for p in params]
-    return [p.full_tensor() if isinstance(p, DTensor) else p for p in found], optimizer
+    tensors = [p.detach() for p in params]
+    return [p.full_tensor() if isinstance(p, DTensor) else p for p in tensors], optimizer
 
 
 LAYOUTS = [((4,), (S0,)), ((4,), (R,)), ((2, 2), (R, S0)), ((2, 2), (S1, S0)), ((4,), (S1,))]
@@ -64,18 +64,18 @@ LAYOUTS = [((4,), (S0,)), ((4,), (R,)), ((2, 2), (R, S0)), ((2, 2), (S1, S0)), (
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_momentum_in_bfloat16_is_the_same_on_every_layout(layout, nesterov):
     options = {"momentum_dtype": torch.bfloat16, "nesterov": nesterov}
-    expected, alone = stepped(None, **options)
+    expected, single = stepped(None, **options)
     full, _ = stepped(None, nesterov=nesterov)
     for weights, optimizer in run_threads(4, partial(stepped, layout, **options)):
         assert all(map(torch.equal, weights, expected))
-        kept = [state["momentum_buffer"] for state in optimizer.state.values()]
-        assert {m.dtype for m in kept} == {torch.bfloat16}
-    assert not all(map(torch.equal, expected, full)), "it does round"
+        momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
+        assert {m.dtype for m in momenta} == {torch.bfloat16}
+    assert not all(map(torch.equal, expected, full)), "bfloat16 must round"
     for a, b, start in zip(expected, full, tensors_like(SHAPES, 0), strict=True):
         assert torch.cosine_similarity((a - start).flatten(), (b - start).flatten(), dim=0) > 0.98
-    again = Muon(alone.param_groups[0]["params"], **options)
-    again.load_state_dict(alone.state_dict())
-    for old, new in zip(alone.state.values(), again.state.values(), strict=True):
+    resumed = Muon(single.param_groups[0]["params"], **options)
+    resumed.load_state_dict(single.state_dict())
+    for old, new in zip(single.state.values(), resumed.state.values(), strict=True):
         assert torch.equal(old["momentum_buffer"], new["momentum_buffer"])
         assert new["momentum_buffer"].dtype == torch.bfloat16
 
@@ -107,40 +107,41 @@ def actions_and_adamw(with_muon: bool) -> list[str]:
         groups.append({"params": params[:-1]})
     optimizer = Muon(groups, bucket_mb=0.002, strategy="owned")
     before = params[-1].detach().full_tensor().clone()
-    seen: list[str] = []
+    actions: list[str] = []
     act, adamw = optimizer._ready.executor._act, prepared.adamw_step
 
-    def noted(action: Any, *args: Any) -> None:
-        seen.append(str(action))
+    def record_action(action: Any, *args: Any) -> None:
+        actions.append(str(action))
         act(action, *args)
 
     def stepping(*args: Any) -> None:
-        seen.append("adamw")
+        actions.append("adamw")
         adamw(*args)
 
-    optimizer._ready.executor._act = noted
+    optimizer._ready.executor._act = record_action
     prepared.adamw_step = stepping
     try:
         optimizer.step()
     finally:
         prepared.adamw_step = adamw
     assert not torch.equal(before, params[-1].detach().full_tensor())
-    return seen
+    return actions
 
 
 @pytest.mark.parametrize("with_muon", [True, False])
 def test_adamw_steps_while_the_first_exchanges_are_in_flight(with_muon):
-    for seen in run_processes(4, actions_and_adamw, with_muon):
-        assert seen.count("adamw") == 1 + with_muon, "each group is asked once"
-        first = seen.index("adamw")
+    for actions in run_processes(4, actions_and_adamw, with_muon):
+        assert actions.count("adamw") == 1 + with_muon, "once for each group"
+        first = actions.index("adamw")
         if with_muon:
             assert first == 2, "after the exchanges of the first bucket and the prefetched one"
-            assert all(action.startswith("U") for action in seen[:first])
-            assert seen[first + 2].startswith("W")
+            assert all(action.startswith("U") for action in actions[:first])
+            assert actions[first + 2].startswith("W")
 
 
 def failing_once(layout: Any) -> tuple[list[Tensor], list[Tensor], bool]:
-    """(weights after a step that failed halfway and one that did not, those of a new optimizer)."""
+    """Return weights after a failed and a successful step, those of a new optimizer, and whether
+    the failed step dropped its buffers."""
     fails = [True]
 
     def orthogonalizer(x: Tensor) -> Tensor:
@@ -150,17 +151,17 @@ def failing_once(layout: Any) -> tuple[list[Tensor], list[Tensor], bool]:
         return newton_schulz(x)
 
     mesh = mesh_of(layout[0])
-    found = []
+    results = []
     held: list[Any] = []
     for _ in range(2):
         params = [nn.Parameter(spread(w, mesh, layout[1])) for w in tensors_like(SHAPES, 0)]
         options = {"strategy": "owned", "bucket_mb": 0.002, "lr": 0.1, "momentum": 0.0}
         fails[:] = []
         optimizer = Muon(params, orthogonalizer=orthogonalizer, **options)
-        fails[:] = [True] * (not found)
+        fails[:] = [True] * (not results)
         for param, grad in zip(params, tensors_like(SHAPES, 1), strict=True):
             param.grad = spread(grad, mesh, layout[1])
-        if not found:
+        if not results:
             saved = copy.deepcopy(optimizer.state_dict())
             with pytest.raises(StepFailedError, match=r"phase O. \(orthogonalize\): once"):
                 optimizer.step()
@@ -173,31 +174,31 @@ def failing_once(layout: Any) -> tuple[list[Tensor], list[Tensor], bool]:
             for param, start in zip(params, tensors_like(SHAPES, 0), strict=True):
                 param.detach().to_local().copy_(spread(start, mesh, layout[1]).to_local())
         optimizer.step()
-        found.append([p.detach().full_tensor() for p in params])
-    return found[0], found[1], held == [None]
+        results.append([p.detach().full_tensor() for p in params])
+    return results[0], results[1], held == [None]
 
 
-def test_a_step_that_failed_leaves_its_buffers_to_it():
-    """On one rank: with more of them the others would wait for what the failed one never sends."""
-    for found, expected, is_forgotten in run_threads(1, failing_once, ((1,), (S0,))):
-        assert all(map(torch.equal, found, expected))
+def test_a_failed_step_drops_its_buffers():
+    """On one rank, since other ranks would wait for the failed one."""
+    for weights, expected, is_forgotten in run_threads(1, failing_once, ((1,), (S0,))):
+        assert all(map(torch.equal, weights, expected))
         assert is_forgotten
 
 
 def profiled_ranges() -> set[str]:
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         stepped(((4,), (S0,)), 1, strategy="owned")
-    return {event.key for event in seen.key_averages() if event.key.startswith("muon ")}
+    return {event.key for event in profiler.key_averages() if event.key.startswith("muon ")}
 
 
 def test_a_profile_shows_the_plan():
     expected = {f"muon {phase} owned" for phase in ("U0 unshard", "W0 wait", "O0 orthogonalize")}
-    for seen in run_processes(4, profiled_ranges):
-        assert seen == expected | {"muon R0 reshard owned", "muon A0 apply owned", "muon wait"}
+    for ranges in run_processes(4, profiled_ranges):
+        assert ranges == expected | {"muon R0 reshard owned", "muon A0 apply owned", "muon wait"}
 
 
 def grown() -> dict[str, int]:
-    """What 1,000 steps leave behind, once some have filled Python's free lists."""
+    """Return the growth over 1,000 steps, after 500 that fill Python's free lists."""
     mesh = mesh_of((2, 2))
     shapes = [(8, 6), (6, 12), (5, 5), (7, 3)]
     params = [nn.Parameter(spread(w, mesh, (R, S0))) for w in tensors_like(shapes, 0)]
@@ -222,7 +223,7 @@ def grown() -> dict[str, int]:
         }
 
     def settled() -> dict[str, int]:
-        """The least of some readings: gloo's threads let go of what was sent once they run."""
+        """Return the minima of several readings: gloo's threads free sent data once they run."""
         readings = []
         for _ in range(5):
             dist.barrier()
@@ -237,15 +238,15 @@ def grown() -> dict[str, int]:
     return {name: after[name] - before[name] for name in before}
 
 
-def test_a_thousand_steps_leave_nothing_behind():
-    for more in run_processes(4, grown):
-        assert more["objects"] < 100, "less than one in ten steps"
-        assert more["bytes of storages"] == 0
-        assert more["blocks of Python"] < 800, "less than one a step: free lists settle slowly"
+def test_a_thousand_steps_leak_nothing():
+    for growth in run_processes(4, grown):
+        assert growth["objects"] < 100, "less than one in ten steps"
+        assert growth["bytes of storages"] == 0
+        assert growth["blocks of Python"] < 800, "less than one a step: free lists settle slowly"
 
 
 class Reads(TorchDispatchMode):
-    """Counts how often the host looks at a value."""
+    """Counts how often the host reads a value of a tensor."""
 
     num = 0
 
@@ -263,7 +264,7 @@ def test_a_capturable_step_does_not_read_a_tensor_lr(adjust_lr_fn):
 
     def reads(**more: Any) -> int:
         optimizer = Muon(params, **options, **more)
-        # the host writes lr down for ranks to compare; on a GPU it is not looked at
+        # as_text reads lr, so that ranks compare it; on a GPU it does not
         with mock.patch.object(prepared, "as_text", return_value=""), Reads() as mode:
             optimizer.step()
         return mode.num
@@ -272,48 +273,48 @@ def test_a_capturable_step_does_not_read_a_tensor_lr(adjust_lr_fn):
     assert reads(lr=torch.tensor(0.1), capturable=True) == by_number
     assert reads(lr=torch.tensor(0.1)) > by_number
     expected, _ = stepped(None, **options)
-    found, _ = stepped(None, lr=torch.tensor(0.1), capturable=True, **options)
-    for a, b in zip(found, expected, strict=True):
+    weights, _ = stepped(None, lr=torch.tensor(0.1), capturable=True, **options)
+    for a, b in zip(weights, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
 
 
-def test_symmetric_kernels_are_an_error_where_asked_for_and_a_line_where_not(caplog):
+def test_symmetric_kernels_raise_if_requested_and_log_once_with_auto(caplog):
     bodies._symmetric.cache_clear()
     bodies._log_fallback.cache_clear()
-    with pytest.raises(GroupOptionError, match="say exact=False"):
+    with pytest.raises(GroupOptionError, match="set exact=False"):
         stepped(None, kernels="auto")
     with pytest.raises(GroupOptionError, match="pip install gram-newton-schulz"):
         stepped(None, kernels="symmetric", exact=False)
     with pytest.raises(GroupOptionError, match="one of torch, auto, symmetric"):
         stepped(None, kernels="triton", exact=False)
     with caplog.at_level(logging.INFO, logger="muon_dtensor"):
-        found, _ = stepped(None, kernels="auto", exact=False)
+        weights, _ = stepped(None, kernels="auto", exact=False)
         stepped(None, kernels="auto", exact=False)
     lines = [r.getMessage() for r in caplog.records if "symmetric" in r.getMessage()]
     assert len(lines) == 1
     assert "torch's matrix products" in lines[0]
-    assert all(map(torch.equal, found, stepped(None)[0]))
+    assert all(map(torch.equal, weights, stepped(None)[0]))
 
 
 class _Package:
-    """A stand-in for gram-newton-schulz, which needs a Hopper GPU: its interface, in float64."""
+    """A mock of gram-newton-schulz, which needs a Hopper GPU. It computes in float64."""
 
-    made: list[tuple[Any, Any]]
+    calls: list[tuple[Any, Any]]
 
     def __init__(self) -> None:
-        self.made = []
+        self.calls = []
 
     def GramNewtonSchulz(  # noqa: N802
         self,
         ns_coefficients: Any,
         gram_newton_schulz_reset_iterations: Any,
-        compile_kwargs: Any = {"mode": "reduce-overhead"},  # noqa: B006  (as there)
+        compile_kwargs: Any = {"mode": "reduce-overhead"},  # noqa: B006  (as in that package)
     ) -> Callable[[Tensor], Tensor]:
         assert compile_kwargs == {"fullgraph": True}, "no CUDA graphs under a step"
-        self.made.append((ns_coefficients, gram_newton_schulz_reset_iterations))
+        self.calls.append((ns_coefficients, gram_newton_schulz_reset_iterations))
 
         def run(x: Tensor) -> Tensor:
-            assert x.ndim == 3, "it takes batches"
+            assert x.ndim == 3, "the package takes batches"
             wide = x.double()
             for a, b, c in ns_coefficients:
                 gram = wide @ wide.mT
@@ -323,7 +324,7 @@ class _Package:
         return run
 
 
-def test_symmetric_kernels_iterate_as_we_do():
+def test_symmetric_kernels_give_the_result_of_newton_schulz():
     package = _Package()
     bodies._symmetric.cache_clear()
     with (
@@ -335,27 +336,27 @@ def test_symmetric_kernels_iterate_as_we_do():
     bodies._symmetric.cache_clear()
     for shape in ((12, 20), (20, 12), (3, 8, 16)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        found = newton_schulz(x, dtype=torch.float32, body=body)
+        result = newton_schulz(x, dtype=torch.float32, body=body)
         torch.testing.assert_close(
-            found, newton_schulz(x, dtype=torch.float32), atol=2e-3, rtol=2e-3
+            result, newton_schulz(x, dtype=torch.float32), atol=2e-3, rtol=2e-3
         )
-    assert [restarts for _, restarts in package.made] == [[2]], "one for each set of coefficients"
+    assert [restarts for _, restarts in package.calls] == [[2]], "one for each set of coefficients"
 
 
-def test_options_of_speed_are_checked():
+def test_speed_options_are_checked():
     with pytest.raises(GroupOptionError, match="momentum_dtype must be one of"):
         stepped(None, momentum_dtype=torch.int8)
     with pytest.raises(GroupOptionError, match="True or False"):
         stepped(None, offload_momentum=1)
-    with pytest.raises(GroupOptionError, match="capturable is True or False"):
+    with pytest.raises(GroupOptionError, match="capturable must be True or False"):
         stepped(None, capturable="yes")
     with pytest.raises(GroupOptionError, match="compile that one yourself"):
         stepped(None, compile=True, orthogonalizer=lambda x: x)
 
 
-def test_on_the_host_momentum_is_offloaded_already():
-    found, optimizer = stepped(None, offload_momentum=True)
-    assert all(map(torch.equal, found, stepped(None)[0]))
+def test_offload_momentum_has_no_effect_on_the_host():
+    weights, optimizer = stepped(None, offload_momentum=True)
+    assert all(map(torch.equal, weights, stepped(None)[0]))
     buffer = optimizer.state[optimizer.param_groups[0]["params"][0]]["momentum_buffer"]
     assert on_host(buffer) is buffer
 
@@ -364,8 +365,8 @@ def test_on_the_host_momentum_is_offloaded_already():
 @pytest.mark.parametrize(
     ("mesh_shape", "placements"), [((2, 2), (R, S0)), ((2, 2), (S0, S1)), ((4,), (R,))], ids=str
 )
-def test_momenta_that_come_from_elsewhere_go_back(mesh_shape, placements, strategy):
-    """The road of momenta on the host beside parameters on a GPU, with copies in place of moves."""
+def test_offloaded_momenta_are_copied_back(mesh_shape, placements, strategy):
+    """Simulates momenta on the host and parameters on a GPU, with copies instead of moves."""
     case = Case(
         mesh_shape,
         tuple((shape, placements) for shape in ((13, 7), (8, 16), (0, 4))),
@@ -387,14 +388,14 @@ def test_momenta_that_come_from_elsewhere_go_back(mesh_shape, placements, strate
 @pytest.mark.slow
 def test_a_compiled_iteration_is_close():
     expected, _ = stepped(None)
-    found, _ = stepped(None, compile=True)
-    for a, b, start in zip(found, expected, tensors_like(SHAPES, 0), strict=True):
+    weights, _ = stepped(None, compile=True)
+    for a, b, start in zip(weights, expected, tensors_like(SHAPES, 0), strict=True):
         torch.testing.assert_close(a - start, b - start, rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize("bucket_mb", [256, 0.004])
 def test_batches_are_bounded(bucket_mb):
-    """Experts of one size are stacked, as many as a bucket may hold."""
+    """Experts of one size are stacked, up to the size of a bucket."""
     largest: list[int] = []
     original = MuonOptions.polar_factor
 
@@ -414,12 +415,12 @@ def test_batches_are_bounded(bucket_mb):
 
 def test_a_batch_holds_matrices_of_one_size():
     shapes = [(8, 4), (8, 6), (8, 4), (6, 8), (8, 8), (4, 8), (8, 6)]
-    found = []
+    results = []
     for batched in (True, False):
         params = [nn.Parameter(w) for w in tensors_like(shapes, 0)]
         for param, grad in zip(params, tensors_like(shapes, 1), strict=True):
             param.grad = grad
         Muon(params, lr=1.0, batched=batched, ns_dtype=torch.float32).step()
-        found.append([param.detach() for param in params])
-    for a, b in zip(*found, strict=True):
+        results.append([param.detach() for param in params])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""What people put around an optimizer, around this one: schedulers, scalers, hooks, compilers."""
+"""torch's tools around an optimizer: schedulers, scalers, hooks, compilers."""
 
 import copy
 import pickle
@@ -21,7 +21,7 @@ SHAPES = [(6, 4), (4, 8), (5,)]
 
 
 def pair(kind: str = "ours", lr: float = 0.1) -> tuple[list[nn.Parameter], Any]:
-    """Two matrices and a vector; under torch's optimizer the matrices alone."""
+    """Return two matrices and a vector with an optimizer; torch's has only the matrices."""
     params = [nn.Parameter(w) for w in tensors_like(SHAPES, 0)]
     if kind == "torch":
         return params, torch.optim.Muon(params[:2], lr=lr)
@@ -58,22 +58,22 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_scheduler_of_torch_moves_it_as_torch_s_own(name):
-    seen = []
+def test_every_scheduler_of_torch_works_as_with_torch_s_muon(name):
+    results = []
     for kind in ("ours", "torch"):
         params, optimizer = pair(kind)
         scheduler = SCHEDULERS[name](optimizer)
-        path = []
+        values = []
         for step in range(6):
             set_grads(params, step)
             optimizer.step()
             scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
             group = optimizer.param_groups[0]
-            path.append((group["lr"], group["momentum"]))
-        seen.append((path, [p.detach() for p in params[:2]]))
-    assert seen[0][0] == seen[1][0]
-    assert len({lr for lr, _ in seen[0][0]}) > 1
-    assert all(map(torch.equal, seen[0][1], seen[1][1]))
+            values.append((group["lr"], group["momentum"]))
+        results.append((values, [p.detach() for p in params[:2]]))
+    assert results[0][0] == results[1][0]
+    assert len({lr for lr, _ in results[0][0]}) > 1
+    assert all(map(torch.equal, results[0][1], results[1][1]))
 
 
 def test_swa_averages_and_its_scheduler():
@@ -81,20 +81,20 @@ def test_swa_averages_and_its_scheduler():
     model = nn.ParameterList(params)
     average = torch.optim.swa_utils.AveragedModel(model)
     scheduler = torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.05)
-    seen = []
+    history = []
     for step in range(3):
         set_grads(params, step)
         optimizer.step()
         scheduler.step()
         average.update_parameters(model)
-        seen.append([p.detach().clone() for p in params])
-    for mean, *values in zip(average.parameters(), *seen, strict=True):
+        history.append([p.detach().clone() for p in params])
+    for mean, *values in zip(average.parameters(), *history, strict=True):
         torch.testing.assert_close(mean.detach(), torch.stack(values).mean(0))
     assert optimizer.param_groups[0]["swa_lr"] == 0.05
 
 
 def scaled(bad_step: int) -> tuple[list[float], bool]:
-    """Three scaled steps on four ranks, and whether they are those without a scaler."""
+    """Return the scales of three steps, and whether the result equals that without a scaler."""
     mesh = mesh_of((4,))
     shapes = SHAPES[:2]
 
@@ -128,25 +128,25 @@ def scaled(bad_step: int) -> tuple[list[float], bool]:
 
 
 @pytest.mark.parametrize(("bad_step", "scales"), [(-1, [8.0, 8.0, 8.0]), (1, [8.0, 4.0, 4.0])])
-def test_a_grad_scaler_leaves_out_overflows_on_all_ranks(bad_step, scales):
+def test_a_grad_scaler_skips_overflows_on_all_ranks(bad_step, scales):
     assert run_processes(4, scaled, bad_step) == [(scales, True)] * 4
 
 
 def test_hooks_closures_and_zero_grad():
     params, optimizer = pair()
-    seen: list[str] = []
-    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
-    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
-    optimizer.register_state_dict_post_hook(lambda *_: seen.append("saved"))
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    optimizer.register_state_dict_post_hook(lambda *_: calls.append("saved"))
     set_grads(params, 0)
     optimizer.step()
     optimizer.state_dict()
-    assert seen == ["before", "after", "saved"]
+    assert calls == ["before", "after", "saved"]
     optimizer.zero_grad(set_to_none=False)
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in params)
     before = [p.detach().clone() for p in params[:2]]
     optimizer.step()
-    assert not any(map(torch.equal, before, params[:2])), "the momentum goes on"
+    assert not any(map(torch.equal, before, params[:2])), "the momentum still moves them"
     optimizer.zero_grad()
     assert all(p.grad is None for p in params)
 
@@ -159,40 +159,40 @@ def test_a_group_added_later_is_stepped_saved_and_loaded():
     extra.grad = torch.randn(3, 5)
     optimizer.step()
     saved = copy.deepcopy(optimizer.state_dict())
-    others, fresh = pair()
+    fresh_params, fresh = pair()
     with pytest.raises(CheckpointError, match=r"\[2, 1, 1\] parameters, the optimizer of \[2, 1\]"):
         fresh.load_state_dict(saved)
     other = nn.Parameter(torch.ones(3, 5))
     fresh.add_param_group({"params": [other]})
     fresh.load_state_dict(saved)
     assert fresh.param_groups[2]["normuon_beta"] == 0.9
-    for target, source in zip([*others, other], [*params, extra], strict=True):
+    for target, source in zip([*fresh_params, other], [*params, extra], strict=True):
         target.data.copy_(source)
-    for group in (params, others):
+    for group in (params, fresh_params):
         set_grads(group, 1)
     other.grad = extra.grad.clone()
     optimizer.step()
     fresh.step()
-    assert all(map(torch.equal, [*others, other], [*params, extra]))
+    assert all(map(torch.equal, [*fresh_params, other], [*params, extra]))
 
 
-def test_copies_and_pickles_go_on_alike():
+def test_copies_and_pickles_step_like_the_original():
     params, optimizer = pair()
     set_grads(params, 0)
     optimizer.step()
     twins = [pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)]
     results = []
-    for each in (optimizer, *twins):
-        own = [p for group in each.param_groups for p in group["params"]]
-        set_grads(own, 1)
-        each.step()
-        results.append(own)
-    for found in results[1:]:
-        assert all(map(torch.equal, found, results[0]))
+    for stepper in (optimizer, *twins):
+        params = [p for group in stepper.param_groups for p in group["params"]]
+        set_grads(params, 1)
+        stepper.step()
+        results.append(params)
+    for stepped in results[1:]:
+        assert all(map(torch.equal, stepped, results[0]))
 
 
 def test_a_compiled_step_is_the_eager_one():
-    """torch.compile leaves the step alone: it exchanges, and must round as torch.optim.Muon."""
+    """torch.compile must not compile the step, which must round as torch.optim.Muon."""
     results = []
     for compiles in (False, True):
         params, optimizer = pair()
@@ -205,11 +205,11 @@ def test_a_compiled_step_is_the_eager_one():
 
 
 def sharded_after_the_optimizer(steps_before: int) -> str:
-    """What Accelerate does: parameters of the groups are replaced by shards."""
+    """Replace parameters of the groups by shards, as Accelerate does."""
     mesh = mesh_of((4,))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 12, bias=False), nn.Linear(12, 4, bias=False))
-    whole = [p.detach().clone() for p in model.parameters()]
+    weights = [p.detach().clone() for p in model.parameters()]
     optimizer = Muon(model.named_parameters(), lr=0.1)
     for _ in range(steps_before):
         for param in model.parameters():
@@ -217,14 +217,14 @@ def sharded_after_the_optimizer(steps_before: int) -> str:
         optimizer.step()
     fully_shard(model, mesh=mesh)
     optimizer.param_groups[0]["params"] = list(model.parameters())
-    grads = tensors_like([tuple(w.shape) for w in whole], 1)
+    grads = tensors_like([tuple(w.shape) for w in weights], 1)
     for param, grad in zip(model.parameters(), grads, strict=True):
         param.grad = spread(grad, mesh, (Shard(0),))
     try:
         optimizer.step()
     except RuntimeError as error:
         return str(error)
-    oracle_params = [nn.Parameter(w) for w in whole]
+    oracle_params = [nn.Parameter(w) for w in weights]
     oracle = torch.optim.Muon(oracle_params, lr=0.1)
     for param, grad in zip(oracle_params, grads, strict=True):
         param.grad = grad
@@ -237,17 +237,17 @@ def sharded_after_the_optimizer(steps_before: int) -> str:
     return "same" if same else "different"
 
 
-def test_replaced_parameters_are_followed_before_the_first_step():
+def test_parameters_can_be_replaced_before_the_first_step():
     assert run_threads(4, sharded_after_the_optimizer, 0) == ["same"] * 4
 
 
-def test_replaced_parameters_are_told_after_a_step():
+def test_parameters_replaced_after_a_step_raise():
     for text in run_threads(4, sharded_after_the_optimizer, 1):
         assert "parameters were replaced after the optimizer had stepped" in text
 
 
 @pytest.mark.parametrize("hints", [{"fused": True}, {"foreach": False}, {"fused": None}], ids=str)
-def test_hints_of_frameworks_are_accepted_and_not_kept(hints):
+def test_implementation_flags_are_accepted_and_removed(hints):
     params = [nn.Parameter(w) for w in tensors_like(SHAPES, 0)]
     optimizer = Muon([{"params": params[:2], **hints}])
     assert not hints.keys() & optimizer.param_groups[0].keys()

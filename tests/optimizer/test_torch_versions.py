@@ -1,4 +1,4 @@
-"""What differs between releases of torch, and what this package does about it."""
+"""Differences between releases of torch."""
 
 from datetime import timedelta
 from typing import Any
@@ -48,7 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def operators(name: str) -> dict[str, set[str]]:
-    """Of DTensors, by what the optimizer was doing."""
+    """Return the dispatched operators of DTensors, by what the optimizer was doing."""
     mesh = mesh_of((2, 2, 2))
     placements = (R, S0, S0)
     params = [nn.Parameter(spread(w, mesh, placements)) for w in tensors_like(SHAPES, 0)]
@@ -59,33 +59,33 @@ def operators(name: str) -> dict[str, set[str]]:
         for param in params:
             param.grad_dtype = None
     groups = [{"params": params[:3]}, {"params": params[3:], "algorithm": "adamw"}]
-    seen = {}
-    with DTensorOperators() as seen["construction"]:
+    modes = {}
+    with DTensorOperators() as modes["construction"]:
         optimizer = Muon(groups, **OPTIONS[name])
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
     if name == "missing-as-zero":
         params[0].grad = params[0].grad if torch.distributed.get_rank() else None
     for number in range(2):
-        with DTensorOperators() as seen[f"step {number}"]:
+        with DTensorOperators() as modes[f"step {number}"]:
             optimizer.step()
     saved = optimizer.state_dict()
-    with DTensorOperators() as seen["load"]:
+    with DTensorOperators() as modes["load"]:
         optimizer.load_state_dict(saved)
-    seen["load"].names -= {"aten._to_copy.default"}  # torch's own, to the dtype of the parameter
-    with DTensorOperators() as seen["step after load"]:
+    modes["load"].names -= {"aten._to_copy.default"}  # torch's own, to the dtype of the parameter
+    with DTensorOperators() as modes["step after load"]:
         optimizer.step()
-    return {what: operators.names for what, operators in seen.items() if operators.names}
+    return {what: operators.names for what, operators in modes.items() if operators.names}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_operator_of_dtensors_is_dispatched(name):
-    """Since torch 2.14 each takes up to 0.4 s for a new shape on a mesh of three dims."""
+    """Since torch 2.14 each operator takes up to 0.4 s for a new shape on a mesh of three dims."""
     assert run_threads(8, operators, name) == [{}] * 8
 
 
 def shards_like_torch_s() -> list[str]:
-    """What `with_shard` and its kin make, against what torch's own operators make."""
+    """Compare `with_shard`, `cast` and `zeros_like` with torch's own operators."""
     mesh = mesh_of((2, 2, 2))
     wrong = []
     for placements in [(R, S0, S0), (S0, S1, R), (R, R, R)]:
@@ -99,12 +99,18 @@ def shards_like_torch_s() -> list[str]:
             "cast": (cast(param.detach(), torch.bfloat16), param.detach().to(torch.bfloat16)),
             "other shard": (with_shard(param, local_part(param.detach()) + 1), param.detach() + 1),
         }
-        for name, (mine, theirs) in pairs.items():
+        for name, (shard, torch_shard) in pairs.items():
             same = (
-                mine._spec == theirs._spec
-                and (mine.shape, mine.stride(), mine.dtype, mine.device, mine.requires_grad)
-                == (theirs.shape, theirs.stride(), theirs.dtype, theirs.device, False)
-                and torch.equal(mine.to_local(), theirs.to_local())
+                shard._spec == torch_shard._spec
+                and (shard.shape, shard.stride(), shard.dtype, shard.device, shard.requires_grad)
+                == (
+                    torch_shard.shape,
+                    torch_shard.stride(),
+                    torch_shard.dtype,
+                    torch_shard.device,
+                    False,
+                )
+                and torch.equal(shard.to_local(), torch_shard.to_local())
             )
             if not same:
                 wrong.append(f"{name} {placements}")
@@ -113,7 +119,7 @@ def shards_like_torch_s() -> list[str]:
     return wrong
 
 
-def test_shards_are_put_in_place_as_torch_does():
+def test_new_dtensors_equal_those_of_torch_s_operators():
     assert run_threads(8, shards_like_torch_s) == [[]] * 8
 
 
@@ -125,18 +131,20 @@ def test_plain_tensors_stay_plain():
 
 
 def test_spectral_unclamped_is_torch_s_name_for_spectral_norm():
-    params, others = (
+    params, other_params = (
         [nn.Parameter(w) for w in tensors_like([(4, 16), (16, 4)], 0)] for _ in range(2)
     )
     optimizer = Muon(params, lr=0.1, adjust_lr_fn="spectral_unclamped")
-    for param, other, grad in zip(params, others, tensors_like([(4, 16), (16, 4)], 1), strict=True):
+    for param, other, grad in zip(
+        params, other_params, tensors_like([(4, 16), (16, 4)], 1), strict=True
+    ):
         param.grad, other.grad = grad.clone(), grad
-    Muon(others, lr=0.1, adjust_lr_fn="spectral_norm").step()
+    Muon(other_params, lr=0.1, adjust_lr_fn="spectral_norm").step()
     optimizer.step()
-    assert all(map(torch.equal, params, others))
+    assert all(map(torch.equal, params, other_params))
     saved = optimizer.state_dict()
     assert saved["param_groups"][0]["adjust_lr_fn"] == "spectral_unclamped"
-    loaded = Muon(others, lr=0.1)
+    loaded = Muon(other_params, lr=0.1)
     loaded.load_state_dict(saved)
     assert loaded.param_groups[0]["adjust_lr_fn"] == "spectral_unclamped"
     config = MuonConfig.from_dict({"optimizer": {"adjust_lr_fn": "spectral_unclamped"}})
@@ -144,30 +152,30 @@ def test_spectral_unclamped_is_torch_s_name_for_spectral_norm():
 
 
 def test_spectral_unclamped_is_bitwise_torch_s():
-    mine, theirs = (
+    params, torch_params = (
         [nn.Parameter(w) for w in tensors_like([(4, 16), (16, 4)], 0)] for _ in range(2)
     )
     options: dict[str, Any] = {"lr": 0.1, "adjust_lr_fn": "spectral_unclamped"}
     try:
-        oracle = torch.optim.Muon(theirs, **options)
+        oracle = torch.optim.Muon(torch_params, **options)
     except ValueError:
         pytest.skip("torch 2.14 has it")
-    optimizer = Muon(mine, **options)
+    optimizer = Muon(params, **options)
     for step in range(3):
         for a, b, grad in zip(
-            mine, theirs, tensors_like([(4, 16), (16, 4)], 1 + step), strict=True
+            params, torch_params, tensors_like([(4, 16), (16, 4)], 1 + step), strict=True
         ):
             a.grad, b.grad = grad.clone(), grad
         optimizer.step()
         oracle.step()
-    assert all(map(torch.equal, mine, theirs))
-    loaded = Muon(mine)
+    assert all(map(torch.equal, params, torch_params))
+    loaded = Muon(params)
     loaded.load_state_dict(oracle.state_dict())
     assert loaded.param_groups[0]["adjust_lr_fn"] == "spectral_unclamped"
 
 
 def annotated(kind: str) -> str:
-    """What is said of a plain tensor that spmd_types annotates; a step, where nothing is said."""
+    """Step a plain tensor that spmd_types annotates; return the error."""
     mesh = mesh_of((2, 2))
     a, b = mesh.get_group("a"), mesh.get_group("b")
     shape = (3, 4, 6) if kind in ("experts", "rows of experts") else (4, 6)
@@ -196,7 +204,7 @@ def annotated(kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["rows", "varying", "rows of experts"])
-def test_a_part_of_a_matrix_annotated_by_spmd_types_is_refused(kind):
+def test_a_part_of_a_matrix_annotated_by_spmd_types_raises(kind):
     for text in run_processes(4, annotated, kind):
         assert "w" in text
         assert "spmd_types says that ranks hold different parts of it" in text
@@ -204,72 +212,74 @@ def test_a_part_of_a_matrix_annotated_by_spmd_types_is_refused(kind):
 
 
 @pytest.mark.parametrize("kind", ["replicated", "experts", "declared", "adamw", "untyped"])
-def test_what_spmd_types_annotates_as_whole_is_stepped(kind):
+def test_full_matrices_annotated_by_spmd_types_are_stepped(kind):
     assert run_processes(4, annotated, kind) == [""] * 4
 
 
 def set_timeout(seconds: float) -> None:
-    """Of the default group, as torchtitan does after the first step."""
+    """Set the timeout of the default group, as torchtitan does after the first step."""
     name = "set_timeout" if hasattr(dist, "set_timeout") else "_set_pg_timeout"
     getattr(dist.distributed_c10d, name)(timedelta(seconds=seconds), dist.group.WORLD)
 
 
-def patience_after() -> list[timedelta | None]:
-    """Of a mesh dim's group at first, after the default's timeout was set, and where gloo is
-    wrapped by a backend that has no options."""
+def timeouts_after() -> list[timedelta | None]:
+    """Return a mesh dim's timeout at first, after the default group's was set, and if a backend
+    without options wraps gloo."""
     group = mesh_of((2, 2)).get_group("a")
-    found = [timeout_of(group)]
+    timeouts = [timeout_of(group)]
     set_timeout(33)
-    found.append(timeout_of(group))
+    timeouts.append(timeout_of(group))
     with mock.patch.object(dist.ProcessGroup, "_get_backend", return_value=object()):
-        found.append(timeout_of(group))
+        timeouts.append(timeout_of(group))
         param = nn.Parameter(spread(torch.ones(8, 4), mesh_of((2, 2)), (R, S0)))
         param.grad = spread(torch.ones(8, 4), mesh_of((2, 2)), (R, S0))
         Muon([param], strategy="owned").step()
-    return found
+    return timeouts
 
 
-def test_a_step_waits_as_long_as_the_default_group_is_told_to():
-    for first, second, third in run_processes(4, patience_after):
+def test_a_step_has_the_timeout_of_the_default_group():
+    for first, second, third in run_processes(4, timeouts_after):
         assert first is not None
         assert first.total_seconds() >= 40
         assert (second, third) == (timedelta(seconds=33), None)
 
 
 def sharded_with_grad_dtype() -> tuple[torch.dtype, bool]:
-    """bfloat16 weights whose gradients are to be float32, under FSDP2: their dtype, and whether
-    values and momenta are torch.optim.Muon's."""
+    """Step bfloat16 weights with grad_dtype float32 under FSDP2.
+
+    Returns the dtype of the gradients, and whether values and momenta equal torch.optim.Muon's.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 6, bias=False), nn.Linear(6, 8, bias=False)).bfloat16()
-    theirs = [nn.Parameter(param.detach().clone()) for param in model.parameters()]
-    for param in (*model.parameters(), *theirs):
+    torch_params = [nn.Parameter(param.detach().clone()) for param in model.parameters()]
+    for param in (*model.parameters(), *torch_params):
         param.grad_dtype = torch.float32
     for layer in model:
         fully_shard(layer)
     fully_shard(model)
     params = list(model.parameters())
-    optimizer, oracle = Muon(params, lr=0.1), torch.optim.Muon(theirs, lr=0.1)
+    optimizer, oracle = Muon(params, lr=0.1), torch.optim.Muon(torch_params, lr=0.1)
     same = True
     for step in range(3):
         model(tensors_like([(5, 8)], step, torch.bfloat16)[0]).square().mean().backward()
-        for param, other in zip(params, theirs, strict=True):
+        for param, other in zip(params, torch_params, strict=True):
             other.grad_dtype = None
             other.grad = param.grad.full_tensor()
         dtype = params[0].grad.dtype
         optimizer.step()
         oracle.step()
         optimizer.zero_grad()
-        for param, other in zip(params, theirs, strict=True):
+        for param, other in zip(params, torch_params, strict=True):
             pairs = {param.detach(): other.detach()}
             pairs[optimizer.state[param]["momentum_buffer"]] = oracle.state[other][
                 "momentum_buffer"
             ]
-            same &= all(torch.equal(mine.full_tensor(), whole) for mine, whole in pairs.items())
+            same &= all(torch.equal(sharded.full_tensor(), full) for sharded, full in pairs.items())
     return dtype, same
 
 
-def test_gradients_of_fsdp2_have_the_dtype_that_weights_ask_for():
-    """From torch 2.15 on; before, that of the weights."""
+def test_gradients_of_fsdp2_have_the_grad_dtype_of_weights():
+    """From torch 2.15 on; before, they have the dtype of the weights."""
     is_wide = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
     expected = torch.float32 if is_wide else torch.bfloat16
     assert run_processes(2, sharded_with_grad_dtype) == [(expected, True)] * 2

@@ -1,1 +1,1 @@
-"""The tests that the requirement documents ask for, by their names, on gloo and the CPU."""
+"""The tests of the requirement documents, with their names, on gloo and the CPU."""

@@ -1,4 +1,4 @@
-"""Models of the requirement documents, and how parts of them come back together."""
+"""Models of the requirement documents, and functions that join and compare their parameters."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -43,7 +43,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of a transformer; norms without parameters, so all it holds are matrices."""
+    """One layer of a transformer. Norms have no parameters, so all parameters are matrices."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Block(nn.Module):
 
 
 class TinyTransformer(nn.Module):
-    """`layers` blocks, [batch, sequence, dim] to the same."""
+    """A sequence of `layers` blocks, from [batch, sequence, dim] to the same shape."""
 
     def __init__(self, dim: int = 16, layers: int = 2) -> None:
         super().__init__()
@@ -69,17 +69,17 @@ class TinyTransformer(nn.Module):
 
 
 class MoE(nn.Module):
-    """A gate and experts, of which this module holds those named; token i goes to expert i % n.
+    """A gate, and the experts with indices `held`; token i goes to expert i % num_experts.
 
-    [tokens, dim] to the same; tokens of other experts give zero.
+    From [tokens, dim] to the same shape; the output for tokens of other experts is zero.
     """
 
     def __init__(self, dim: int, num_experts: int, held: Iterable[int]) -> None:
         super().__init__()
         torch.manual_seed(42)
         self.gate = nn.Linear(dim, num_experts, bias=False)
-        everyone = [nn.Linear(dim, dim, bias=False) for _ in range(num_experts)]
-        self.experts = nn.ModuleDict({str(index): everyone[index] for index in held})
+        all_experts = [nn.Linear(dim, dim, bias=False) for _ in range(num_experts)]
+        self.experts = nn.ModuleDict({str(index): all_experts[index] for index in held})
         self.num_experts = num_experts
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,26 +94,26 @@ class MoE(nn.Module):
 def create_dummy_model(
     num_params: int = 4, param_size: tuple[int, int] = (12, 12)
 ) -> nn.Sequential:
-    """Linear layers one after the other, as the document's model; square, so they fit."""
+    """Return a sequence of Linear layers, as in the document; `param_size` must be square."""
     torch.manual_seed(42)
     rows, cols = param_size
     return nn.Sequential(*(nn.Linear(cols, rows, bias=False) for _ in range(num_params)))
 
 
 def batch(step: int, *shape: int) -> Tensor:
-    """The same random numbers on every rank."""
+    """Return random numbers that are the same on every rank."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(1000 + step))
 
 
 def clean(name: str) -> str:
-    """A parameter's name without the wrappers that DDP, FSDP1 and torch.compile put around it."""
+    """Return a parameter's name without the prefixes of DDP, FSDP1 and torch.compile."""
     for wrapper in ("_fsdp_wrapped_module.", "module.", "_orig_mod."):
         name = name.replace(wrapper, "")
     return name
 
 
-def whole_params(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter of a model of DTensors and plain tensors, whole."""
+def full_params(model: nn.Module) -> dict[str, Tensor]:
+    """Return the full parameters of a model of DTensors and plain tensors, by name."""
     return {
         clean(name): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in model.named_parameters()
@@ -121,27 +121,32 @@ def whole_params(model: nn.Module) -> dict[str, Tensor]:
 
 
 def joined(shards: Iterable[tuple[str, Tensor, int | None]], group: Any) -> dict[str, Tensor]:
-    """(name, this rank's shard, tensor dim it is cut along) to whole tensors by name."""
-    whole = {}
+    """Gather (name, this rank's shard, tensor dim of the cut) to full tensors by name."""
+    full_tensors = {}
     for name, shard, tensor_dim in shards:
         gathered: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(gathered, shard.detach(), group=group)
-        whole[name] = shard.detach() if tensor_dim is None else torch.cat(gathered, tensor_dim)
-    return whole
+        full_tensors[name] = (
+            shard.detach() if tensor_dim is None else torch.cat(gathered, tensor_dim)
+        )
+    return full_tensors
 
 
 def differences(
     params: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
 ) -> list[str]:
-    """Names whose values differ: bitwise, or by more than the tolerance, relative and absolute."""
-    wrong = [name for name in params if name not in expected]
+    """Return names whose values differ by more than the tolerance, relative and absolute.
+
+    With a tolerance of 0 values are compared bitwise.
+    """
+    differing = [name for name in params if name not in expected]
     for name, value in params.items():
-        if name in wrong:
+        if name in differing:
             continue
         if tolerance == 0:
             same = torch.equal(value, expected[name])
         else:
             same = torch.allclose(value, expected[name], rtol=tolerance, atol=tolerance)
         if not same:
-            wrong.append(f"{name}: {(value - expected[name]).abs().max():.3g}")
-    return wrong
+            differing.append(f"{name}: {(value - expected[name]).abs().max():.3g}")
+    return differing

@@ -1,4 +1,4 @@
-"""000, "Correctness Tests": against one process, accumulation, debug mode, bad groups."""
+"""000, "Correctness Tests": equality with one process, accumulation, debug mode, wrong groups."""
 
 import json
 from itertools import pairwise
@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from muon_dtensor import Muon, create_auto_config, create_devicemesh_config
 from muon_dtensor.planning.plan import Phase
-from tests.requirements.models import TinyTransformer, batch, differences, whole_params
+from tests.requirements.models import TinyTransformer, batch, differences, full_params
 from tests.support.meter import counting, installed
 from tests.support.pool import run_processes
 
@@ -27,11 +27,11 @@ def fsdp1(model: nn.Module) -> FullyShardedDataParallel:
     return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
 
 
-def whole_of(model: nn.Module) -> dict[str, Tensor]:
+def full_params_of(model: nn.Module) -> dict[str, Tensor]:
     if not isinstance(model, FullyShardedDataParallel):
-        return whole_params(model)
+        return full_params(model)
     with FullyShardedDataParallel.summon_full_params(model):
-        return whole_params(model)
+        return full_params(model)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int = 10) -> list[float]:
@@ -51,7 +51,7 @@ def trained_fsdp(**debug: Any) -> tuple[list[float], dict[str, Tensor]]:
     for name, value in debug.items():
         setattr(config, name, value)
     optimizer = Muon(model.named_parameters(), lr=LR, momentum=0.95, distributed_config=config)
-    return train(model, optimizer), whole_of(model)
+    return train(model, optimizer), full_params_of(model)
 
 
 def trained_tp() -> tuple[list[float], dict[str, Tensor]]:
@@ -66,7 +66,7 @@ def trained_tp() -> tuple[list[float], dict[str, Tensor]]:
     optimizer = Muon(
         model.named_parameters(), lr=LR, distributed_config=config, ns_dtype=torch.float32
     )
-    return train(model, optimizer), whole_of(model)
+    return train(model, optimizer), full_params_of(model)
 
 
 def trained_hsdp() -> tuple[list[float], dict[str, Tensor]]:
@@ -77,16 +77,16 @@ def trained_hsdp() -> tuple[list[float], dict[str, Tensor]]:
         replicate_process_group=mesh.get_group("replicate"),
     )
     optimizer = Muon(model.named_parameters(), lr=LR, distributed_config=config)
-    return train(model, optimizer), whole_of(model)
+    return train(model, optimizer), full_params_of(model)
 
 
 class TestMuonCorrectness:
     def must_match(self, body: Any, tolerance: float, **options: Any) -> None:
         single = TinyTransformer(DIM, LAYERS)
         losses = train(single, Muon(single.named_parameters(), lr=LR, **options))
-        for theirs, params in run_processes(4, body):
-            torch.testing.assert_close(theirs, losses, rtol=tolerance, atol=tolerance)
-            assert differences(params, whole_params(single), tolerance) == []
+        for rank_losses, params in run_processes(4, body):
+            torch.testing.assert_close(rank_losses, losses, rtol=tolerance, atol=tolerance)
+            assert differences(params, full_params(single), tolerance) == []
 
     @pytest.mark.P0
     def test_fsdp_matches_single_gpu(self):
@@ -102,7 +102,10 @@ class TestMuonCorrectness:
 
 
 def accumulated(num_microbatches: int, wrap: str) -> tuple[dict[str, Tensor], int, int]:
-    """One step on one large batch or on its parts; matrices orthogonalized here, and in all."""
+    """Step with one large batch or its parts.
+
+    Returns the parameters, and the numbers of matrices that this rank and all ranks orthogonalize.
+    """
     with installed(), counting() as count:
         model: nn.Module = TinyTransformer(DIM, LAYERS)
         model = fsdp1(model) if wrap == "fsdp1" else fully_shard(model)
@@ -112,13 +115,13 @@ def accumulated(num_microbatches: int, wrap: str) -> tuple[dict[str, Tensor], in
             lr=LR,
             distributed_config=config,
             ns_dtype=torch.float32,
-            # what may be gathered is so tiny that all ranks orthogonalize it
+            # "auto" would let all ranks orthogonalize such small matrices
             strategy="owned",
         )
         for part in batch(0, 32, 12, DIM).chunk(num_microbatches):
             model(part).square().sum().backward()
         optimizer.step()
-    return whole_of(model), count.num_matrices, optimizer.plan.cost.num_matrices
+    return full_params_of(model), count.num_matrices, optimizer.plan.cost.num_matrices
 
 
 class TestGradientAccumulation:
@@ -129,10 +132,12 @@ class TestGradientAccumulation:
         small = run_processes(4, accumulated, 4, wrap)
         for (expected, *_), (params, *_) in zip(large, small, strict=True):
             assert differences(params, expected, 1e-5) == []
-        assert sum(here for _, here, _ in small) == small[0][2] == 6 * LAYERS
+        assert sum(num_local for _, num_local, _ in small) == small[0][2] == 6 * LAYERS
 
 
-def traced(async_gpu_parallelism: bool, folder: str) -> tuple[list[Any], dict[str, Tensor]]:
+def train_with_trace(
+    async_gpu_parallelism: bool, folder: str
+) -> tuple[list[Any], dict[str, Tensor]]:
     model = fsdp1(TinyTransformer(DIM, LAYERS))
     config = create_auto_config(
         fsdp_process_group=dist.group.WORLD,
@@ -147,18 +152,18 @@ def traced(async_gpu_parallelism: bool, folder: str) -> tuple[list[Any], dict[st
     optimizer.trace.save(Path(folder) / f"rank{dist.get_rank()}.json")
     sequential = "ranks orthogonalize one after the other" in str(optimizer.plan)
     assert sequential != async_gpu_parallelism
-    return optimizer.trace.spans, whole_of(model)
+    return optimizer.trace.spans, full_params_of(model)
 
 
 class TestDebugMode:
     @pytest.mark.P0
     def test_sequential_execution(self, tmp_path):
-        """No rank orthogonalizes before the one before it is done.
+        """No rank orthogonalizes before the previous rank has finished.
 
-        The document compares whole calls of step(); with collectives inside, no rank can end one
-        before another begins it. What can run one rank after the other is the computation.
+        The document compares calls of step(). With collectives inside, no rank can end a call
+        before another begins it. Only the computation can run one rank after the other.
         """
-        ranks = [spans for spans, _ in run_processes(4, traced, False, str(tmp_path))]
+        ranks = [spans for spans, _ in run_processes(4, train_with_trace, False, str(tmp_path))]
         for spans in ranks:
             assert {span.phase for span in spans} == set(Phase)
             assert [span.step for span in spans] == sorted(span.step for span in spans)
@@ -173,7 +178,7 @@ class TestDebugMode:
 
     @pytest.mark.P1
     def test_the_trace_is_chrome_s(self, tmp_path):
-        spans = run_processes(4, traced, True, str(tmp_path))[2][0]
+        spans = run_processes(4, train_with_trace, True, str(tmp_path))[2][0]
         events = json.loads((tmp_path / "rank2.json").read_text())["traceEvents"]
         assert len(events) == len(spans) > 0
         assert {event["ph"] for event in events} == {"X"}
@@ -183,13 +188,13 @@ class TestDebugMode:
 
     @pytest.mark.P0
     def test_parallel_vs_sequential_same_result(self, tmp_path):
-        parallel = run_processes(4, traced, True, str(tmp_path))
-        sequential = run_processes(4, traced, False, str(tmp_path))
+        parallel = run_processes(4, train_with_trace, True, str(tmp_path))
+        sequential = run_processes(4, train_with_trace, False, str(tmp_path))
         for (_, params), (_, expected) in zip(parallel, sequential, strict=True):
             assert differences(params, expected, 0) == []
 
 
-def refused(call: Any, *args: Any) -> str:
+def error_of(call: Any, *args: Any) -> str:
     try:
         call(*args)
     except ValueError as error:
@@ -200,12 +205,12 @@ def refused(call: Any, *args: Any) -> str:
 def overlapping_fsdp_tp() -> str:
     fsdp_pg = dist.new_group([0, 1, 2, 3])
     tp_pg = dist.new_group([0, 1, 2, 3])
-    return refused(lambda: create_auto_config(fsdp_process_group=fsdp_pg, tp_process_group=tp_pg))
+    return error_of(lambda: create_auto_config(fsdp_process_group=fsdp_pg, tp_process_group=tp_pg))
 
 
 def invalid_stages() -> list[str]:
     return [
-        refused(
+        error_of(
             lambda stage, stages: create_auto_config(
                 pp_process_group=dist.group.WORLD, pp_stage_id=stage, pp_num_stages=stages
             ),
@@ -217,11 +222,11 @@ def invalid_stages() -> list[str]:
 
 def groups_without_this_rank() -> str:
     pair = dist.new_group([0, 1])
-    return refused(lambda: create_auto_config(fsdp_process_group=pair))
+    return error_of(lambda: create_auto_config(fsdp_process_group=pair))
 
 
 def no_grid() -> str:
-    """Each rank's two groups meet in it alone; those of all ranks make no grid."""
+    """Each rank's two groups share only this rank, but those of all ranks do not form a grid."""
     rows = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     columns = {0: [0, 2], 2: [0, 2], 1: [1, 3], 3: [1, 3]}
     twisted = [dist.new_group(ranks) for ranks in ([0, 3], [1, 2])]
@@ -232,7 +237,7 @@ def no_grid() -> str:
         fsdp_process_group=straight[rank % 2], tp_process_group=rows[rank // 2]
     )
     assert good.plain_rule is not None
-    return refused(
+    return error_of(
         lambda: create_auto_config(
             fsdp_process_group=twisted[int(rank in (1, 2))], tp_process_group=rows[rank // 2]
         )
@@ -244,13 +249,13 @@ def foreign_mesh() -> tuple[str, str]:
     weight = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0), Replicate()]))
     too_small = create_devicemesh_config(mesh["tp"])
     return (
-        refused(lambda: Muon([("w", weight)], distributed_config=too_small)),
-        refused(lambda: create_devicemesh_config(mesh, ["dp", "ep"])),
+        error_of(lambda: Muon([("w", weight)], distributed_config=too_small)),
+        error_of(lambda: create_devicemesh_config(mesh, ["dp", "ep"])),
     )
 
 
 class TestProcessGroupValidation:
-    """Told by ValueError, on every rank."""
+    """Every rank raises ValueError."""
 
     @pytest.mark.P0
     def test_reject_overlapping_fsdp_tp(self):
@@ -263,19 +268,19 @@ class TestProcessGroupValidation:
         for beyond, negative, no_count, no_id in run_processes(4, invalid_stages):
             assert "from 0 to pp_num_stages - 1 = 3, got 4" in beyond
             assert "got -1" in negative
-            assert no_count == no_id == "give pp_stage_id and pp_num_stages together"
+            assert no_count == no_id == "pass pp_stage_id and pp_num_stages together"
 
     @pytest.mark.P1
     def test_reject_a_group_without_this_rank(self):
-        first, second, *others = run_processes(4, groups_without_this_rank)
+        first, second, *other_ranks = run_processes(4, groups_without_this_rank)
         assert first == second == ""
-        for rank, text in enumerate(others, 2):
+        for rank, text in enumerate(other_ranks, 2):
             assert f"fsdp_process_group does not contain rank {rank}" in text
 
     @pytest.mark.P1
-    def test_reject_groups_that_make_no_grid(self):
+    def test_reject_groups_that_do_not_form_a_grid(self):
         for text in run_processes(4, no_grid):
-            assert "make no grid" in text
+            assert "do not form a grid" in text
 
     @pytest.mark.P1
     def test_reject_meshes_that_do_not_fit(self):

@@ -1,4 +1,4 @@
-"""000, "Integration Tests", and what real training does: accumulation is in `correctness`."""
+"""000, "Integration Tests", AMP and torch.compile. Accumulation is in `test_000_correctness`."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from tests.requirements.models import (
     TinyTransformer,
     batch,
     differences,
-    whole_params,
+    full_params,
 )
 from tests.support.pool import run_processes
 from tests.support.torchrun import forked_torchrun
@@ -25,7 +25,7 @@ DIM = 32
 
 
 def memorized(wrap: str) -> tuple[float, float]:
-    """Mean loss over the toy set in the first and in the last epoch."""
+    """Return the mean loss over a small data set in the first and in the last epoch."""
     model: nn.Module = TinyTransformer(DIM, layers=2)
     if wrap == "fsdp1":
         model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
@@ -48,7 +48,7 @@ def memorized(wrap: str) -> tuple[float, float]:
 
 
 def memorized_as_written() -> tuple[float, float]:
-    """The document's task, at its sizes: ten batches of 16 x 64 x 128, ten epochs."""
+    """Train the document's task at its sizes: ten batches of 16 x 64 x 128, ten epochs."""
     model = FullyShardedDataParallel(
         TinyTransformer(dim=128, layers=4), use_orig_params=True, device_id=torch.device("cpu")
     )
@@ -86,7 +86,7 @@ import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from muon_dtensor import Muon, create_devicemesh_config
-from tests.requirements.models import TinyTransformer, batch, whole_params
+from tests.requirements.models import TinyTransformer, batch, full_params
 
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
@@ -96,7 +96,7 @@ for step in range(3):
     model(batch(step, 2, 6, 16)).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
-params = whole_params(model)
+params = full_params(model)
 if dist.get_rank() == 0:
     torch.save(params, sys.argv[1])
 dist.destroy_process_group()
@@ -106,7 +106,7 @@ dist.destroy_process_group()
 class TestMultiNode:
     @pytest.mark.P1
     def test_hsdp_across_nodes(self, tmp_path):
-        """Two torchrun agents, as on two nodes, find each other and train HSDP."""
+        """Two torchrun agents, as on two nodes, rendezvous and train with HSDP."""
         script = tmp_path / "train.py"
         script.write_text(SCRIPT)
         forked_torchrun(script, 2, str(tmp_path / "params.pt"), num_nodes=2)
@@ -116,12 +116,12 @@ class TestMultiNode:
             model(batch(step, 2, 6, 16)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        found = torch.load(tmp_path / "params.pt")
-        assert differences(found, whole_params(model), 0) == []
+        params = torch.load(tmp_path / "params.pt")
+        assert differences(params, full_params(model), 0) == []
 
 
 def scaled(break_step: int | None) -> tuple[list[float], dict[str, Tensor], list[float]]:
-    """AMP in bfloat16 with a gradient scaler; one step may overflow on one rank alone."""
+    """Train with AMP in bfloat16 and a gradient scaler; one step can overflow on one rank only."""
     model = FullyShardedDataParallel(
         TinyTransformer(), use_orig_params=True, device_id=torch.device("cpu")
     )
@@ -141,7 +141,7 @@ def scaled(break_step: int | None) -> tuple[list[float], dict[str, Tensor], list
         losses.append(loss.item())
         scales.append(scaler.get_scale())
     with FullyShardedDataParallel.summon_full_params(model):
-        return losses, whole_params(model), scales
+        return losses, full_params(model), scales
 
 
 class TestGradScaler:
@@ -154,7 +154,7 @@ class TestGradScaler:
             assert differences(params, ranks[0][1], 0) == []
 
     @pytest.mark.P1
-    def test_an_overflow_skips_the_step_everywhere(self):
+    def test_an_overflow_skips_the_step_on_all_ranks(self):
         ranks = run_processes(2, scaled, 2)
         for losses, params, scales in ranks:
             assert scales[1:3] == [2.0**10, 2.0**9]
@@ -165,8 +165,8 @@ class TestGradScaler:
 
 def compiled() -> tuple[list[str], float, float]:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
-    plain = DistributedDataParallel(TinyTransformer(layers=1))
-    fast: Any = torch.compile(plain)
+    wrapped = DistributedDataParallel(TinyTransformer(layers=1))
+    fast: Any = torch.compile(wrapped)
     optimizer = Muon(
         fast.named_parameters(),
         lr=1e-3,
@@ -183,13 +183,13 @@ def compiled() -> tuple[list[str], float, float]:
             opt.step()
             opt.zero_grad()
         losses.append(loss.item())
-    return differences(whole_params(plain), whole_params(model), 1e-5), losses[0], losses[-1]
+    return differences(full_params(wrapped), full_params(model), 1e-5), losses[0], losses[-1]
 
 
 @pytest.mark.slow
 @pytest.mark.P1
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_model():
-    for wrong, first, last in run_processes(2, compiled):
-        assert wrong == []
+    for differing, first, last in run_processes(2, compiled):
+        assert differing == []
         assert last < first

@@ -1,12 +1,12 @@
-"""000, "Test Matrix": every parallelism, trained five steps, against one process.
+"""000, "Test Matrix": every parallelism, trained five steps, compared with one process.
 
 Ranks get the same batch (every fourth sample of it under context parallelism), so that averages
-over a power of two of ranks are exact: the gradients, and then the parameters, are bitwise those of
-one process. Where torch itself computes otherwise when a layer is cut (tensor parallelism), or sums
-in another order (context parallelism), the iteration runs in float32 and parameters are equal to
-1e-5. Rows named bf16 iterate in bfloat16, where a difference in a gradient's last bit may grow to
-that of an iteration's: the document's 1e-3 holds at its lr of 1e-3 (1.0e-4 was measured), and no
-longer at lr=0.02 (6e-3).
+over a power of two of ranks are exact. Gradients and parameters are then bitwise those of one
+process. With tensor parallelism torch computes differently, and with context parallelism it sums in
+another order: there the iteration runs in float32, and parameters are equal to 1e-5. Rows named
+bf16 iterate in bfloat16, where a difference in a gradient's last bit can grow to one of the
+iteration's. The document's 1e-3 holds at its lr of 1e-3 (1.0e-4 was measured), but not at lr=0.02
+(6e-3).
 """
 
 import threading
@@ -34,7 +34,7 @@ from muon_dtensor import (
     create_auto_config,
     create_devicemesh_config,
 )
-from tests.requirements.models import MoE, TinyTransformer, batch, differences, whole_params
+from tests.requirements.models import MoE, TinyTransformer, batch, differences, full_params
 from tests.support.pool import run_processes
 
 STEPS, DIM, LAYERS = 5, 16, 4
@@ -44,7 +44,7 @@ DTYPES = {0.0: torch.bfloat16, TOLERANCE: torch.float32, NARROW: torch.bfloat16}
 
 
 class Row(threading.local):
-    """What the row that runs now wants."""
+    """Settings of the row that runs on this thread."""
 
     dtype = torch.bfloat16
 
@@ -86,7 +86,7 @@ def one_process(tolerance: float, microbatches: int = 1) -> dict[str, Tensor]:
             param.grad.div_(microbatches)
         optimizer.step()
         optimizer.zero_grad()
-    return whole_params(model)
+    return full_params(model)
 
 
 def train(model: nn.Module, config: DistributedConfig | None, after_backward: Any = None) -> Muon:
@@ -102,7 +102,7 @@ def train(model: nn.Module, config: DistributedConfig | None, after_backward: An
 
 
 def tensor_parallel(model: nn.Module, mesh: DeviceMesh, tensor_dim: int) -> None:
-    """Cut every layer along one tensor dim, or (2) as Megatron does: columns, then rows."""
+    """Cut every layer along one tensor dim, or with 2 as Megatron does: columns, then rows."""
     colwise: ParallelStyle = ColwiseParallel(output_layouts=Replicate())
     rowwise: ParallelStyle = RowwiseParallel(input_layouts=Replicate())
     kinds = {
@@ -123,39 +123,39 @@ def shard_fully(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def layers_of(model: nn.Module) -> list[Any]:
-    """The layers that this rank has: all, or those of its pipeline stage."""
+    """Return the layers of this rank: all, or those of its pipeline stage."""
     layers: Any = model.layers
     return [layer for layer in layers if not isinstance(layer, nn.Identity)]
 
 
-def once_each(optimizer: Muon) -> None:
-    """The contract: whatever the replicas, every matrix is orthogonalized once."""
+def check_no_redundancy(optimizer: Muon) -> None:
+    """Assert that every matrix is orthogonalized once, also with replicas."""
     assert optimizer.plan.cost.redundancy == 1.0
 
 
-def none() -> dict[str, Tensor]:
+def without_config() -> dict[str, Tensor]:
     model = TinyTransformer(DIM, LAYERS)
     train(model, None)
-    return whole_params(model)
+    return full_params(model)
 
 
 def ddp() -> dict[str, Tensor]:
     model = DistributedDataParallel(TinyTransformer(DIM, LAYERS))
-    once_each(train(model, create_auto_config(ddp_process_group=dist.group.WORLD)))
-    return whole_params(model)
+    check_no_redundancy(train(model, create_auto_config(ddp_process_group=dist.group.WORLD)))
+    return full_params(model)
 
 
 def ddp_without_config() -> dict[str, Tensor]:
     model = DistributedDataParallel(TinyTransformer(DIM, LAYERS))
     train(model, None)
-    return whole_params(model)
+    return full_params(model)
 
 
 def fsdp2() -> dict[str, Tensor]:
     mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("dp_shard",))
     model = shard_fully(TinyTransformer(DIM, LAYERS), mesh)
-    once_each(train(model, None))
-    return whole_params(model)
+    check_no_redundancy(train(model, None))
+    return full_params(model)
 
 
 def fsdp1(strategy: str) -> dict[str, Tensor]:
@@ -174,42 +174,42 @@ def fsdp1(strategy: str) -> dict[str, Tensor]:
     for index, layer in enumerate(model.layers):
         model.layers[index] = FullyShardedDataParallel(layer, **options)
     wrapped = FullyShardedDataParallel(model, **options)
-    once_each(train(wrapped, config))
+    check_no_redundancy(train(wrapped, config))
     with FullyShardedDataParallel.summon_full_params(wrapped):
-        return whole_params(wrapped)
+        return full_params(wrapped)
 
 
 def tp(tensor_dim: int) -> dict[str, Tensor]:
     model = TinyTransformer(DIM, LAYERS)
     tensor_parallel(model, init_device_mesh("cpu", (4,), mesh_dim_names=("tp",)), tensor_dim)
-    once_each(train(model, create_auto_config(tp_process_group=dist.group.WORLD)))
-    return whole_params(model)
+    check_no_redundancy(train(model, create_auto_config(tp_process_group=dist.group.WORLD)))
+    return full_params(model)
 
 
 def hsdp() -> dict[str, Tensor]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
     model = shard_fully(TinyTransformer(DIM, LAYERS), mesh)
-    once_each(train(model, create_devicemesh_config(mesh)))
-    return whole_params(model)
+    check_no_redundancy(train(model, create_devicemesh_config(mesh)))
+    return full_params(model)
 
 
 def tp_and(names: tuple[str, ...], shape: tuple[int, ...], tensor_dim: int) -> dict[str, Tensor]:
-    """FSDP2 or HSDP over tensor parallelism."""
+    """Train with FSDP2 or HSDP over tensor parallelism."""
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     model = TinyTransformer(DIM, LAYERS)
     tensor_parallel(model, mesh["tp"], tensor_dim)
     data_dims = tuple(name for name in names if name != "tp")
     shard_fully(model, mesh[data_dims])
-    once_each(train(model, create_devicemesh_config(mesh)))
-    return whole_params(model)
+    check_no_redundancy(train(model, create_devicemesh_config(mesh)))
+    return full_params(model)
 
 
 def cp() -> dict[str, Tensor]:
-    """Every rank has a part of the data; gradients are averaged over all."""
+    """Train with a part of the data on every rank, and gradients averaged over all ranks."""
     model = TinyTransformer(DIM, LAYERS)
     config = create_auto_config(cp_process_group=dist.group.WORLD)
-    once_each(train_on_parts(model, config, dist.group.WORLD))
-    return whole_params(model)
+    check_no_redundancy(train_on_parts(model, config, dist.group.WORLD))
+    return full_params(model)
 
 
 def train_on_parts(model: nn.Module, config: DistributedConfig, group: Any) -> Muon:
@@ -229,11 +229,11 @@ def train_on_parts(model: nn.Module, config: DistributedConfig, group: Any) -> M
 
 
 def cp_in_fsdp() -> dict[str, Tensor]:
-    """As torchtitan: parameters are sharded over dp_shard x cp, one mesh dim."""
+    """Train as torchtitan does: parameters are sharded over dp_shard x cp as one mesh dim."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "cp"))
     model = shard_fully(TinyTransformer(DIM, LAYERS), mesh._flatten("fsdp"))
-    once_each(train(model, create_devicemesh_config(mesh)))
-    return whole_params(model)
+    check_no_redundancy(train(model, create_devicemesh_config(mesh)))
+    return full_params(model)
 
 
 def cp_tp() -> dict[str, Tensor]:
@@ -244,13 +244,13 @@ def cp_tp() -> dict[str, Tensor]:
         cp_process_group=mesh.get_group("cp"), tp_process_group=mesh.get_group("tp")
     )
     optimizer = train_on_parts(model, config, mesh.get_group("cp"))
-    once_each(optimizer)
+    check_no_redundancy(optimizer)
     assert str(optimizer.plan.meshes[0]) == "(cp=2, tp=2)"
-    return whole_params(model)
+    return full_params(model)
 
 
 def run_row(body: Any, args: Any, tolerance: float) -> dict[str, Tensor]:
-    """The row on one rank; the optimizers it makes iterate in the dtype of its tolerance."""
+    """Run a row on one rank; its optimizers iterate in the dtype of its tolerance."""
     row.dtype = DTYPES[tolerance]
     params: dict[str, Tensor] = body(*args)
     return params
@@ -259,7 +259,7 @@ def run_row(body: Any, args: Any, tolerance: float) -> dict[str, Tensor]:
 def pipeline(
     names: tuple[str, ...], shape: tuple[int, ...], empty_stage: bool = False
 ) -> dict[str, Tensor]:
-    """1F1B over the first mesh dim; in each stage what the other dims say."""
+    """Train with 1F1B over the first mesh dim, and each stage over the other mesh dims."""
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     stage_id, num_stages = mesh.get_local_rank("pp"), shape[0]
     model = TinyTransformer(DIM, LAYERS)
@@ -267,7 +267,7 @@ def pipeline(
     for index in range(LAYERS):
         if index * num_busy // LAYERS != stage_id:
             model.layers[index] = nn.Identity()
-    names_here = {name for name, _ in model.named_parameters()}
+    stage_names = {name for name, _ in model.named_parameters()}
     groups = {f"{name}_process_group": mesh.get_group(name) for name in names}
     if "tp" in names:
         tensor_parallel(model, mesh["tp"], 2)
@@ -281,20 +281,20 @@ def pipeline(
     optimizer = make_optimizer(model, config)
     for step in range(STEPS):
         x, target = data(step)
-        first, last = (x,) if stage_id == 0 else (), {}
+        arguments, keywords = (x,) if stage_id == 0 else (), {}
         if stage_id == num_stages - 1:
-            last = {"target": target}
-        schedule.step(*first, **last)
+            keywords = {"target": target}
+        schedule.step(*arguments, **keywords)
         optimizer.step()
         optimizer.zero_grad()
-    assert {spec.fqn for spec in optimizer.plan.params} == names_here
-    once_each(optimizer)
-    return whole_params(model)
+    assert {spec.fqn for spec in optimizer.plan.params} == stage_names
+    check_no_redundancy(optimizer)
+    return full_params(model)
 
 
 P0, P1, P2 = pytest.mark.P0, pytest.mark.P1, pytest.mark.P2
 ROWS = [
-    pytest.param(1, none, (), 0.0, id="none", marks=P0),
+    pytest.param(1, without_config, (), 0.0, id="none", marks=P0),
     pytest.param(4, ddp, (), 0.0, id="ddp", marks=P0),
     pytest.param(4, ddp_without_config, (), 0.0, id="ddp-without-config", marks=P0),
     pytest.param(4, fsdp2, (), 0.0, id="fsdp2", marks=P0),
@@ -349,7 +349,7 @@ def train_experts(
     ep_group: Any,
     strategy: Literal["auto", "owned"] = "auto",
 ) -> Muon:
-    """Each rank's experts learn from their own tokens; the gate's gradient is summed."""
+    """Train each rank's experts on their own tokens; the gate's gradient is summed."""
     optimizer = make_optimizer(model, config, strategy)
     for step in range(STEPS):
         x, target = (batch(seed + step, 4 * NUM_EXPERTS, DIM) for seed in (0, 100))
@@ -364,23 +364,23 @@ def train_experts(
 
 
 def ep() -> dict[str, Tensor]:
-    """Complete experts: no distributed_config, nothing is gathered."""
+    """Train full experts without distributed_config; nothing is sent."""
     rank = dist.get_rank()
     model = MoE(DIM, NUM_EXPERTS, [rank])
     optimizer = train_experts(model, None, dist.group.WORLD)
     assert optimizer.plan.cost.total_nbytes == 0
-    return whole_params(model)
+    return full_params(model)
 
 
 def ep_with_group() -> dict[str, Tensor]:
     model = MoE(DIM, NUM_EXPERTS, [dist.get_rank()])
     config = create_auto_config(ep_process_group=dist.group.WORLD)
     assert train_experts(model, config, dist.group.WORLD).plan.cost.total_nbytes == 0
-    return whole_params(model)
+    return full_params(model)
 
 
 def ep_tp(tensor_dim: int) -> dict[str, Tensor]:
-    """Two experts a pair of ranks, cut between the two: gathered within the pair only."""
+    """Train two experts per pair of ranks, cut over the pair; matrices stay within the pair."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
     index = mesh.get_local_rank("ep")
     model = MoE(DIM, NUM_EXPERTS, [2 * index, 2 * index + 1])
@@ -394,9 +394,9 @@ def ep_tp(tensor_dim: int) -> dict[str, Tensor]:
         tp_shard_dim={"gate.weight": None},
         ep_process_group=mesh.get_group("ep"),
     )
-    # left to itself the planner lets both ranks of a pair work: that costs less than an exchange
-    once_each(train_experts(model, config, mesh.get_group("ep"), strategy="owned"))
-    return whole_params(model)
+    # With "auto" both ranks of a pair orthogonalize, which costs less than an exchange.
+    check_no_redundancy(train_experts(model, config, mesh.get_group("ep"), strategy="owned"))
+    return full_params(model)
 
 
 def one_process_experts(tolerance: float) -> dict[str, Tensor]:
@@ -404,7 +404,7 @@ def one_process_experts(tolerance: float) -> dict[str, Tensor]:
     row.dtype = DTYPES[tolerance]
     train_experts(model, None, None)
     row.dtype = torch.bfloat16
-    return whole_params(model)
+    return full_params(model)
 
 
 @pytest.mark.parametrize(
@@ -425,22 +425,22 @@ def test_experts_equal_one_process(body, args):
 
 
 def stacked_experts() -> tuple[list[bool], int]:
-    """Experts as one parameter [e, m, n] over ep: whole matrices, nothing is sent."""
+    """Step experts as one parameter [e, m, n] cut over ep: each rank has full matrices."""
     mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("ep",))
     weight = nn.Parameter(distribute_tensor(batch(0, 8, DIM, 6), mesh, [Shard(0)]))
     optimizer = Muon([("experts.weight", weight)])
-    alone = [nn.Parameter(m.clone()) for m in batch(0, 8, DIM, 6)]
-    reference = torch.optim.Muon(alone)
+    expert_params = [nn.Parameter(m.clone()) for m in batch(0, 8, DIM, 6)]
+    reference = torch.optim.Muon(expert_params)
     for step in range(STEPS):
         grad = batch(1 + step, 8, DIM, 6)
         weight.grad = distribute_tensor(grad, mesh, [Shard(0)])
-        for expert, part in zip(alone, grad, strict=True):
+        for expert, part in zip(expert_params, grad, strict=True):
             expert.grad = part.clone()
         optimizer.step()
         reference.step()
     first = 2 * dist.get_rank()
     local = weight.to_local()
-    same = [torch.equal(local[i], alone[first + i]) for i in range(2)]
+    same = [torch.equal(local[i], expert_params[first + i]) for i in range(2)]
     return same, optimizer.plan.cost.total_nbytes
 
 

@@ -1,4 +1,4 @@
-"""000, "Unit Tests": the functions of `create_auto_config`, called by hand."""
+"""000, "Unit Tests": the functions of `create_auto_config`, called directly."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.P0
 WORLD = 4
 
 
-def same_everywhere(tensor: Tensor) -> bool:
+def same_on_all_ranks(tensor: Tensor) -> bool:
     from_rank_0 = tensor.clone()
     dist.broadcast(from_rank_0, src=0)
     return torch.equal(tensor, from_rank_0)
@@ -28,7 +28,7 @@ def fsdp_gather() -> tuple[Any, bool, bool]:
     config = create_auto_config(fsdp_process_group=dist.group.WORLD)
     shard = full.chunk(WORLD, dim=1)[rank]
     gathered = config.gather_fn(shard, rank, config.state)
-    return tuple(gathered.shape), torch.equal(gathered, full), same_everywhere(gathered)
+    return tuple(gathered.shape), torch.equal(gathered, full), same_on_all_ranks(gathered)
 
 
 def tp_gather(tensor_dim: int, sizes: list[int]) -> tuple[bool, bool | str]:
@@ -56,8 +56,8 @@ def hsdp_gather() -> tuple[bool, bool]:
     full = batch(0, 7, 5)
     shard = full.split([4, 3])[mesh.get_local_rank("shard")]
     gathered = config.gather_fn(shard, dist.get_rank(), config.state)
-    back = config.redistribute_fn(gathered, dist.get_rank(), config.state)
-    return torch.equal(gathered, full), torch.equal(back, shard)
+    redistributed = config.redistribute_fn(gathered, dist.get_rank(), config.state)
+    return torch.equal(gathered, full), torch.equal(redistributed, shard)
 
 
 class TestGatherFunction:
@@ -69,10 +69,10 @@ class TestGatherFunction:
         assert run_processes(WORLD, tp_gather, tensor_dim, [3] * 4) == [(True, True)] * WORLD
 
     @pytest.mark.parametrize("sizes", [[1, 5, 0, 2], [0, 0, 0, 4]], ids=str)
-    def test_uneven_shards_gather_too(self, sizes):
-        """And are not cut into other ones without a word."""
-        for is_whole, text in run_processes(WORLD, tp_gather, 0, sizes):
-            assert is_whole
+    def test_uneven_shards_gather(self, sizes):
+        """redistribute_fn raises, since it would cut other shards."""
+        for is_equal, text in run_processes(WORLD, tp_gather, 0, sizes):
+            assert is_equal
             assert "shards that are not those into which redistribute_fn cuts" in text
 
     def test_hsdp_gather(self):
@@ -84,8 +84,8 @@ def fsdp_redistribute() -> tuple[Any, bool]:
     full = batch(0, 256, 1024)
     config = create_auto_config(fsdp_process_group=dist.group.WORLD)
     shard = config.redistribute_fn(full, rank, config.state)
-    again = config.gather_fn(shard, rank, config.state)
-    return tuple(shard.shape), torch.equal(again, full)
+    gathered = config.gather_fn(shard, rank, config.state)
+    return tuple(shard.shape), torch.equal(gathered, full)
 
 
 class TestRedistributeFunction:

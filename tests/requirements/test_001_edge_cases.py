@@ -1,4 +1,4 @@
-"""001, "Edge Case Tests": assignments, shapes and parameters that cannot be."""
+"""001, "Edge Case Tests": invalid assignments, shapes and parameters."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.P0
 PARAMS = [torch.randn(10, 10) for _ in range(4)]
 
 
-def keep(tensor: Tensor, *_: Any) -> Tensor:
+def unchanged(tensor: Tensor, *_: Any) -> Tensor:
     return tensor
 
 
@@ -39,10 +39,10 @@ class TestEdgeCases:
         [
             ({0: [0, 1], 1: [1, 2, 3]}, "parameter 1 is assigned twice, to ranks 0 and 1"),
             ({0: [0, 0, 1, 2, 3]}, "parameter 0 is assigned twice, to ranks 0 and 0"),
-            ({0: [0, 1, 2, 3, 4]}, "there is no parameter 4"),
+            ({0: [0, 1, 2, 3, 4]}, "assigns parameter 4, but there are 4"),
             ({-1: [0, 1, 2, 3]}, "assigned to rank -1"),
             ({0: 0, 1: 0, 2: 0, 3: True}, "assigned to rank True"),
-            ({0: 0, 1: 0, 2: 0, "3": 0}, "there is no parameter '3'"),
+            ({0: 0, 1: 0, 2: 0, "3": 0}, "assigns parameter '3', but there are 4"),
             ([0, 1, 2, 3], "not {index: rank} or"),
             (None, "not {index: rank} or"),
         ],
@@ -59,8 +59,8 @@ class TestEdgeCases:
         assert _validate_assignments({0: [1], 1: (0, 2), 2: [], 3: [3]}, PARAMS, 4) == expected
 
     @pytest.mark.parametrize("assignments", [{0: 999}, {}, {0: [0, 0]}], ids=str)
-    def test_the_optimizer_refuses_them(self, assignments):
-        config = DistributedConfig(lambda *_: assignments, keep, keep, {"world_size": 4})
+    def test_the_optimizer_raises_for_them(self, assignments):
+        config = DistributedConfig(lambda *_: assignments, unchanged, unchanged, {"world_size": 4})
         with pytest.raises(AssignmentError):
             Muon([nn.Parameter(torch.ones(2, 2))], distributed_config=config)
 
@@ -72,7 +72,7 @@ class TestEdgeCases:
     def test_non_2d_parameter_rejected(self):
         with pytest.raises(ValueError, match="bias"):
             Muon(nn.Linear(10, 10, bias=True).named_parameters(), lr=0.02)
-        config = DistributedConfig(lambda *_: {0: 0}, keep, keep, {})
+        config = DistributedConfig(lambda *_: {0: 0}, unchanged, unchanged, {})
         complex_numbers = nn.Parameter(torch.ones(3, 3, dtype=torch.complex64))
         with pytest.raises(PlanError, match="real floating dtype"):
             Muon([complex_numbers], distributed_config=config)
@@ -84,7 +84,7 @@ class TestEdgeCases:
 
 
 def mismatched() -> str:
-    """Rank 2 holds other columns than the others."""
+    """Return the error when rank 2 holds another number of columns."""
     config = create_processgroup_config(fsdp_pg=dist.group.WORLD)
     shard = torch.ones(3, 5 if dist.get_rank() == 2 else 4)
     with pytest.raises(ValueError, match="holds a shard") as caught:

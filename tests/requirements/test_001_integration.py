@@ -1,4 +1,4 @@
-"""001, "Integration Tests": equivalence to one process, and strategies combined."""
+"""001, "Integration Tests": equivalence to one process, and combined parallelism."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ from tests.requirements.models import (
     batch,
     create_dummy_model,
     differences,
+    full_params,
     joined,
-    whole_params,
 )
 from tests.support.pool import run_processes
 
@@ -34,7 +34,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, dim: int = 12) -> 
 def baseline(**options: Any) -> dict[str, Tensor]:
     model = create_dummy_model()
     train(model, Muon(model.named_parameters(), lr=LR, momentum=0.95, **options))
-    return whole_params(model)
+    return full_params(model)
 
 
 def fsdp_equivalence() -> dict[str, Tensor]:
@@ -45,11 +45,11 @@ def fsdp_equivalence() -> dict[str, Tensor]:
     optimizer = Muon(model.named_parameters(), lr=LR, momentum=0.95, distributed_config=config)
     train(model, optimizer)
     with FullyShardedDataParallel.summon_full_params(model):
-        return whole_params(model)
+        return full_params(model)
 
 
 class Reduce(torch.autograd.Function):
-    """Sum over the group; the gradient passes as it is."""
+    """Sum over the group in forward; identity in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -63,7 +63,7 @@ class Reduce(torch.autograd.Function):
 
 
 class Copy(torch.autograd.Function):
-    """Pass as it is; the gradient is summed over the group."""
+    """Identity in forward; sum over the group in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -78,7 +78,7 @@ class Copy(torch.autograd.Function):
 
 
 class Columns(nn.Module):
-    """A linear layer whose input features are cut over a group, written by hand."""
+    """A linear layer of plain tensors whose input features are cut over a group."""
 
     def __init__(self, weight: Tensor, group: Any, sizes: list[int]) -> None:
         super().__init__()
@@ -92,10 +92,10 @@ class Columns(nn.Module):
 
 
 def plain_tensor_parallel() -> dict[str, Tensor]:
-    """Shards without any DTensor, of uneven sizes: a framework of the Megatron kind."""
+    """Train plain shards of uneven sizes, as in a Megatron-like framework."""
     sizes, group = [5, 1, 6, 0], dist.group.WORLD
-    whole = create_dummy_model()
-    model = nn.Sequential(*(Columns(layer.weight.detach(), group, sizes) for layer in whole))
+    full_model = create_dummy_model()
+    model = nn.Sequential(*(Columns(layer.weight.detach(), group, sizes) for layer in full_model))
     config = create_processgroup_config(tp_pg=group, tp_shard_dim=1)
     optimizer = Muon(
         model.named_parameters(), lr=LR, distributed_config=config, ns_dtype=torch.float32
@@ -137,7 +137,7 @@ def fsdp_tp_combined() -> tuple[dict[str, Tensor], float]:
         model.named_parameters(), lr=LR, distributed_config=config, ns_dtype=torch.float32
     )
     train(model, optimizer)
-    return whole_params(model), optimizer.plan.cost.redundancy
+    return full_params(model), optimizer.plan.cost.redundancy
 
 
 def hsdp() -> tuple[dict[str, Tensor], float]:
@@ -149,14 +149,14 @@ def hsdp() -> tuple[dict[str, Tensor], float]:
         process_group=(mesh.get_group("shard"), mesh.get_group("replicate")),
         sharding_strategy=torch.distributed.fsdp.ShardingStrategy.HYBRID_SHARD,
     )
-    # the document names the shard group alone: each replica then repeats the work of the others
+    # As in the document, only the shard group is passed: each replica repeats the work.
     config = create_processgroup_config(fsdp_pg=model.process_group)
     optimizer = Muon(
         model.named_parameters(), lr=LR, distributed_config=config, ns_dtype=torch.float32
     )
     train(model, optimizer)
     with FullyShardedDataParallel.summon_full_params(model):
-        return whole_params(model), optimizer.plan.cost.redundancy
+        return full_params(model), optimizer.plan.cost.redundancy
 
 
 class TestCombinedParallelism:

@@ -1,4 +1,4 @@
-"""001, "Unit Tests": assign, gather, redistribute, and the functions that make configs."""
+"""001, "Unit Tests": assign, gather, redistribute, and the factories of configs."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ class TestAssignFunction:
 
 
 def fsdp_gather(dst_rank: int) -> tuple[bool, bool]:
-    """Whether this rank got the whole tensor, and whether it is right."""
+    """Return whether this rank got a tensor, and whether it is correct."""
     full = batch(0, 64 * num_ranks(), 32)
     config = create_processgroup_config(fsdp_pg=dist.group.WORLD)
     result = config.gather_fn(full.chunk(num_ranks())[dist.get_rank()], dst_rank, config.state)
@@ -64,7 +64,7 @@ def ddp_gather(dst_rank: int) -> tuple[bool, bool]:
 
 
 def fsdp_tp_gather(dst_rank: int) -> tuple[bool, bool]:
-    """Rows over tp, then over fsdp, unevenly; replicated over dp."""
+    """Gather rows cut over tp, then unevenly over fsdp, and replicated over dp."""
     mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("dp", "fsdp", "tp"))
     config = create_processgroup_config(
         **{f"{name}_pg": mesh.get_group(name) for name in mesh.mesh_dim_names}, tp_shard_dim=0
@@ -100,7 +100,7 @@ def gather_async() -> tuple[bool, bool]:
     return True, torch.equal(result, torch.cat([batch(r, 64, 32) for r in range(num_ranks())]))
 
 
-def gather_at_once() -> tuple[bool, bool]:
+def gather_blocking() -> tuple[bool, bool]:
     state = {
         "rank": dist.get_rank(),
         "world_size": num_ranks(),
@@ -138,16 +138,16 @@ class TestGatherFunction:
     @pytest.mark.parametrize("world", WORLDS[1:])
     def test_gather_without_waiting(self, world):
         expected = [(rank == 1, True) for rank in range(world)]
-        assert run_processes(world, gather_at_once) == expected
+        assert run_processes(world, gather_blocking) == expected
 
 
 def fsdp_redistribute(rows: int) -> tuple[Any, bool]:
     config = create_processgroup_config(fsdp_pg=dist.group.WORLD)
     full = batch(0, rows, 32)
-    mine = full if dist.get_rank() == 0 else None
-    shard = config.redistribute_fn(mine, src_rank=0, state=config.state)
-    each = -(-rows // num_ranks())  # as torch.chunk cuts, empty shards included
-    expected = full[dist.get_rank() * each : (dist.get_rank() + 1) * each]
+    source_tensor = full if dist.get_rank() == 0 else None
+    shard = config.redistribute_fn(source_tensor, src_rank=0, state=config.state)
+    rows_per_rank = -(-rows // num_ranks())  # as in torch.chunk, with empty shards
+    expected = full[dist.get_rank() * rows_per_rank : (dist.get_rank() + 1) * rows_per_rank]
     return tuple(shard.shape), torch.equal(shard, expected)
 
 
@@ -155,8 +155,8 @@ def ddp_redistribute() -> tuple[Any, bool]:
     config = create_processgroup_config(dp_pg=dist.group.WORLD)
     full = batch(0, 128, 64)
     last = num_ranks() - 1
-    mine = full if dist.get_rank() == last else None
-    result = config.redistribute_fn(mine, src_rank=last, state=config.state)
+    source_tensor = full if dist.get_rank() == last else None
+    result = config.redistribute_fn(source_tensor, src_rank=last, state=config.state)
     is_first = dist.get_rank() == 0
     gathered = [torch.empty_like(result) for _ in range(last + 1)] if is_first else None
     dist.gather(result, gathered, dst=0)
@@ -164,7 +164,7 @@ def ddp_redistribute() -> tuple[Any, bool]:
     return tuple(result.shape), same and torch.equal(result, full)
 
 
-def nobody_has_it() -> str:
+def error_without_a_tensor() -> str:
     config = create_processgroup_config(fsdp_pg=dist.group.WORLD)
     with pytest.raises(ValueError, match="rank 0") as caught:
         config.redistribute_fn(None, 0, config.state)
@@ -185,12 +185,12 @@ class TestRedistributeFunction:
     def test_ddp_redistribute(self, world):
         assert run_processes(world, ddp_redistribute) == [((128, 64), True)] * world
 
-    def test_a_source_without_a_tensor_is_told_everywhere(self):
-        for text in run_processes(WORLD, nobody_has_it):
+    def test_a_source_without_a_tensor_raises_on_every_rank(self):
+        for text in run_processes(WORLD, error_without_a_tensor):
             assert text == "rank 0 has no tensor to redistribute: it passed None"
 
 
-def all_there(config: DistributedConfig) -> bool:
+def all_callable(config: DistributedConfig) -> bool:
     functions = (config.assign_fn, config.gather_fn, config.redistribute_fn)
     return all(callable(function) for function in functions)
 
@@ -203,14 +203,14 @@ def processgroup_config() -> tuple[int, bool, bool, bool]:
         config.prefetch_count,
         config.async_gpu_parallelism,
         "fsdp_pg" in config.state,
-        all_there(config),
+        all_callable(config),
     )
 
 
 def devicemesh_config() -> tuple[bool, bool]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     config = create_devicemesh_config(mesh, ["dp", "tp"])
-    return config.state["device_mesh"] is mesh, all_there(config)
+    return config.state["device_mesh"] is mesh, all_callable(config)
 
 
 class TestHelperFunctions:
@@ -224,13 +224,13 @@ class TestHelperFunctions:
         config = create_dtensor_config(prefetch_count=1, async_gpu_parallelism=True)
         assert config.prefetch_count == 1
         assert config.async_gpu_parallelism
-        assert all_there(config)
+        assert all_callable(config)
 
     def test_a_config_s_fields_in_order(self):
-        def nothing(*_: object) -> Tensor:
+        def empty(*_: object) -> Tensor:
             return torch.empty(0)
 
-        config = DistributedConfig(lambda params, state: {}, nothing, nothing, {"rank": 0})
+        config = DistributedConfig(lambda params, state: {}, empty, empty, {"rank": 0})
         assert config.async_gpu_parallelism
         assert config.prefetch_count == 1
         assert config.uses_custom_transport

@@ -1,7 +1,7 @@
-"""004: every section of the document is a script in examples/, run here as its users run it.
+"""004: every section of the document is a script in examples/, which is run as users run it.
 
-Each trains under torchrun's agent on gloo: it must end well, the loss must fall, and what it prints
-must say what the section is about.
+Each script trains under torchrun's agent on gloo. It must succeed, the loss must fall, and the
+output must contain the facts of the section.
 """
 
 import json
@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from muon_dtensor import Muon, create_auto_config
 from tests.integrations import test_stacks
-from tests.requirements.models import batch, create_dummy_model, differences, whole_params
+from tests.requirements.models import batch, create_dummy_model, differences, full_params
 from tests.support.pool import run_processes
 from tests.support.torchrun import EXAMPLES, run_example
 
@@ -104,7 +104,7 @@ def test_example_trains(name, num_ranks, facts):
 
 
 @P1
-def test_debug_mode_lets_one_rank_work_at_a_time(tmp_path):
+def test_debug_mode_runs_one_rank_at_a_time(tmp_path):
     printed = run_example("debug_mode", 4, "--out", str(tmp_path))
     assert "groups of rank 0: {'dp_shard': [0, 2], 'tp': [0, 1]}" in printed
     assert "[16, 16] -> [32, 32] -> the same shard" in printed
@@ -122,11 +122,11 @@ def test_debug_mode_lets_one_rank_work_at_a_time(tmp_path):
         assert [rank for _, _, rank in spans] == [0, 1, 2, 3]
 
 
-def test_every_example_is_run_here_and_says_how_to_run_it():
+def test_every_example_is_run_and_documents_its_command():
     names = {row.values[0]: row.values[1] for row in ROWS} | {"debug_mode": 4}
-    elsewhere = {row.values[0] for row in test_stacks.ROWS}
-    others = {"common", "train_gpt"} | elsewhere
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == names.keys() | others
+    in_test_stacks = {row.values[0] for row in test_stacks.ROWS}
+    not_run = {"common", "train_gpt"} | in_test_stacks
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == names.keys() | not_run
     for name, num_ranks in names.items():
         line = f"torchrun --nproc-per-node {num_ranks} examples/{name}.py"
         assert line in (EXAMPLES / f"{name}.py").read_text()
@@ -142,13 +142,13 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
         optimizer.step()
         optimizer.zero_grad()
     if not isinstance(model, FullyShardedDataParallel):
-        return whole_params(model)
+        return full_params(model)
     with FullyShardedDataParallel.summon_full_params(model):
-        return whole_params(model)
+        return full_params(model)
 
 
 def migrated() -> dict[str, torch.Tensor]:
-    """The document's "After" of "From Non-Distributed to FSDP"."""
+    """Train the document's "After" of "From Non-Distributed to FSDP"."""
     model = FullyShardedDataParallel(
         create_dummy_model(), use_orig_params=True, device_id=torch.device("cpu")
     )
@@ -158,7 +158,7 @@ def migrated() -> dict[str, torch.Tensor]:
 
 
 @P1
-def test_migrating_from_one_process_to_fsdp_changes_no_bit():
+def test_migrating_from_one_process_to_fsdp_is_bitwise():
     model = create_dummy_model()
     expected = train(model, Muon(model.parameters(), lr=1e-3))
     for params in run_processes(2, migrated):
@@ -179,12 +179,12 @@ def overlapping_groups() -> str:
         message = str(error)
     else:
         message = ""
-    dist.barrier()  # a rank that left while another still connects would leave it hanging
+    dist.barrier()  # if a rank exited while another connects, that one would hang
     return message
 
 
 @P1
-def test_groups_that_are_not_orthogonal_are_refused_by_name():
+def test_groups_that_are_not_orthogonal_raise_with_their_names():
     for message in run_processes(4, overlapping_groups):
         assert "tp_process_group" in message
         assert "replicate_process_group" in message

@@ -71,7 +71,8 @@ def test_ragged_shards_are_an_error_on_all_ranks_before_anything_changes(sizes, 
             assert f"but stores [{sizes[1]}, 4]" in text
         else:
             assert name == "PlanError"
-            assert f"Rank {rank} stores [{sizes[rank]}, 4], and a shard so placed is [3, 4]" in text
+            assert f"Rank {rank} stores [{sizes[rank]}, 4]" in text
+            assert "but a shard with these placements is [3, 4]" in text
             assert "create_processgroup_config" in text
 
 
@@ -108,7 +109,7 @@ def on_one_rank() -> str:
 
 def test_on_a_mesh_of_one_rank_the_constructor_raises():
     (text,) = run_processes(1, on_one_rank)
-    assert "Rank 0 stores [2, 4], and a shard so placed is [3, 4]" in text
+    assert "Rank 0 stores [2, 4], but a shard with these placements is [3, 4]" in text
 
 
 def other_replicas(layout: Any, odd: int, check: bool) -> tuple[str, str, bool]:

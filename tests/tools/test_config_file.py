@@ -291,7 +291,7 @@ def test_sizes_that_do_not_fit():
     for text in run_threads(4, refused, {"dp_shard": 4, "ep": 3}):
         assert "ep=3 does not divide the 4 ranks" in text
     for text in run_threads(4, refused, {"dp_shard": 3}):
-        assert "dp_shard=3 does not make the world size of 4" in text
+        assert "the product of dp_shard=3 does not match the world size of 4" in text
 
 
 def one_rank() -> bool:

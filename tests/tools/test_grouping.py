@@ -70,7 +70,7 @@ def test_names_and_classes_decide():
 
 
 class Tied(nn.Module):
-    """The head comes first and has no telling name; it is the embedding all the same."""
+    """The head comes first, and its name does not identify it; it is tied to the embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,9 +128,9 @@ def test_options_reach_their_groups_and_the_optimizer():
     assert sorted(names) == sorted(n for n, g in by_name.items() if g["algorithm"] == "muon")
 
 
-def test_the_first_rule_wins_and_every_rule_must_take_something():
+def test_the_first_rule_wins_and_every_rule_must_apply():
     rules = [(r"wqkv", {"lr": 1.0}), (r"layers\.0\.wqkv", {"lr": 2.0})]
-    with pytest.raises(GroupOptionError, match=r"rule 1, .* earlier rules take all"):
+    with pytest.raises(GroupOptionError, match=r"rule 1, .* earlier rules apply to all"):
         group_parameters(Llama(), rules=rules)
     with pytest.raises(GroupOptionError, match=r"rule 0, 'wkqv', matches no parameter"):
         group_parameters(Llama(), rules=[("wkqv", {"lr": 1.0})])
@@ -154,7 +154,7 @@ def test_the_table(capsys):
 
 
 def nested(path: str, module: nn.Module) -> nn.Module:
-    """A model that holds a module at a path; numbers are members of a ModuleList."""
+    """Return a model that holds `module` at `path`; a part "0" is a ModuleList."""
     for part in reversed(path.split(".")):
         outer: Any = nn.ModuleList([module]) if part == "0" else nn.Module()
         if part != "0":
@@ -184,7 +184,7 @@ def test_output_heads_by_any_name_go_to_adamw(path):
         *("layers.0.classifier", "decoder.layers.0.fc2"),
     ],
 )
-def test_hidden_matrices_with_such_names_stay_with_muon(path):
+def test_hidden_matrices_with_similar_names_go_to_muon(path):
     model = nested(path, nn.Linear(4, 7, bias=False))
     assert algorithms(group_parameters(model)) == {f"{path}.weight": "muon"}
 
@@ -195,7 +195,7 @@ class RobertaClassificationHead(nn.Module):
         self.out_proj = nn.Linear(4, 2, bias=False)
 
 
-def test_a_head_is_known_by_its_class_too_and_in_a_sequential_the_last_is_it():
+def test_a_head_is_recognized_by_class_and_in_a_sequential_only_its_last_projection():
     model = nn.Module()
     model.task = RobertaClassificationHead()
     model.classifier = nn.Sequential(
@@ -215,7 +215,7 @@ class LayerScale(nn.Module):
 
 
 class NoMatrices(nn.Module):
-    """Parameters with two and more tensor dims that multiply nothing as a matrix."""
+    """Parameters with two or more tensor dims that no layer multiplies as a matrix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,16 +232,16 @@ class NoMatrices(nn.Module):
         self.depthwise = nn.Conv1d(8, 8, 3, groups=8, bias=False)
 
 
-def test_what_is_no_matrix_goes_to_adamw():
-    found = algorithms(group_parameters(NoMatrices()))
-    assert {name for name, algorithm in found.items() if algorithm == "muon"} == {
+def test_parameters_that_are_not_matrices_go_to_adamw():
+    by_name = algorithms(group_parameters(NoMatrices()))
+    assert {name for name, algorithm in by_name.items() if algorithm == "muon"} == {
         "normed.parametrizations.weight.original1"
     }
-    assert found.keys() == dict(NoMatrices().named_parameters()).keys()
+    assert by_name.keys() == dict(NoMatrices().named_parameters()).keys()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_the_older_weight_norm_too():
+def test_the_deprecated_weight_norm():
     model = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 6, bias=False)))
     assert algorithms(group_parameters(model)) == {"0.weight_g": "adamw", "0.weight_v": "muon"}
 
@@ -257,24 +257,24 @@ CONVOLUTIONS: dict[str, tuple[nn.Module, list[tuple[int, int]]]] = {
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution_is_one_matrix_per_group(name):
-    """Bitwise torch.optim.Muon on the flattened kernels."""
+    """The result is bitwise that of torch.optim.Muon on the flattened kernels."""
     module, shapes = CONVOLUTIONS[name]
     weight = module.weight
     optimizer = Muon(group_parameters(nn.Sequential(module), lr=0.1))
     assert [(m.rows, m.cols) for m in optimizer.plan.params[0].matrices] == shapes
     parts = weight.detach().clone().reshape(len(shapes), *shapes[0])
-    theirs = [nn.Parameter(part.clone()) for part in parts]
-    oracle = torch.optim.Muon(theirs, lr=0.1)
+    torch_params = [nn.Parameter(part.clone()) for part in parts]
+    oracle = torch.optim.Muon(torch_params, lr=0.1)
     for step in range(2):
         weight.grad = tensors_like([tuple(weight.shape)], step)[0]
-        for part, grad in zip(theirs, weight.grad.reshape(parts.shape), strict=True):
+        for part, grad in zip(torch_params, weight.grad.reshape(parts.shape), strict=True):
             part.grad = grad.clone()
         optimizer.step()
         oracle.step()
-    assert torch.equal(weight.reshape(parts.shape), torch.stack(theirs))
+    assert torch.equal(weight.reshape(parts.shape), torch.stack(torch_params))
 
 
-def test_rules_go_over_what_a_convolution_declares():
+def test_rules_override_what_a_convolution_declares():
     conv = nn.Conv2d(4, 6, 3, bias=False)
     model = nn.Sequential(conv)
     faster = group_parameters(model, rules=[("0", {"lr": 0.5})])[0]
@@ -305,20 +305,20 @@ def test_an_unknown_tensor_with_three_dims_goes_to_adamw_with_one_warning(caplog
     model = nn.Sequential(Unknown(), Unknown())
     assert set(algorithms(group_parameters(model)).values()) == {"adamw"}
     assert caplog.text.count("WARNING") == 1
-    assert "4 parameters with three and more tensor dims" in caplog.text
+    assert "4 parameters with three or more tensor dims" in caplog.text
     assert "0.filters" in caplog.text
     caplog.clear()
     rules = [
         ("filters", {"matrix": "b r c -> b r c"}),
         ("kernel", {"algorithm": "adamw", "lr": 0.1}),
     ]
-    found = algorithms(group_parameters(model, rules=rules))
-    assert found["0.filters"] == "muon"
-    assert found["0.kernel"] == "adamw"
+    by_name = algorithms(group_parameters(model, rules=rules))
+    assert by_name["0.filters"] == "muon"
+    assert by_name["0.kernel"] == "adamw"
     assert caplog.text == ""
 
 
-def test_experts_are_known_by_class_and_by_name(caplog):
+def test_experts_are_recognized_by_class_and_by_name(caplog):
     model = nn.Module()
     model.mlp = GptOssExperts()
     model.experts_w1 = nn.Parameter(torch.ones(2, 3, 4))
@@ -340,7 +340,7 @@ def test_experts_are_known_by_class_and_by_name(caplog):
         *("Wqkv", "query_key_value", "linear_qkv"),
     ],
 )
-def test_undeclared_fusions_draw_a_warning(name, caplog):
+def test_undeclared_fused_weights_log_a_warning(name, caplog):
     model = nested(f"layers.0.{name}", nn.Linear(4, 12, bias=False))
     groups = group_parameters(model)
     assert caplog.text.count("looks like several matrices in one") == 1
@@ -350,7 +350,7 @@ def test_undeclared_fusions_draw_a_warning(name, caplog):
     assert algorithms(groups) == {f"layers.0.{name}.weight": "muon"}
 
 
-def test_the_attention_of_torch_is_fused_too(caplog):
+def test_torch_s_attention_is_recognized_as_fused(caplog):
     group_parameters(nn.Sequential(nn.MultiheadAttention(4, 2, bias=False)))
     assert "0.in_proj_weight looks like several matrices in one" in caplog.text
 
@@ -358,31 +358,31 @@ def test_the_attention_of_torch_is_fused_too(caplog):
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ([("*.weight", {})], r"rule 0, '\*\.weight', is no regular expression.* '\.\*'"),
-        ([("(", {})], "is no regular expression"),
+        ([("*.weight", {})], r"rule 0, '\*\.weight', is not a valid regular expression.* '\.\*'"),
+        ([("(", {})], "is not a valid regular expression"),
         ({"nowhere": {}}, "rule 0, 'nowhere', matches no parameter"),
     ],
 )
-def test_patterns_that_are_none(rules, message):
+def test_invalid_patterns_raise(rules, message):
     with pytest.raises(GroupOptionError, match=message):
         group_parameters(Llama(), rules=rules)
 
 
 def under_wrappers() -> tuple[list[str], list[str]]:
-    """Names, and what a rule that is anchored at the start of a name takes."""
+    """Return names that wrappers changed, and the names that an anchored rule matches."""
     model = Llama()
     wrapped = torch.compile(DistributedDataParallel(model))
     bare = [name for g in group_parameters(model) for name, _ in g["params"]]
     groups = group_parameters(wrapped, rules=[(r"^layers\.0\.wqkv\.weight$", {"lr": 0.5})])
-    taken = [name for g in groups if g.get("lr") == 0.5 for name, _ in g["params"]]
+    matched = [name for g in groups if g.get("lr") == 0.5 for name, _ in g["params"]]
     names = [name for g in groups for name, _ in g["params"]]
-    return [name for name in names if name not in bare], taken
+    return [name for name in names if name not in bare], matched
 
 
-def test_what_wrappers_put_into_names_is_left_out_before_rules_match():
-    for strange, taken in run_processes(2, under_wrappers):
-        assert strange == []
-        assert taken == ["layers.0.wqkv.weight"]
+def test_wrappers_prefixes_are_removed_before_rules_match():
+    for unclean, matched in run_processes(2, under_wrappers):
+        assert unclean == []
+        assert matched == ["layers.0.wqkv.weight"]
 
 
 def test_a_module_that_the_user_calls_module_keeps_its_name():
@@ -392,7 +392,7 @@ def test_a_module_that_the_user_calls_module_keeps_its_name():
 
 def flat_parameters() -> list[tuple[str, str]]:
     model = FullyShardedDataParallel(nn.Linear(4, 6), device_id=torch.device("cpu"))
-    found = []
+    errors = []
     for make in (
         group_parameters,
         lambda m: MuonFactory()(m),
@@ -401,26 +401,26 @@ def flat_parameters() -> list[tuple[str, str]]:
         try:
             make(model)
         except PlanError as error:
-            found.append((type(error).__name__, str(error)))
-    return found
+            errors.append((type(error).__name__, str(error)))
+    return errors
 
 
-def test_flat_parameters_of_fsdp1_are_refused_by_every_door():
-    for found in run_processes(2, flat_parameters):
-        assert len(found) == 3
-        for _, text in found:
+def test_flat_parameters_of_fsdp1_raise_in_every_entry_point():
+    for errors in run_processes(2, flat_parameters):
+        assert len(errors) == 3
+        for _, text in errors:
             assert "It is a flat parameter of FSDP1" in text
             assert "use_orig_params=True" in text
 
 
 def while_gathered() -> list[str]:
-    """After a forward the root of FSDP2 stays gathered: its modules hold whole tensors."""
+    """After a forward, FSDP2's root stays unsharded: its modules hold full tensors."""
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
     mesh = mesh_of((2,))
     fully_shard(model[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
     model(torch.ones(2, 8))
-    found = []
+    texts = []
     for make in (
         lambda: Muon(model.parameters()),
         lambda: Muon([{"params": model.parameters(), "algorithm": "adamw"}]),
@@ -428,18 +428,18 @@ def while_gathered() -> list[str]:
     ):
         try:
             make()
-            found.append("")
+            texts.append("")
         except PlanError as error:
-            found.append(str(error))
+            texts.append(str(error))
     model.reshard()
-    found.append(str(Muon(model.named_parameters()).plan))
+    texts.append(str(Muon(model.named_parameters()).plan))
     dist.barrier()
-    return found
+    return texts
 
 
-def test_an_optimizer_of_gathered_parameters_is_refused():
-    for *refused, plan in run_processes(2, while_gathered):
-        for text in refused:
+def test_an_optimizer_of_unsharded_parameters_raises():
+    for *errors, plan in run_processes(2, while_gathered):
+        for text in errors:
             assert "1 of 2 parameters cannot be planned" in text
             assert "FSDP2's temporary unsharded parameter" in text
             assert "module.reshard()" in text
@@ -452,15 +452,15 @@ def one_warning() -> list[str]:
     return lines
 
 
-def test_what_all_ranks_see_is_logged_by_one():
-    first, *others = run_processes(3, one_warning)
+def test_warnings_common_to_all_ranks_are_logged_by_rank_0():
+    first, *other_ranks = run_processes(3, one_warning)
     assert len(first) == 3, "unknown, fused, and plain tensors on several ranks"
     assert "plain tensors on 3 ranks: each rank orthogonalizes all of its own" in first[-1]
-    assert others == [[], []]
+    assert other_ranks == [[], []]
 
 
 def warned_of_a_stage() -> int:
-    """Which ranks of two pipeline stages warn of their own fused weights."""
+    """Return how many warnings this rank of two pipeline stages logs of its fused weights."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
     stage = nested("wqkv", nn.Linear(4, 12, bias=False))
     fully_shard(stage, mesh=mesh["dp"])
@@ -469,12 +469,12 @@ def warned_of_a_stage() -> int:
     return len(lines)
 
 
-def test_the_first_rank_of_each_stage_is_heard():
+def test_the_first_rank_of_each_stage_logs():
     assert run_processes(4, warned_of_a_stage) == [1, 0, 1, 0]
 
 
 def tied_heads() -> Tensor:
-    """A head tied to an embedding, both ways around, is one parameter of AdamW."""
+    """Return how often a head tied to an embedding occurs among the grouped parameters."""
     model = Llama(tied=True)
     groups = group_parameters(model)
     params = [p for g in groups for _, p in g["params"]]
@@ -482,7 +482,7 @@ def tied_heads() -> Tensor:
     return torch.tensor(sum(p is model.output.weight for p in params))
 
 
-def test_a_tied_head_is_one_parameter():
+def test_a_tied_head_occurs_once():
     assert tied_heads() == 1
 
 
@@ -499,15 +499,15 @@ class Backbone(nn.Module):
         self.fc = nn.Linear(8, 10, bias=False)
 
 
-def test_a_model_with_a_head_s_name_is_a_model():
-    """A GAN's generator; and the last layer of a backbone that stands inside another module."""
+def test_a_model_with_a_head_s_name_is_not_a_head():
+    """A GAN's generator, and the last layer of a backbone inside another module."""
     model = nn.Module()
     model.generator, model.discriminator, model.classifier = Stack(), Stack(), Backbone()
     model.model = Backbone()
-    found = algorithms(group_parameters(model))
+    by_name = algorithms(group_parameters(model))
     for part in ("generator", "discriminator"):
-        assert {found[f"{part}.fc{n}.weight"] for n in (1, 2, 3)} == {"muon"}
-    assert (found["model.conv1.weight"], found["model.fc.weight"]) == ("muon", "adamw")
+        assert {by_name[f"{part}.fc{n}.weight"] for n in (1, 2, 3)} == {"muon"}
+    assert (by_name["model.conv1.weight"], by_name["model.fc.weight"]) == ("muon", "adamw")
 
 
 def test_many_heads_in_one_container_are_heads():
@@ -519,19 +519,19 @@ def test_many_heads_in_one_container_are_heads():
 @pytest.mark.parametrize(
     "name", ["codebook", "queue", "null_kv", "time_faaaa", "scales", "weight_scale_inv"]
 )
-def test_more_parameters_that_are_no_matrix(name):
+def test_names_of_parameters_that_are_not_matrices(name):
     model = nn.Module()
     setattr(model, name, nn.Parameter(torch.ones(4, 3)))
     assert algorithms(group_parameters(model)) == {name: "adamw"}
 
 
-def test_the_gates_of_recurrent_layers_are_fused(caplog):
+def test_the_gates_of_recurrent_layers_are_recognized_as_fused(caplog):
     group_parameters(nn.Sequential(nn.LSTM(4, 3, bias=False), nn.GRUCell(4, 3, bias=False)))
     for name in ("0.weight_ih_l0", "0.weight_hh_l0", "1.weight_ih", "1.weight_hh"):
         assert f"{name} looks like several matrices in one" in caplog.text
 
 
-def test_the_advice_names_the_blocks(caplog):
+def test_the_warning_names_the_blocks(caplog):
     group_parameters(nn.Sequential(nn.MultiheadAttention(4, 2, bias=False)))
     assert "{'split_sizes': (q, k, v)}" in caplog.text
 
@@ -549,9 +549,9 @@ class LowRank(nn.Module):
 def test_parametrizations_keep_their_names():
     model = nn.Sequential(nn.Linear(4, 4, bias=False))
     nn.utils.parametrize.register_parametrization(model[0], "weight", LowRank())
-    found = algorithms(group_parameters(model))
-    assert found.keys() == dict(model.named_parameters()).keys()
-    assert set(found.values()) == {"muon"}
+    by_name = algorithms(group_parameters(model))
+    assert by_name.keys() == dict(model.named_parameters()).keys()
+    assert set(by_name.values()) == {"muon"}
 
 
 def names_inside_and_outside() -> tuple[list[str], list[str]]:
@@ -566,8 +566,8 @@ def names_inside_and_outside() -> tuple[list[str], list[str]]:
         return outside, [name for name, _ in clean_names(model)]
 
 
-def test_names_are_clean_inside_summon_full_params_too():
-    """Where FSDP1 itself leaves its wrappers out of names, but not out of modules."""
+def test_names_are_clean_inside_summon_full_params():
+    """FSDP1 omits its wrappers there from names of parameters, but not from those of modules."""
     names = ["0.weight", "0.bias", "1.weight", "1.bias"]
     for outside, inside in run_processes(2, names_inside_and_outside):
         assert sorted(outside) == sorted(inside) == sorted(names)

@@ -1,4 +1,4 @@
-"""QK-clip: logits after it, every layout, GQA and MLA, and as a hook of the optimizer."""
+"""QK-clip: logits after clipping, all layouts, GQA and MLA, and as a hook of the optimizer."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ HEADS, HEAD_DIM, MODEL = 4, 6, 8
 
 
 def logits_of(query: Tensor, key: Tensor, x: Tensor) -> Tensor:
-    """[heads, tokens, tokens] / sqrt(d), in float64."""
+    """Return the logits [heads, tokens, tokens], divided by sqrt(d), in float64."""
     q, k = ((x.double() @ w.double().T).unflatten(-1, (-1, HEAD_DIM)) for w in (query, key))
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     return torch.einsum("thd,shd->hts", q, k) / math.sqrt(HEAD_DIM)
@@ -40,29 +40,29 @@ def test_logits_are_bounded_and_small_heads_stay(key_heads):
     tau = float(before.sort().values[1:3].mean())  # two heads above, two below
     clip = QKClip([multi_head(query, key, HEAD_DIM)], tau=tau)
     clip.observe(0, before)
-    kept = key.clone()
+    key_before = key.clone()
     clip(None)
     after = logits_of(query, key, x).amax((1, 2))
     torch.testing.assert_close(after, before.clamp(max=tau), rtol=1e-5, atol=1e-5)
-    assert (key_heads == HEADS) != torch.equal(key, kept), "a shared key is left as it is"
+    assert (key_heads == HEADS) != torch.equal(key, key_before), "a shared key must not change"
     clip(None)  # nothing observed since
     assert torch.equal(logits_of(query, key, x).amax((1, 2)), after)
 
 
-def test_a_fused_weight_is_that_of_its_parts():
+def test_a_fused_weight_is_clipped_like_its_parts():
     query, key, _ = weights()
     value = torch.ones(HEADS * HEAD_DIM, MODEL)
     wqkv = torch.cat([query, key, value])
-    seen = torch.tensor([300.0, 1.0, 150.0, 400.0])
+    max_logits = torch.tensor([300.0, 1.0, 150.0, 400.0])
     for layers in ([multi_head(query, key, HEAD_DIM)], [fused(wqkv, HEADS, HEADS, HEAD_DIM)]):
         clip = QKClip(layers)
-        clip.observe(0, seen)
+        clip.observe(0, max_logits)
         clip(None)
     assert torch.equal(wqkv, torch.cat([query, key, value]))
     assert torch.equal(value, torch.ones_like(value))
 
 
-def test_mla_leaves_values_and_the_shared_rotary_key():
+def test_mla_does_not_scale_values():
     nope, rope, value = 4, 2, 3
     query, key_value = torch.ones(2 * (nope + rope), 5), torch.ones(2 * (nope + value), 5)
     clip = QKClip([multi_head_latent(query, key_value, 2, nope, rope, value)], tau=100.0)
@@ -79,22 +79,22 @@ def test_mla_leaves_values_and_the_shared_rotary_key():
 
 
 def clipped(layout: Any, dtype: torch.dtype) -> list[bool]:
-    """Each rank sees other logits; shards are those of one process that saw the largest."""
+    """Ranks observe different logits; compare with one process that observes all of them."""
     mesh = mesh_of(layout[0])
     query, key, _ = (w.to(dtype) for w in weights())
-    seen = [
+    by_rank = [
         100.0 * torch.rand(2, HEADS, generator=torch.Generator().manual_seed(r)) * 3
         for r in range(mesh.size())
     ]
     params = [spread(w, mesh, layout[1]) for w in (query, key)]
     clip = QKClip([multi_head(*params, HEAD_DIM), multi_head(*params, HEAD_DIM)])
-    alone = QKClip([multi_head(query, key, HEAD_DIM), multi_head(query, key, HEAD_DIM)])
+    oracle = QKClip([multi_head(query, key, HEAD_DIM), multi_head(query, key, HEAD_DIM)])
     for layer in range(2):
-        clip.observe(layer, seen[dist.get_rank()][layer])
-        for others in seen:
-            alone.observe(layer, others[layer])
+        clip.observe(layer, by_rank[dist.get_rank()][layer])
+        for max_logits in by_rank:
+            oracle.observe(layer, max_logits[layer])
     clip(None)
-    alone(None)
+    oracle(None)
     return [
         torch.equal(local_part(p), local_part(spread(w, mesh, layout[1])))
         for p, w in zip(params, (query, key), strict=True)
@@ -113,7 +113,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_every_layout_clips_alike(layout, dtype):
+def test_every_layout_gives_the_result_of_one_process(layout, dtype):
     answers = run_threads(math.prod(layout[0]), clipped, layout, dtype)
     assert answers == [[True, True]] * math.prod(layout[0])
 
@@ -126,19 +126,19 @@ class Attention(nn.Module):
 
 
 def hooked(tp: bool) -> tuple[bool, float]:
-    """A hook of a real optimizer; under TP a rank sees the logits of its own heads."""
+    """Run QKClip as an optimizer's hook; under TP a rank observes only its own heads."""
     mesh = mesh_of((4,))
     attention, plain = Attention(), Attention()
     _, _, x = weights()
     for name in ("wq", "wk"):
-        whole = getattr(plain, name).detach()
-        setattr(attention, name, nn.Parameter(spread(whole.clone(), mesh, (S0,))))
+        full_weight = getattr(plain, name).detach()
+        setattr(attention, name, nn.Parameter(spread(full_weight.clone(), mesh, (S0,))))
     optimizer = Muon(attention.named_parameters(), lr=0.01, weight_decay=0.0)
     oracle = Muon(plain.named_parameters(), lr=0.01, weight_decay=0.0)
     clip = QKClip([multi_head(attention.wq, attention.wk, HEAD_DIM)])
     optimizer.register_step_post_hook(clip)
-    alone = QKClip([multi_head(plain.wq, plain.wk, HEAD_DIM)])
-    oracle.register_step_post_hook(alone)
+    plain_clip = QKClip([multi_head(plain.wq, plain.wk, HEAD_DIM)])
+    oracle.register_step_post_hook(plain_clip)
     for step in range(3):
         largest = logits_of(plain.wq, plain.wk, x).amax((1, 2)).detach()
         rank = dist.get_rank()
@@ -146,7 +146,7 @@ def hooked(tp: bool) -> tuple[bool, float]:
             clip.observe(0, largest[rank : rank + 1], first_head=rank)
         else:
             clip.observe(0, largest)
-        alone.observe(0, largest)
+        plain_clip.observe(0, largest)
         grads = tensors_like([plain.wq.shape, plain.wk.shape], 5 + step)
         for name, grad in zip(("wq", "wk"), grads, strict=True):
             getattr(attention, name).grad = spread(grad, mesh, (S0,))
@@ -167,13 +167,13 @@ def test_as_a_hook_over_real_processes(tp):
         assert largest < 150, "2,000 and more at first"
 
 
-def test_what_does_not_fit_is_told():
+def test_wrong_shapes_and_options_raise():
     query, key, _ = weights()
-    with pytest.raises(ValueError, match="no heads of 5 rows"):
+    with pytest.raises(ValueError, match="do not divide into heads of 5 rows"):
         multi_head(query, key, 5)
     with pytest.raises(ValueError, match="24 rows are not 4 query and twice 4 key heads"):
         fused(query, HEADS, HEADS, HEAD_DIM)
-    with pytest.raises(ValueError, match="are not in a weight of 24 rows"):
+    with pytest.raises(ValueError, match="do not fit into a weight of 24 rows"):
         HeadRows(query, 5, HEAD_DIM, HEAD_DIM, 0.5)
     with pytest.raises(ValueError, match="tau must be above 0"):
         QKClip([multi_head(query, key, HEAD_DIM)], tau=0.0)
@@ -185,4 +185,4 @@ def test_what_does_not_fit_is_told():
     clip.observe(0, torch.full((4,), torch.nan))
     before = query.clone()
     clip(None)
-    assert torch.equal(query, before), "a NaN logit scales nothing"
+    assert torch.equal(query, before), "a NaN logit must not scale weights"
