@@ -204,11 +204,11 @@ FAULTS = [
     ),
     *in_files(
         "cli/plan_plot.py",
-        "plan::the_picture_is_drawn",
+        "plan::the_plot_is_written",
         (
-            "nothing is drawn",
-            "    _timeline(made, top.subplots())\n    load, sent = bottom.subplots(1, 2)\n"
-            "    _load(made, load)\n    _sent(made, sent)\n",
+            "the plot is empty",
+            "    _timeline(report, top.subplots())\n    load, sent = bottom.subplots(1, 2)\n"
+            "    _load(report, load)\n    _sent(report, sent)\n",
             "",
         ),
     ),
