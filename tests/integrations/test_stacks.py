@@ -37,7 +37,7 @@ def test_the_example_trains(name, num_ranks, text):
     (losses,) = re.findall(r"^loss (\S+) -> (\S+)$", output, re.MULTILINE)
     assert float(losses[1]) < float(losses[0])
     if "resumed" in (EXAMPLES / f"{name}.py").read_text():
-        assert "resumed from step 3: the same bits" in output
+        assert "resumed from step 3: bitwise equal" in output
 
 
 def test_tensorboard_and_wandb_get_the_metrics(tmp_path):
