@@ -1,9 +1,9 @@
-"""The iteration alone against the matrix products this device can do: its roofline.
+"""Measures the iteration against the device's roofline, the rate of plain matrix products.
 
     python -m benchmarks.bench_iteration --json iteration.json
 
-On a GPU, or on one core of a host. One matrix at a time, equal ones in a batch, compiled, and by
-symmetric kernels where they are installed; rates count the FLOP of plain Newton-Schulz.
+Runs on a GPU or on one core of a host: single matrices, batches, compiled, and symmetric kernels
+if they are installed. All rates count the FLOP of plain Newton-Schulz.
 """
 
 import json
@@ -31,19 +31,19 @@ CPU_SHAPES = ((192, 192), (192, 768), (384, 384), (384, 1536), (1024, 1024))
 
 @dataclass(frozen=True)
 class Config:
-    """What to measure."""
+    """Options of the measurement."""
 
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     batch: int = 8
     rounds: int = 9
     compile: bool = False
-    """Also through torch.compile, which takes a minute."""
+    """Also measure torch.compile, which takes a minute."""
     json: Path | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """`tflops`: of each way, and of plain products of the same matrices, which bound it."""
+    """`tflops`: by variant, and of plain products of the same matrices, the upper bound."""
 
     rows: int
     cols: int
@@ -51,25 +51,25 @@ class Row:
 
 
 def seconds_of(body: Callable[[], object], config: Config) -> float:
-    """The median of some rounds, after two that do not count."""
-    taken = []
+    """Return the median over the rounds, after two warm-up rounds."""
+    seconds = []
     for turn in range(config.rounds + 2):
-        _finish(config)
+        _synchronize(config)
         start = time.perf_counter()
         body()
-        _finish(config)
+        _synchronize(config)
         if turn >= 2:
-            taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
-def _finish(config: Config) -> None:
+def _synchronize(config: Config) -> None:
     if config.device != "cpu":
         torch.cuda.synchronize()
 
 
 def products(x: Tensor) -> Callable[[], object]:
-    """X X^T and its product with X, by themselves: nothing on this device multiplies faster."""
+    """Return a function that computes X X^T and its product with X, without other operations."""
 
     def body() -> Tensor:
         gram = x @ x.mT
@@ -79,7 +79,7 @@ def products(x: Tensor) -> Callable[[], object]:
 
 
 def has_symmetric_kernels() -> bool:
-    """Whether gram-newton-schulz is installed, on a GPU that it knows."""
+    """Whether gram-newton-schulz is installed and supports this GPU."""
     try:
         kernel_of("symmetric", compiles=False)
     except GroupOptionError:
@@ -88,10 +88,10 @@ def has_symmetric_kernels() -> bool:
 
 
 def measure(rows: int, cols: int, config: Config) -> Row:
-    """One size of matrix."""
+    """Measure all variants on one matrix size."""
     stacked = torch.randn(config.batch, rows, cols, dtype=torch.bfloat16, device=config.device)
     flops = newton_schulz_flops(rows, cols, 5)
-    ways: dict[str, tuple[Callable[[], object], float]] = {
+    variants: dict[str, tuple[Callable[[], object], float]] = {
         "products": (products(stacked[0]), 4 * min(rows, cols) * rows * cols),
         "products, batched": (products(stacked), config.batch * 4 * min(rows, cols) * rows * cols),
         "each": (lambda: newton_schulz(stacked[0]), flops),
@@ -99,30 +99,32 @@ def measure(rows: int, cols: int, config: Config) -> Row:
     }
     if config.compile:
         compiled = kernel_of("torch", compiles=True)
-        ways["compiled"] = (lambda: newton_schulz(stacked[0], body=compiled), flops)
+        variants["compiled"] = (lambda: newton_schulz(stacked[0], body=compiled), flops)
     if has_symmetric_kernels():
         symmetric = kernel_of("symmetric", compiles=False)
         batch = config.batch * flops
-        ways["symmetric, batched"] = (lambda: newton_schulz(stacked, body=symmetric), batch)
-    found = {name: work / seconds_of(body, config) / 1e12 for name, (body, work) in ways.items()}
-    return Row(rows, cols, found)
+        variants["symmetric, batched"] = (lambda: newton_schulz(stacked, body=symmetric), batch)
+    tflops = {
+        name: work / seconds_of(body, config) / 1e12 for name, (body, work) in variants.items()
+    }
+    return Row(rows, cols, tflops)
 
 
 def main() -> None:
-    """Measure all sizes, print, and write if asked to."""
+    """Measure all sizes and print a table. With `--json`, also write a file."""
     config = tyro.cli(Config, description=__doc__)
     torch.set_num_threads(1)
     shapes = CPU_SHAPES if config.device == "cpu" else GPU_SHAPES
     name = "one core" if config.device == "cpu" else torch.cuda.get_device_name()
-    found = [measure(*shape, config) for shape in shapes]
+    rows = [measure(*shape, config) for shape in shapes]
     table = Table(title=f"TFLOP/s on {name}, batches of {config.batch}")
-    for column in ("matrix", *found[0].tflops):
+    for column in ("matrix", *rows[0].tflops):
         table.add_column(column, justify="right")
-    for row in found:
+    for row in rows:
         table.add_row(f"{row.rows} x {row.cols}", *(f"{v:.3f}" for v in row.tflops.values()))
     Console(width=110).print(table)
     if config.json:
-        figures = {**provenance(), "device": name, "rows": [asdict(row) for row in found]}
+        figures = {**provenance(), "device": name, "rows": [asdict(row) for row in rows]}
         config.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 

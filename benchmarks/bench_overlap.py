@@ -1,9 +1,9 @@
-"""What overlap is worth on a slow link: two nodes of two ranks on this machine.
+"""Measures the gain of overlap on a slow link, with two nodes of two ranks on this machine.
 
     sudo python -m benchmarks.bench_overlap --json overlap.json
 
-Needs root and iproute2: each node is a network namespace, and the virtual link between them passes
-so many bits a second (`tc ... tbf`). Elsewhere it says so and measures nothing.
+Needs root and iproute2: each node is a network namespace, and the virtual link between them has a
+limited rate (`tc ... tbf`). Without them it prints the reason and measures nothing.
 """
 
 import json
@@ -30,9 +30,9 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 
 from benchmarks.common import layered, parameters, provenance
 from muon_dtensor import Muon, create_dtensor_config
-from muon_dtensor.cli.baselines import everyone_gathers
+from muon_dtensor.cli.baselines import naive_step
 from muon_dtensor.cli.calibrate_worker import readings_in_turns
-from muon_dtensor.cli.shutdown import leave
+from muon_dtensor.cli.shutdown import destroy_process_group
 from muon_dtensor.planning.presets import PRESETS
 from muon_dtensor.planning.topology import Link, Topology
 
@@ -45,25 +45,25 @@ UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 @dataclass(frozen=True)
 class Config:
-    """What to measure."""
+    """Options of the measurement."""
 
     rate: str = "1gbit"
-    """Of the link between the nodes, as tc spells it. Two cores that iterate in bfloat16 reach
-    about 0.6 TFLOP/s a node; an H100 with 400 Gbit/s has 8,000 FLOP for a byte, which is 600mbit
-    here, and more for larger matrices."""
+    """Rate of the link between the nodes, in tc's notation. Two cores that iterate in bfloat16
+    reach about 0.6 TFLOP/s per node. An H100 with 400 Gbit/s computes 8,000 FLOP per byte, more for
+    larger matrices; the same ratio on this machine is 600mbit."""
     layers: int = 12
     dim: int = 384
     bucket_mb: float = 4.0
-    """Small, so that there are several buckets to overlap."""
+    """Small, so that several buckets can overlap."""
     rounds: int = 9
     json: Path | None = None
     worker: bool = False
-    """Set by the launcher in each namespace."""
+    """Set by the launcher for each rank."""
 
 
 @contextmanager
 def nodes(rate: str) -> Iterator[list[str]]:
-    """Two network namespaces, by name, and a slow link between them."""
+    """Create two network namespaces with a slow link between them, and yield their names."""
     names = [f"muon-node{i}-{os.getpid()}" for i in range(NODES)]
     with ExitStack() as stack:
         for name in names:
@@ -88,8 +88,8 @@ def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True)
 
 
-def why_not() -> str:
-    """Why this machine cannot make nodes; empty if it can."""
+def skip_reason() -> str:
+    """Return the reason why this machine cannot create the nodes; empty if it can."""
     if os.geteuid() != 0:
         return "making network namespaces needs root"
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
@@ -97,8 +97,8 @@ def why_not() -> str:
 
 
 def launch(config: Config) -> int:
-    """Run all ranks in their namespaces; 0 if all of them end well."""
-    if reason := why_not():
+    """Run all ranks in their namespaces. Returns 0 if all exit with 0."""
+    if reason := skip_reason():
         print(f"skipped: {reason}")
         return 0
     with socket.socket() as probe:
@@ -129,13 +129,13 @@ def launch(config: Config) -> int:
 
 
 def naive(params: list[nn.Parameter]) -> Callable[[], Any]:
-    """Every rank gathers and orthogonalizes everything."""
+    """Return a step in which every rank gathers and orthogonalizes every matrix."""
     momenta = [torch.zeros_like(param, requires_grad=False) for param in params]
-    return lambda: everyone_gathers(params, momenta, lr=0.0)
+    return lambda: naive_step(params, momenta, lr=0.0)
 
 
-def crossed(step: Callable[[], Any]) -> float:
-    """Megabytes that a step sends over the link, both ways."""
+def link_megabytes(step: Callable[[], Any]) -> float:
+    """Return the megabytes that a step sends over the link, both directions."""
     node = dist.get_rank() // RANKS_PER_NODE
     counter = Path(f"/sys/class/net/{LINK.format(node)}/statistics/tx_bytes")
     dist.barrier()
@@ -148,23 +148,23 @@ def crossed(step: Callable[[], Any]) -> float:
 
 
 def topology(config: Config) -> Topology:
-    """This machine, as far as the planner must know it: two nodes, a slow link, a core each."""
+    """Return the planner's model of the setup: two nodes, a slow link, half a core per rank."""
     unit = next(u for u in UNITS if config.rate.endswith(u))
     nbytes = float(config.rate.removesuffix(unit)) * UNITS[unit] / 8
-    here = PRESETS["gloo-local"]
+    preset = PRESETS["gloo-local"]
     return replace(
-        here,
+        preset,
         name=f"two nodes, {config.rate}",
         node_size=RANKS_PER_NODE,
-        between_nodes=Link(here.within_node.latency, nbytes / RANKS_PER_NODE),
-        matmul=tuple((d, tuple((n, r / 2) for n, r in rates)) for d, rates in here.matmul),
-        memory_bandwidth=here.memory_bandwidth / 2,
+        between_nodes=Link(preset.within_node.latency, nbytes / RANKS_PER_NODE),
+        matmul=tuple((d, tuple((n, r / 2) for n, r in rates)) for d, rates in preset.matmul),
+        memory_bandwidth=preset.memory_bandwidth / 2,
         cores=None,
     )
 
 
-def ways(config: Config) -> dict[str, dict[str, Callable[[], Any]]]:
-    """What is compared with what; the first of each is ours, all of them take turns."""
+def comparisons(config: Config) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Return steps by title and name. The first step of each title is the reference."""
     shapes, cap = layered(config.layers, config.dim), config.bucket_mb
     flat = init_device_mesh("cpu", (4,), mesh_dim_names=("dp_shard",))
     hsdp = init_device_mesh("cpu", (NODES, RANKS_PER_NODE), mesh_dim_names=("replica", "shard"))
@@ -178,18 +178,19 @@ def ways(config: Config) -> dict[str, dict[str, Callable[[], Any]]]:
     link = topology(config)
     in_turns = create_dtensor_config(async_gpu_parallelism=False)
     table = [(16384, 4 * config.dim)]
-    mixed, rest = parameters(shapes, flat, (S0,)), parameters(table, flat, (S0,))
-    apart, others = parameters(shapes, flat, (S0,)), parameters(table, flat, (S0,))
-    groups = [{"params": mixed}, {"params": rest, "algorithm": "adamw"}]
-    together = Muon(groups, lr=0.0, bucket_mb=cap, strategy="owned")
-    first = Muon(apart, lr=0.0, bucket_mb=cap, strategy="owned")
-    second = Muon([{"params": others, "algorithm": "adamw"}], lr=0.0)
-    for optimizer in (together, first, second):
+    groups = [
+        {"params": parameters(shapes, flat, (S0,))},
+        {"params": parameters(table, flat, (S0,)), "algorithm": "adamw"},
+    ]
+    joint = Muon(groups, lr=0.0, bucket_mb=cap, strategy="owned")
+    muon_only = Muon(parameters(shapes, flat, (S0,)), lr=0.0, bucket_mb=cap, strategy="owned")
+    adamw_only = Muon([{"params": parameters(table, flat, (S0,)), "algorithm": "adamw"}], lr=0.0)
+    for optimizer in (joint, muon_only, adamw_only):
         optimizer.step()
 
-    def one_by_one() -> None:
-        first.step()
-        second.step()
+    def sequential_step() -> None:
+        muon_only.step()
+        adamw_only.step()
 
     return {
         "fsdp over both nodes": {
@@ -210,8 +211,8 @@ def ways(config: Config) -> dict[str, dict[str, Callable[[], Any]]]:
             "naive": naive(parameters(shapes, hsdp, (R, S0))),
         },
         "fsdp, and AdamW of an embedding": {
-            "while exchanges are in flight": together.step,
-            "afterwards": one_by_one,
+            "while exchanges are in flight": joint.step,
+            "afterwards": sequential_step,
         },
     }
 
@@ -223,24 +224,24 @@ def _one_bucket(shapes: list[tuple[int, ...]], mesh: DeviceMesh) -> Callable[[],
 
 
 def work(config: Config) -> None:
-    """One rank."""
+    """Measure on one rank; rank 0 prints and writes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    found: dict[str, Any] = {}
-    for title, bodies in ways(config).items():
-        taken = readings_in_turns(bodies, torch.device("cpu"), config.rounds)
-        ours = next(iter(bodies))
+    results: dict[str, Any] = {}
+    for title, bodies in comparisons(config).items():
+        readings = readings_in_turns(bodies, torch.device("cpu"), config.rounds)
+        reference = next(iter(bodies))
         rows = {}
-        for name, seconds in taken.items():
-            ratios = [a / b for a, b in zip(seconds, taken[ours], strict=True)]
+        for name, seconds in readings.items():
+            ratios = [a / b for a, b in zip(seconds, readings[reference], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)
             rows[name] = {
                 "ms": 1e3 * statistics.median(seconds),
                 "times_ours": middle,
                 "spread": high - low,
-                "link_mb": crossed(bodies[name]),
+                "link_mb": link_megabytes(bodies[name]),
             }
-        found[title] = rows
+        results[title] = rows
         if dist.get_rank() == 0:
             show(title, rows, config)
     if dist.get_rank() == 0 and config.json:
@@ -251,13 +252,13 @@ def work(config: Config) -> None:
             "bucket_mb": config.bucket_mb,
             "rounds": config.rounds,
         }
-        config.json.write_text(json.dumps({**provenance(), **settings, "ways": found}, indent=1))
+        config.json.write_text(json.dumps({**provenance(), **settings, "ways": results}, indent=1))
     dist.barrier()
-    leave()
+    destroy_process_group()
 
 
 def show(title: str, rows: dict[str, dict[str, float]], config: Config) -> None:
-    """One table."""
+    """Print the table of one comparison."""
     work = f"{config.layers} layers, d = {config.dim}, link of {config.rate}"
     table = Table(title=f"{title}; {work}")
     for column in ("", "ms", "x the first", "MB over the link"):
@@ -270,7 +271,7 @@ def show(title: str, rows: dict[str, dict[str, float]], config: Config) -> None:
 
 
 def main() -> None:
-    """Launch, or be launched."""
+    """Start the ranks; with `--worker`, run as one of them."""
     config = tyro.cli(Config, description=__doc__)
     if config.worker:
         work(config)

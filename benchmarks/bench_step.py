@@ -1,10 +1,10 @@
-"""One optimizer step, ours against what people do today, layout by layout.
+"""Compares an optimizer step with baselines, by layout.
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m benchmarks.bench_step --json step.json
 
-All run in one process group, in turns, on the same gradients; times are medians and only their
-ratios mean anything on a shared machine. Bytes are counted where they are handed to torch, and
-beside that on the loopback device of the kernel.
+All steps run alternately in one process group on the same gradients. Times are medians; on a shared
+machine only their ratios are meaningful. Bytes are counted at torch's collectives and on the
+kernel's loopback device.
 """
 
 import importlib.util
@@ -31,13 +31,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from benchmarks.common import layered, provenance, seeded
 from muon_dtensor import Muon
 from muon_dtensor.algorithms import newton_schulz
-from muon_dtensor.cli.baselines import everyone_gathers
+from muon_dtensor.cli.baselines import naive_step
 from muon_dtensor.cli.calibrate_worker import readings_in_turns
-from muon_dtensor.cli.shutdown import leave
+from muon_dtensor.cli.shutdown import destroy_process_group
 from muon_dtensor.distributed_config.full_tensor import cut_like
 from muon_dtensor.planning.report import PlanReport
-from muon_dtensor.runtime import consistency as agreement
-from muon_dtensor.runtime import executor
+from muon_dtensor.runtime import consistency, executor
 from muon_dtensor.runtime.hyperparameters import MuonOptions
 from muon_dtensor.runtime.torch_private import local_part
 from tests.support.meter import peak_nbytes_of
@@ -58,39 +57,40 @@ LAYOUTS: dict[str, tuple[Shape, tuple[Placement, ...]]] = {
     "three_d": ((1, 2, 2), (R, S0, S1)),
     "experts_batched": ((4,), (S0,)),
 }
-"""Mesh shape and placements; fsdp_tp_same is real ColwiseParallel under real fully_shard, and
-experts_batched the same as experts with `batched=True`, which rounds differently."""
+"""Mesh shape and placements. fsdp_tp_same uses torch's ColwiseParallel and fully_shard;
+experts_batched is experts with `batched=True`, which rounds differently."""
 
-RIVALS = ("torch", "muonium")
-"""Baselines that may refuse a layout."""
+MAY_REJECT = ("torch", "muonium")
+"""Baselines that may reject a layout."""
 
 TINY = 8
-"""`dim` of the matrices on which launches are timed."""
+"""`dim` of the matrices on which host overhead is timed."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """What to measure."""
+    """Options of the measurement."""
 
     layouts: tuple[str, ...] = tuple(LAYOUTS)
     baselines: tuple[str, ...] = ("naive", "floor", "needed")
-    """naive, floor (each rank's share of the iteration alone), needed (see there), torch
-    (torch.optim.Muon on DTensors), muonium (if installed), adamw."""
+    """naive (every rank gathers and orthogonalizes every matrix), floor (only each rank's share of
+    the iteration), needed (see the function), torch (torch.optim.Muon on DTensors), muonium (if
+    installed), adamw."""
     layers: int = 4
     dim: int = 192
     rounds: int = 9
     json: Path | None = None
-    """Where to write the figures, with versions and hardware."""
+    """File for the results, with versions and hardware."""
     plot: Path | None = None
-    """Where to draw them."""
+    """Image file for the results."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One layout. Bytes are means over ranks, peaks those of the fullest rank.
+    """Results of one layout. Bytes are means over ranks, peaks are maxima.
 
-    `ratios` and `spreads`: our time over each baseline's, the median of all rounds and the
-    difference of their quartiles. `host_us`: see there, of the slowest rank.
+    `ratios` and `spreads`: our time divided by each baseline's, median and interquartile range
+    over the rounds. `host_us`: maximum over ranks of the function `host_us`.
     """
 
     layout: str
@@ -110,7 +110,7 @@ class Cell:
 
 
 def shapes_of(layout: str, layers: int, d: int) -> list[Shape]:
-    """The anchors' workload, {qkv, proj, fc, out} per layer, or what a layout is about."""
+    """Return the shapes of a layout: by default {qkv, proj, fc, out} per layer."""
     match layout:
         case "fsdp_uneven":
             return [(3 * d + 1, d), (d + 2, d), (4 * d + 3, d), (d + 1, 4 * d)] * layers
@@ -123,7 +123,7 @@ def shapes_of(layout: str, layers: int, d: int) -> list[Shape]:
 
 
 def parameters(layout: str, shapes: list[Shape]) -> list[nn.Parameter]:
-    """Sharded as the layout says, with values and gradients that do not depend on it."""
+    """Return parameters on a layout; values and gradients do not depend on the layout."""
     mesh_shape, placements = LAYOUTS[layout]
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("a", "b", "c")[: len(mesh_shape)])
     weights, grads = seeded(shapes, 0), seeded(shapes, 1)
@@ -145,24 +145,24 @@ def parameters(layout: str, shapes: list[Shape]) -> list[nn.Parameter]:
 
 
 def is_exact(layout: str, shapes: list[Shape]) -> bool:
-    """Whether two steps are bitwise those of torch.optim.Muon on whole matrices."""
+    """Whether two steps are bitwise equal to torch.optim.Muon on full matrices."""
     params = parameters(layout, shapes)
     optimizer = Muon(params, batched=layout == "experts_batched")
-    wholes = [[nn.Parameter(w.clone()) for w in _matrices(t)] for t in seeded(shapes, 0)]
-    for matrices, grad in zip(wholes, seeded(shapes, 1), strict=True):
+    full_matrices = [[nn.Parameter(w.clone()) for w in _matrices(t)] for t in seeded(shapes, 0)]
+    for matrices, grad in zip(full_matrices, seeded(shapes, 1), strict=True):
         for matrix, part in zip(matrices, _matrices(grad), strict=True):
             matrix.grad = part.clone()
-    oracle = torch.optim.Muon([matrix for matrices in wholes for matrix in matrices])
+    oracle = torch.optim.Muon([matrix for matrices in full_matrices for matrix in matrices])
     for _ in range(2):
         optimizer.step()
         oracle.step()
-    theirs = [
+    expected = [
         torch.stack([m.detach() for m in matrices]).view(shape)
-        for matrices, shape in zip(wholes, shapes, strict=True)
+        for matrices, shape in zip(full_matrices, shapes, strict=True)
     ]
     same = all(
-        torch.equal(local_part(p.detach()), local_part(cut_like(whole, p)))
-        for p, whole in zip(params, theirs, strict=True)
+        torch.equal(local_part(p.detach()), local_part(cut_like(full_tensor, p)))
+        for p, full_tensor in zip(params, expected, strict=True)
     )
     return bool(_reduced(float(same), dist.ReduceOp.MIN))
 
@@ -178,7 +178,7 @@ def _reduced(value: float, op: dist.ReduceOp.RedOpType) -> float:
 
 
 def steps_of(name: str, layout: str, shapes: list[Shape], plan: PlanReport) -> Callable[[], Any]:
-    """A step of a baseline, on parameters of its own. Raises what the baseline raises."""
+    """Return the step of a baseline on new parameters. Raises the errors of the baseline."""
     if name == "floor":
         share = share_of(plan)
         return lambda: [newton_schulz(matrix) for matrix in share]
@@ -187,7 +187,7 @@ def steps_of(name: str, layout: str, shapes: list[Shape], plan: PlanReport) -> C
         return needed(params, plan)
     if name == "naive":
         momenta = [torch.zeros_like(param, requires_grad=False) for param in params]
-        return lambda: everyone_gathers(params, momenta, lr=0.0)
+        return lambda: naive_step(params, momenta, lr=0.0)
     optimizer: torch.optim.Optimizer
     if name == "torch":
         optimizer = torch.optim.Muon(params, lr=0.0)
@@ -206,7 +206,7 @@ def steps_of(name: str, layout: str, shapes: list[Shape], plan: PlanReport) -> C
 
 
 def share_of(plan: PlanReport) -> list[Tensor]:
-    """Matrices of the sizes that this rank owns."""
+    """Return random matrices of the sizes that this rank owns."""
     return [
         torch.randn(matrix.rows, matrix.cols)
         for bucket in plan.buckets
@@ -217,10 +217,11 @@ def share_of(plan: PlanReport) -> list[Tensor]:
 
 
 def needed(params: list[nn.Parameter], plan: PlanReport) -> Callable[[], Any]:
-    """What no exact step can do without, on buffers that lie ready.
+    """Return a step with only the operations that every exact step needs, on existing buffers.
 
-    Each rank's share of the iteration, momentum, direction and cast, the bytes of the plan in as
-    many even exchanges, decay and update: no packing, no agreement, no planning, no Python.
+    Each rank's share of the iteration, momentum, direction and cast, the plan's bytes in the same
+    number of even exchanges, decay and update. It has no packing, no consistency check, no planning
+    and little Python.
     """
     weights = [local_part(param.detach()) for param in params]
     grads = [local_part(param.grad) for param in params if param.grad is not None]
@@ -254,24 +255,24 @@ def needed(params: list[nn.Parameter], plan: PlanReport) -> Callable[[], Any]:
 
 
 def sent_by(step: Callable[[], Any]) -> tuple[float, int]:
-    """(bytes that a step hands to exchanges for other ranks, mean over ranks; exchanges)."""
+    """Return (bytes that a step sends to other ranks, mean over ranks; number of exchanges)."""
     sent, count = 0, 0
     original = dist.all_to_all_single
 
     def counted(
         recv: Tensor,
         send: Tensor,
-        there: list[int] | None = None,
-        here: list[int] | None = None,
+        recv_splits: list[int] | None = None,
+        send_splits: list[int] | None = None,
         **kwargs: Any,
     ) -> Any:
         nonlocal sent, count
-        if here is None:  # a ballot
+        if send_splits is None:  # the consistency check
             return original(recv, send, **kwargs)
-        own = here[dist.get_rank(kwargs["group"])]
-        sent += (sum(here) - own) * send.element_size()
+        to_self = send_splits[dist.get_rank(kwargs["group"])]
+        sent += (sum(send_splits) - to_self) * send.element_size()
         count += 1
-        return original(recv, send, there, here, **kwargs)
+        return original(recv, send, recv_splits, send_splits, **kwargs)
 
     with mock.patch.object(dist, "all_to_all_single", counted):
         step()
@@ -279,7 +280,7 @@ def sent_by(step: Callable[[], Any]) -> tuple[float, int]:
 
 
 def loopback_by(step: Callable[[], Any], repeats: int = 20) -> float:
-    """Bytes that a step puts on the loopback device, mean over ranks; TCP's own included."""
+    """Return the bytes that a step sends on the loopback device with TCP headers, rank mean."""
     counter = Path("/proc/net/dev")
     if not counter.exists():
         return float("nan")
@@ -297,42 +298,42 @@ def loopback_by(step: Callable[[], Any], repeats: int = 20) -> float:
 
 
 def host_us(layout: str, layers: int, repeats: int = 20) -> float:
-    """Microseconds of this thread outside of matrix products and collectives, per parameter.
+    """Return microseconds of this thread per parameter without orthogonalization and collectives.
 
-    The least of some steps on matrices so small that only launches count. Waiting takes none.
+    The minimum over several steps on tiny matrices. Counts CPU time of the thread, not waiting.
     """
     shapes = shapes_of(layout, layers, TINY)
     params = parameters(layout, shapes)
     optimizer = Muon(params, lr=1e-3, strategy="owned")
     optimizer.step()
-    elsewhere = 0.0
+    excluded = 0.0
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         def body(*args: Any, **kwargs: Any) -> Any:
-            nonlocal elsewhere
+            nonlocal excluded
             start = time.thread_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                elsewhere += time.thread_time() - start
+                excluded += time.thread_time() - start
 
         return body
 
-    taken = []
+    seconds = []
     with (
         mock.patch.object(MuonOptions, "polar_factor", timed(MuonOptions.polar_factor)),
         mock.patch.object(executor, "issue", timed(executor.issue)),
-        mock.patch.object(agreement, "maximum_of_all", timed(agreement.maximum_of_all)),
+        mock.patch.object(consistency, "maximum_of_all", timed(consistency.maximum_of_all)),
     ):
         for _ in range(repeats):
-            before, elsewhere = time.thread_time(), 0.0
+            before, excluded = time.thread_time(), 0.0
             optimizer.step()
-            taken.append(time.thread_time() - before - elsewhere)
-    return 1e6 * min(taken) / len(params)
+            seconds.append(time.thread_time() - before - excluded)
+    return 1e6 * min(seconds) / len(params)
 
 
 def measure(layout: str, config: Config) -> Cell:
-    """One row of the table, on all ranks."""
+    """Measure one row of the table, on all ranks."""
     shapes = shapes_of(layout, config.layers, config.dim)
     params = parameters(layout, shapes)
     optimizer = Muon(params, lr=0.0, batched=layout == "experts_batched")
@@ -346,15 +347,14 @@ def measure(layout: str, config: Config) -> Cell:
         try:
             bodies[name] = steps_of(name, layout, shapes, optimizer.plan)
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            # a rival that cannot take a layout is a finding; ours and the plain steps must run
-            if name not in RIVALS:
+            if name not in MAY_REJECT:
                 raise
             refused[name] = f"{type(error).__name__}: {error}".splitlines()[0][:80]
-    taken = readings_in_turns(bodies, torch.device("cpu"), config.rounds)
-    ours = taken["ours"]
+    readings = readings_in_turns(bodies, torch.device("cpu"), config.rounds)
+    step_seconds = readings["ours"]
     ratios = {
-        name: [a / b for a, b in zip(ours, theirs, strict=True)]
-        for name, theirs in taken.items()
+        name: [a / b for a, b in zip(step_seconds, baseline_seconds, strict=True)]
+        for name, baseline_seconds in readings.items()
         if name != "ours"
     }
     cost = optimizer.plan.cost
@@ -369,8 +369,8 @@ def measure(layout: str, config: Config) -> Cell:
         num_collectives=num_collectives,
         peak_nbytes=int(_reduced(peak_nbytes_of(optimizer), dist.ReduceOp.MAX)),
         host_us=_reduced(host_us(layout, config.layers), dist.ReduceOp.MAX),
-        ours_ms=1e3 * statistics.median(ours),
-        baselines_ms={n: 1e3 * statistics.median(v) for n, v in taken.items() if n != "ours"},
+        ours_ms=1e3 * statistics.median(step_seconds),
+        baselines_ms={n: 1e3 * statistics.median(v) for n, v in readings.items() if n != "ours"},
         ratios={name: statistics.median(values) for name, values in ratios.items()},
         spreads={name: _spread(values) for name, values in ratios.items()},
         refused=refused,
@@ -383,9 +383,9 @@ def _spread(values: list[float]) -> float:
 
 
 def show(cells: list[Cell], config: Config) -> None:
-    """The table, and what was refused."""
+    """Print the table, and the layouts that baselines rejected."""
     table = Table(title=f"{config.layers} layers, d = {config.dim}, {dist.get_world_size()} ranks")
-    columns = ("layout", "exact", "work", "MB sent", "planned", "on lo", "exchanges", "MB held")
+    columns = ("layout", "exact", "work", "MB sent", "planned", "on lo", "exchanges", "peak MB")
     for column in (*columns, "host us", "ours ms", *(f"x {name}" for name in config.baselines)):
         table.add_column(column, justify="left" if column == "layout" else "right")
     for c in cells:
@@ -410,7 +410,7 @@ def show(cells: list[Cell], config: Config) -> None:
 
 
 def draw(cells: list[Cell], path: Path) -> None:
-    """Our time over each baseline's, layout by layout."""
+    """Plot our time divided by each baseline's, by layout."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -420,12 +420,12 @@ def draw(cells: list[Cell], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(11, 4), layout="constrained")
     width = 0.8 / max(1, len(names))
     for index, name in enumerate(names):
-        found = [(place, c) for place, c in enumerate(cells) if name in c.ratios]
+        bars = [(position, c) for position, c in enumerate(cells) if name in c.ratios]
         axes.bar(
-            [place + index * width for place, _ in found],
-            [c.ratios[name] for _, c in found],
+            [position + index * width for position, _ in bars],
+            [c.ratios[name] for _, c in bars],
             width,
-            yerr=[c.spreads[name] / 2 for _, c in found],
+            yerr=[c.spreads[name] / 2 for _, c in bars],
             label=f"over {name}",
         )
     axes.axhline(1, color="black", linewidth=0.8)
@@ -437,7 +437,7 @@ def draw(cells: list[Cell], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure all layouts; rank 0 prints, and writes if asked to."""
+    """Measure all layouts; rank 0 prints a table and writes the files of `--json` and `--plot`."""
     config = tyro.cli(Config, description=__doc__)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -445,14 +445,14 @@ def main() -> None:
     if dist.get_rank() == 0:
         show(cells, config)
         if config.json:
-            where = {**provenance(), "num_ranks": dist.get_world_size()}
+            environment = {**provenance(), "num_ranks": dist.get_world_size()}
             work = {"layers": config.layers, "dim": config.dim, "rounds": config.rounds}
-            figures = {**where, **work, "cells": [asdict(cell) for cell in cells]}
-            config.json.write_text(json.dumps(figures, indent=1) + "\n")
+            report = {**environment, **work, "cells": [asdict(cell) for cell in cells]}
+            config.json.write_text(json.dumps(report, indent=1) + "\n")
         if config.plot:
             draw(cells, config.plot)
     dist.barrier()
-    leave()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

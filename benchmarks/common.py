@@ -1,4 +1,4 @@
-"""What benchmarks share: tensors that all ranks draw alike, and where figures were taken."""
+"""Shared by the benchmarks: tensors that are equal on all ranks, and provenance of results."""
 
 import platform
 import subprocess
@@ -11,20 +11,20 @@ from torch.distributed.tensor import Placement, distribute_tensor
 
 
 def seeded(shapes: list[tuple[int, ...]], seed: int) -> list[Tensor]:
-    """The same tensors on every rank."""
+    """Return random tensors, equal on every rank."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
 def layered(layers: int, dim: int) -> list[tuple[int, ...]]:
-    """The anchors' workload: {qkv, proj, fc, out} per layer."""
+    """Return the shapes of the benchmark workload: {qkv, proj, fc, out} per layer."""
     return [(3 * dim, dim), (dim, dim), (4 * dim, dim), (dim, 4 * dim)] * layers
 
 
 def parameters(
     shapes: list[tuple[int, ...]], mesh: DeviceMesh, placements: Sequence[Placement]
 ) -> list[nn.Parameter]:
-    """With gradients; values do not depend on the mesh."""
+    """Return sharded parameters with gradients. Values do not depend on the mesh."""
 
     def placed(tensor: Tensor) -> Tensor:
         return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
@@ -36,13 +36,13 @@ def parameters(
 
 
 def commit() -> str:
-    """The commit of this checkout."""
+    """Return the commit of this checkout."""
     command = ["git", "rev-parse", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def provenance() -> dict[str, str]:
-    """Commit, torch and processor."""
+    """Return commit, torch version and processor."""
     return {
         "commit": commit(),
         "torch": torch.__version__,

@@ -1,9 +1,9 @@
-"""What plans predict of real steps: bytes, flops, peak memory and time, cell by cell.
+"""Compares predicted with measured bytes, flops, peak memory and time of steps.
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m benchmarks.predicted_vs_measured
 
-Calibrates in the same process group first, unless a topology is given. A cell is a layout, a
-model and a strategy; the strategies of one layout and model take turns.
+Calibrates in the same process group first, unless `--topology` is given. A cell is a layout, a
+model and a strategy. The strategies of one layout and model are timed alternately.
 """
 
 import json
@@ -25,7 +25,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from benchmarks.common import provenance, seeded
 from muon_dtensor import Muon
 from muon_dtensor.cli.calibrate_worker import measured_topology, median_seconds
-from muon_dtensor.cli.shutdown import leave
+from muon_dtensor.cli.shutdown import destroy_process_group
 from muon_dtensor.planning.presets import topology_of
 from muon_dtensor.planning.topology import Topology
 from tests.support.meter import counting, counting_flops, installed, peak_nbytes_of
@@ -37,7 +37,7 @@ LAYOUTS: dict[str, tuple[tuple[Placement, ...], bool]] = {
     "hsdp": ((R, S0), True),
     "fsdp_tp": ((S0, S1), True),
 }
-"""Placements, and whether the mesh is two by half of the ranks."""
+"""Placements, and whether the mesh is [2, num_ranks / 2] instead of 1-D."""
 
 MODELS: dict[str, list[tuple[int, int]]] = {
     "64 of 48": [(48, 48)] * 64,
@@ -47,29 +47,29 @@ MODELS: dict[str, list[tuple[int, int]]] = {
     "1 of 1024 x 4096": [(1024, 4096)],
 }
 LARGEST = {"1 of 1024 x 8192": [(1024, 8192)], "1 of 2048 x 8192": [(2048, 8192)]}
-"""Slow in float32."""
+"""Models that are slow in float32."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """What to measure."""
+    """Options of the measurement."""
 
     layouts: tuple[str, ...] = tuple(LAYOUTS)
     models: tuple[str, ...] = ()
-    """All but the largest by default."""
+    """Default: all except the largest."""
     strategies: tuple[str, ...] = ("owned", "owned_staged")
-    """auto: what the planner chooses."""
+    """auto: the planner chooses."""
     ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     rounds: int = 9
     topology: str = ""
-    """A preset or a file; by default this machine is measured first."""
+    """A preset or a file; default: calibrate this machine."""
     json: Path | None = None
-    """Where to write the figures, with versions and hardware."""
+    """File for the results, with versions and hardware."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One layout, model and strategy. Bytes are summed over ranks, peaks those of the fullest."""
+    """A layout, model and strategy. Bytes and flops are sums, peaks are maxima over ranks."""
 
     layout: str
     model: str
@@ -86,12 +86,12 @@ class Cell:
 
     @property
     def error(self) -> float:
-        """Of the predicted time, relative to the measured one."""
+        """Return the relative error of the predicted time."""
         return self.predicted_seconds / self.seconds - 1
 
 
 def reduced(value: int, op: dist.ReduceOp.RedOpType) -> int:
-    """A value of every rank brought together."""
+    """Return the reduction of a value over all ranks."""
     tensor = torch.tensor(value)
     dist.all_reduce(tensor, op=op)
     return int(tensor)
@@ -100,7 +100,7 @@ def reduced(value: int, op: dist.ReduceOp.RedOpType) -> int:
 def optimizer_of(
     layout: str, model: str, strategy: str, config: Config, topology: Topology
 ) -> Muon:
-    """One with gradients on its parameters."""
+    """Return an optimizer whose parameters have gradients."""
     shapes = {**MODELS, **LARGEST}[model]
     placements, is_2d = LAYOUTS[layout]
     size = dist.get_world_size()
@@ -122,18 +122,18 @@ def optimizer_of(
 
 
 def counted(optimizer: Muon) -> tuple[int, int, int]:
-    """(bytes sent, flops, peak of live storages) of this rank's step."""
+    """Return (bytes sent, flops, peak bytes of live storages) of a step on this rank."""
     with installed(), counting() as count, counting_flops():
         optimizer.step()
     return count.sent_nbytes, count.flops, peak_nbytes_of(optimizer)
 
 
 def measure(layout: str, model: str, config: Config, topology: Topology) -> list[Cell]:
-    """The cells of one layout and model, on all ranks."""
+    """Measure the cells of one layout and model, on all ranks."""
     optimizers: dict[str, Muon] = {}
     for name in config.strategies:
         optimizer = optimizer_of(layout, model, name, config, topology)
-        # cut over one mesh dim, it has no second stage
+        # with one mesh dim there is no second stage
         if name != "owned_staged" or len(optimizer.plan.buckets[0].unshard) > 1:
             optimizers[name] = optimizer
     counts = {name: counted(optimizer) for name, optimizer in optimizers.items()}
@@ -163,18 +163,18 @@ def measure(layout: str, model: str, config: Config, topology: Topology) -> list
 
 
 def pairs(cells: list[Cell], ratio: float = 1.3) -> list[tuple[Cell, Cell]]:
-    """(faster, slower) strategies of one layout and model that differ by this much or more."""
-    found = []
-    for one, other in combinations(cells, 2):
-        fast, slow = sorted((one, other), key=lambda cell: cell.seconds)
-        same = (one.layout, one.model) == (other.layout, other.model)
+    """Return (faster, slower) strategies of one layout and model whose times differ by `ratio`."""
+    result = []
+    for cell, other in combinations(cells, 2):
+        fast, slow = sorted((cell, other), key=lambda c: c.seconds)
+        same = (cell.layout, cell.model) == (other.layout, other.model)
         if same and slow.seconds >= ratio * fast.seconds:
-            found.append((fast, slow))
-    return found
+            result.append((fast, slow))
+    return result
 
 
 def show(cells: list[Cell]) -> dict[str, float]:
-    """Print the table; returns the figures that sum it up."""
+    """Print the table and a summary; return the summary."""
     table = Table(title=f"predicted / measured on {dist.get_world_size()} gloo ranks")
     for name in ("layout", "model", "strategy"):
         table.add_column(name)
@@ -194,13 +194,13 @@ def show(cells: list[Cell]) -> dict[str, float]:
             f"{cell.error:+.0%}",
         )
     Console(width=130).print(table, markup=False)
-    found = pairs(cells)
-    right = sum(fast.predicted_seconds < slow.predicted_seconds for fast, slow in found)
+    compared = pairs(cells)
+    num_correct = sum(fast.predicted_seconds < slow.predicted_seconds for fast, slow in compared)
     summary = {
         "cells": len(cells),
         "median_absolute_error": statistics.median(abs(cell.error) for cell in cells),
-        "pairs": len(found),
-        "pairs_in_order": right / max(1, len(found)),
+        "pairs": len(compared),
+        "pairs_in_order": num_correct / max(1, len(compared)),
         "bytes_exact": sum(c.sent_nbytes == c.planned_sent_nbytes for c in cells),
         "flops_exact": sum(c.flops == c.planned_flops for c in cells),
         "largest_peak_error": max(abs(c.planned_peak_nbytes / c.peak_nbytes - 1) for c in cells),
@@ -211,7 +211,7 @@ def show(cells: list[Cell]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Calibrate, measure, and on rank 0 print and write."""
+    """Calibrate and measure on all ranks; rank 0 prints and writes."""
     config = tyro.cli(Config, description=__doc__)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -229,20 +229,20 @@ def main() -> None:
     if dist.get_rank() == 0:
         summary = show(cells)
         if config.json:
-            where = {
+            environment = {
                 **provenance(),
                 "ranks": dist.get_world_size(),
                 "ns_dtype": config.ns_dtype,
             }
-            told = {
-                **where,
+            report = {
+                **environment,
                 **summary,
                 "topology": topology.as_values(),
                 "table": [{**asdict(c), "error": c.error} for c in cells],
             }
-            config.json.write_text(json.dumps(told, indent=1) + "\n")
+            config.json.write_text(json.dumps(report, indent=1) + "\n")
     dist.barrier()
-    leave()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What plans predict of known models on 8 to 16,384 GPUs: strong and weak scaling.
+"""Predicts strong and weak scaling of published models on 8 to 16,384 GPUs.
 
     python -m benchmarks.scale_study --json benchmarks/results/scale.json
 
-Needs no GPU and no process group: every figure is a prediction of the cost model on a
-topology preset. Strong: a model on ever more ranks. Weak: one layer of llama3-70b for each eight.
+Needs no GPU and no process group: every value is a prediction of the cost model on a topology
+preset. Strong scaling: a model on a growing number of ranks. Weak scaling: one layer of llama3-70b
+per eight ranks.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import commit
-from muon_dtensor.cli.baseline_costs import cost_of_way
+from muon_dtensor.cli.baseline_costs import method_cost
 from muon_dtensor.cli.models import MODELS, specs_of
 from muon_dtensor.layout import MeshSpec
 from muon_dtensor.planning.plan import ParamSpec, Phase, PlanOptions
@@ -30,16 +31,17 @@ RANKS = (8, 32, 128, 512, 2048, 8192, 16384)
 WEAK = "llama3-70b, a layer for 8 ranks"
 WITH_TP = ("llama3-70b", "llama3-405b", WEAK)
 WITH_EP = ("deepseek-v3", "kimi-k2")
-MOST_SHARDS = 256
-"""Ranks over which fully_shard cuts; more become replicas."""
+MAX_SHARDS = 256
+"""Maximum size of dp_shard; further ranks are replicas."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model on so many ranks; seconds of a step, and of its slowest rank by what it does.
+    """Predictions for a model on a number of ranks.
 
-    `float32_seconds`: of an iteration in float32; `one_replica_seconds`: if every replica does
-    everything again.
+    `seconds` of a step; `orthogonalize_seconds`, `elementwise_seconds` and `exposed_seconds` of the
+    busiest rank. `float32_seconds`: with the iteration in float32. `one_replica_seconds`: if every
+    replica repeats the work.
     """
 
     model: str
@@ -59,19 +61,19 @@ class Row:
 
 
 def mesh_of(model: str, ranks: int) -> MeshSpec:
-    """tp (8) and ep (64) inside, then shards, then replicas."""
+    """Return the mesh of a row: innermost tp (8) or ep (64), then shards, then replicas."""
     inner = {}
     if model in WITH_TP and ranks >= 64:
         inner = {"tp": 8}
     if model in WITH_EP:
         inner = {"ep": min(64, ranks)}
-    rest = ranks // prod(inner.values())
-    shards = min(rest, MOST_SHARDS)
-    return MeshSpec.of(dp_replicate=rest // shards, dp_shard=shards, **inner)
+    num_data_ranks = ranks // prod(inner.values())
+    shards = min(num_data_ranks, MAX_SHARDS)
+    return MeshSpec.of(dp_replicate=num_data_ranks // shards, dp_shard=shards, **inner)
 
 
 def specs(model: str, ranks: int) -> list[ParamSpec]:
-    """The parameters of a row."""
+    """Return the parameters of a row."""
     mesh = mesh_of(model, ranks)
     if model != WEAK:
         return specs_of(model, mesh)
@@ -84,25 +86,25 @@ def specs(model: str, ranks: int) -> list[ParamSpec]:
 
 
 def lanes(plan: PlanReport) -> tuple[float, float]:
-    """Seconds that the busiest rank orthogonalizes, and that it packs and applies."""
+    """Return (orthogonalize, elementwise) seconds of the busiest rank's compute lane."""
     cost = plan.cost
     busiest = cost.ranks[max(range(len(cost.ranks)), key=cost.flops.__getitem__)]
-    spent = dict.fromkeys(Phase, 0.0)
+    seconds_by_phase = dict.fromkeys(Phase, 0.0)
     for span in simulate(plan.plan, plan.traffic, watch=(busiest,)).spans:
         if span.lane == "compute":
-            spent[span.action.phase] += span.stop - span.start
-    orthogonalize = spent.pop(Phase.ORTHOGONALIZE)
-    return orthogonalize, sum(spent.values())
+            seconds_by_phase[span.action.phase] += span.stop - span.start
+    orthogonalize = seconds_by_phase.pop(Phase.ORTHOGONALIZE)
+    return orthogonalize, sum(seconds_by_phase.values())
 
 
 def row(job: tuple[str, int, str]) -> Row:
-    """Plan one model on so many ranks of a machine."""
+    """Plan a (model, number of ranks, topology preset)."""
     model, ranks, topology = job
     options = PlanOptions(topology=PRESETS[topology], batched=True)
     params = specs(model, ranks)
     plan = plan_report(params, options)
-    wide = [replace(spec, wire_dtype="float32") for spec in params]
-    float32 = plan_report(wide, options)
+    float32_params = [replace(spec, wire_dtype="float32") for spec in params]
+    float32 = plan_report(float32_params, options)
     orthogonalize, elementwise = lanes(plan)
     cost, seconds = plan.cost, plan.prediction.seconds
     kinds = {bucket.strategy.kind for bucket in plan.buckets}
@@ -119,22 +121,22 @@ def row(job: tuple[str, int, str]) -> Row:
         sent_nbytes=max(cost.sent_nbytes),
         peak_nbytes=max(cost.peak_nbytes),
         strategies=", ".join(sorted(kinds)),
-        one_replica_seconds=cost_of_way("1d-owner", params, options).seconds,
+        one_replica_seconds=method_cost("1d-owner", params, options).seconds,
         float32_seconds=float32.prediction.seconds,
     )
 
 
 def tables(rows: Sequence[Row]) -> Iterator[str]:
-    """Lines of text, a table for each model."""
+    """Yield the lines of a table for each model."""
     head = (
         f"{'ranks':>6} {'step ms':>9} {'matmul':>9} {'pointwise':>9} {'exposed':>9} {'slowest':>8} "
-        f"{'MB sent':>9} {'GB held':>8} {'replicas repeat':>15} {'float32':>9}"
+        f"{'MB sent':>9} {'peak GB':>8} {'replicas repeat':>15} {'float32':>9}"
     )
     for model in dict.fromkeys(r.model for r in rows):
-        found = [r for r in rows if r.model == model]
-        yield f"\n{model}: {found[-1].matrices} matrices on the last line's ranks"
+        model_rows = [r for r in rows if r.model == model]
+        yield f"\n{model}: {model_rows[-1].matrices} matrices in the last row"
         yield head
-        for r in found:
+        for r in model_rows:
             yield (
                 f"{r.ranks:>6} {1e3 * r.seconds:>9.1f} {1e3 * r.orthogonalize_seconds:>9.1f} "
                 f"{1e3 * r.elementwise_seconds:>9.1f} {1e3 * r.exposed_seconds:>9.1f} "
@@ -145,7 +147,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def draw(rows: Sequence[Row], topology: str, path: Path) -> None:
-    """Step time over ranks, and where it goes."""
+    """Plot the step time over ranks, divided into compute, elementwise and exposed time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -155,20 +157,21 @@ def draw(rows: Sequence[Row], topology: str, path: Path) -> None:
     figure, grid = pyplot.subplots(2, -(-len(models) // 2), figsize=(15, 7.5), layout="constrained")
     axes_of: list[Any] = list(grid.flat)
     for model, axes in zip(models, axes_of, strict=False):
-        found = [r for r in rows if r.model == model]
-        places, bottom = range(len(found)), [0.0] * len(found)
+        model_rows = [r for r in rows if r.model == model]
+        positions, bottom = range(len(model_rows)), [0.0] * len(model_rows)
         for name, color in (
             ("orthogonalize", "#e45756"),
             ("elementwise", "#f2b949"),
             ("exposed", "#4c78a8"),
         ):
-            values = [1e3 * getattr(r, f"{name}_seconds") for r in found]
-            label = "waiting for exchanges and others, host" if name == "exposed" else name
-            axes.bar(places, values, bottom=bottom, color=color, label=label)
+            values = [1e3 * getattr(r, f"{name}_seconds") for r in model_rows]
+            label = "exposed exchanges, waiting, host" if name == "exposed" else name
+            axes.bar(positions, values, bottom=bottom, color=color, label=label)
             bottom = [a + b for a, b in zip(bottom, values, strict=True)]
-        repeat = [1e3 * r.one_replica_seconds for r in found]
-        axes.plot(places, repeat, "k.--", linewidth=0.8, label="if every replica repeats it all")
-        axes.set_xticks(places, [f"{r.ranks}" for r in found], fontsize=8)
+        repeat = [1e3 * r.one_replica_seconds for r in model_rows]
+        label = "if every replica repeats the work"
+        axes.plot(positions, repeat, "k.--", linewidth=0.8, label=label)
+        axes.set_xticks(positions, [f"{r.ranks}" for r in model_rows], fontsize=8)
         axes.set_title(model, fontsize=10)
         axes.set_xlabel("ranks", fontsize=8)
         axes.set_ylabel("ms a step", fontsize=8)
@@ -176,13 +179,13 @@ def draw(rows: Sequence[Row], topology: str, path: Path) -> None:
         axes.axis("off")
     handles, labels = axes_of[0].get_legend_handles_labels()
     axes_of[-1].legend(handles, labels, loc="center", frameon=False)
-    figure.suptitle(f"predicted Muon step on {topology}: where the time of the busiest rank goes")
+    figure.suptitle(f"predicted Muon step on {topology}: time of the busiest rank")
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
 def main() -> None:
-    """Plan all rows, print them, and write what was asked for."""
+    """Plan and print all rows. With `--json` and `--plot`, also write files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=[*MODELS, WEAK])
     parser.add_argument("--ranks", nargs="+", type=int, default=RANKS)
@@ -195,20 +198,20 @@ def main() -> None:
     jobs = [(model, ranks, config.topology) for model in config.models for ranks in config.ranks]
     with ProcessPoolExecutor(config.jobs) as pool:
         rows = []
-        for found in pool.map(row, jobs):
-            rows.append(found)
-            print(f"{found.model} on {found.ranks}", file=sys.stderr, flush=True)
+        for new_row in pool.map(row, jobs):
+            rows.append(new_row)
+            print(f"{new_row.model} on {new_row.ranks} ranks", file=sys.stderr, flush=True)
     print("\n".join(tables(rows)))
     print(f"\n{len(rows)} rows in {time.perf_counter() - start:.0f} s")
     if config.plot:
         draw(rows, config.topology, config.plot)
     if config.json:
-        told = {
+        report = {
             "commit": commit(),
             "topology": PRESETS[config.topology].as_values(),
             "rows": [asdict(r) for r in rows],
         }
-        config.json.write_text(json.dumps(told, indent=1) + "\n")
+        config.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

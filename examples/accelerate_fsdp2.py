@@ -1,4 +1,4 @@
-"""Accelerate with FSDP2: the optimizer is made first, and follows its parameters when sharded.
+"""Accelerate with FSDP2: the optimizer is built first; `prepare` then shards its parameters.
 
 torchrun --nproc-per-node 4 examples/accelerate_fsdp2.py
 """
@@ -19,7 +19,7 @@ def main() -> None:
         cpu_ram_efficient_loading=False,
     )
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), fsdp_plugin=plugin)
-    if accelerator.device.type == "cpu":  # Accelerate shards on GPUs only unless it is told so
+    if accelerator.device.type == "cpu":  # Accelerate enables FSDP only on GPUs by default
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     model = make_model(accelerator.device)

@@ -1,6 +1,6 @@
-"""What the examples share: a tiny language model, a mixture of experts, fixed data, the loop.
+"""Shared by the examples: a small language model, a mixture of experts, data, training loops.
 
-Nothing here is about the optimizer: how it is made is in each example.
+Each example builds the optimizer itself.
 """
 
 import os
@@ -21,7 +21,7 @@ STEPS = 5
 
 
 def pick_device() -> torch.device:
-    """This rank's GPU if every rank of this machine has one, else the CPU."""
+    """Return this rank's GPU if every rank of this machine has one, else the CPU."""
     if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -30,7 +30,7 @@ def pick_device() -> torch.device:
 
 
 def start() -> torch.device:
-    """Join the other ranks of torchrun, over NCCL on GPUs and over gloo on CPUs."""
+    """Initialize the default process group (NCCL on GPUs, gloo on CPUs); return the device."""
     device = pick_device()
     if device.type == "cuda":
         dist.init_process_group("nccl", device_id=device)
@@ -40,17 +40,17 @@ def start() -> torch.device:
 
 
 def finish() -> None:
-    """Leave the process group.
+    """Destroy the default process group after gloo has released its tensors.
 
-    A thread of gloo lets go of the last tensors a moment after they have arrived, and needs
-    Python's lock for it: if Python is shutting down by then, the process aborts (torch 2.13).
+    A thread of gloo releases the last tensors shortly after they have arrived, and needs Python's
+    GIL for that. If Python is already shutting down, the process aborts (torch 2.13).
     """
     time.sleep(0.1)
     dist.destroy_process_group()
 
 
 class Attention(nn.Module):
-    """Causal self-attention; under tensor parallelism a rank holds whole heads."""
+    """Causal self-attention. Tensor parallelism shards it by heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(DIM, DIM, bias=False)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, [batch, head, position, DIM / HEADS]."""
+        """Return queries, keys and values, [batch, head, position, DIM / HEADS]."""
         q, k, v = (
             proj(x).unflatten(-1, (-1, DIM // HEADS)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -73,7 +73,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers, the hidden one three times as wide."""
+    """Two linear layers with a hidden size of 3 * DIM."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Tokens in, logits of the next token out."""
+    """Computes logits of the next token from tokens."""
 
     def __init__(self, num_layers: int) -> None:
         super().__init__()
@@ -115,31 +115,30 @@ class Transformer(nn.Module):
 
 
 def make_model(device: torch.device, num_layers: int = 2) -> Transformer:
-    """The same model on every rank."""
+    """Return a model with the same weights on every rank."""
     torch.manual_seed(0)
     return Transformer(num_layers).to(device)
 
 
 def keep_stage(model: Transformer, stage_id: int, num_stages: int) -> list[nn.Module]:
-    """Leave a model only its part in a pipeline stage, under the names of the whole model.
+    """Replace the modules of other pipeline stages by Identity, so that names do not change.
 
-    Returns the layers that are left.
+    Returns the layers of this stage.
     """
     if stage_id > 0:
         model.embed = nn.Identity()
     if stage_id < num_stages - 1:
         model.norm, model.output = nn.Identity(), nn.Identity()
-    kept = []
+    stage_layers = []
     for index, layer in enumerate(model.layers):
         if index * num_stages // len(model.layers) == stage_id:
-            kept.append(layer)
+            stage_layers.append(layer)
         else:
             model.layers[index] = nn.Identity()
-    return kept
+    return stage_layers
 
 
-# Colwise cuts the columns of x @ W.T, and so tensor dim 0 of nn.Linear's [out, in] weight; rowwise
-# cuts tensor dim 1.
+# nn.Linear's weight is [out, in]: ColwiseParallel shards tensor dim 0, RowwiseParallel dim 1.
 TP_PLAN = {
     "attention.q_proj": ColwiseParallel(),
     "attention.k_proj": ColwiseParallel(),
@@ -151,7 +150,7 @@ TP_PLAN = {
 
 
 class Exchange(torch.autograd.Function):
-    """`dist.all_to_all_single` of rows; gradients go the other way."""
+    """`dist.all_to_all_single` of rows; the backward pass sends gradients back."""
 
     @staticmethod
     def forward(
@@ -168,17 +167,20 @@ class Exchange(torch.autograd.Function):
 
 
 class MoE(nn.Module):
-    """A gate on every rank; experts dealt over the ranks of `ep_group`; each token goes to one.
+    """Mixture of experts: a replicated gate, top-1 routing, experts sharded over `ep_group`.
 
-    `held`: indices of this rank's experts; every rank of the group has equally many, in order.
+    `expert_ids`: indices of this rank's experts. Every rank has the same number of experts, in
+    rank order.
     """
 
-    def __init__(self, num_experts: int, held: Iterable[int], ep_group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, num_experts: int, expert_ids: Iterable[int], ep_group: dist.ProcessGroup
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.gate = nn.Linear(DIM, num_experts, bias=False)
         experts = [FeedForward() for _ in range(num_experts)]
-        self.experts = nn.ModuleDict({str(index): experts[index] for index in held})
+        self.experts = nn.ModuleDict({str(index): experts[index] for index in expert_ids})
         self.num_experts, self.ep_group = num_experts, ep_group
 
     def forward(self, x: Tensor) -> Tensor:  # [tokens, DIM]
@@ -186,45 +188,46 @@ class MoE(nn.Module):
         order = expert.argsort(stable=True)
         counts = expert.bincount(minlength=self.num_experts)
         num_ranks = self.ep_group.size()
-        arriving = torch.empty_like(counts)  # [rank it comes from, this rank's expert]
-        dist.all_to_all_single(arriving, counts, group=self.ep_group)
+        received_counts = torch.empty_like(counts)  # [source rank, this rank's expert]
+        dist.all_to_all_single(received_counts, counts, group=self.ep_group)
         sent = counts.view(num_ranks, -1).sum(1).tolist()
-        arrived = arriving.view(num_ranks, -1)
-        received = arrived.sum(1).tolist()
-        here = Exchange.apply(x[order], sent, received, self.ep_group)
-        parts = here.split(arrived.flatten().tolist())
+        received_counts = received_counts.view(num_ranks, -1)
+        received = received_counts.sum(1).tolist()
+        tokens = Exchange.apply(x[order], sent, received, self.ep_group)
+        parts = tokens.split(received_counts.flatten().tolist())
         out = list(parts)
         for index, module in enumerate(self.experts.values()):
-            mine = range(index, len(parts), len(self.experts))
-            results = module(torch.cat([parts[i] for i in mine]))
-            for i, result in zip(mine, results.split([len(parts[i]) for i in mine]), strict=True):
+            part_ids = range(index, len(parts), len(self.experts))
+            sizes = [len(parts[i]) for i in part_ids]
+            results = module(torch.cat([parts[i] for i in part_ids])).split(sizes)
+            for i, result in zip(part_ids, results, strict=True):
                 out[i] = result
-        back = Exchange.apply(torch.cat(out), received, sent, self.ep_group)
-        return x + weight[:, None] * back[order.argsort()]
+        combined = Exchange.apply(torch.cat(out), received, sent, self.ep_group)
+        return x + weight[:, None] * combined[order.argsort()]
 
 
 def data(device: torch.device, part: int = 0, num_parts: int = 1) -> tuple[Tensor, Tensor]:
-    """One of `num_parts` parts of the only batch: tokens and the tokens that follow them."""
+    """Return part `part` of `num_parts` of the only batch: (tokens, next tokens)."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(VOCAB, (SEQUENCES, CONTEXT + 1), generator=generator)
-    mine = tokens.chunk(num_parts)[part].to(device)
-    return mine[:, :-1], mine[:, 1:]
+    tokens = tokens.chunk(num_parts)[part].to(device)
+    return tokens[:, :-1], tokens[:, 1:]
 
 
 def vectors(device: torch.device, part: int = 0, num_parts: int = 1) -> tuple[Tensor, Tensor]:
-    """As `data`, vectors in and vectors out: [tokens, DIM]."""
-    both = torch.randn(2, SEQUENCES * CONTEXT, DIM, generator=torch.Generator().manual_seed(1))
-    x, target = both.chunk(num_parts, dim=1)[part].to(device)
+    """Return part `part` of `num_parts` of a batch of (inputs, targets), each [tokens, DIM]."""
+    batch = torch.randn(2, SEQUENCES * CONTEXT, DIM, generator=torch.Generator().manual_seed(1))
+    x, target = batch.chunk(num_parts, dim=1)[part].to(device)
     return x, target
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean over all tokens, in nats."""
+    """Return the mean over all tokens, in nats."""
     return F.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
 def mean_over_ranks(value: Tensor) -> float:
-    """The mean of a scalar that each rank has."""
+    """Return the mean over ranks of a scalar."""
     value = value.detach().clone()
     if not dist.is_initialized():
         return value.item()
@@ -233,7 +236,7 @@ def mean_over_ranks(value: Tensor) -> float:
 
 
 def average_grads(params: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Replace gradients by their means over a group."""
+    """Average gradients over a group, in place."""
     for param in params:
         dist.all_reduce(param.grad, group=group)
         param.grad.div_(group.size())
@@ -246,7 +249,7 @@ def train(
     loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
     after_backward: Callable[[], Any] = lambda: None,
 ) -> list[float]:
-    """Train for a few steps on one batch; the losses, averaged over ranks."""
+    """Train for STEPS steps on one batch. Returns the losses, averaged over ranks."""
     x, target = batch
     losses = []
     for _ in range(STEPS):
@@ -265,7 +268,7 @@ def train_stage(
     batch: tuple[Tensor, Tensor],
     stage: PipelineStage,
 ) -> list[float]:
-    """Train a pipeline stage by its schedule on one batch; the losses, averaged over ranks."""
+    """Train a pipeline stage on one batch. Returns the losses, averaged over ranks."""
     tokens, target = batch
     losses = []
     for _ in range(STEPS):
@@ -273,18 +276,18 @@ def train_stage(
         schedule.step(*((tokens,) if stage.is_first else ()), target=target, losses=parts)
         optimizer.step()
         optimizer.zero_grad()
-        # Only the last stage has losses: they count for all stages in the mean over ranks.
+        # Only the last stage has losses, so they are scaled before the mean over ranks.
         total = torch.stack(parts).mean() if parts else torch.zeros((), device=target.device)
         losses.append(mean_over_ranks(total * stage.num_stages))
     return losses
 
 
-def say(*values: object) -> None:
+def print_rank_0(*values: object) -> None:
     """Print on rank 0."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(*values, flush=True)
 
 
-def say_losses(losses: list[float]) -> None:
+def print_losses(losses: list[float]) -> None:
     """Print the first and the last loss on rank 0."""
-    say(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}")
+    print_rank_0(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}")

@@ -1,8 +1,9 @@
-"""Context parallelism: sequences are cut over ranks, parameters are replicated.
+"""Context parallelism: sequences are sharded over ranks, parameters are replicated.
 
     torchrun --nproc-per-node 2 examples/context_parallel.py
 
-Gradients are averaged over the group; then its ranks share the matrices and exchange the updates.
+Gradients are averaged over the group. Each rank then orthogonalizes its share of the matrices and
+sends the updates.
 """
 
 from typing import Any
@@ -10,14 +11,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
-from common import Attention, average_grads, data, finish, make_model, say, say_losses, start, train
+from common import (
+    Attention,
+    average_grads,
+    data,
+    finish,
+    make_model,
+    print_losses,
+    print_rank_0,
+    start,
+    train,
+)
 from torch import Tensor
 
 from muon_dtensor import Muon, create_auto_config, group_parameters
 
 
-class WholeSequence(torch.autograd.Function):
-    """The parts of all ranks along tensor dim 2; gradients of a part are summed over ranks."""
+class GatherSequence(torch.autograd.Function):
+    """All-gather along tensor dim 2; the backward pass sums gradients over ranks."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor) -> Tensor:
@@ -27,21 +38,21 @@ class WholeSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        whole = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(whole)
-        return whole.chunk(dist.get_world_size(), dim=2)[dist.get_rank()]
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size(), dim=2)[dist.get_rank()]
 
 
 class ContextParallelAttention(Attention):
-    """This rank's queries against the keys and values of the whole sequence."""
+    """Attention of this rank's queries to the keys and values of the full sequence."""
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
-        keys, values = WholeSequence.apply(k), WholeSequence.apply(v)
-        here, whole = q.size(2), keys.size(2)
-        first = dist.get_rank() * here
-        position = torch.arange(whole, device=x.device)
-        causal = position[first : first + here, None] >= position
+        keys, values = GatherSequence.apply(k), GatherSequence.apply(v)
+        num_queries, num_keys = q.size(2), keys.size(2)
+        first = dist.get_rank() * num_queries
+        position = torch.arange(num_keys, device=x.device)
+        causal = position[first : first + num_queries, None] >= position
         mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=causal)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
@@ -51,12 +62,12 @@ def main() -> None:
     cp_group = dist.group.WORLD
     model = make_model(device)
     for layer in model.layers:
-        layer.attention.__class__ = ContextParallelAttention  # the same weights
+        layer.attention.__class__ = ContextParallelAttention  # keeps the weights
 
     config = create_auto_config(cp_process_group=cp_group)
     groups = group_parameters(model, lr=0.02, adamw={"lr": 3e-3})
     optimizer = Muon(groups, distributed_config=config)
-    say(optimizer.plan)
+    print_rank_0(optimizer.plan)
 
     tokens, target = (t.chunk(dist.get_world_size(), dim=1)[dist.get_rank()] for t in data(device))
     losses = train(
@@ -65,7 +76,7 @@ def main() -> None:
         (tokens, target),
         after_backward=lambda: average_grads(model.parameters(), cp_group),
     )
-    say_losses(losses)
+    print_losses(losses)
     finish()
 
 

@@ -1,13 +1,13 @@
-"""DDP, first without a config: every rank orthogonalizes every matrix. Then its ranks share them.
+"""DDP without a config (every rank orthogonalizes every matrix) and with one (ranks share them).
 
     torchrun --nproc-per-node 2 examples/ddp.py
 
-Both end with the same parameters, bit for bit.
+Both runs end with bitwise equal parameters.
 """
 
 import torch
 import torch.distributed as dist
-from common import data, finish, make_model, say, say_losses, start, train
+from common import data, finish, make_model, print_losses, print_rank_0, start, train
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,24 +15,26 @@ from muon_dtensor import DistributedConfig, Muon, create_auto_config, group_para
 
 
 def run(device: torch.device, config: DistributedConfig | None) -> list[Tensor]:
-    """Train with a config, or without; the trained parameters."""
+    """Train with or without a config. Returns the trained parameters."""
     model = DistributedDataParallel(make_model(device))
     groups = group_parameters(model, lr=0.02, adamw={"lr": 3e-3})
     optimizer = Muon(groups, distributed_config=config)
-    say(optimizer.plan)
-    say_losses(train(model, optimizer, data(device, dist.get_rank(), dist.get_world_size())))
+    print_rank_0(optimizer.plan)
+    print_losses(train(model, optimizer, data(device, dist.get_rank(), dist.get_world_size())))
     return list(model.parameters())
 
 
 def main() -> None:
     device = start()
-    say("--- without a config: the plan is this rank's own, and every rank does all of it")
-    alone = run(device, None)
-    say("--- shared: each matrix has one owner, which sends its update to the others")
-    # cp_process_group=dist.group.WORLD says the same: parameters are replicated over the group
+    print_rank_0("--- without a config: every rank orthogonalizes every matrix")
+    replicated = run(device, None)
+    print_rank_0(
+        "--- with a config: each matrix has one owner, which sends its update to the other ranks"
+    )
+    # cp_process_group=dist.group.WORLD has the same effect: parameters are replicated over it
     shared = run(device, create_auto_config(ddp_process_group=dist.group.WORLD))
-    same = all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
-    say(f"same parameters: {same}")
+    same = all(torch.equal(a, b) for a, b in zip(replicated, shared, strict=True))
+    print_rank_0(f"same parameters: {same}")
     finish()
 
 

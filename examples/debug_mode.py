@@ -1,9 +1,9 @@
-"""Debug mode: one rank works at a time, nothing is in flight overlapped, and a trace shows it.
+"""Debug mode: ranks compute in turns, nothing overlaps, and each rank writes a trace.
 
     torchrun --nproc-per-node 4 examples/debug_mode.py --out /tmp
 
-writes trace_RANK.json, for chrome://tracing or ui.perfetto.dev. Before it trains it checks the
-process groups, and that gathering and redistributing a shard changes nothing.
+writes trace_RANK.json for chrome://tracing or ui.perfetto.dev. Before the training it checks the
+process groups, and that gather and redistribute reproduce a shard.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from common import TP_PLAN, data, finish, make_model, say, say_losses, start, train
+from common import TP_PLAN, data, finish, make_model, print_losses, print_rank_0, start, train
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,18 +21,21 @@ from muon_dtensor import DistributedConfig, Muon, create_auto_config, group_para
 
 
 def check_groups(mesh: DeviceMesh) -> None:
-    """Groups are orthogonal: this rank is all that any two of them have in common."""
+    """Check that the groups of this rank have only this rank in common."""
     ranks = [set(dist.get_process_group_ranks(group)) for group in mesh.get_all_groups()]
     assert set.intersection(*ranks) == {dist.get_rank()}, ranks
-    say(f"groups of rank 0: {dict(zip(mesh.mesh_dim_names, map(sorted, ranks), strict=True))}")
+    print_rank_0(
+        f"groups of rank 0: {dict(zip(mesh.mesh_dim_names, map(sorted, ranks), strict=True))}"
+    )
 
 
 def check_round_trip(shard: Tensor, config: DistributedConfig) -> None:
-    """A shard that is gathered and redistributed is as before."""
-    whole = config.gather_fn(shard, dist.get_rank(), config.state)
-    back = config.redistribute_fn(whole, dist.get_rank(), config.state)
-    assert torch.equal(back, shard), "gather and redistribute changed a shard"
-    say(f"gather and redistribute: {list(shard.shape)} -> {list(whole.shape)} -> the same shard")
+    """Check that a gathered and redistributed shard is unchanged."""
+    full_tensor = config.gather_fn(shard, dist.get_rank(), config.state)
+    result = config.redistribute_fn(full_tensor, dist.get_rank(), config.state)
+    assert torch.equal(result, shard), "gather and redistribute changed a shard"
+    shapes = f"{list(shard.shape)} -> {list(full_tensor.shape)}"
+    print_rank_0(f"gather and redistribute: {shapes} -> the same shard")
 
 
 def main() -> None:
@@ -51,8 +54,8 @@ def main() -> None:
     config = create_auto_config(
         fsdp_process_group=mesh.get_group("dp_shard"),
         tp_process_group=mesh.get_group("tp"),
-        # What the functions of the config do when they are called by hand, as below: out_proj is
-        # cut over dp_shard along rows, over tp along columns. A step asks the DTensors instead.
+        # Used only by manual calls of the config's functions, as in check_round_trip: out_proj is
+        # sharded over dp_shard along rows, over tp along columns. A step reads the DTensors.
         fsdp_shard_dim=0,
         tp_shard_dim=1,
     )
@@ -62,9 +65,9 @@ def main() -> None:
 
     groups = group_parameters(model, lr=0.02, adamw={"lr": 3e-3})
     optimizer = Muon(groups, distributed_config=config, trace=True)
-    say(optimizer.plan)
+    print_rank_0(optimizer.plan)
     batch = data(device, mesh.get_local_rank("dp_shard"), mesh["dp_shard"].size())
-    say_losses(train(model, optimizer, batch))
+    print_losses(train(model, optimizer, batch))
     optimizer.trace.save(out / f"trace_{dist.get_rank()}.json")
     finish()
 

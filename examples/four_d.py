@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 16 examples/four_d.py
 
-A stage's ranks bring a matrix together over tp and dp_shard; its replicas share the matrices.
+The ranks of a stage gather each matrix over tp and dp_shard. Replicas share the matrices.
 """
 
 from common import (
@@ -12,8 +12,8 @@ from common import (
     finish,
     keep_stage,
     make_model,
-    say,
-    say_losses,
+    print_losses,
+    print_rank_0,
     start,
     train_stage,
 )
@@ -29,8 +29,8 @@ SIZES = {"pp": 2, "dp_replicate": 2, "dp_shard": 2, "tp": 2}
 
 def main() -> None:
     device = start()
-    # The coordinate on the mesh says which four groups a rank is in. Ranks computed by hand
-    # easily make tp the same group as dp_replicate, and pp the ranks of one stage.
+    # The mesh creates the four groups of every rank. Rank lists computed by hand are error-prone:
+    # tp may equal dp_replicate, or pp may hold the ranks of one stage.
     mesh = init_device_mesh(device.type, tuple(SIZES.values()), mesh_dim_names=tuple(SIZES))
     data_mesh = mesh["dp_replicate", "dp_shard"]
     stage_id, num_stages = mesh.get_local_rank("pp"), SIZES["pp"]
@@ -53,11 +53,11 @@ def main() -> None:
     )
     groups = group_parameters(model, lr=0.02, adamw={"lr": 3e-3})
     optimizer = Muon(groups, distributed_config=config)
-    say(optimizer.plan)
+    print_rank_0(optimizer.plan)
 
     replica, shard = (mesh.get_local_rank(name) for name in ("dp_replicate", "dp_shard"))
     batch = data(device, replica * SIZES["dp_shard"] + shard, data_mesh.size())
-    say_losses(train_stage(schedule, optimizer, batch, stage))
+    print_losses(train_stage(schedule, optimizer, batch, stage))
     finish()
 
 

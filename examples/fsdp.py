@@ -1,12 +1,12 @@
-"""FSDP2: parameters become DTensors, whose placements say all that Muon must know.
+"""FSDP2: parameters are DTensors, so Muon reads the sharding from their placements.
 
     torchrun --nproc-per-node 2 examples/fsdp.py
 
-No config, no process group. FSDP1 is in fsdp1.py.
+Needs no config and no process group. For FSDP1 see fsdp1.py.
 """
 
 import torch.distributed as dist
-from common import data, finish, make_model, say, say_losses, start, train
+from common import data, finish, make_model, print_losses, print_rank_0, start, train
 from torch.distributed.fsdp import fully_shard
 
 from muon_dtensor import Muon, group_parameters
@@ -20,8 +20,8 @@ def main() -> None:
     fully_shard(model)
 
     optimizer = Muon(group_parameters(model, lr=0.02, adamw={"lr": 3e-3}))
-    say(optimizer.plan)
-    say_losses(train(model, optimizer, data(device, dist.get_rank(), dist.get_world_size())))
+    print_rank_0(optimizer.plan)
+    print_losses(train(model, optimizer, data(device, dist.get_rank(), dist.get_world_size())))
     finish()
 
 

@@ -1,7 +1,7 @@
-"""Hugging Face's Trainer: a Llama of two layers, with checkpoints and a resumed run.
+"""Hugging Face's Trainer: a Llama with two layers, checkpoints and a resumed run.
 
 python examples/hf_trainer.py
-torchrun --nproc-per-node 2 examples/hf_trainer.py     # under DDP: ranks share the work
+torchrun --nproc-per-node 2 examples/hf_trainer.py     # DDP: ranks share the matrices
 """
 
 import logging
@@ -18,14 +18,14 @@ from transformers.utils import logging as hf_logging
 
 from muon_dtensor.integrations.transformers import MuonFactory
 
-warnings.filterwarnings("ignore")  # of the Trainer about its own habits
+warnings.filterwarnings("ignore")  # warnings of the Trainer
 hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()
 STEPS = 6
 
 
 def make_trainer(folder: str) -> Trainer:
-    """With the optimizer in one line."""
+    """Return a Trainer with Muon; the optimizer is the last argument."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -79,7 +79,7 @@ def main() -> None:
         optimizer = trainer.optimizer.optimizer
         print(optimizer.plan)
         print(f"gradient norm {optimizer.metrics()['grad_norm']:.3f}")
-        print(f"resumed from step {STEPS // 2}: {'the same bits' if same else 'DIFFERENT'}")
+        print(f"resumed from step {STEPS // 2}: {'bitwise equal' if same else 'DIFFERENT'}")
         print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}")
         shutil.rmtree(folder)
     if dist.is_initialized():

@@ -2,11 +2,11 @@
 
     torchrun --nproc-per-node 4 examples/hsdp.py
 
-The replicas share the matrices: each is orthogonalized once, not once a replica.
+Replicas share the matrices: each matrix is orthogonalized once, not once per replica.
 """
 
 import torch.distributed as dist
-from common import data, finish, make_model, say, say_losses, start, train
+from common import data, finish, make_model, print_losses, print_rank_0, start, train
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -17,8 +17,8 @@ NUM_NODES = 2
 
 def main() -> None:
     device = start()
-    # One mesh makes all groups. By hand, every rank would have to call dist.new_group for every
-    # group, also for those that it is not in.
+    # init_device_mesh creates all groups. With dist.new_group, every rank would have to call it
+    # for every group, including groups that it does not belong to.
     mesh = init_device_mesh(
         device.type,
         (NUM_NODES, dist.get_world_size() // NUM_NODES),
@@ -30,8 +30,8 @@ def main() -> None:
     fully_shard(model, mesh=mesh)
 
     optimizer = Muon(group_parameters(model, lr=0.02, adamw={"lr": 3e-3}))
-    say(optimizer.plan)
-    say_losses(train(model, optimizer, data(device, dist.get_rank(), dist.get_world_size())))
+    print_rank_0(optimizer.plan)
+    print_losses(train(model, optimizer, data(device, dist.get_rank(), dist.get_world_size())))
     finish()
 
 

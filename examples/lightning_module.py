@@ -1,4 +1,4 @@
-"""Lightning: `configure_optimizers` returns Muon and a scheduler; ranks of DDP share the work.
+"""Lightning: `configure_optimizers` returns Muon and a scheduler; DDP ranks share the matrices.
 
 python examples/lightning_module.py
 torchrun --nproc-per-node 2 examples/lightning_module.py
@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader
 
 from muon_dtensor import Muon, create_devicemesh_config, group_parameters
 
-warnings.filterwarnings("ignore")  # of the Trainer about workers and loggers
+warnings.filterwarnings("ignore")  # warnings of the Trainer about workers and loggers
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 STEPS = 6
 
 
 class Language(lightning.LightningModule):
-    """A small language model, and all Lightning needs to know."""
+    """A small language model with its loss and optimizer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Language(lightning.LightningModule):
 
 
 def fit(folder: str, steps: int, ckpt_path: str | None = None) -> Language:
-    """Train on the same few sequences; Lightning clips, saves and resumes."""
+    """Train on a fixed set of sequences. Lightning clips gradients, saves and resumes."""
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     tokens = torch.randint(
         0, VOCAB, (SEQUENCES, CONTEXT + 1), generator=torch.Generator().manual_seed(0)
@@ -79,14 +79,14 @@ def fit(folder: str, steps: int, ckpt_path: str | None = None) -> Language:
 def main() -> None:
     job = os.environ.get("TORCHELASTIC_RUN_ID", os.getpid())  # all ranks save in one folder
     folder = str(Path(tempfile.gettempdir()) / f"lightning_{job}")
-    whole = fit(folder, STEPS)
+    uninterrupted = fit(folder, STEPS)
     fit(folder, STEPS // 2)
     resumed = fit(folder, STEPS, ckpt_path=f"{folder}/step-{STEPS // 2}.ckpt")
-    same = all(map(torch.equal, whole.parameters(), resumed.parameters()))
+    same = all(map(torch.equal, uninterrupted.parameters(), resumed.parameters()))
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(whole.optimizers().optimizer.plan)
-        print(f"resumed from step {STEPS // 2}: {'the same bits' if same else 'DIFFERENT'}")
-        print(f"loss {whole.losses[0]:.4f} -> {whole.losses[-1]:.4f}")
+        print(uninterrupted.optimizers().optimizer.plan)
+        print(f"resumed from step {STEPS // 2}: {'bitwise equal' if same else 'DIFFERENT'}")
+        print(f"loss {uninterrupted.losses[0]:.4f} -> {uninterrupted.losses[-1]:.4f}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,8 +1,8 @@
-"""Pipeline parallelism: each stage has an optimizer of its own, and 1F1B between its steps.
+"""Pipeline parallelism: each stage has its own optimizer and runs the 1F1B schedule.
 
     torchrun --nproc-per-node 2 examples/pipeline_parallel.py
 
-Stages hold different parameters, so their optimizers exchange nothing.
+Stages hold different parameters, so optimizers of different stages do not communicate.
 """
 
 import torch.distributed as dist
@@ -12,8 +12,8 @@ from common import (
     finish,
     keep_stage,
     make_model,
-    say,
-    say_losses,
+    print_losses,
+    print_rank_0,
     start,
     train_stage,
 )
@@ -35,9 +35,9 @@ def main() -> None:
     )
     groups = group_parameters(model, lr=0.02, adamw={"lr": 3e-3})
     optimizer = Muon(groups, distributed_config=config)
-    say(optimizer.plan)
+    print_rank_0(optimizer.plan)
 
-    say_losses(train_stage(schedule, optimizer, data(device), stage))
+    print_losses(train_stage(schedule, optimizer, data(device), stage))
     finish()
 
 

@@ -2,11 +2,11 @@
 
     torchrun --nproc-per-node 2 examples/tensor_parallel.py
 
-A DTensor knows which of its tensor dims is cut, so there is no dim to tell and no second optimizer.
+A DTensor records its sharded tensor dim, so one optimizer steps both kinds of layers.
 """
 
 import torch.distributed as dist
-from common import TP_PLAN, data, finish, make_model, say, say_losses, start, train
+from common import TP_PLAN, data, finish, make_model, print_losses, print_rank_0, start, train
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
@@ -20,10 +20,10 @@ def main() -> None:
     for layer in model.layers:
         parallelize_module(layer, mesh, TP_PLAN)
 
-    # Embedding, norms and head are no DTensors: each rank has them whole, and steps its own copy.
+    # Embedding, norms and head are plain tensors: each rank steps its own full copy.
     optimizer = Muon(group_parameters(model, lr=0.02, adamw={"lr": 3e-3}))
-    say(optimizer.plan)
-    say_losses(train(model, optimizer, data(device)))
+    print_rank_0(optimizer.plan)
+    print_losses(train(model, optimizer, data(device)))
     finish()
 
 

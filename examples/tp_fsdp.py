@@ -1,12 +1,12 @@
-"""Tensor parallelism within a node, FSDP2 over nodes: matrices are cut over two mesh dims.
+"""Tensor parallelism within a node, FSDP2 over nodes: two mesh dims shard each matrix.
 
     torchrun --nproc-per-node 4 examples/tp_fsdp.py
 
-First parallelize_module, then fully_shard, and no config.
+parallelize_module comes before fully_shard. Needs no config.
 """
 
 import torch.distributed as dist
-from common import TP_PLAN, data, finish, make_model, say, say_losses, start, train
+from common import TP_PLAN, data, finish, make_model, print_losses, print_rank_0, start, train
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
@@ -28,10 +28,10 @@ def main() -> None:
     fully_shard(model, mesh=mesh["dp_shard"])
 
     optimizer = Muon(group_parameters(model, lr=0.02, adamw={"lr": 3e-3}))
-    say(optimizer.plan)
+    print_rank_0(optimizer.plan)
     # ranks of one tp group have the same data
     part, num_parts = mesh.get_local_rank("dp_shard"), mesh["dp_shard"].size()
-    say_losses(train(model, optimizer, data(device, part, num_parts)))
+    print_losses(train(model, optimizer, data(device, part, num_parts)))
     finish()
 
 

@@ -2,11 +2,11 @@
 
     torchrun --nproc-per-node 8 examples/tp_hsdp.py
 
-`print(optimizer.plan.explain(name))` tells what happens to one parameter, and why.
+`print(optimizer.plan.explain(name))` describes the plan of one parameter, with reasons.
 """
 
 import torch.distributed as dist
-from common import TP_PLAN, data, finish, make_model, say, say_losses, start, train
+from common import TP_PLAN, data, finish, make_model, print_losses, print_rank_0, start, train
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
@@ -31,10 +31,10 @@ def main() -> None:
     fully_shard(model, mesh=data_mesh)
 
     optimizer = Muon(group_parameters(model, lr=0.02, adamw={"lr": 3e-3}))
-    say(optimizer.plan)
-    say(optimizer.plan.explain("layers.0.attention.q_proj.weight"))
+    print_rank_0(optimizer.plan)
+    print_rank_0(optimizer.plan.explain("layers.0.attention.q_proj.weight"))
     part = dist.get_rank() // TP
-    say_losses(train(model, optimizer, data(device, part, data_mesh.size())))
+    print_losses(train(model, optimizer, data(device, part, data_mesh.size())))
     finish()
 
 

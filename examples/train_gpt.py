@@ -1,12 +1,12 @@
-"""Train a byte-level GPT on the text every Python carries, cut over any 3-D mesh.
+"""Train a byte-level GPT on help texts from Python's standard library, on any 3-D mesh.
 
     torchrun --nproc-per-node 4 examples/train_gpt.py --dp-shard 2 --tp 2
 
-runs on CPU (gloo) or GPUs (NCCL). Everything but `make_optimizer` is stock PyTorch: that function
-is all a training script changes to move to muon_dtensor. With `--checkpoint FOLDER` it saves every
-few steps, and goes on from the last whole checkpoint when it is started again, by torchrun
-(`--max-restarts 3`; with gloo under TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1) or by you;
-`--tensorboard FOLDER` and `--wandb FOLDER` (offline) log.
+Runs on CPU (gloo) or GPUs (NCCL). Only `make_optimizer` uses muon_dtensor for training; all other
+code is standard PyTorch. With `--checkpoint FOLDER` it saves every few steps. When it is restarted
+by hand or by torchrun (`--max-restarts 3`; with gloo set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1), it
+resumes from the last complete checkpoint. `--tensorboard FOLDER` and `--wandb FOLDER` (offline) log
+metrics.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ from muon_dtensor.algorithms.kernels import SLOW, bfloat16_slowdown
 
 @dataclass(frozen=True)
 class Config:
-    """What to train, how long, and over which mesh."""
+    """Model, training and mesh."""
 
     optimizer: Literal["muon", "adamw"] = "muon"
     steps: int = 120
@@ -59,16 +59,17 @@ class Config:
     muon_lr: float = 0.06
     """Learning rate of the hidden matrices under Muon; best of 0.01, 0.02, 0.04, 0.06, 0.08."""
     rest_lr: float = 6e-3
-    """Learning rate of embeddings, head and norms beside Muon; best of 3e-3, 6e-3, 1.2e-2."""
+    """Learning rate of embeddings, head and norms with Muon; best of 3e-3, 6e-3, 1.2e-2."""
     adamw_lr: float = 1.5e-3
-    """Learning rate of AdamW alone; best of 5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 6e-3, 1.2e-2."""
+    """Learning rate with `--optimizer adamw`; best of 5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 6e-3,
+    1.2e-2."""
     clip: float = math.inf
-    """Most that the norm of all gradients may be."""
+    """Maximum norm of all gradients."""
     checkpoint: Path | None = None
     """Folder of checkpoints; the last two are kept."""
     checkpoint_every: int = 10
     log_every: int = 10
-    """Steps between measurements of the optimizer, for the loggers."""
+    """Steps between metrics of the optimizer in the logs."""
     tensorboard: Path | None = None
     wandb: Path | None = None
     warmup: int = 10
@@ -77,7 +78,7 @@ class Config:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; under TP a rank holds whole heads."""
+    """Causal self-attention. TP shards it by heads."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -114,7 +115,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Bytes in, logits of the next byte out."""
+    """Computes logits of the next byte from bytes."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -139,7 +140,7 @@ class GPT(nn.Module):
 
 
 def make_mesh(config: Config, device: str) -> DeviceMesh:
-    """The mesh (dp_replicate, dp_shard, tp)."""
+    """Return the mesh (dp_replicate, dp_shard, tp)."""
     return init_device_mesh(
         device,
         (config.dp_replicate, config.dp_shard, config.tp),
@@ -148,7 +149,7 @@ def make_mesh(config: Config, device: str) -> DeviceMesh:
 
 
 def make_model(config: Config, mesh: DeviceMesh) -> nn.Module:
-    """The same weights on any mesh: made whole, then cut by TP, then by FSDP2 (or HSDP)."""
+    """Return the model, sharded by TP and then by FSDP2 or HSDP; equal weights on any mesh."""
     torch.manual_seed(config.seed)
     model = GPT(config).to(mesh.device_type)
     plan = {
@@ -168,7 +169,7 @@ def make_model(config: Config, mesh: DeviceMesh) -> nn.Module:
 
 
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """Muon for the hidden matrices and AdamW for the rest, or AdamW for all."""
+    """Return Muon with AdamW for all but the hidden matrices, or AdamW for all parameters."""
     adamw = {"lr": config.rest_lr, "betas": (0.9, 0.95), "weight_decay": 0.01}
     rules = []
     if config.optimizer == "adamw":
@@ -183,14 +184,14 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def iteration_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16, but float32 on hosts where that is faster; rank 0 says so for all."""
+    """Return bfloat16, or float32 on hosts where it is faster; rank 0 decides for all ranks."""
     is_slow = [device.type == "cpu" and bfloat16_slowdown() >= SLOW]
     dist.broadcast_object_list(is_slow)
     return torch.float32 if is_slow[0] else torch.bfloat16
 
 
 class Text:
-    """The help texts of Python's own documentation as bytes, the last tenth for validation."""
+    """Help texts of Python's documentation as bytes; the last tenth is for validation."""
 
     def __init__(self, config: Config, mesh: DeviceMesh) -> None:
         text = "\n\n".join(topics[name] for name in sorted(topics)).encode()
@@ -205,30 +206,30 @@ class Text:
         self.part = replica * config.dp_shard + shard
 
     def batch(self, tokens: Tensor, seed: int) -> Tensor:
-        """This data-parallel rank's part of a global batch: [batch / parts, context + 1]."""
+        """Return this data-parallel rank's part of a batch: [batch / parts, context + 1]."""
         generator = torch.Generator().manual_seed(seed)
         high = len(tokens) - self.config.context - 1
         starts = torch.randint(high, (self.config.batch,), generator=generator)
-        mine = starts.chunk(self.num_parts)[self.part]
-        rows = [tokens[start : start + self.config.context + 1] for start in mine.tolist()]
+        starts = starts.chunk(self.num_parts)[self.part]
+        rows = [tokens[start : start + self.config.context + 1] for start in starts.tolist()]
         return torch.stack(rows).to(self.device)
 
 
 def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
-    """Mean cross-entropy of the next byte, in nats."""
+    """Return the mean cross-entropy of the next byte, in nats."""
     logits = model(batch[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
 
 def mean_over_ranks(value: Tensor) -> float:
-    """The mean over all ranks; ranks of one TP group hold the same value."""
+    """Return the mean over all ranks; ranks of one TP group hold the same value."""
     value = value.detach().clone()
     dist.all_reduce(value)
     return value.item() / dist.get_world_size()
 
 
 def state_of(result: "Result", scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, Any]:
-    """All that a checkpoint holds: shards, each rank its own."""
+    """Return the contents of a checkpoint; tensors are this rank's shards."""
     return {
         "model": get_model_state_dict(result.model),
         "optimizer": get_optimizer_state_dict(result.model, result.optimizer),
@@ -239,65 +240,65 @@ def state_of(result: "Result", scheduler: torch.optim.lr_scheduler.LRScheduler) 
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write aside, then rename: what bears its name is whole. Keeps the last two."""
+    """Write to a temporary folder, then rename it. Keeps the last two checkpoints."""
     path = folder / f"step-{state['step']}"
-    aside = path.with_suffix(".part")
+    temporary = path.with_suffix(".part")
     if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     dist.barrier()
-    dcp.save(state, checkpoint_id=aside)
+    dcp.save(state, checkpoint_id=temporary)
     if dist.get_rank() == 0:
         shutil.rmtree(path, ignore_errors=True)
-        aside.rename(path)
+        temporary.rename(path)
         for old in checkpoints_in(folder)[2:]:
             shutil.rmtree(old)
     dist.barrier()
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Whole checkpoints, the newest first."""
-    whole = [path for path in folder.glob("step-*") if not path.suffix]
-    return sorted(whole, key=lambda path: -int(path.name.split("-")[1]))
+    """Return the complete checkpoints, newest first."""
+    complete = [path for path in folder.glob("step-*") if not path.suffix]
+    return sorted(complete, key=lambda path: -int(path.name.split("-")[1]))
 
 
 def load_checkpoint(
     folder: Path, result: "Result", scheduler: torch.optim.lr_scheduler.LRScheduler
 ) -> None:
-    """Go on from the newest checkpoint that can be read; one that cannot changes nothing."""
+    """Resume from the newest readable checkpoint. An unreadable checkpoint changes nothing."""
     for path in checkpoints_in(folder):
         steps = int(path.name.split("-")[1])
-        # into copies: a damaged file must not leave half of itself in the optimizer
+        # into copies: a damaged file must not change the optimizer partially
         state = copy.deepcopy(state_of(result, scheduler))
         state["losses"] = torch.zeros(steps, dtype=torch.float64)
         try:
             dcp.load(state, checkpoint_id=path)
-        except (Exception, CheckpointException) as error:  # the latter is no Exception
+        except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
             if dist.get_rank() == 0:
-                why = str(error).strip().splitlines()[-1]
-                print(f"{path.name} cannot be read ({why}): taking the one before", flush=True)
+                reason = str(error).strip().splitlines()[-1]
+                print(f"{path.name} cannot be read ({reason}): trying the previous one", flush=True)
             continue
         set_model_state_dict(result.model, state["model"])
         set_optimizer_state_dict(result.model, result.optimizer, state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         result.losses = state["losses"].tolist()
         if dist.get_rank() == 0:
-            print(f"going on from {path.name}", flush=True)
+            print(f"resuming from {path.name}", flush=True)
         return
 
 
 @contextlib.contextmanager
 def loggers(config: Config) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """What takes (step, numbers) on rank 0, for TensorBoard and Weights & Biases (offline)."""
-    takers: list[Callable[[int, dict[str, float]], None]] = []
+    """Yield a function that logs (step, values) on rank 0 to TensorBoard and Weights & Biases."""
+    sinks: list[Callable[[int, dict[str, float]], None]] = []
     with contextlib.ExitStack() as stack:
         if config.tensorboard and dist.get_rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(config.tensorboard)
             stack.callback(writer.close)
-            takers.append(
-                lambda step, numbers: [
-                    writer.add_scalar(name, value, step) for name, value in numbers.items()
+            sinks.append(
+                lambda step, values: [
+                    writer.add_scalar(name, value, step) for name, value in values.items()
                 ]
             )
         if config.wandb and dist.get_rank() == 0:
@@ -306,18 +307,18 @@ def loggers(config: Config) -> Iterator[Callable[[int, dict[str, float]], None]]
             config.wandb.mkdir(parents=True, exist_ok=True)
             run = wandb.init(mode="offline", dir=config.wandb, project="train_gpt")
             stack.callback(run.finish)
-            takers.append(lambda step, numbers: run.log(numbers, step=step))
+            sinks.append(lambda step, values: run.log(values, step=step))
 
-        def take(step: int, numbers: dict[str, float]) -> None:
-            for taker in takers:
-                taker(step, numbers)
+        def log(step: int, values: dict[str, float]) -> None:
+            for sink in sinks:
+                sink(step, values)
 
-        yield take
+        yield log
 
 
 @dataclass
 class Result:
-    """What a run leaves behind."""
+    """Model, optimizer and measurements of a run."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -332,7 +333,7 @@ def train(
     on_start: Callable[[Result], None] = lambda result: None,
     on_step: Callable[[int, float, float], None] = lambda step, loss, rate: None,
 ) -> Result:
-    """Train on all ranks. `on_step(step, loss, tokens per second)` is called on each of them."""
+    """Train on all ranks. Every rank calls `on_step(step, loss, tokens per second)`."""
     text = Text(config, mesh)
     model = make_model(config, mesh)
     result = Result(model, make_optimizer(config, model))
@@ -341,8 +342,8 @@ def train(
     def scale(step: int) -> float:
         if step < config.warmup:
             return (step + 1) / config.warmup
-        done = (step - config.warmup) / max(1, config.steps - config.warmup)
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+        progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(result.optimizer, scale)
     if config.checkpoint:
@@ -375,7 +376,10 @@ def train(
 
 @contextlib.contextmanager
 def progress_of(config: Config) -> Iterator[Callable[[int, str], None]]:
-    """What takes (step, text) and shows it on rank 0: a bar on a terminal, else every tenth."""
+    """Yield a function that shows (step, text) on rank 0.
+
+    Shows a progress bar on a terminal, else prints every tenth step.
+    """
     from rich.progress import Progress
 
     with Progress(disable=dist.get_rank() != 0) as bar:
@@ -391,7 +395,7 @@ def progress_of(config: Config) -> Iterator[Callable[[int, str], None]]:
 
 
 def metrics_of(result: Result) -> dict[str, float]:
-    """What the optimizer measured; nothing after a restart in between."""
+    """Return the optimizer's metrics; empty if it has none yet after a restart."""
     assert isinstance(result.optimizer, Muon)
     try:
         return result.optimizer.metrics()
@@ -400,7 +404,7 @@ def metrics_of(result: Result) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run one training under torchrun; rank 0 prints."""
+    """Train under torchrun; rank 0 prints."""
     import tyro
 
     config = tyro.cli(Config, description=__doc__)
@@ -411,13 +415,13 @@ def main() -> None:
         torch.set_num_threads(1)
         device = "cpu"
     mesh = make_mesh(config, device)
-    first = dist.get_rank() == 0
+    is_rank_0 = dist.get_rank() == 0
 
     running: list[Result] = []
 
     def on_start(result: Result) -> None:
         running.append(result)
-        if first and config.optimizer == "muon":
+        if is_rank_0 and config.optimizer == "muon":
             print(result.optimizer.plan, flush=True)
 
     with loggers(config) as log, progress_of(config) as advance:
@@ -428,9 +432,9 @@ def main() -> None:
                 log(step, {"loss": loss, "tokens_per_second": rate, **metrics_of(running[0])})
 
         result = train(config, mesh, on_start, on_step)
-    if first:
+    if is_rank_0:
         print(f"validation loss {result.val_loss:.4f}", flush=True)
-    time.sleep(0.1)  # gloo's threads let go of the last tensors a moment after they arrived
+    time.sleep(0.1)  # gloo's threads release the last tensors shortly after they arrived
     dist.destroy_process_group()
 
 

@@ -7,28 +7,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import pytest
 import torch
-import torch._dynamo  # torch's optimizers import it; here, so that forked ranks need not, each
+import torch._dynamo  # torch's optimizers import it; imported here once for all forked ranks
 
 from muon_dtensor.algorithms.kernels import log_slow_bfloat16
 from tests.support.pool import close_pools
 
-torch.set_num_threads(1)  # one thread per rank; and a forked process must not inherit a team
+torch.set_num_threads(1)  # one thread per rank; forked processes must not inherit a thread pool
 
 
-# told once per process: here, lest a test's log depend on the processor and on who came first
+# logged once per process: done here so that logs do not depend on the order of tests
 log_slow_bfloat16(logging.WARNING)
 log_slow_bfloat16(logging.INFO)
 
 
-hypothesis.settings.register_profile("any machine", deadline=None)  # its own are 200 ms
+hypothesis.settings.register_profile("any machine", deadline=None)  # the default is 200 ms
 hypothesis.settings.load_profile("any machine")
 
 
-def _take_a_core() -> None:
-    """A core for each worker of pytest-xdist, its threads and its processes.
+def _pin_to_core() -> None:
+    """Pin each worker of pytest-xdist, with its threads and processes, to one core.
 
-    Where all cores are taken anyway, ranks that wake each other on another one only wait longer:
-    threads twice, exchanges of processes up to eight times on a virtual machine.
+    If all cores are busy, waking a rank on another core is slow: threads take twice, exchanges of
+    processes up to eight times as long on a virtual machine.
     """
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is None or not hasattr(os, "sched_setaffinity"):  # macOS has none
@@ -38,15 +38,15 @@ def _take_a_core() -> None:
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
-_take_a_core()
+_pin_to_core()
 
 
 TIERS = {"P0", "P1", "P2", "slow", "gpu", "integrations"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest takes out what -m leaves out
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What names no tier is P0: it runs for every commit."""
+    """Mark tests without a tier as P0, which runs for every commit."""
     for item in items:
         if not TIERS & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.P0)

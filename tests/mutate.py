@@ -1,13 +1,12 @@
-"""Plants faults, one at a time, and says which of them no test catches.
+"""Mutation test: plants faults, one at a time, and reports those that no test catches.
 
     python -m tests.mutate                  # all, two at a time: about half an hour on two cores
-    python -m tests.mutate --only moments   # those whose name holds this word
-    python -m tests.mutate --marker P0      # by the tests of one tier alone
+    python -m tests.mutate --only moments   # faults with this word in their name
+    python -m tests.mutate --marker P0      # run only the tests of one tier
     python -m tests.mutate --json out.json
 
-Each fault is planted in a copy of the package, and the tests that should catch it are run there,
-until the first fails. A fault that lives although a reason is given here is explained, not caught.
-Not a test: pytest does not collect it.
+Each fault is planted in a copy of the package. The tests that should catch it run there until the
+first failure. Pytest does not collect this file.
 """
 
 import argparse
@@ -25,18 +24,18 @@ from time import monotonic
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 420
-"""A fault that makes tests wait for longer is caught: they have deadlines."""
+"""A fault counts as caught if its tests run longer than this: they have deadlines."""
 
 PASSED, FAILED = 0, 1
-"""Exit statuses of pytest; every other one is a fault of this script."""
+"""Exit statuses of pytest; every other status is an error of this script."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One text of one file in place of another. `tests`: those that should catch it, by file or
-    as file::test, without `test_`.
+    """Replaces text `old` of a file by `new`.
 
-    `why_it_lives`: of one that no test can catch.
+    `tests`: tests that should catch it, as file or file::test, without `test_`.
+    `why_it_lives`: reason why no test can catch it.
     """
 
     name: str
@@ -48,7 +47,7 @@ class Fault:
 
 
 def in_files(file: str, tests: str, *faults: tuple[str, str, str]) -> list[Fault]:
-    """Faults of one file that the same tests should catch: name, old and new text of each."""
+    """Return faults (name, old text, new text) of one file that the same tests should catch."""
     return [Fault(name, file, old, new, tests) for name, old, new in faults]
 
 
@@ -204,17 +203,17 @@ FAULTS = [
     ),
     *in_files(
         "cli/plan_plot.py",
-        "plan::the_picture_is_drawn",
+        "plan::the_plot_is_written",
         (
-            "nothing is drawn",
-            "    _timeline(made, top.subplots())\n    load, sent = bottom.subplots(1, 2)\n"
-            "    _load(made, load)\n    _sent(made, sent)\n",
+            "the plot is empty",
+            "    _timeline(report, top.subplots())\n    load, sent = bottom.subplots(1, 2)\n"
+            "    _load(report, load)\n    _sent(report, sent)\n",
             "",
         ),
     ),
     *in_files(
         "layout/declarations.py",
-        "readme::the_rules_of_the_readme_sort_a_model",
+        "readme::the_rules_in_the_readme_declare_matrices",
         (
             "the first block alone is declared",
             "for block, pattern in zip(blocks, patterns, strict=True):",
@@ -1000,7 +999,7 @@ FAULTS = [
 
 
 def outcome_of(fault: Fault, tree: Path, marker: str) -> str:
-    """ "caught", "lives", or what went wrong. `tree`: a copy that is this thread's alone."""
+    """Return "caught ...", "lives", or an error. `tree`: a copy that only this thread uses."""
     path = tree / "muon_dtensor" / fault.file
     original = path.read_text()
     if fault.old not in original:
@@ -1009,8 +1008,8 @@ def outcome_of(fault: Fault, tree: Path, marker: str) -> str:
     tests = []
     for name in fault.tests.split():
         file, _, test = name.partition("::")
-        (found,) = (tree / "tests").rglob(f"test_{file}.py")
-        tests.append(f"{found.relative_to(tree)}{f'::test_{test}' if test else ''}")
+        (test_file,) = (tree / "tests").rglob(f"test_{file}.py")
+        tests.append(f"{test_file.relative_to(tree)}{f'::test_{test}' if test else ''}")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider"]
     command += ["-m", marker] if marker else []
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -1039,41 +1038,41 @@ def outcome_of(fault: Fault, tree: Path, marker: str) -> str:
 
 
 def main() -> int:
-    """Plant the faults; 1 if one lives without a reason, or could not be planted."""
+    """Plant the faults. Returns 1 if a fault lives without a reason or cannot be planted."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="", help="a word in the names of faults")
+    parser.add_argument("--only", default="", help="a word in the names or files of faults")
     parser.add_argument("--marker", default="", help="pytest's -m: the tests of one tier")
-    parser.add_argument("--jobs", type=int, default=2, help="faults at a time")
-    parser.add_argument("--json", type=Path, help="where to write all outcomes")
-    told = parser.parse_args()
-    faults = [fault for fault in FAULTS if told.only in f"{fault.file} {fault.name}"]
+    parser.add_argument("--jobs", type=int, default=2, help="number of faults at a time")
+    parser.add_argument("--json", type=Path, help="file for all outcomes")
+    options = parser.parse_args()
+    faults = [fault for fault in FAULTS if options.only in f"{fault.file} {fault.name}"]
     outcomes: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         trees: Queue[Path] = Queue()
-        for number in range(told.jobs):
+        for number in range(options.jobs):
             tree = Path(folder) / str(number)
-            kept_out = shutil.ignore_patterns(".git", "*_cache", "__pycache__", ".hypothesis")
-            shutil.copytree(ROOT, tree, ignore=kept_out)
+            ignored = shutil.ignore_patterns(".git", "*_cache", "__pycache__", ".hypothesis")
+            shutil.copytree(ROOT, tree, ignore=ignored)
             trees.put(tree)
 
         def run(fault: Fault) -> None:
             tree, start = trees.get(), monotonic()
-            outcome = outcomes[fault.name] = outcome_of(fault, tree, told.marker)
+            outcome = outcomes[fault.name] = outcome_of(fault, tree, options.marker)
             trees.put(tree)
             print(
                 f"{monotonic() - start:5.0f} s  {fault.file}: {fault.name}: {outcome}", flush=True
             )
 
-        with ThreadPoolExecutor(told.jobs) as pool:
+        with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(run, faults))
     caught = [f for f in faults if outcomes[f.name].startswith("caught")]
     print(f"{len(caught)} of {len(faults)} faults caught, {len(caught) / len(faults):.1%}")
-    left = [fault for fault in faults if fault not in caught]
-    for fault in left:
+    not_caught = [fault for fault in faults if fault not in caught]
+    for fault in not_caught:
         print(f"{fault.file}: {fault.name}: {outcomes[fault.name]} ({fault.why_it_lives or '?'})")
-    if told.json:
-        told.json.write_text(json.dumps(outcomes, indent=1))
-    return int(any(not fault.why_it_lives for fault in left))
+    if options.json:
+        options.json.write_text(json.dumps(outcomes, indent=1))
+    return int(any(not fault.why_it_lives for fault in not_caught))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmarks run, and hold what does not depend on the machine."""
+"""The benchmarks run; results that do not depend on the machine are checked."""
 
 import json
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
 
 
-def figures(out: Path, *arguments: str) -> dict:
+def results_of(out: Path, *arguments: str) -> dict:
     run = run_program(
         [sys.executable, *arguments, "--json", str(out)],
         200,
@@ -27,26 +27,26 @@ def figures(out: Path, *arguments: str) -> dict:
     return json.loads(out.read_text())
 
 
-def test_the_study_of_scale(tmp_path):
+def test_scale_study(tmp_path):
     arguments = ("--models", "gpt2", "--ranks", "8", "--jobs", "1")
-    found = figures(tmp_path / "scale.json", "-m", "benchmarks.scale_study", *arguments)
-    (row,) = found["rows"]
+    results = results_of(tmp_path / "scale.json", "-m", "benchmarks.scale_study", *arguments)
+    (row,) = results["rows"]
     assert row["matrices"] == 48
     assert 0 < row["orthogonalize_seconds"] < row["seconds"]
     assert row["strategies"] == "owned"
 
 
 @pytest.mark.slow
-def test_predictions_are_held_against_steps(tmp_path):
+def test_predicted_vs_measured(tmp_path):
     arguments = ("--topology", "gloo-local", "--models", "8 of 97", "--rounds", "2")
     module = ("-m", "benchmarks.predicted_vs_measured")
-    found = figures(tmp_path / "predicted.json", *TORCHRUN, *module, *arguments)
-    assert found["bytes_exact"] == found["flops_exact"] == found["cells"] == 5
-    assert found["largest_peak_error"] <= 0.05
+    results = results_of(tmp_path / "predicted.json", *TORCHRUN, *module, *arguments)
+    assert results["bytes_exact"] == results["flops_exact"] == results["cells"] == 5
+    assert results["largest_peak_error"] <= 0.05
 
 
 @pytest.mark.slow
-def test_steps_are_compared_on_every_layout(tmp_path):
+def test_bench_step_on_every_layout(tmp_path):
     arguments = (
         "--layers",
         "1",
@@ -60,8 +60,8 @@ def test_steps_are_compared_on_every_layout(tmp_path):
         "adamw",
     )
     module = ("-m", "benchmarks.bench_step")
-    found = figures(tmp_path / "step.json", *TORCHRUN, *module, *arguments)
-    for cell in found["cells"]:
+    results = results_of(tmp_path / "step.json", *TORCHRUN, *module, *arguments)
+    for cell in results["cells"]:
         is_batched = cell["layout"] == "experts_batched"  # which may round differently
         assert cell["is_exact"] or is_batched, cell["layout"]
         assert cell["sent_nbytes"] == cell["planned_nbytes"], cell["layout"]
@@ -69,32 +69,33 @@ def test_steps_are_compared_on_every_layout(tmp_path):
 
 
 @pytest.mark.slow
-def test_scaling_is_measured(tmp_path):
+def test_bench_scaling(tmp_path):
     arguments = ("--ranks", "1", "2", "--layers", "2", "--dim", "32", "--rounds", "2")
-    found = figures(tmp_path / "scaling.json", "-m", "benchmarks.bench_scaling", *arguments)
-    assert found["ranks"]["1"]["fixed"]["sent_mb"] == 0
-    assert found["ranks"]["2"]["fixed"]["sent_mb"] > 0
-    assert found["ranks"]["2"]["growing"]["layers"] == 1
+    results = results_of(tmp_path / "scaling.json", "-m", "benchmarks.bench_scaling", *arguments)
+    assert results["ranks"]["1"]["fixed"]["sent_mb"] == 0
+    assert results["ranks"]["2"]["fixed"]["sent_mb"] > 0
+    assert results["ranks"]["2"]["growing"]["layers"] == 1
 
 
 @pytest.mark.slow
-def test_the_iteration_is_measured(tmp_path):
+def test_bench_iteration(tmp_path):
     arguments = ("--device", "cpu", "--batch", "2", "--rounds", "2")
-    found = figures(tmp_path / "iteration.json", "-m", "benchmarks.bench_iteration", *arguments)
-    assert all(rate > 0 for row in found["rows"] for rate in row["tflops"].values())
+    module = ("-m", "benchmarks.bench_iteration")
+    results = results_of(tmp_path / "iteration.json", *module, *arguments)
+    assert all(rate > 0 for row in results["rows"] for rate in row["tflops"].values())
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(bench_overlap.why_not()), reason=bench_overlap.why_not())
-def test_overlap_is_measured_between_two_nodes(tmp_path):
+@pytest.mark.skipif(bool(bench_overlap.skip_reason()), reason=bench_overlap.skip_reason())
+def test_bench_overlap_between_two_nodes(tmp_path):
     arguments = ("--layers", "2", "--dim", "64", "--rounds", "3", "--bucket-mb", "0.1")
-    found = figures(tmp_path / "overlap.json", "-m", "benchmarks.bench_overlap", *arguments)
-    fsdp, hsdp, _ = found["ways"].values()
+    results = results_of(tmp_path / "overlap.json", "-m", "benchmarks.bench_overlap", *arguments)
+    fsdp, hsdp, _ = results["ways"].values()
     assert fsdp["prefetch 1"]["link_mb"] > 0, "half of all bytes cross the link"
     assert hsdp["no replica sharing"]["link_mb"] < 0.1 * hsdp["prefetch 1"]["link_mb"]
 
 
-def test_without_root_there_are_no_nodes(monkeypatch, capsys):
+def test_bench_overlap_is_skipped_without_root(monkeypatch, capsys):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert bench_overlap.launch(bench_overlap.Config()) == 0
     assert "skipped: making network namespaces needs root" in capsys.readouterr().out

@@ -12,7 +12,7 @@ def blocks(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)
 
 
-def test_one_rank_of_a_plan_is_printed():
+def test_the_example_of_one_rank_s_step_runs():
     (block,) = blocks("architecture.md")
     out = io.StringIO()
     with contextlib.redirect_stdout(out):

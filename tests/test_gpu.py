@@ -1,4 +1,4 @@
-"""What only a GPU can show. `pytest -m gpu`; skipped where there is none."""
+"""Tests that need a GPU: `pytest -m gpu`. Skipped without a GPU."""
 
 import socket
 from collections.abc import Iterator
@@ -12,8 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from muon_dtensor import Muon
-from muon_dtensor.algorithms import kernels as bodies
-from muon_dtensor.algorithms import newton_schulz
+from muon_dtensor.algorithms import kernels, newton_schulz
 from tests.support.cases import tensors_like
 
 pytestmark = [
@@ -35,8 +34,11 @@ def _nccl() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def made(is_sharded: bool, **options: Any) -> tuple[list[nn.Parameter], Muon]:
-    """Parameters with gradients on the GPU, plain or as DTensors on a mesh of one rank."""
+def params_and_optimizer(is_sharded: bool, **options: Any) -> tuple[list[nn.Parameter], Muon]:
+    """Return parameters with gradients on the GPU, and their optimizer.
+
+    `is_sharded`: DTensors on a mesh of one rank instead of plain tensors.
+    """
     mesh = init_device_mesh("cuda", (1, 1), mesh_dim_names=("replica", "shard"))
 
     def placed(tensor: Tensor) -> Tensor:
@@ -54,25 +56,25 @@ def values(params: list[nn.Parameter]) -> list[Tensor]:
 
 
 def changes(is_sharded: bool, num_steps: int = 3, **options: Any) -> list[Tensor]:
-    """How far each weight has moved."""
-    params, optimizer = made(is_sharded, **options)
+    """Return the change of each weight after some steps."""
+    params, optimizer = params_and_optimizer(is_sharded, **options)
     before = [value.clone() for value in values(params)]
     for _ in range(num_steps):
         optimizer.step()
-    optimizer.state_dict()  # raises what masked steps found
+    optimizer.state_dict()  # raises deferred errors of masked steps
     return [after - old for after, old in zip(values(params), before, strict=True)]
 
 
-def assert_alike(found: list[Tensor], expected: list[Tensor], least: float = 0.995) -> None:
-    for a, b in zip(found, expected, strict=True):
-        assert torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > least
+def assert_close(result: list[Tensor], expected: list[Tensor], min_cosine: float = 0.995) -> None:
+    for a, b in zip(result, expected, strict=True):
+        assert torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > min_cosine
         assert a.norm() == pytest.approx(b.norm(), rel=0.03)
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])
 @pytest.mark.parametrize("with_adamw", [False, True])
-def test_a_default_step_never_waits_for_the_gpu(is_sharded, with_adamw):
-    params, _ = made(is_sharded)
+def test_a_default_step_does_not_synchronize_with_the_gpu(is_sharded, with_adamw):
+    params, _ = params_and_optimizer(is_sharded)
     groups: list[dict[str, Any]] = [{"params": params[:-1]}]
     groups.append({"params": params[-1:], "algorithm": "adamw" if with_adamw else "muon"})
     optimizer = Muon(groups)
@@ -86,7 +88,7 @@ def test_a_default_step_never_waits_for_the_gpu(is_sharded, with_adamw):
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])
-def test_steps_are_those_of_torch(is_sharded):
+def test_steps_are_close_to_torch_s(is_sharded):
     params = [nn.Parameter(w.cuda()) for w in tensors_like(SHAPES, 0)]
     before = [param.detach().clone() for param in params]
     oracle = torch.optim.Muon(params, lr=0.1)
@@ -95,32 +97,32 @@ def test_steps_are_those_of_torch(is_sharded):
             param.grad = grad.cuda()
         oracle.step()
     expected = [param.detach() - old for param, old in zip(params, before, strict=True)]
-    assert_alike(changes(is_sharded), expected)
-    assert_alike(changes(is_sharded, batched=False), expected)
+    assert_close(changes(is_sharded), expected)
+    assert_close(changes(is_sharded, batched=False), expected)
 
 
-def test_offloaded_momentum_lives_in_pinned_memory_and_changes_nothing():
+def test_offloaded_momentum_is_pinned_and_changes_no_result():
     expected = changes(True)
-    params, optimizer = made(True, offload_momentum=True)
+    params, optimizer = params_and_optimizer(True, offload_momentum=True)
     for param in params:
-        kept = optimizer.state[param]["momentum_buffer"].to_local()
-        assert kept.device.type == "cpu"
-        assert kept.is_pinned()
+        momentum = optimizer.state[param]["momentum_buffer"].to_local()
+        assert momentum.device.type == "cpu"
+        assert momentum.is_pinned()
     assert all(map(torch.equal, changes(True, offload_momentum=True), expected))
     assert all(map(torch.equal, changes(False, offload_momentum=True), changes(False)))
     optimizer.step()
     torch.cuda.synchronize()
-    again, loaded = made(True, offload_momentum=True)
+    new_params, loaded = params_and_optimizer(True, offload_momentum=True)
     loaded.load_state_dict(optimizer.state_dict())
-    for old, new in zip(params, again, strict=True):
-        kept = loaded.state[new]["momentum_buffer"].to_local()
-        assert kept.is_pinned()
-        assert torch.equal(kept, optimizer.state[old]["momentum_buffer"].to_local())
+    for old, new in zip(params, new_params, strict=True):
+        momentum = loaded.state[new]["momentum_buffer"].to_local()
+        assert momentum.is_pinned()
+        assert torch.equal(momentum, optimizer.state[old]["momentum_buffer"].to_local())
 
 
 def test_a_graph_captures_a_step():
     lr = torch.tensor(0.1, device="cuda")
-    params, optimizer = made(True, lr=lr, capturable=True)
+    params, optimizer = params_and_optimizer(True, lr=lr, capturable=True)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -132,17 +134,17 @@ def test_a_graph_captures_a_step():
         optimizer.step()
     before = [value.clone() for value in values(params)]
     graph.replay()
-    once = [after - old for after, old in zip(values(params), before, strict=True)]
+    first = [after - old for after, old in zip(values(params), before, strict=True)]
     lr.fill_(0.2)
     before = [value.clone() for value in values(params)]
     graph.replay()
-    twice = [after - old for after, old in zip(values(params), before, strict=True)]
-    for a, b in zip(once, twice, strict=True):
-        assert b.norm() == pytest.approx(2 * a.norm(), rel=0.2), "the lr of the moment"
+    second = [after - old for after, old in zip(values(params), before, strict=True)]
+    for a, b in zip(first, second, strict=True):
+        assert b.norm() == pytest.approx(2 * a.norm(), rel=0.2), "replay reads the current lr"
 
 
-def test_a_graph_needs_capturable():
-    _, optimizer = made(False)
+def test_a_graph_requires_capturable():
+    _, optimizer = params_and_optimizer(False)
     optimizer.step()
     with (
         pytest.raises(RuntimeError, match="capturable=True"),
@@ -152,18 +154,18 @@ def test_a_graph_needs_capturable():
 
 
 def test_a_compiled_iteration_is_close():
-    assert_alike(changes(False, compile=True), changes(False))
+    assert_close(changes(False, compile=True), changes(False))
 
 
 def test_symmetric_kernels_are_close():
-    if bodies._symmetric()[0] is None:
-        pytest.skip(bodies._symmetric()[1])
-    found = changes(False, kernels="symmetric", exact=False)
-    assert_alike(found, changes(False), least=0.98)
+    if kernels._symmetric()[0] is None:
+        pytest.skip(kernels._symmetric()[1])
+    result = changes(False, kernels="symmetric", exact=False)
+    assert_close(result, changes(False), min_cosine=0.98)
 
 
 @pytest.mark.parametrize("shape", [(512, 2048), (2048, 512), (8, 256, 256)])
-def test_the_iteration_on_a_gpu_is_that_of_the_host(shape):
+def test_the_iteration_on_a_gpu_is_close_to_that_on_the_host(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = newton_schulz(x.cuda(), dtype=torch.float32).cpu()
-    torch.testing.assert_close(found, newton_schulz(x, dtype=torch.float32), atol=2e-3, rtol=2e-3)
+    result = newton_schulz(x.cuda(), dtype=torch.float32).cpu()
+    torch.testing.assert_close(result, newton_schulz(x, dtype=torch.float32), atol=2e-3, rtol=2e-3)

@@ -1,4 +1,4 @@
-"""Every fault that `mutate` plants has its place in the package, and tests that should catch it."""
+"""Every fault of `tests/mutate.py` can be planted, and the tests that should catch it exist."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.mutate import FAULTS, ROOT, Fault
 def test_a_fault_can_be_planted(fault: Fault):
     text = (ROOT / "muon_dtensor" / fault.file).read_text()
     assert text.count(fault.old) == 1
-    for where in fault.tests.split():
-        file, _, function = where.partition("::")
+    for test in fault.tests.split():
+        file, _, function = test.partition("::")
         (path,) = (ROOT / "tests").rglob(f"test_{file}.py")
         assert f"def test_{function}" in path.read_text()

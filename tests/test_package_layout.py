@@ -1,4 +1,4 @@
-"""The layout of the package: folders import only folders below them, modules in no circle."""
+"""Layout of the package: folders import only folders below them, and imports have no cycles."""
 
 import ast
 import sys
@@ -22,11 +22,11 @@ LEVELS = (
     ("integrations", "cli"),
     ("__init__",),
 )
-"""A folder or module imports only what is in a row above its own, and its own folder. The files of
-one row that are public tools may import each other."""
+"""A folder or module imports only its own folder and rows above its own. Public tools (the row of
+`clipping`) may import each other."""
 
-THROUGH_THE_DOOR = ("integrations", "cli")
-"""They import public names from `muon_dtensor` itself, as users do."""
+MAY_IMPORT_PUBLIC_NAMES = ("integrations", "cli")
+"""Folders that import public names from `muon_dtensor` itself, as users do."""
 
 STDLIB_ONLY = ("errors", "layout", "planning")
 USE_TORCH_DISTRIBUTED = ("runtime", "distributed_config", "config_file", "cli", "integrations")
@@ -60,7 +60,7 @@ NAMES = {module_name(path) for path in MODULES}
 
 
 def own_imports(path: Path) -> set[str]:
-    """Modules of the package that a module imports."""
+    """Return the modules of the package that a module imports."""
     inner = {
         name.removeprefix("muon_dtensor.") if name != "muon_dtensor" else "__init__"
         for name in imports(path)
@@ -69,51 +69,53 @@ def own_imports(path: Path) -> set[str]:
     return inner & NAMES
 
 
-def room_of(name: str) -> str:
+def folder_of(name: str) -> str:
     return name.split(".")[0]
 
 
 def level_of(name: str) -> int:
-    (level,) = (i for i, rooms in enumerate(LEVELS) if room_of(name) in rooms)
+    (level,) = (i for i, folders in enumerate(LEVELS) if folder_of(name) in folders)
     return level
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_imports_point_down(path):
-    own = module_name(path)
+    module = module_name(path)
     for name in own_imports(path):
         if name == "__init__":
-            assert room_of(own) in THROUGH_THE_DOOR, f"{path} imports public names"
+            assert folder_of(module) in MAY_IMPORT_PUBLIC_NAMES, f"{path} imports public names"
             continue
-        in_its_folder = room_of(name) == room_of(own)
-        among_tools = {room_of(name), room_of(own)} <= set(LEVELS[6])
-        assert level_of(name) < level_of(own) or in_its_folder or among_tools, (
+        is_same_folder = folder_of(name) == folder_of(module)
+        are_tools = {folder_of(name), folder_of(module)} <= set(LEVELS[6])
+        assert level_of(name) < level_of(module) or is_same_folder or are_tools, (
             f"{path} imports {name}"
         )
 
 
-def test_modules_import_each_other_in_no_circle():
+def test_imports_have_no_cycles():
     graph = {module_name(path): own_imports(path) - {"__init__"} for path in MODULES}
     folders = {name for name in NAMES if any(other.startswith(f"{name}.") for other in NAMES)}
     for name, targets in graph.items():
-        if name not in folders:  # the face of a folder imports what it shows
-            graph[name] = {t for t in targets if t not in folders or room_of(t) != room_of(name)}
+        if name not in folders:  # a folder's __init__ imports the names that it exports
+            graph[name] = {
+                t for t in targets if t not in folders or folder_of(t) != folder_of(name)
+            }
     try:
         tuple(TopologicalSorter(graph).static_order())
     except CycleError as error:
-        pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
+        pytest.fail(f"a cycle: {' -> '.join(error.args[1])}")
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in MODULES if room_of(module_name(p)) in STDLIB_ONLY], ids=str
+    "path", [p for p in MODULES if folder_of(module_name(p)) in STDLIB_ONLY], ids=str
 )
-def test_planning_is_stdlib_only(path):
+def test_planning_imports_only_the_standard_library(path):
     for name in imports(path):
         assert name.split(".")[0] in {*sys.stdlib_module_names, "muon_dtensor"}, name
 
 
 def reaches_distributed(source: str) -> bool:
-    """Whether it uses torch.distributed through the name `torch`, which no import shows."""
+    """Whether the source uses the attribute `torch.distributed`, which imports do not show."""
     return any(
         isinstance(node, ast.Attribute)
         and node.attr == "distributed"
@@ -126,7 +128,7 @@ def reaches_distributed(source: str) -> bool:
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_torch_distributed_is_used_in_few_folders(path):
     text = (ROOT / path).read_text()
-    if room_of(module_name(path)) in USE_TORCH_DISTRIBUTED:
+    if folder_of(module_name(path)) in USE_TORCH_DISTRIBUTED:
         return
     for name in imports(path):
         if name.startswith("torch.distributed"):
@@ -142,14 +144,14 @@ def test_private_names_of_torch_are_in_one_file(path):
         assert name not in text, f"{path} reads torch's private {name}"
 
 
-def test_a_planted_call_is_caught():
+def test_a_planted_call_is_detected():
     assert reaches_distributed("import torch\ntorch.distributed.barrier()")
     assert not reaches_distributed('import torch\n"""torch.distributed"""\ntorch.ones(1)')
 
 
-def test_a_planted_import_is_caught(monkeypatch):
+def test_a_planted_import_is_detected(monkeypatch):
     monkeypatch.setattr("tests.test_package_layout.own_imports", lambda path: {"runtime.executor"})
     with pytest.raises(AssertionError, match=r"planning.cost\.py imports runtime\.executor"):
         test_imports_point_down(Path("planning/cost.py"))
-    with pytest.raises(pytest.fail.Exception, match="a circle"):
-        test_modules_import_each_other_in_no_circle()
+    with pytest.raises(pytest.fail.Exception, match="a cycle"):
+        test_imports_have_no_cycles()

@@ -1,4 +1,4 @@
-"""The door: what is listed, what torch's signature promises, what groups hold."""
+"""Public API: exported names, compatibility with torch.optim.Muon, keys of param groups."""
 
 import copy
 import inspect
@@ -48,17 +48,18 @@ GROUP_KEYS = {
 }
 
 
-def test_the_door_lists_what_it_has():
+def test_exported_names():
     assert set(muon_dtensor.__all__) == set(dir(muon_dtensor)) == PUBLIC
     assert all(getattr(muon_dtensor, name).__doc__ for name in PUBLIC)
 
 
-def test_signature_begins_as_torch_s():
-    ours = list(inspect.signature(Muon).parameters.values())
-    torchs = list(inspect.signature(torch.optim.Muon).parameters.values())
-    for mine, theirs in zip(ours, torchs, strict=False):
-        assert (mine.name, mine.default, mine.kind) == (theirs.name, theirs.default, theirs.kind)
-    assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(torchs) :])
+def test_the_signature_begins_with_that_of_torch_s_muon():
+    params = list(inspect.signature(Muon).parameters.values())
+    torch_params = list(inspect.signature(torch.optim.Muon).parameters.values())
+    for param, expected in zip(params, torch_params, strict=False):
+        assert (param.name, param.default) == (expected.name, expected.default)
+        assert param.kind == expected.kind
+    assert all(p.kind is p.KEYWORD_ONLY for p in params[len(torch_params) :])
 
 
 def test_group_keys_are_frozen():
@@ -97,14 +98,14 @@ def partial_parameter() -> str:
     return str(caught.value)
 
 
-def test_a_partial_parameter_is_refused_on_every_rank():
+def test_a_partial_parameter_raises_on_every_rank():
     for text in run_threads(4, partial_parameter):
         assert "w  [8, 4] (Partial(sum), Shard(dim=0)) on (a=2, b=2)" in text
         assert "no value yet on mesh dim 'a'" in text
         assert "redistribute(placements=[Replicate(), Shard(dim=0)])" in text
 
 
-def test_all_bad_parameters_are_told_at_once():
+def test_one_error_names_all_invalid_parameters():
     with pytest.raises(PlanError, match="2 of 3") as caught:
         Muon([("a", weight(3)), ("b", weight(2, 2)), ("c", weight(5))])
     assert [problem.fqn for problem in caught.value.problems] == ["a", "c"]
@@ -149,12 +150,12 @@ def test_plan_options_out_of_range(options):
         Muon([weight(2, 2)], **options)
 
 
-def test_unknown_algorithms_are_refused():
+def test_unknown_algorithms_are_rejected():
     with pytest.raises(GroupOptionError, match="algorithm must be one of muon, adamw"):
         Muon([{"params": [weight(2, 2)], "algorithm": "sgd"}])
 
 
-def test_a_bad_group_is_not_added():
+def test_an_invalid_group_is_not_added():
     optimizer = Muon([weight(2, 2)])
     digest = optimizer.plan.digest
     with pytest.raises(PlanError):
@@ -173,20 +174,21 @@ def test_an_empty_optimizer_steps():
     assert str(optimizer.plan) == "no parameters, nothing to do"
 
 
-def test_adamw_groups_are_torch_s_adamw():
+def test_adamw_groups_are_bitwise_torch_s_adamw():
     shapes = [(5,), (4, 3), (2, 3, 4, 5)]
-    ours = [nn.Parameter(w) for w in tensors_like(shapes, 0)]
-    theirs = [nn.Parameter(w) for w in tensors_like(shapes, 0)]
+    params = [nn.Parameter(w) for w in tensors_like(shapes, 0)]
+    oracle_params = [nn.Parameter(w) for w in tensors_like(shapes, 0)]
     options = {"lr": 0.02, "betas": (0.8, 0.95), "weight_decay": 0.3}
-    optimizer = Muon([{"params": ours, "algorithm": "adamw", **options}])
-    oracle = torch.optim.AdamW(theirs, **options)
+    optimizer = Muon([{"params": params, "algorithm": "adamw", **options}])
+    oracle = torch.optim.AdamW(oracle_params, **options)
     assert optimizer.param_groups[0]["eps"] == oracle.param_groups[0]["eps"]
     for step in range(4):
-        for a, b, grad in zip(ours, theirs, tensors_like(shapes, 1 + step), strict=True):
+        grads = tensors_like(shapes, 1 + step)
+        for a, b, grad in zip(params, oracle_params, grads, strict=True):
             a.grad, b.grad = grad, grad.clone()
         optimizer.step()
         oracle.step()
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(params, oracle_params, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(optimizer.state[a]["exp_avg"], oracle.state[b]["exp_avg"])
 
@@ -195,8 +197,8 @@ def test_schedulers_closures_hooks_and_pickles():
     param = nn.Parameter(torch.randn(4, 6))
     optimizer = Muon([("w", param)], lr=0.1)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, total_iters=4)
-    seen: list[float] = []
-    optimizer.register_step_pre_hook(lambda *_: seen.append(optimizer.param_groups[0]["lr"]))
+    lrs: list[float] = []
+    optimizer.register_step_pre_hook(lambda *_: lrs.append(optimizer.param_groups[0]["lr"]))
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -208,7 +210,7 @@ def test_schedulers_closures_hooks_and_pickles():
         loss = optimizer.step(closure)
         scheduler.step()
     assert loss > 0
-    assert seen == pytest.approx([0.05, 0.0625, 0.075])
+    assert lrs == pytest.approx([0.05, 0.0625, 0.075])
     twins = []
     for twin in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
         twin_param = twin.param_groups[0]["params"][0]
@@ -242,7 +244,7 @@ def test_resuming_is_bitwise():
 
 
 def test_a_step_with_lr_0_and_zero_gradients_changes_nothing():
-    """How torch's checkpoints and torchtitan make the state of an optimizer."""
+    """torch's checkpoint functions and torchtitan initialize optimizer state by such a step."""
     a, b = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3))
     optimizer = Muon([{"params": [a]}, {"params": [b], "algorithm": "adamw"}])
     for group in optimizer.param_groups:
@@ -255,22 +257,22 @@ def test_a_step_with_lr_0_and_zero_gradients_changes_nothing():
 
 
 def test_a_checkpoint_of_torch_s_muon_loads():
-    ours, theirs = (nn.Parameter(tensors_like([(6, 4)], 0)[0]) for _ in range(2))
-    oracle, optimizer = torch.optim.Muon([theirs]), Muon([ours], lr=0.5)
+    param, oracle_param = (nn.Parameter(tensors_like([(6, 4)], 0)[0]) for _ in range(2))
+    oracle, optimizer = torch.optim.Muon([oracle_param]), Muon([param], lr=0.5)
     for step in range(4):
-        theirs.grad = tensors_like([(6, 4)], 1 + step)[0]
+        oracle_param.grad = tensors_like([(6, 4)], 1 + step)[0]
         if step == 2:
             optimizer.load_state_dict(copy.deepcopy(oracle.state_dict()))
-            ours.data.copy_(theirs)
+            param.data.copy_(oracle_param)
         if step >= 2:
-            ours.grad = theirs.grad.clone()
+            param.grad = oracle_param.grad.clone()
             optimizer.step()
         oracle.step()
-    assert torch.equal(ours, theirs)
+    assert torch.equal(param, oracle_param)
 
 
-def test_equal_names_are_told_apart():
-    """Two pipeline chunks on one rank may have equal names, which torch takes."""
+def test_parameters_with_equal_names_are_distinguished():
+    """Two pipeline chunks on one rank may have parameters with equal names; torch allows it."""
     params = [nn.Parameter(w) for w in tensors_like([(4, 3), (3,), (4, 3)], 0)]
     optimizer = Muon(
         [
@@ -281,50 +283,52 @@ def test_equal_names_are_told_apart():
     )
     assert [spec.fqn for spec in optimizer.plan.params] == ["w", "3:w"]
     assert [group["param_names"] for group in optimizer.param_groups] == [["w"]] * 3
-    theirs = [nn.Parameter(params[i].detach().clone()) for i in (0, 2)]
-    oracles = [torch.optim.Muon([p], lr=lr) for p, lr in zip(theirs, (0.1, 0.2), strict=True)]
-    for param in (*params, *theirs):
+    oracle_params = [nn.Parameter(params[i].detach().clone()) for i in (0, 2)]
+    oracles = [
+        torch.optim.Muon([p], lr=lr) for p, lr in zip(oracle_params, (0.1, 0.2), strict=True)
+    ]
+    for param in (*params, *oracle_params):
         param.grad = torch.ones_like(param)
     for each in (optimizer, *oracles):
         each.step()
-    assert torch.equal(params[0], theirs[0])
-    assert torch.equal(params[2], theirs[1])
+    assert torch.equal(params[0], oracle_params[0])
+    assert torch.equal(params[2], oracle_params[1])
 
 
 def test_loading_keeps_the_algorithm_of_a_group():
-    ours, theirs = (nn.Parameter(torch.ones(4)) for _ in range(2))
-    optimizer = Muon([{"params": [ours], "algorithm": "adamw"}])
-    oracle = torch.optim.AdamW([theirs], lr=0.3)
-    theirs.grad = torch.ones(4)
+    param, oracle_param = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizer = Muon([{"params": [param], "algorithm": "adamw"}])
+    oracle = torch.optim.AdamW([oracle_param], lr=0.3)
+    oracle_param.grad = torch.ones(4)
     oracle.step()
     optimizer.load_state_dict(copy.deepcopy(oracle.state_dict()))
     assert optimizer.param_groups[0]["algorithm"] == "adamw"
-    ours.data.copy_(theirs)
-    ours.grad = torch.ones(4)
+    param.data.copy_(oracle_param)
+    param.grad = torch.ones(4)
     optimizer.step()
     oracle.step()
-    assert torch.equal(ours, theirs)
+    assert torch.equal(param, oracle_param)
 
 
-def test_one_cycle_moves_the_momentum_as_with_torch_s_muon():
-    seen = []
-    for kind in (Muon, torch.optim.Muon):
-        optimizer = kind([nn.Parameter(torch.ones(2, 2))], lr=0.1)
+def test_one_cycle_lr_changes_the_momentum_as_with_torch_s_muon():
+    values = []
+    for optimizer_class in (Muon, torch.optim.Muon):
+        optimizer = optimizer_class([nn.Parameter(torch.ones(2, 2))], lr=0.1)
         torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=9)
-        seen.append((optimizer.param_groups[0]["momentum"], optimizer.param_groups[0]["lr"]))
-    assert seen[0] == seen[1]
+        values.append((optimizer.param_groups[0]["momentum"], optimizer.param_groups[0]["lr"]))
+    assert values[0] == values[1]
 
 
-def test_a_tensor_is_no_list_of_parameters():
+def test_a_single_tensor_as_params_raises():
     with pytest.raises(TypeError, match="params argument"):
         Muon(torch.ones(3, 4, 4))
 
 
-@pytest.mark.parametrize("bad", [{"algorithm": "sgd"}, {"adjust_lr_fn": "typo"}, {"betas": 5}])
-def test_a_checkpoint_with_options_out_of_range_changes_nothing(bad):
+@pytest.mark.parametrize("options", [{"algorithm": "sgd"}, {"adjust_lr_fn": "typo"}, {"betas": 5}])
+def test_a_checkpoint_with_options_out_of_range_changes_nothing(options):
     optimizer = Muon([weight(2, 2)])
     saved = copy.deepcopy(optimizer.state_dict())
-    saved["param_groups"][0].update(bad)
+    saved["param_groups"][0].update(options)
     with pytest.raises(GroupOptionError):
         optimizer.load_state_dict(saved)
     assert optimizer.state_dict()["param_groups"][0]["algorithm"] == "muon"
@@ -332,12 +336,12 @@ def test_a_checkpoint_with_options_out_of_range_changes_nothing(bad):
 
 def test_a_learning_rate_may_be_a_tensor():
     for value in (0.1, 0.0137, 0.3):
-        ours, theirs = (nn.Parameter(tensors_like([(6, 4)], 0)[0]) for _ in range(2))
+        params = [nn.Parameter(tensors_like([(6, 4)], 0)[0]) for _ in range(2)]
         optimizers = (
-            Muon([ours], lr=torch.tensor(value)),
-            torch.optim.Muon([theirs], torch.tensor(value)),
+            Muon([params[0]], lr=torch.tensor(value)),
+            torch.optim.Muon([params[1]], torch.tensor(value)),
         )
-        for param, optimizer in zip((ours, theirs), optimizers, strict=True):
+        for param, optimizer in zip(params, optimizers, strict=True):
             param.grad = tensors_like([(6, 4)], 1)[0]
             optimizer.step()
-        assert torch.equal(ours, theirs)
+        assert torch.equal(*params)

@@ -1,4 +1,4 @@
-"""What the README's table says of each call is what the plan prints; its Python runs."""
+"""The README's Python code runs, and its table of setups agrees with printed plans."""
 
 import contextlib
 import io
@@ -27,28 +27,28 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def rows() -> list[tuple[str, str, list[str]]]:
-    """Setup, code of the config, and what the plan says, of the table of setups."""
+    """Return (setup, code of the config, texts in the plan) for each row of the table of setups."""
     table = README[README.index("| setup |") :].split("\n\n")[0]
-    found = []
+    result = []
     for line in table.splitlines()[2:]:
-        setup, call, says = (cell.strip() for cell in line.strip("|").split("|"))
+        setup, call, texts = (cell.strip() for cell in line.strip("|").split("|"))
         code = re.findall(r"`([^`]+)`", call)[0]
-        found.append((setup, code, re.findall(r"`([^`]+)`", says)))
-    return found
+        result.append((setup, code, re.findall(r"`([^`]+)`", texts)))
+    return result
 
 
-def printed(setup: str, code: str) -> str:
+def printed_plan(setup: str, code: str) -> str:
     mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
     group = dist.group.WORLD
     model: nn.Module = TinyTransformer(64)
-    named: Any = None
+    shards: Any = None
     if "FSDP2" in setup:
         fully_shard(model, mesh=mesh)
     elif "FSDP1" in setup:
         model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
     elif "_pg" in code:
         tensor_dim = int("tp_pg" in code)
-        named = [
+        shards = [
             (name, nn.Parameter(p.detach().chunk(4, tensor_dim)[dist.get_rank()].clone()))
             for name, p in model.named_parameters()
         ]
@@ -56,22 +56,22 @@ def printed(setup: str, code: str) -> str:
     scope = {"mesh": mesh, "group": group, **vars(muon_dtensor)}
     scope |= {name: getattr(muon_dtensor, name) for name in muon_dtensor.__all__}
     config = eval(code, scope)
-    return str(Muon(named or model.named_parameters(), distributed_config=config).plan)
+    return str(Muon(shards or model.named_parameters(), distributed_config=config).plan)
 
 
-@pytest.mark.parametrize(("setup", "code", "says"), rows()[:-1], ids=[r[0] for r in rows()[:-1]])
-def test_the_table_of_setups_says_what_plans_say(setup, code, says):
-    assert says
-    for plan in run_processes(4, printed, setup, code):
-        for words in says:
-            assert words in plan
+@pytest.mark.parametrize(("setup", "code", "texts"), rows()[:-1], ids=[r[0] for r in rows()[:-1]])
+def test_the_table_of_setups_agrees_with_printed_plans(setup, code, texts):
+    assert texts
+    for plan in run_processes(4, printed_plan, setup, code):
+        for text in texts:
+            assert text in plan
 
 
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_example_runs_under_torchrun(tmp_path):
-    """Copied into an empty folder, as a user would."""
+    """The example is copied to an empty folder."""
     (tmp_path / "example.py").write_text(BLOCKS[0])
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
     command = [sys.executable, *torchrun, "example.py"]
@@ -80,8 +80,8 @@ def test_the_example_runs_under_torchrun(tmp_path):
     assert "mesh (dp_shard=4): 2 matrices" in run.stdout
 
 
-def the_quick_start() -> str:
-    """On the model of examples/train_gpt.py, over dp_shard=2 and tp=2; what it prints."""
+def quick_start_output() -> str:
+    """Return the output of the quick start with examples/train_gpt.py's model, on 2 x 2 ranks."""
     script = load_script(str(EXAMPLES / "train_gpt.py"))
     config = script.Config()
     model = script.make_model(config, script.make_mesh(config, "cpu"))
@@ -92,16 +92,17 @@ def the_quick_start() -> str:
     return out.getvalue()
 
 
-def test_the_quick_start_prints_what_the_readme_shows():
-    shown = README.split("```text\n")[1].split("```")[0].splitlines()
-    printed = [" ".join(line.split()) for line in run_processes(4, the_quick_start)[0].splitlines()]
-    assert len(shown) > 5
-    for line in shown:
+def test_the_quick_start_prints_the_plan_in_the_readme():
+    expected = README.split("```text\n")[1].split("```")[0].splitlines()
+    output = run_processes(4, quick_start_output)[0]
+    printed = [" ".join(line.split()) for line in output.splitlines()]
+    assert len(expected) > 5
+    for line in expected:
         assert " ".join(line.split()) in printed
 
 
 class Fused(nn.Module):
-    """What the README's rules name."""
+    """A model with the weights that the README's rules match."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +112,7 @@ class Fused(nn.Module):
         self.conv = nn.Conv2d(3, 5, 2)
 
 
-def test_the_rules_of_the_readme_sort_a_model():
+def test_the_rules_in_the_readme_declare_matrices():
     scope: dict[str, Any] = {"group_parameters": muon_dtensor.group_parameters, "model": Fused()}
     exec(BLOCKS[2], scope)
     plan = Muon(scope["groups"]).plan
@@ -119,10 +120,10 @@ def test_the_rules_of_the_readme_sort_a_model():
     assert counts == {"wqkv.weight": 3, "wo.weight": 32, "conv.weight": 1}
 
 
-def test_a_calibrated_topology_explains_as_the_readme_says(tmp_path, monkeypatch, capsys):
+def test_the_topology_example_in_the_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("mine.json").write_text(PRESETS["gloo-local"].to_json())
     params = [("layers.0.attention.wq.weight", nn.Parameter(torch.ones(4, 4)))]
     exec(BLOCKS[3], {"Muon": Muon, "params": params})
     assert "layers.0.attention.wq.weight" in capsys.readouterr().out
-    assert len(BLOCKS) == 4, "every block is run here"
+    assert len(BLOCKS) == 4, "every block of the README is run in this file"

@@ -1,1 +1,1 @@
-"""The command line: muon-dtensor demo. Needs the `cli` extra."""
+"""The `muon-dtensor` command: demo, plan, calibrate, validate. Needs the `cli` extra."""

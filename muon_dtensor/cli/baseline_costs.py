@@ -1,4 +1,4 @@
-"""What a step costs as today's packages work, predicted for the same parameters."""
+"""Predicted costs of a step for this package and for two baseline methods."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,11 +10,11 @@ from muon_dtensor.planning.report import PlanReport, plan_report
 from muon_dtensor.planning.simulate import orthogonalize_seconds
 from muon_dtensor.planning.strategies import strategies_for
 
-WAYS = ("naive", "1d-owner", "ours")
+METHODS = ("naive", "1d-owner", "ours")
 
 
 @dataclass(frozen=True, slots=True)
-class WayCost:
+class MethodCost:
     """Seconds of a step; bytes sent, FLOP and peak bytes of the busiest rank; mean FLOP."""
 
     seconds: float
@@ -24,8 +24,8 @@ class WayCost:
     peak_nbytes: int
 
     @classmethod
-    def of(cls, report: PlanReport) -> "WayCost":
-        """The costs of a plan."""
+    def of(cls, report: PlanReport) -> "MethodCost":
+        """Return the costs of a plan."""
         cost = report.cost
         return cls(
             report.prediction.seconds,
@@ -36,35 +36,38 @@ class WayCost:
         )
 
 
-def cost_of_way(way: str, specs: Sequence[ParamSpec], options: PlanOptions) -> WayCost:
-    """The costs of one way of working.
+def method_cost(method: str, specs: Sequence[ParamSpec], options: PlanOptions) -> MethodCost:
+    """Return the predicted costs of one method.
 
-    naive: every rank gathers and orthogonalizes every matrix it holds a part of, one after the
-    other, as `full_tensor()` in a loop does. 1d-owner: an owner for each matrix among the ranks
-    that hold one copy of it, and every replica does the same again, as optimizers of one 1-D mesh
-    do (microsoft/dion, torchtitan's DistMuon); they refuse most matrices that several mesh dims
-    cut, and the model takes those dims for one. ours: the plan.
+    naive: every rank gathers and orthogonalizes every matrix of which it holds a piece, one after
+    the other, as `full_tensor()` in a loop does.
+    1d-owner: each matrix has one owner in every replica, so each replica repeats the same work, as
+    optimizers on one 1-D mesh do (microsoft/dion, torchtitan's DistMuon). These optimizers reject
+    most matrices that several mesh dims cut; the prediction treats those dims as one.
+    ours: the plan of this package.
 
-    Raises ValueError for another way.
+    Raises ValueError for an unknown method.
     """
-    match way:
+    match method:
         case "naive":
             return _naive(specs, options)
         case "1d-owner":
-            first = {layout: _first_replica(layout) for layout in {s.layout for s in specs}}
-            inner = [replace(spec, layout=first[spec.layout]) for spec in specs]
-            return WayCost.of(plan_report(inner, replace(options, strategy="owned")))
+            replica_layouts = {
+                layout: _first_replica(layout) for layout in {s.layout for s in specs}
+            }
+            inner = [replace(spec, layout=replica_layouts[spec.layout]) for spec in specs]
+            return MethodCost.of(plan_report(inner, replace(options, strategy="owned")))
         case "ours":
-            return WayCost.of(plan_report(specs, options))
+            return MethodCost.of(plan_report(specs, options))
         case _:
-            raise ValueError(f"--compare takes {', '.join(WAYS)}, got {way!r}")
+            raise ValueError(f"--compare takes {', '.join(METHODS)}, got {method!r}")
 
 
-def _naive(specs: Sequence[ParamSpec], options: PlanOptions) -> WayCost:
-    """Costs of the rank that holds most. Momentum and update are left out."""
+def _naive(specs: Sequence[ParamSpec], options: PlanOptions) -> MethodCost:
+    """Return the maximum over ranks of each cost, without momentum and parameter update."""
     topology = options.topology
     ranks: dict[int, list[float]] = {}
-    known: dict[tuple[object, ...], tuple[float, int, int, int]] = {}
+    cost_by_key: dict[tuple[object, ...], tuple[float, int, int, int]] = {}
     for spec in specs:
         mesh, itemsize = spec.layout.mesh, ITEMSIZES[spec.wire_dtype]
         for matrix in spec.matrices:
@@ -72,7 +75,7 @@ def _naive(specs: Sequence[ParamSpec], options: PlanOptions) -> WayCost:
                 continue
             holders = spec.layout.holders(matrix.region)
             key = (id(holders), matrix.rows, matrix.cols, spec.num_iterations, spec.wire_dtype)
-            if key not in known:
+            if key not in cost_by_key:
                 dims = strategies_for(spec.layout, matrix.region)[0].unshard_dims
                 piece = spec.layout.largest_part(matrix.region)
                 sent = itemsize * (len(holders) - 1) * piece
@@ -82,26 +85,26 @@ def _naive(specs: Sequence[ParamSpec], options: PlanOptions) -> WayCost:
                     topology, matrix, spec.num_iterations, spec.wire_dtype
                 )
                 short = min(matrix.rows, matrix.cols)
-                held = itemsize * (3 * matrix.numel + 2 * short * short)
+                peak = itemsize * (3 * matrix.numel + 2 * short * short)
                 flops = matrix_flops(matrix, spec.num_iterations)
-                known[key] = (seconds, sent, flops, held)
-            seconds, sent, flops, held = known[key]
+                cost_by_key[key] = (seconds, sent, flops, peak)
+            seconds, sent, flops, peak = cost_by_key[key]
             for home in holders:
                 for offset in spec.layout.replica_offsets:
                     totals = ranks.setdefault(mesh.ranks[home + offset], [0.0, 0, 0, 0])
                     for index, value in enumerate((seconds, sent, flops)):
                         totals[index] += value
-                    totals[3] = max(totals[3], held)
+                    totals[3] = max(totals[3], peak)
     if not ranks:
-        return WayCost(topology.step_overhead, 0, 0, 0.0, 0)
-    seconds, sent, flops, held = (max(column) for column in zip(*ranks.values(), strict=True))
+        return MethodCost(topology.step_overhead, 0, 0, 0.0, 0)
+    seconds, sent, flops, peak = (max(column) for column in zip(*ranks.values(), strict=True))
     mean_flops = sum(totals[2] for totals in ranks.values()) / len(ranks)
     seconds += topology.step_overhead
-    return WayCost(seconds, int(sent), int(flops), mean_flops, int(held))
+    return MethodCost(seconds, int(sent), int(flops), mean_flops, int(peak))
 
 
 def _first_replica(layout: Layout) -> Layout:
-    """The same layout on the ranks of the first replica alone."""
+    """Return the same layout on only the ranks of the first replica."""
     mesh, dropped = layout.mesh, layout.replica_dims
     names = tuple(name for name in mesh.dim_names if name not in dropped)
     ranks = tuple(rank for p, rank in enumerate(mesh.ranks) if mesh.index_along(p, dropped) == 0)

@@ -1,7 +1,4 @@
-"""What people do without this package: the steps we are compared with.
-
-Correct and plain. Not used by the optimizer.
-"""
+"""Baseline Muon step for the demo and the benchmarks. Not used by the optimizer."""
 
 from collections.abc import Sequence
 
@@ -18,7 +15,7 @@ from muon_dtensor.runtime.torch_private import local_part, this_rank
 
 
 @torch.no_grad()
-def everyone_gathers(
+def naive_step(
     params: Sequence[Tensor],
     momenta: Sequence[Tensor],
     *,
@@ -26,14 +23,14 @@ def everyone_gathers(
     momentum: float = 0.95,
     ns_dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """A Muon step in which every rank gathers and orthogonalizes every matrix by itself.
+    """Do a Muon step in which every rank gathers and orthogonalizes every matrix.
 
-    `params` are 2-D DTensors with gradients, `ns_dtype` is that of the iteration; weight decay is
-    left out.
+    `params` are 2-D tensors or DTensors with gradients. `ns_dtype` is the dtype of the iteration.
+    There is no weight decay.
     """
     grads = []
     for param in params:
-        assert param.grad is not None, "everyone_gathers needs a gradient of every parameter"
+        assert param.grad is not None, "naive_step needs a gradient for every parameter"
         grads.append(param.grad)
     buffers = [local_part(m) for m in momenta]
     update_momentum(buffers, [local_part(g) for g in grads], momentum)
@@ -50,12 +47,12 @@ def everyone_gathers(
             shape=param.shape,
             stride=param.stride(),
         )
-        whole = newton_schulz(direction.full_tensor(), dtype=ns_dtype)
-        local_part(param).add_(_own_part(whole, param), alpha=-lr)
+        full_update = newton_schulz(direction.full_tensor(), dtype=ns_dtype)
+        local_part(param).add_(_local_shard(full_update, param), alpha=-lr)
 
 
-def _own_part(whole: Tensor, like: DTensor) -> Tensor:
-    """This rank's shard of a tensor that all ranks hold."""
+def _local_shard(full_tensor: Tensor, like: DTensor) -> Tensor:
+    """Return this rank's shard of a full tensor, placed as `like`."""
     layout = describe_layout(like, describe_mesh(like.device_mesh))
     region = layout.region(layout.mesh.position_of(this_rank()))
-    return view_box(whole, box_of(region, Region.whole(layout.shape)))
+    return view_box(full_tensor, box_of(region, Region.whole(layout.shape)))

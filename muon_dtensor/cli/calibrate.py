@@ -1,6 +1,6 @@
-"""`muon-dtensor calibrate`: what this machine's links, devices and host cost, as a JSON file.
+"""`muon-dtensor calibrate`: measures links, devices and host of this machine into a JSON file.
 
-Checks the flags and starts the ranks; `calibrate_worker` is what they run.
+Checks the flags and starts the ranks, which run `calibrate_worker`.
 """
 
 import os
@@ -10,23 +10,23 @@ from pathlib import Path
 
 
 def calibrate(ranks: int = 4, out: Path = Path("topology.json"), name: str = "") -> int:
-    """Measure this machine and write a topology that `plan --topology` and `Muon(topology=)` take.
+    """Measure this machine and write a topology that `plan --topology` and `Muon(topology=)` read.
 
-    Takes the ranks that torchrun started, on one node or several; else starts `--ranks` processes
-    here. Measures GPUs over nccl where each rank of a node has one, else the host over gloo. A
-    minute or two; nothing else should run overlapped.
+    Uses the ranks that torchrun started, on one node or several. Without torchrun it starts
+    `--ranks` processes on this machine. Measures GPUs over nccl if every rank of a node has a GPU,
+    else the host over gloo. Takes one or two minutes. Run nothing else on the machine meanwhile.
 
     Args:
-        ranks: processes to start.
-        out: the file to write.
-        name: of the machine, for people; by default the name of the file.
+        ranks: number of processes to start.
+        out: path of the topology file to write.
+        name: name of the machine in printed plans; default: the file name without its suffix.
     """
     if ranks < 1:
         print(f"muon-dtensor calibrate: --ranks must be 1 or more, got {ranks}", file=sys.stderr)
         return 2
     if out.is_dir() or not out.parent.is_dir():
-        why = "a folder, not a file" if out.is_dir() else "in no folder that exists"
-        print(f"muon-dtensor calibrate: --out {out} is {why}", file=sys.stderr)
+        reason = "a folder, not a file" if out.is_dir() else "in a folder that does not exist"
+        print(f"muon-dtensor calibrate: --out {out} is {reason}", file=sys.stderr)
         return 2
     command = [sys.executable]
     if "TORCHELASTIC_RUN_ID" not in os.environ:

@@ -1,6 +1,6 @@
-"""One process of `muon-dtensor calibrate`: all ranks measure together, rank 0 writes.
+"""One process of `muon-dtensor calibrate`: all ranks measure, rank 0 writes the topology.
 
-Times the package's own functions on the machine as it is. Fits; decides nothing.
+Times functions of this package on this machine and fits the parameters of the cost model.
 """
 
 import os
@@ -28,7 +28,7 @@ from muon_dtensor.algorithms.update import (
     update_momentum,
     write_directions,
 )
-from muon_dtensor.cli.shutdown import leave
+from muon_dtensor.cli.shutdown import destroy_process_group
 from muon_dtensor.layout import MeshSpec
 from muon_dtensor.planning.matrix_costs import newton_schulz_flops
 from muon_dtensor.planning.plan import Plan
@@ -39,27 +39,27 @@ from muon_dtensor.runtime.collectives import all_gather_parts, all_reduce_sum, a
 
 ROUNDS = 7
 SIDES = {"cpu": (16, 64, 128, 192, 256, 384, 512, 768, 1024), "cuda": (64, 256, 1024, 4096, 8192)}
-"""Short sides of the matrices that are timed, by device."""
-LONGER = 3
-"""How many times its short side such a matrix is long."""
+"""Short sides of the timed matrices, by device type."""
+ASPECT_RATIO = 3
+"""Long side of a timed matrix divided by its short side."""
 LARGE_SIDE = 192
-"""From here on matrices keep a core busy."""
+"""Smallest short side of a matrix whose iteration keeps a core busy."""
 NBYTES = tuple(1 << n for n in (10, 15, 18, 20, 22, 24))
-"""What a rank sends in exchanges."""
+"""Bytes that a rank sends in the timed exchanges."""
 RING_NUMELS = (1 << 12, 1 << 16, 1 << 19)
-"""Elements of all-gathers and all-reduces."""
+"""Elements of the timed all-gathers and all-reduces."""
 STEP_NUMS, STEP_SIDE = (4, 32), 32
-"""How many matrices, of which side, the steps have that show what the host costs."""
+"""Numbers of matrices in the timed steps, and their side. Host overheads are fitted to them."""
 READING_SECONDS = 4e-3
-"""Calls are repeated until one reading takes about so long."""
+"""Approximate duration of one reading; calls are repeated to reach it."""
 
 
 def readings_in_turns(
     bodies: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS
 ) -> dict[str, list[float]]:
-    """Seconds of each body on the slowest rank, in each of the rounds in which they take turns.
+    """Return the seconds of each body on the slowest rank, one reading per round.
 
-    One round before those does not count.
+    The bodies alternate in each round. One warm-up round is not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in bodies}
     for turn in range(rounds + 1):
@@ -69,126 +69,132 @@ def readings_in_turns(
             body()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            taken = torch.tensor(time.perf_counter() - start, device=device)
-            dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+            seconds = torch.tensor(time.perf_counter() - start, device=device)
+            dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
             if turn:
-                times[name].append(float(taken))
+                times[name].append(float(seconds))
     return times
 
 
 def median_seconds(
     bodies: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS
 ) -> dict[str, float]:
-    """The medians of `readings_in_turns`."""
+    """Return the median of each body's `readings_in_turns`."""
     readings = readings_in_turns(bodies, device, rounds)
     return {name: statistics.median(values) for name, values in readings.items()}
 
 
 class _Bench:
-    """Readings on all ranks at once, or on rank 0 while the others wait."""
+    """Measurements on all ranks together, or on rank 0 while the other ranks wait."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def seconds(self, body: Callable[[], object], alone: bool = False) -> float:
-        """Seconds of one call on the slowest rank."""
+    def seconds(self, body: Callable[[], object], rank_0_only: bool = False) -> float:
+        """Return the seconds of one call on the slowest rank."""
         repeats = 1
 
         def repeated() -> None:
-            if not alone or dist.get_rank() == 0:
+            if not rank_0_only or dist.get_rank() == 0:
                 for _ in range(repeats):
                     body()
 
-        once = median_seconds({"": repeated}, self.device, rounds=2)[""]
-        repeats = max(1, int(READING_SECONDS / once))
+        single_call = median_seconds({"": repeated}, self.device, rounds=2)[""]
+        repeats = max(1, int(READING_SECONDS / single_call))
         return median_seconds({"": repeated}, self.device)[""] / repeats
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The same on every rank."""
+        """Return a random tensor with the same values on every rank."""
         generator = torch.Generator().manual_seed(0)
         return torch.randn(*shape, generator=generator).to(self.device, dtype)
 
     def matmul(self) -> tuple[tuple[tuple[str, Rates], ...], float]:
-        """(FLOP/s by dtype and short side of one rank alone, how many ranks run at that speed)."""
+        """Measure the iteration on one rank and on all ranks.
+
+        Returns (FLOP/s of a single rank by dtype and short side, number of ranks that run at that
+        speed at the same time).
+        """
         rates: dict[str, list[tuple[int, float]]] = {"bfloat16": [], "float32": []}
         slowdowns = []
         for name, points in rates.items():
             dtype = getattr(torch, name)
             for side in SIDES[self.device.type]:
-                matrix = self.randn(side, LONGER * side, dtype=dtype)
+                matrix = self.randn(side, ASPECT_RATIO * side, dtype=dtype)
                 body = partial(newton_schulz, matrix, dtype=dtype)
-                alone = self.seconds(body, alone=True)
-                flops = newton_schulz_flops(side, LONGER * side, NUM_ITERATIONS)
-                points.append((side, flops / alone))
+                single_rank = self.seconds(body, rank_0_only=True)
+                flops = newton_schulz_flops(side, ASPECT_RATIO * side, NUM_ITERATIONS)
+                points.append((side, flops / single_rank))
                 if side >= LARGE_SIDE:
-                    slowdowns.append(self.seconds(body) / alone)
+                    slowdowns.append(self.seconds(body) / single_rank)
         cores = dist.get_world_size() / max(1.0, statistics.median(slowdowns))
         return tuple((name, tuple(points)) for name, points in rates.items()), cores
 
     def elementwise(self) -> float:
-        """Bytes/s of momentum, direction, decay and update, counted as `simulate` counts them."""
+        """Return bytes/s of momentum, direction, decay and update, as `simulate` counts bytes."""
         num, side = 16, 512
         params, momenta, grads = (list(self.randn(num, side, side)) for _ in range(3))
         wires = list(self.randn(num, side, side, dtype=torch.bfloat16))
-        places = [MatrixSlice(side, side, 0, False)] * num
+        matrix_slices = [MatrixSlice(side, side, 0, False)] * num
 
         def body() -> None:
             for i in range(num):
-                one = slice(i, i + 1)
-                update_momentum(momenta[one], grads[one], 0.95)
-                write_directions(wires[one], momenta[one], grads[one], 0.95, True)
+                item = slice(i, i + 1)
+                update_momentum(momenta[item], grads[item], 0.95)
+                write_directions(wires[item], momenta[item], grads[item], 0.95, True)
             for i in range(num):
-                one = slice(i, i + 1)
-                # a decay that no pass may leave out, and no number of rounds wears down
-                apply_updates(params[one], wires[one], places[one], decay=-1.0, matrix_lr=0.0)
+                item = slice(i, i + 1)
+                # decay -1 flips signs: it costs a pass and does not shrink values over the rounds
+                apply_updates(
+                    params[item], wires[item], matrix_slices[item], decay=-1.0, matrix_lr=0.0
+                )
 
-        each = packed_nbytes(4, 2, touched=1, pieces=1) + applied_nbytes(4, 2, touched=1)
-        return num * side * side * each / self.seconds(body)
+        element_nbytes = packed_nbytes(4, 2, touched=1, pieces=1) + applied_nbytes(4, 2, touched=1)
+        return num * side * side * element_nbytes / self.seconds(body)
 
     def link(self, group: ProcessGroup) -> tuple[Link, float]:
-        """(the link of a group with more than one rank, seconds to start a collective)."""
+        """Return (link of a group of two or more ranks, seconds to start a collective)."""
         size = dist.get_world_size(group)
-        readings, starts = [], []
+        readings, start_seconds = [], []
         for nbytes in NBYTES:
-            each = max(1, nbytes // (size - 1))
-            send = torch.zeros(size * each, dtype=torch.uint8, device=self.device)
-            recv, splits = torch.empty_like(send), [each] * size
+            split = max(1, nbytes // (size - 1))
+            send = torch.zeros(size * split, dtype=torch.uint8, device=self.device)
+            recv, splits = torch.empty_like(send), [split] * size
 
-            def start(send: Tensor, recv: Tensor, splits: Sequence[int]) -> None:
-                begun = time.perf_counter()
+            def exchange(send: Tensor, recv: Tensor, splits: Sequence[int]) -> None:
+                start = time.perf_counter()
                 work = all_to_all(send, recv, splits, splits, group)
-                starts.append(time.perf_counter() - begun)
+                start_seconds.append(time.perf_counter() - start)
                 work.wait()
 
-            taken = self.seconds(partial(start, send, recv, splits))
-            readings.append((size - 1, (size - 1) * each, taken))
+            seconds = self.seconds(partial(exchange, send, recv, splits))
+            readings.append((size - 1, (size - 1) * split, seconds))
         latency, per_byte = fitted(readings)
-        return Link(latency, 1 / per_byte), statistics.median(starts)
+        return Link(latency, 1 / per_byte), statistics.median(start_seconds)
 
     def ring_factor(self, topology: Topology) -> float:
-        """What all-gathers and all-reduces of all ranks take, over what the links say."""
+        """Return measured over predicted seconds of all-gathers and all-reduces of all ranks."""
         group = dist.group.WORLD
         size = dist.get_world_size()
-        assert group is not None, "there is a process group"
+        assert group is not None, "the default process group exists"
         mesh, factors = MeshSpec.of(all=size), []
         for numel in RING_NUMELS:
             block = torch.zeros(-(-numel // size), device=self.device)
-            everything = torch.zeros(size * block.numel(), device=self.device)
-            for told, body in (
+            gathered = torch.zeros(size * block.numel(), device=self.device)
+            for predicted, body in (
                 (
                     topology.all_gather_seconds(mesh, ("all",), 4 * block.numel()),
-                    partial(all_gather_parts, everything, block, group),
+                    partial(all_gather_parts, gathered, block, group),
                 ),
                 (
-                    topology.all_reduce_seconds(mesh, ("all",), 4 * everything.numel()),
-                    partial(all_reduce_sum, everything, group),
+                    topology.all_reduce_seconds(mesh, ("all",), 4 * gathered.numel()),
+                    partial(all_reduce_sum, gathered, group),
                 ),
             ):
-                factors.append(self.seconds(body) / told)
+                factors.append(self.seconds(body) / predicted)
         return statistics.median(factors)
 
     def steps(self) -> dict[int, tuple[Plan, float]]:
-        """Plans of so many tiny matrices on all ranks, with the seconds their steps take."""
+        """Return, by number of tiny matrices, a plan on all ranks and the seconds of its step."""
         mesh = init_device_mesh(self.device.type, (dist.get_world_size(),), mesh_dim_names=("all",))
         optimizers = {}
         for num in STEP_NUMS:
@@ -204,18 +210,20 @@ class _Bench:
             self.device,
             rounds=5 * ROUNDS,
         )
-        return {num: (made.plan.plan, seconds[str(num)]) for num, made in optimizers.items()}
+        return {
+            num: (optimizer.plan.plan, seconds[str(num)]) for num, optimizer in optimizers.items()
+        }
 
 
 def fitted(readings: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
-    """(latency, seconds per byte) of (messages, bytes, seconds), by least squares of ratios.
+    """Fit (latency, seconds per byte) to (messages, bytes, seconds), by least squares of ratios.
 
-    The longest reading is met exactly, so that noise makes neither negative.
+    The fit is exact at the last reading, so that noise makes neither value negative.
     """
     messages, nbytes, longest = readings[-1]
     best = (float("inf"), 0.0, 1.0)
-    for place in range(200):
-        latency = longest / messages * place / 200
+    for candidate in range(200):
+        latency = longest / messages * candidate / 200
         per_byte = (longest - messages * latency) / nbytes
         error = sum(((m * latency + n * per_byte) / t - 1) ** 2 for m, n, t in readings)
         best = min(best, (error, latency, per_byte))
@@ -223,7 +231,7 @@ def fitted(readings: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
 
 
 def with_overheads(topology: Topology, steps: Mapping[int, tuple[Plan, float]]) -> Topology:
-    """The same with the overheads of tensors and steps that make predictions meet these steps."""
+    """Return the topology with the tensor and step overheads that reproduce the measured steps."""
 
     traffics = {num: plan_traffic(plan) for num, (plan, _) in steps.items()}
 
@@ -242,12 +250,12 @@ def with_overheads(topology: Topology, steps: Mapping[int, tuple[Plan, float]]) 
             low = middle
         else:
             high = middle
-    rest = steps[few][1] - predicted(few, low)
-    return replace(topology, tensor_overhead=low, step_overhead=max(0.0, rest))
+    step_overhead = steps[few][1] - predicted(few, low)
+    return replace(topology, tensor_overhead=low, step_overhead=max(0.0, step_overhead))
 
 
 def measured_topology(name: str, device: torch.device) -> Topology:
-    """What the machine of the default process group costs; all ranks call it, all get the same."""
+    """Measure the machine of the default process group. A collective; equal on all ranks."""
     bench, size = _Bench(device), dist.get_world_size()
     node_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     matmul, cores = bench.matmul()
@@ -261,7 +269,7 @@ def measured_topology(name: str, device: torch.device) -> Topology:
         if mesh[dim].size() > 1:
             link, collective_overhead = bench.link(mesh.get_group(dim))
             links.append(link)
-    # a rank by itself sends nothing, and one node nothing to others
+    # a single rank has no link; a single node uses its own link for both
     links = links or [Link(0.0, 1e12)]
     topology = Topology(
         name=name,
@@ -269,7 +277,7 @@ def measured_topology(name: str, device: torch.device) -> Topology:
         within_node=links[0],
         between_nodes=links[-1],
         matmul=matmul,
-        # all ranks were measured at once; the model slows one rank's time down by itself
+        # measured on all ranks together; the cost model applies the slowdown itself
         memory_bandwidth=bench.elementwise() * slowdown,
         collective_overhead=collective_overhead / slowdown,
         cores=cores if on_cpu else None,
@@ -277,14 +285,14 @@ def measured_topology(name: str, device: torch.device) -> Topology:
     if size > 1:
         topology = replace(topology, ring_factor=bench.ring_factor(topology))
     topology = with_overheads(topology, bench.steps())
-    # clocks differ from rank to rank
-    told = [topology.to_json()]
-    dist.broadcast_object_list(told, src=0)
-    return Topology.from_json(told[0])
+    # measured times differ between ranks
+    texts = [topology.to_json()]
+    dist.broadcast_object_list(texts, src=0)
+    return Topology.from_json(texts[0])
 
 
 def main(out: Path, name: str) -> None:
-    """Measure, and write on rank 0."""
+    """Measure on all ranks; write the file on rank 0."""
     on_gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -294,7 +302,7 @@ def main(out: Path, name: str) -> None:
     if dist.get_rank() == 0:
         out.write_text(topology.to_json())
         print(f"{out}: {topology}")
-    leave()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

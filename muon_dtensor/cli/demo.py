@@ -1,6 +1,6 @@
-"""`muon-dtensor demo`: real training on this machine, several gloo processes, Muon and AdamW.
+"""`muon-dtensor demo`: trains a small GPT with Muon and with AdamW on gloo processes.
 
-Checks the flags and starts the ranks; `demo_worker` is what they run.
+Checks the flags and starts the ranks, which run `demo_worker`.
 """
 
 import json
@@ -23,17 +23,17 @@ def demo(
     tp: int | None = None,
     out: Path = Path("demo-out"),
 ) -> int:
-    """Train a small GPT with Muon, then with AdamW alone, on gloo processes of this machine.
+    """Train a small GPT with Muon, then with AdamW only, on gloo processes of this machine.
 
-    Ends with a table, and writes demo.json and a plot of the losses.
+    Prints a table of the results. Writes demo.json and a plot of the losses.
 
     Args:
-        steps: training steps of each run.
-        ranks: processes to start; by default the product of the mesh sizes.
-        dp_replicate: replicas (HSDP), 1 by default.
-        dp_shard: FSDP shards; by default 2, or what ranks leave.
-        tp: tensor-parallel ranks, 2 by default.
-        out: folder for demo.json and losses.png; made if it does not exist.
+        steps: number of training steps of each run.
+        ranks: number of processes to start; default: the product of the mesh sizes.
+        dp_replicate: number of replicas (HSDP); default: 1.
+        dp_shard: number of FSDP shards; default: 2, or with `ranks` the size that fills the mesh.
+        tp: number of tensor-parallel ranks; default: 2.
+        out: folder for demo.json and losses.png; created if it does not exist.
     """
     try:
         sizes = mesh_sizes(ranks, dp_replicate, dp_shard, tp)
@@ -44,11 +44,11 @@ def demo(
     except (ValueError, OSError) as error:
         print(f"muon-dtensor demo: {error}", file=sys.stderr)
         return 2
-    told = {"steps": steps, **sizes, "out": str(out.resolve()), "script": str(script)}
+    settings = {"steps": steps, **sizes, "out": str(out.resolve()), "script": str(script)}
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(prod(sizes.values()))),
-        *("-m", "muon_dtensor.cli.demo_worker", json.dumps(told)),
+        *("-m", "muon_dtensor.cli.demo_worker", json.dumps(settings)),
     ]
     status = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     return 0 if status == 0 else 1
@@ -57,20 +57,22 @@ def demo(
 def mesh_sizes(
     ranks: int | None, dp_replicate: int | None, dp_shard: int | None, tp: int | None
 ) -> dict[str, int]:
-    """Sizes of the mesh from what was said and what was not. Raises ValueError."""
-    said = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "tp": tp}
-    for name, size in (*said.items(), ("ranks", ranks)):
+    """Return the mesh sizes; None is a flag without a value. Raises ValueError."""
+    requested = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "tp": tp}
+    for name, size in (*requested.items(), ("ranks", ranks)):
         if size is not None and size < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {size}")
-    sizes = {name: DEFAULT_SIZES[name] if size is None else size for name, size in said.items()}
+    sizes = {
+        name: DEFAULT_SIZES[name] if size is None else size for name, size in requested.items()
+    }
     if ranks is not None and ranks != prod(sizes.values()):
         if tp is None and ranks % sizes["tp"]:
             sizes["tp"] = 1
-        others = sizes["dp_replicate"] * sizes["tp"]
-        if dp_shard is not None or ranks % others:
+        ranks_per_shard = sizes["dp_replicate"] * sizes["tp"]
+        if dp_shard is not None or ranks % ranks_per_shard:
             text = " x ".join(f"{name}={size}" for name, size in sizes.items())
-            raise ValueError(f"{ranks} ranks do not make a mesh {text}; leave some of them out")
-        sizes["dp_shard"] = ranks // others
+            raise ValueError(f"{ranks} ranks do not make a mesh {text}; omit some of these flags")
+        sizes["dp_shard"] = ranks // ranks_per_shard
     if HEADS % sizes["tp"]:
         raise ValueError(f"--tp must divide the {HEADS} attention heads, got {sizes['tp']}")
     if BATCH % (sizes["dp_replicate"] * sizes["dp_shard"]):
@@ -82,7 +84,10 @@ def mesh_sizes(
 
 
 def train_script() -> Path:
-    """examples/train_gpt.py of this checkout, or of the installed wheel."""
+    """Return the path of examples/train_gpt.py in this checkout or in the installed wheel.
+
+    Raises ValueError if neither exists.
+    """
     checkout = Path(__file__).parents[2] / "examples" / "train_gpt.py"
     installed = Path(sysconfig.get_path("data")) / "share/muon_dtensor/examples/train_gpt.py"
     for path in (checkout, installed):

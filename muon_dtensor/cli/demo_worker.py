@@ -1,6 +1,6 @@
-"""One rank of `muon-dtensor demo`: trains examples/train_gpt.py twice, times steps, reports.
+"""One rank of `muon-dtensor demo`: trains examples/train_gpt.py twice and times optimizer steps.
 
-Rank 0 alone prints and writes.
+Only rank 0 prints and writes files.
 """
 
 import importlib.util
@@ -20,15 +20,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from muon_dtensor import Muon
-from muon_dtensor.cli.baselines import everyone_gathers
-from muon_dtensor.cli.shutdown import leave
+from muon_dtensor.cli.baselines import naive_step
+from muon_dtensor.cli.shutdown import destroy_process_group
 from muon_dtensor.planning.render import quantity
 
 TIMED_ROUNDS = 7
 
 
 def load_script(path: str) -> ModuleType:
-    """A Python file as a module named after itself."""
+    """Import a Python file as a module named after the file."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None, path
     assert spec.loader is not None, path
@@ -39,7 +39,7 @@ def load_script(path: str) -> ModuleType:
 
 
 def train_with_bar(script: ModuleType, config: Any, mesh: Any, console: Console) -> Any:
-    """Train one configuration behind a progress bar; the plan is printed before a Muon run."""
+    """Train one configuration with a progress bar. Prints the plan before a Muon run."""
     columns = (
         TextColumn(f"{config.optimizer:>5}"),
         BarColumn(),
@@ -64,9 +64,9 @@ def train_with_bar(script: ModuleType, config: Any, mesh: Any, console: Console)
 
 
 def time_steps(optimizer: Muon, ns_dtype: torch.dtype) -> dict[str, float]:
-    """Median seconds of our Muon step and of everyone-gathers, taken in turns.
+    """Return the median seconds of a step of `optimizer` and of `naive_step`, timed alternately.
 
-    Both orthogonalize the same gradients, in `ns_dtype`; parameters under AdamW sit this out.
+    Both orthogonalize the same gradients in `ns_dtype`. AdamW's parameters are not stepped.
     """
     for group in optimizer.param_groups:
         if group["algorithm"] == "adamw":
@@ -82,15 +82,17 @@ def time_steps(optimizer: Muon, ns_dtype: torch.dtype) -> dict[str, float]:
             if name == "muon_dtensor":
                 optimizer.step()
             else:
-                everyone_gathers(muon, momenta, lr=0.0, ns_dtype=ns_dtype)
+                naive_step(muon, momenta, lr=0.0, ns_dtype=ns_dtype)
             dist.barrier()
             if turn:
                 values.append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def report(told: dict[str, Any], runs: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
-    """All that demo.json holds. Bytes and orthogonalizations are those of the plan."""
+def report(
+    settings: dict[str, Any], runs: dict[str, Any], seconds: dict[str, float]
+) -> dict[str, Any]:
+    """Return the contents of demo.json. Bytes and orthogonalizations are those of the plan."""
     plan = runs["muon"].optimizer.plan
     orthogonalized = dict.fromkeys(plan.cost.ranks, 0)
     for bucket in plan.buckets:
@@ -98,8 +100,8 @@ def report(told: dict[str, Any], runs: dict[str, Any], seconds: dict[str, float]
             orthogonalized[bucket.mesh.ranks[assignment.owner]] += 1
     return {
         "val_loss": {name: run.val_loss for name, run in runs.items()},
-        "steps": told["steps"],
-        "mesh": {name: told[name] for name in ("dp_replicate", "dp_shard", "tp")},
+        "steps": settings["steps"],
+        "mesh": {name: settings[name] for name in ("dp_replicate", "dp_shard", "tp")},
         "losses": {name: run.losses for name, run in runs.items()},
         "optimizer_seconds_per_step": {
             **seconds,
@@ -117,31 +119,31 @@ def report(told: dict[str, Any], runs: dict[str, Any], seconds: dict[str, float]
 
 
 def result_table(summary: dict[str, Any]) -> Table:
-    """The report as a table."""
+    """Return the report as a table."""
     table = Table(title=f"after {summary['steps']} steps")
-    for column in ("", "muon_dtensor", "everyone gathers", "AdamW alone"):
+    for column in ("", "muon_dtensor", "all ranks gather", "AdamW only"):
         table.add_column(column, justify="left" if not column else "right")
     losses, seconds = summary["val_loss"], summary["optimizer_seconds_per_step"]
     counts = summary["orthogonalizations_per_rank"]
     table.add_row("validation loss", f"{losses['muon']:.4f}", "", f"{losses['adamw']:.4f}")
-    ours, theirs = seconds["muon_dtensor"], seconds["everyone_gathers"]
+    planned, naive = seconds["muon_dtensor"], seconds["everyone_gathers"]
     table.add_row(
         "optimizer, ms per step",
-        f"{1e3 * ours:.1f} ({ours / theirs:.2f} x)",
-        f"{1e3 * theirs:.1f}",
+        f"{1e3 * planned:.1f} ({planned / naive:.2f} x)",
+        f"{1e3 * naive:.1f}",
         f"{1e3 * seconds['adamw']:.1f}",
     )
     table.add_row(
         "sent per step", quantity(summary["sent_nbytes_per_step"]["total"], "B"), "", "0 B"
     )
-    each = "/".join(map(str, counts))
-    everyone = "/".join([str(sum(counts))] * len(counts))
-    table.add_row("orthogonalizations per rank", each, everyone, "0")
+    planned_counts = "/".join(map(str, counts))
+    naive_counts = "/".join([str(sum(counts))] * len(counts))
+    table.add_row("orthogonalizations per rank", planned_counts, naive_counts, "0")
     return table
 
 
 def plot_losses(losses: dict[str, list[float]], path: Path) -> str:
-    """Write the training losses as a PNG; returns what to tell the user."""
+    """Write the training losses as a PNG and return a message for the user."""
     if importlib.util.find_spec("matplotlib") is None:
         return "no plot: pip install 'muon_dtensor[plot]'"
     import matplotlib
@@ -150,7 +152,7 @@ def plot_losses(losses: dict[str, list[float]], path: Path) -> str:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), constrained_layout=True)
-    for name, label in (("muon", "Muon (hidden matrices) + AdamW"), ("adamw", "AdamW alone")):
+    for name, label in (("muon", "Muon (hidden matrices) + AdamW"), ("adamw", "AdamW only")):
         axes.plot(range(1, len(losses[name]) + 1), losses[name], label=label, linewidth=1.5)
     axes.set_xlabel("step")
     axes.set_ylabel("training loss, nats per byte")
@@ -161,34 +163,34 @@ def plot_losses(losses: dict[str, list[float]], path: Path) -> str:
 
 
 def main() -> None:
-    """What torch.distributed.run starts on every rank."""
-    told = json.loads(sys.argv[1])
+    """Entry point of a rank under torch.distributed.run."""
+    settings = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    # the baseline gathers with several collectives where one would do, and torch says so each time
+    # the baseline's full_tensor uses several collectives, and torch warns of that at every call
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
-    script = load_script(told["script"])
-    sizes = {name: told[name] for name in ("dp_replicate", "dp_shard", "tp")}
+    script = load_script(settings["script"])
+    sizes = {name: settings[name] for name in ("dp_replicate", "dp_shard", "tp")}
     mesh = script.make_mesh(script.Config(**sizes), "cpu")
-    first = dist.get_rank() == 0
-    console = Console(quiet=not first)
+    is_rank_0 = dist.get_rank() == 0
+    console = Console(quiet=not is_rank_0)
     console.print(f"mesh {sizes} on {dist.get_world_size()} gloo processes", highlight=False)
     runs = {}
     for name in ("muon", "adamw"):
-        config = script.Config(optimizer=name, steps=told["steps"], **sizes)
+        config = script.Config(optimizer=name, steps=settings["steps"], **sizes)
         runs[name] = train_with_bar(script, config, mesh, console)
     text = script.Text(script.Config(**sizes), mesh)
     script.loss_of(runs["muon"].model, text.batch(text.train, seed=0)).backward()
     ns_dtype = script.iteration_dtype(torch.device("cpu"))
     seconds = time_steps(runs["muon"].optimizer, ns_dtype)
-    if first:
-        out = Path(told["out"])
-        summary = report(told, runs, seconds)
+    if is_rank_0:
+        out = Path(settings["out"])
+        summary = report(settings, runs, seconds)
         (out / "demo.json").write_text(json.dumps(summary, indent=1))
         console.print(result_table(summary))
-        told_of_plot = plot_losses(summary["losses"], out / "losses.png")
-        console.print(told_of_plot, soft_wrap=True, markup=False)
-        console.print(f"figures written to {out / 'demo.json'}", soft_wrap=True)
-    leave()
+        message = plot_losses(summary["losses"], out / "losses.png")
+        console.print(message, soft_wrap=True, markup=False)
+        console.print(f"results written to {out / 'demo.json'}", soft_wrap=True)
+    destroy_process_group()
 
 
 if __name__ == "__main__":

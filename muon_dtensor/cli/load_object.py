@@ -1,4 +1,4 @@
-"""Loads the function that a flag names as `pkg.mod:fn`."""
+"""Imports a function from a `pkg.mod:fn` path in a flag."""
 
 import importlib
 import sys
@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 
-def named(path: str) -> Callable[..., Any]:
-    """The function that `pkg.mod:fn` names; modules of the working folder are found too.
+def load_function(path: str) -> Callable[..., Any]:
+    """Return the function at `pkg.mod:fn`. Modules in the working folder can be imported too.
 
-    Raises ValueError if there is none.
+    Raises ValueError if the module cannot be imported or the object is not callable.
     """
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     module, _, name = path.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (Exception, SystemExit) as error:  # whatever a module of the user does when imported
-        raise ValueError(f"{path!r} names no function as pkg.mod:fn: {error!r}") from error
-    if not callable(found):
-        raise ValueError(f"{path!r} is no function")
-    function: Callable[..., Any] = found
+        loaded = getattr(importlib.import_module(module), name)
+    except (Exception, SystemExit) as error:  # a user's module may raise anything on import
+        raise ValueError(f"cannot import {path!r} as pkg.mod:fn: {error!r}") from error
+    if not callable(loaded):
+        raise ValueError(f"{path!r} is not a function")
+    function: Callable[..., Any] = loaded
     return function

@@ -3,12 +3,12 @@
 import importlib.util
 import sys
 
-NEEDED = ("rich", "tyro")
+REQUIRED = ("rich", "tyro")
 
 
 def main() -> None:
-    """Entry point of `muon-dtensor`. Exits with status 2 for what cannot be run."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    """Run the subcommand in `sys.argv`. Exits with status 2 if it cannot run."""
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
         print(
             f"muon-dtensor needs {', '.join(missing)}: pip install 'muon_dtensor[cli]'",

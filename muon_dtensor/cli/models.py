@@ -1,4 +1,4 @@
-"""Shapes of known models, with their sources, and how torchtitan shards them."""
+"""Weight shapes of published models, with sources, sharded as torchtitan shards them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +13,10 @@ FSDP_DIMS = ("dp_shard", "fsdp", "cp")
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of weight. `tp`: "col", "row" or "" (replicated over tp); experts are 3-D.
+    """A weight that repeats over layers. Experts are 3-D.
 
-    `layers`: first and last (exclusive) layer that has it.
+    `tp`: "col", "row", or "" (replicated over tp). `layers`: first layer, and the layer after the
+    last one.
     """
 
     name: str
@@ -25,7 +26,10 @@ class Kind:
 
 
 def llama3(num_layers: int, hidden: int, inner: int, kv: int = 1024) -> tuple[Kind, ...]:
-    """Sizes: Llama 3 herd of models, arXiv:2407.21783, table 3; 8 key-value heads of 128."""
+    """Return the weights of a Llama 3 model with 8 key-value heads of 128.
+
+    Sizes: Llama 3 herd of models, arXiv:2407.21783, table 3.
+    """
     all_layers = (0, num_layers)
     sizes = [
         ("attention.wq", (hidden, hidden), "col"),
@@ -40,10 +44,11 @@ def llama3(num_layers: int, hidden: int, inner: int, kv: int = 1024) -> tuple[Ki
 
 
 def deepseek(num_layers: int, num_heads: int, num_dense: int, num_experts: int) -> tuple[Kind, ...]:
-    """The attention and experts of DeepSeek-V3: hidden 7168, latent ranks 1536 and 512.
+    """Return the weights of a model with DeepSeek-V3's attention and experts.
 
-    Heads have 128 + 64 query and key dims and 128 value dims; dense layers an inner size of 18432,
-    experts one of 2048, one of them shared (DeepSeek-V3, arXiv:2412.19437, section 4.2).
+    Hidden size 7168, latent ranks 1536 and 512. Heads have 128 + 64 query and key dims and 128
+    value dims. Inner sizes: 18432 in dense layers, 2048 in experts, of which one is shared
+    (DeepSeek-V3, arXiv:2412.19437, section 4.2).
     """
     hidden, inner = 7168, 2048
     every, dense, moe = (0, num_layers), (0, num_dense), (num_dense, num_layers)
@@ -67,7 +72,10 @@ def deepseek(num_layers: int, num_heads: int, num_dense: int, num_experts: int) 
 
 
 def gpt2() -> tuple[Kind, ...]:
-    """GPT-2 small: 12 layers of 768 (Radford et al. 2019, table 2), stored as torch.nn.Linear."""
+    """Return the weights of GPT-2 small, stored as torch.nn.Linear.
+
+    12 layers of hidden size 768 (Radford et al. 2019, table 2).
+    """
     sizes = [
         ("attn.c_attn", (2304, 768), "col"),
         ("attn.c_proj", (768, 768), "row"),
@@ -87,21 +95,22 @@ MODELS: dict[str, tuple[Kind, ...]] = {
     # 61 layers, the first dense, 64 heads, 384 routed experts (Kimi K2, arXiv:2507.20534, table 2)
     "kimi-k2": deepseek(61, 64, 1, 384),
 }
-"""Weights of Muon by model; embeddings, heads, norms and biases go to AdamW."""
+"""By model, the weights that Muon steps. AdamW steps embeddings, heads, norms and biases."""
 
 
 def specs_of(model: str, mesh: MeshSpec) -> list[ParamSpec]:
-    """The parameters of a known model on a mesh of torchtitan's dim names.
+    """Return the Muon parameters of a model in `MODELS` on a mesh with torchtitan's dim names.
 
-    tp cuts by column (dim 0) or row (dim 1) of a matrix, the FSDP dims then dim 0, ep the experts;
-    all other dims replicate. Raises ValueError for another model or mesh dim.
+    tp cuts dim 0 ("col") or dim 1 ("row") of a matrix, the FSDP dims cut dim 0 after tp, and ep
+    cuts the experts. Other dims replicate. Raises ValueError for an unknown model or mesh dim.
     """
     if model not in MODELS:
-        raise ValueError(f"no model {model!r}: one of {', '.join(MODELS)}, or pkg.mod:fn")
-    known = {*FSDP_DIMS, "dp_replicate", "tp", "ep"}
-    if unknown := [name for name in mesh.dim_names if name not in known]:
+        raise ValueError(f"no model {model!r}: use one of {', '.join(MODELS)}, or pkg.mod:fn")
+    supported = {*FSDP_DIMS, "dp_replicate", "tp", "ep"}
+    if unknown := [name for name in mesh.dim_names if name not in supported]:
         raise ValueError(
-            f"a known model has no mesh dims {', '.join(unknown)}, only {', '.join(sorted(known))}"
+            f"models by name have no mesh dims {', '.join(unknown)}, only "
+            f"{', '.join(sorted(supported))}"
         )
     return list(_specs(MODELS[model], mesh))
 

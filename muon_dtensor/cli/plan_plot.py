@@ -1,6 +1,6 @@
-"""A plan as a picture: when ranks do what, how loads are spread, what travels over which dims.
+"""Plots a plan: timeline of the busiest ranks, load per rank, bytes sent per mesh dims.
 
-Draws what `simulate` and `cost` compute.
+Draws the results of `simulate` and `cost`.
 """
 
 from collections import defaultdict
@@ -12,7 +12,8 @@ from muon_dtensor.planning.render import dims_text, duration, quantity
 from muon_dtensor.planning.report import PlanReport
 from muon_dtensor.planning.simulate import simulate
 
-MOST_LANES = 6
+MAX_RANKS = 6
+"""Largest number of ranks in the timeline."""
 COLORS = {
     Phase.UNSHARD: "#4c78a8",
     Phase.WAIT: "#9ecae9",
@@ -23,15 +24,16 @@ COLORS = {
 LABELS = {Phase.APPLY: "apply, with later hops", Phase.WAIT: "wait, with later hops"}
 
 
-def plot(made: PlanReport, path: Path) -> None:
-    """Write the picture; its format is that of the ending of the path.
+def plot_plan(report: PlanReport, path: Path) -> None:
+    """Write the plot in the format of the path's suffix.
 
-    Raises ValueError for a plan of nothing, without matplotlib, or for an ending it does not know.
+    Raises ValueError if the plan has no matrices, matplotlib is missing or does not support the
+    suffix.
     """
-    if not made.buckets:
+    if not report.buckets:
         raise ValueError("the plan has no matrices: nothing to plot")
     if not path.suffix or path.is_dir():
-        raise ValueError(f"--plot takes a file with an ending such as .png, got {str(path)!r}")
+        raise ValueError(f"--plot takes a file with a suffix such as .png, got {str(path)!r}")
     try:
         import matplotlib
     except ImportError as error:
@@ -42,40 +44,40 @@ def plot(made: PlanReport, path: Path) -> None:
     figure = pyplot.figure(figsize=(11, 7), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=(3, 2))
     top, bottom = parts
-    _timeline(made, top.subplots())
+    _timeline(report, top.subplots())
     load, sent = bottom.subplots(1, 2)
-    _load(made, load)
-    _sent(made, sent)
+    _load(report, load)
+    _sent(report, sent)
     figure.suptitle(
-        f"{made.cost.num_matrices} matrices on {', '.join(map(str, made.meshes))}: "
-        f"{duration(made.prediction.seconds)} a step on {made.options.topology.name}"
+        f"{report.cost.num_matrices} matrices on {', '.join(map(str, report.meshes))}: "
+        f"{duration(report.prediction.seconds)} a step on {report.options.topology.name}"
     )
     try:
         figure.savefig(path, dpi=120)
-    except RuntimeError as error:  # a format that needs what is not installed
+    except RuntimeError as error:  # a format whose backend is not installed
         raise ValueError(f"cannot write {path}: {error}") from error
     finally:
         pyplot.close(figure)
 
 
-def watched(made: PlanReport) -> list[int]:
-    """Ranks worth looking at: from the one that computes most to the one that computes least."""
-    cost = made.cost
+def plotted_ranks(report: PlanReport) -> list[int]:
+    """Return evenly spaced ranks of all ranks sorted by FLOP, busiest first."""
+    cost = report.cost
     order = sorted(range(len(cost.ranks)), key=lambda index: (-cost.flops[index], index))
-    count = min(MOST_LANES, len(order))
-    places = [round(i * (len(order) - 1) / max(1, count - 1)) for i in range(count)]
-    return [cost.ranks[order[place]] for place in places]
+    count = min(MAX_RANKS, len(order))
+    indices = [round(i * (len(order) - 1) / max(1, count - 1)) for i in range(count)]
+    return [cost.ranks[order[index]] for index in indices]
 
 
-def _timeline(made: PlanReport, axes: Any) -> None:
-    ranks = watched(made)
+def _timeline(report: PlanReport, axes: Any) -> None:
+    ranks = plotted_ranks(report)
     rows = {
-        (rank, lane): 3 * place + offset
-        for place, rank in enumerate(ranks)
+        (rank, lane): 3 * index + offset
+        for index, rank in enumerate(ranks)
         for offset, lane in enumerate(("exchange", "compute"))
     }
-    drawn: set[Phase] = set()
-    for span in simulate(made.plan, made.traffic, watch=ranks).spans:
+    labelled: set[Phase] = set()
+    for span in simulate(report.plan, report.traffic, watch=ranks).spans:
         phase = span.action.phase
         axes.barh(
             rows[span.rank, span.lane],
@@ -85,21 +87,21 @@ def _timeline(made: PlanReport, axes: Any) -> None:
             color=COLORS[phase],
             edgecolor="white",
             linewidth=0.3,
-            label=None if phase in drawn else LABELS.get(phase, phase.name.lower()),
+            label=None if phase in labelled else LABELS.get(phase, phase.name.lower()),
         )
-        drawn.add(phase)
+        labelled.add(phase)
     axes.set_yticks(list(rows.values()), [f"rank {rank}  {lane}" for rank, lane in rows])
     axes.tick_params(axis="y", labelsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1e3 * made.prediction.seconds)
+    axes.set_xlim(0, 1e3 * report.prediction.seconds)
     axes.set_xlabel("ms from the beginning of the step")
-    axes.set_title("when ranks exchange and compute", fontsize=10)
+    axes.set_title("timeline of exchange and compute", fontsize=10)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=5, fontsize=8, frameon=False)
 
 
-def _load(made: PlanReport, axes: Any) -> None:
-    factor, unit = (1e12, "TFLOP") if max(made.cost.flops) >= 1e13 else (1e9, "GFLOP")
-    loads = [flops / factor for flops in sorted(made.cost.flops, reverse=True)]
+def _load(report: PlanReport, axes: Any) -> None:
+    factor, unit = (1e12, "TFLOP") if max(report.cost.flops) >= 1e13 else (1e9, "GFLOP")
+    loads = [flops / factor for flops in sorted(report.cost.flops, reverse=True)]
     mean = sum(loads) / len(loads)
     axes.fill_between(range(len(loads) + 1), [*loads, loads[-1]], step="post", color="#e45756")
     axes.axhline(mean, color="black", linewidth=0.8, linestyle="--")
@@ -111,9 +113,9 @@ def _load(made: PlanReport, axes: Any) -> None:
     axes.set_title("load per rank", fontsize=10)
 
 
-def _sent(made: PlanReport, axes: Any) -> None:
+def _sent(report: PlanReport, axes: Any) -> None:
     nbytes: dict[str, int] = defaultdict(int)
-    for cost in made.cost.buckets:
+    for cost in report.cost.buckets:
         for hop in cost.sequence.hops:
             nbytes[dims_text(cost.bucket, hop.collective.mesh_dims)] += sum(cost.sent_nbytes(hop))
     names = sorted(nbytes, key=nbytes.__getitem__)

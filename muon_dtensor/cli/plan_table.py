@@ -1,4 +1,4 @@
-"""Plans as tables for a terminal."""
+"""Prints plans and comparisons of methods as tables."""
 
 import sys
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from muon_dtensor.cli.baseline_costs import WayCost
+from muon_dtensor.cli.baseline_costs import MethodCost
 from muon_dtensor.planning.render import (
     collective_text,
     duration,
@@ -19,44 +19,44 @@ from muon_dtensor.planning.report import PlanReport
 
 
 def console() -> Console:
-    """Where tables go; a file or a pipe has no width of its own."""
+    """Return the console of the tables; 150 columns wide where stdout is not a terminal."""
     return Console(width=None if sys.stdout.isatty() else 150)
 
 
-def show(made: PlanReport) -> None:
-    """The plan as a table, and its totals against the lower bounds."""
-    cost, prediction = made.cost, made.prediction
-    table = Table(title=", ".join(f"mesh {mesh}" for mesh in made.meshes))
+def print_plan(report: PlanReport) -> None:
+    """Print a plan as a table, and its totals relative to the lower bounds."""
+    cost, prediction = report.cost, report.prediction
+    table = Table(title=", ".join(f"mesh {mesh}" for mesh in report.meshes))
     for name in ("bucket", "strategy", "matrices", "collectives"):
         table.add_column(name)
     for name in ("MB/rank", "GFLOP/rank", "predicted ms"):
         table.add_column(name, justify="right")
     rows: dict[tuple[str, ...], list[int]] = {}
-    for index, priced in enumerate(cost.buckets):
-        bucket = priced.bucket
-        hops = priced.sequence.hops
+    for index, traffic in enumerate(cost.buckets):
+        bucket = traffic.bucket
+        hops = traffic.sequence.hops
         lines = [collective_text(bucket, hop.collective) for hop in hops]
-        nothing = [0] * bucket.mesh.num_ranks
-        sent = zip(nothing, *(priced.sent_nbytes(hop) for hop in hops), strict=True)
+        zeros = [0] * bucket.mesh.num_ranks
+        sent = zip(zeros, *(traffic.sent_nbytes(hop) for hop in hops), strict=True)
         exchange, compute = prediction.exchange_seconds[index], prediction.compute_seconds[index]
         row = (
             bucket.strategy.text,
             str(len(bucket.assignments)),
             "\n".join(lines) or "none",
             f"{max(map(sum, sent)) / 1e6:.1f}",
-            f"{max(priced.flops) / 1e9:.1f}",
+            f"{max(traffic.flops) / 1e9:.1f}",
             f"{1e3 * exchange:.2f} sent\n{1e3 * compute:.2f} computed",
         )
         rows.setdefault(row, []).append(index)
     for cells, indices in rows.items():
         table.add_row(ranges(indices), *cells)
     console().print(table, markup=False)
-    told = set()
-    for index, bucket in enumerate(made.buckets):
-        verdict = (bucket.strategy, bucket.seconds, bucket.alternatives)
-        if not bucket.strategy.is_local and verdict not in told:
-            told.add(verdict)
-            print(f"bucket {index}: {duration(bucket.seconds)} if its like were all")
+    printed_choices = set()
+    for index, bucket in enumerate(report.buckets):
+        choice = (bucket.strategy, bucket.seconds, bucket.alternatives)
+        if not bucket.strategy.is_local and choice not in printed_choices:
+            printed_choices.add(choice)
+            print(f"bucket {index}: {duration(bucket.seconds)} for all matrices exchanged this way")
             for line in instead(bucket):
                 print(f"  {line}")
     ranks, bound = len(cost.ranks), cost.bound_nbytes
@@ -68,16 +68,16 @@ def show(made: PlanReport) -> None:
         f"redundancy {cost.redundancy:.2f}, makespan efficiency {efficiency:.0%} "
         f"(all ranks busy would be 100%), "
         f"peak memory {quantity(max(cost.peak_nbytes, default=0), 'B')} a rank\n"
-        f"predicted {duration(prediction.seconds)} a step on {machine(made.options.topology)}; "
-        f"digest {made.digest[:16]}"
+        f"predicted {duration(prediction.seconds)} a step on {machine(report.options.topology)}; "
+        f"digest {report.digest[:16]}"
     )
 
 
-def show_compared(costs: Mapping[str, WayCost]) -> None:
-    """One line for each way of working; ratios to the last."""
-    table = Table(title="ways of working, modelled")
-    table.add_column("way")
-    for name in ("predicted", "x the last", "redundancy", "MB/rank", "TFLOP/rank", "GB held"):
+def print_comparison(costs: Mapping[str, MethodCost]) -> None:
+    """Print one row per method, with ratios to the last one."""
+    table = Table(title="predicted costs by method")
+    table.add_column("method")
+    for name in ("predicted", "x the last", "redundancy", "MB/rank", "TFLOP/rank", "peak GB"):
         table.add_column(name, justify="right")
     *_, last = costs.values()
     for name, cost in costs.items():

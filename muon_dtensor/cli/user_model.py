@@ -1,4 +1,4 @@
-"""Plans a model that the user's code builds and shards, on the meta device."""
+"""Plans a model that a user's function builds and shards on the meta device."""
 
 import inspect
 from collections.abc import Mapping
@@ -13,30 +13,30 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from muon_dtensor import Muon, group_parameters
-from muon_dtensor.cli.load_object import named
+from muon_dtensor.cli.load_object import load_function
 from muon_dtensor.planning.plan import PlanOptions
 from muon_dtensor.planning.report import PlanReport
 from muon_dtensor.runtime.torch_private import pretended_ranks
 
 FSDP_MESHES = (("dp_shard",), ("dp_replicate", "dp_shard"))
-"""Mesh dims of `fully_shard`, which goes by their places."""
+"""Meshes that `fully_shard` accepts; it reads mesh dims by position, not by name."""
 
 
 def plan_of_factory(path: str, sizes: Mapping[str, int], options: PlanOptions) -> PlanReport:
-    """The plan of what `pkg.mod:fn` returns, as rank 0 of the mesh makes it.
+    """Return the plan for the model or param groups of `pkg.mod:fn`, built as rank 0 of the mesh.
 
-    `fn(mesh)` returns a model that it has sharded over the DeviceMesh, or what `Muon` takes as
-    `params`; `fn()`, or one whose arguments all have defaults, a bare model, to which
-    `fully_shard` is then applied.
+    A function with required arguments is called as `fn(mesh)`. It returns a model sharded over the
+    DeviceMesh, or a value for `Muon`'s `params`. A function without required arguments is called
+    as `fn()` and returns an unsharded model, to which `fully_shard` is applied.
 
     Raises:
-        ValueError: no such function; it raises, or returns neither; its model is not sharded; a
-            bare model on a mesh that `fully_shard` does not know.
+        ValueError: no such function; the function raises or returns neither; its model is not
+            sharded; an unsharded model on a mesh that `fully_shard` does not accept.
         PlanError: a parameter that Muon cannot step.
     """
-    function = named(path)
+    function = load_function(path)
     with pretended_ranks(prod(sizes.values())):
-        # no device is touched: tensors stay on meta, whatever the mesh says
+        # the mesh is on the CPU but the tensors are on meta: no memory is allocated
         mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         built = _built(path, function, mesh)
         params: Any = built
@@ -66,17 +66,18 @@ def _built(path: str, function: Any, mesh: DeviceMesh) -> Any:
     )
     if not takes_mesh and mesh.mesh_dim_names not in FSDP_MESHES:
         raise ValueError(
-            f"{path} takes no mesh, so fully_shard gets it: that knows dp_shard, alone or after "
-            f"dp_replicate, and not {', '.join(mesh.mesh_dim_names or ())}. Let it take the "
-            "DeviceMesh and return the sharded model"
+            f"{path} takes no mesh, so fully_shard shards its model. fully_shard accepts "
+            "dp_shard=N or dp_replicate=M,dp_shard=N, not "
+            f"{', '.join(mesh.mesh_dim_names or ())}. Let the function take the DeviceMesh and "
+            "return the sharded model"
         )
     try:
         with torch.device("meta"):
             built = function(mesh) if takes_mesh else function()
         if not takes_mesh and isinstance(built, nn.Module):
             fully_shard(built, mesh=mesh)
-    except (Exception, SystemExit) as error:  # whatever the user's code does
+    except (Exception, SystemExit) as error:  # a user's function may raise anything
         raise ValueError(f"{path} raised {type(error).__name__}: {error}") from error
     if not dist.is_initialized():
-        raise ValueError(f"{path} destroyed the process group that its mesh lives on")
+        raise ValueError(f"{path} destroyed the process group of its mesh")
     return built

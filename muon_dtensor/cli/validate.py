@@ -1,7 +1,7 @@
-"""`muon-dtensor validate`: does this parallel setup train as one process does?
+"""`muon-dtensor validate`: compares parallel training with training on one process.
 
-Trains a model on one process, trains it in parallel, compares the parameters. The three can run
-apart, on different machines; files in a folder are all they share.
+Trains a model on one process, trains it in parallel, compares the parameters. Each of the three
+modes can run on a different machine; they share only files in a folder.
 """
 
 import os
@@ -17,7 +17,7 @@ Mode = Literal["baseline", "distributed", "compare", "all"]
 Precision = Literal["fp32", "bf16", "fp16", "mixed"]
 
 TOLERANCES: dict[str, float] = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3, "mixed": 1e-4}
-"""Relative and absolute; requirement document 001, "Expected Tolerances"."""
+"""Relative and absolute tolerances; requirement document 001, "Expected Tolerances"."""
 
 
 def validate(
@@ -35,43 +35,44 @@ def validate(
     ranks: int = 4,
     out: Path = Path("validate-out"),
 ) -> int:
-    """Check a parallel setup: the same training on one process and in parallel, compared.
+    """Check a parallel setup: train on one process and in parallel, and compare the parameters.
 
-    Exit status 0 if all parameters match, 1 if any does not, 2 if it cannot run. Under torchrun
-    `--mode distributed` takes the ranks that torchrun started; else it starts `--ranks` gloo
-    processes here.
+    Exit status 0 if all parameters match, 1 if any differs, 2 if it cannot run. Under torchrun
+    `--mode distributed` uses the ranks that torchrun started. Without torchrun it starts `--ranks`
+    gloo processes on this machine.
 
     Args:
-        mode: baseline (one process), distributed, compare, or all three one after the other.
-        model: `pkg.mod:fn` that returns the model; called with no arguments, seed 42.
+        mode: baseline (one process), distributed, compare, or all (these three in order).
+        model: `pkg.mod:fn` that returns the model; called without arguments under seed 42.
         setup: fsdp (fully_shard), fsdp1, ddp, or `pkg.mod:fn` that takes the model and returns
-            (wrapped model, DistributedConfig or None), and as a third value, where not all ranks
-            see other data, the DeviceMesh of those that do. Without it these are all ranks, but
-            those along mesh dims called tp, cp, ep, pp, tensor, model, context, expert or pipe.
-        batch: `pkg.mod:fn` that takes (model, step) and returns the whole batch, the same on every
-            rank: a tensor, or a tuple or dict, samples along dim 0 of its tensors. In parallel
-            each data rank trains on its share of it, so that gradients nobody averages show. In
-            narrow precisions each trains on all of it, with a loss weight of 0 or 2, and the number
-            of data ranks must be a power of two.
-        model_name: begins the names of the files.
-        num_steps: optimizer steps.
-        lr: learning rate of all parameters, unless `optimizer` is given.
-        precision: of the model, and with it the tolerance; mixed is float32 under bf16 autocast.
-        iteration_dtype: of Newton-Schulz. bfloat16, as training uses it, may turn a difference in
-            a gradient's last bit (its sum over ranks) into one over the tolerance.
+            (wrapped model, DistributedConfig or None). A third value may be the DeviceMesh of the
+            data ranks, that is of the ranks that see different samples. Default: all ranks, except
+            along mesh dims named tp, cp, ep, pp, tensor, model, context, expert or pipe.
+        batch: `pkg.mod:fn` that takes (model, step) and returns the full batch, the same on every
+            rank: a tensor, or a tuple or dict of tensors, samples along dim 0. In parallel each
+            data rank trains on its share, so that gradients without an average are detected. In
+            bf16, fp16 and mixed precision each data rank trains on the full batch with a loss
+            weight of 0 or 2, and the number of data ranks must be a power of two.
+        model_name: prefix of the file names.
+        num_steps: number of optimizer steps.
+        lr: learning rate of all parameters; not used with `optimizer`.
+        precision: dtype of the model, which also sets the tolerance; mixed is float32 under bf16
+            autocast.
+        iteration_dtype: dtype of Newton-Schulz. Training uses bfloat16, but its rounding may
+            amplify a last-bit difference of a gradient (summed over ranks) beyond the tolerance.
         loss: `pkg.mod:fn` that takes (output, batch) and returns a scalar, the mean over samples;
             default: the mean square of the output.
         optimizer: `pkg.mod:fn` that takes (model, DistributedConfig or None) and returns the
             optimizer; or a TOML or YAML file of MuonConfig, with rules and options.
-        ranks: processes to start.
-        out: folder for the parameters.
+        ranks: number of processes to start.
+        out: folder for the parameter files.
     """
     if num_steps < 1 or ranks < 1:
         print("muon-dtensor validate: --num-steps and --ranks must be 1 or more", file=sys.stderr)
         return 2
     out.mkdir(parents=True, exist_ok=True)
-    told = [model, setup, batch, model_name, str(num_steps), str(lr), precision, iteration_dtype]
-    told += [loss, optimizer or ""]
+    arguments = [model, setup, batch, model_name, str(num_steps), str(lr), precision]
+    arguments += [iteration_dtype, loss, optimizer or ""]
     worker = ("-m", "muon_dtensor.cli.validate_worker")
     runs: dict[str, list[str]] = {"baseline": [sys.executable, *worker, "baseline"]}
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -84,44 +85,44 @@ def validate(
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     for name, command in runs.items():
         if mode in (name, "all"):
-            status = subprocess.run([*command, *told, str(out)], env=environment).returncode
+            status = subprocess.run([*command, *arguments, str(out)], env=environment).returncode
             if status != 0:
                 return 2
     return compare(out, model_name, TOLERANCES[precision]) if mode in ("compare", "all") else 0
 
 
 def params_file(out: Path, model_name: str, mode: str) -> Path:
-    """Where a mode leaves its parameters."""
+    """Return the path of the parameters that a mode saves."""
     return out / f"{model_name}_{mode}_params.pt"
 
 
 def compare(out: Path, model_name: str, tolerance: float) -> int:
-    """Print a line for each parameter, PASS or FAIL; the exit status."""
+    """Print PASS or FAIL for each parameter and return the exit status."""
     import torch
 
-    found = {}
+    params_by_mode = {}
     for mode in ("baseline", "distributed"):
         path = params_file(out, model_name, mode)
         if not path.exists():
             print(f"muon-dtensor validate: no {path}; run --mode {mode} first", file=sys.stderr)
             return 2
-        found[mode] = torch.load(path, weights_only=True)
-    baseline, distributed = found["baseline"], found["distributed"]
+        params_by_mode[mode] = torch.load(path, weights_only=True)
+    baseline, distributed = params_by_mode["baseline"], params_by_mode["distributed"]
     table = Table("parameter", "shape", "largest difference", "result")
     num_failed = 0
     for name in {**baseline, **distributed}:
         if name not in baseline or name not in distributed:
-            where = "baseline" if name not in baseline else "distributed"
-            shape, difference, passes = "", f"missing in {where}", False
+            missing_mode = "baseline" if name not in baseline else "distributed"
+            shape, difference, passes = "", f"missing in {missing_mode}", False
         else:
-            ours, theirs = distributed[name], baseline[name]
-            shape = str(list(theirs.shape))
-            if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-                difference, passes = f"{list(ours.shape)} {ours.dtype}", False
+            value, expected = distributed[name], baseline[name]
+            shape = str(list(expected.shape))
+            if value.shape != expected.shape or value.dtype != expected.dtype:
+                difference, passes = f"{list(value.shape)} {value.dtype}", False
             else:
-                largest = (ours.double() - theirs.double()).abs().max() if ours.numel() else 0.0
+                largest = (value.double() - expected.double()).abs().max() if value.numel() else 0.0
                 difference = "none" if largest == 0 else f"{float(largest):.2e}"
-                passes = torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+                passes = torch.allclose(value, expected, rtol=tolerance, atol=tolerance)
         num_failed += not passes
         table.add_row(name, shape, difference, "PASS" if passes else "FAIL")
     Console().print(table, markup=False)

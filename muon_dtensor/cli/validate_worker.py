@@ -1,7 +1,4 @@
-"""One process of `muon-dtensor validate`: trains the model and, on rank 0, saves its parameters.
-
-Compares nothing; `validate` does.
-"""
+"""One process of `muon-dtensor validate`: trains the model; rank 0 saves its parameters."""
 
 import contextlib
 import sys
@@ -27,27 +24,30 @@ from muon_dtensor import (
     create_devicemesh_config,
     group_parameters,
 )
-from muon_dtensor.cli.load_object import named
-from muon_dtensor.cli.shutdown import leave
+from muon_dtensor.cli.load_object import load_function
+from muon_dtensor.cli.shutdown import destroy_process_group
 from muon_dtensor.cli.validate import params_file
 from muon_dtensor.grouping import clean_names
 
-Wrapped = (
+WrappedModel = (
     tuple[nn.Module, DistributedConfig | None]
     | tuple[nn.Module, DistributedConfig | None, DeviceMesh]
 )
 
 FP16_SCALE = 1024.0
-"""Of the loss in float16, whose small gradients would lose bits in the average over ranks."""
+"""Factor of the loss in float16, where averages of small gradients over ranks would lose bits."""
 
-SAME_DATA = ("tp", "cp", "ep", "pp", "tensor", "model", "context", "expert", "pipe", "pipeline")
+SAME_DATA_DIMS = (
+    *("tp", "cp", "ep", "pp"),
+    *("tensor", "context", "expert", "pipe", "pipeline", "model"),
+)
 """Mesh dims whose ranks see the same samples."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TinyModel(nn.Module):
-    """Three layers with a norm and biases; `input_dim` features in and out."""
+    """Two linear layers and a norm, with biases; `input_dim` features in and out."""
 
     def __init__(self, input_dim: int = 48) -> None:
         super().__init__()
@@ -63,20 +63,23 @@ class TinyModel(nn.Module):
 
 
 def tiny_model() -> nn.Module:
-    """The model that is validated when the user names none."""
+    """Return the default model."""
     return TinyModel()
 
 
 def random_batch(model: nn.Module, step: int) -> Tensor:
-    """[32, model.input_dim], the same on every rank. Raises ValueError without `input_dim`."""
+    """Return a batch [32, model.input_dim], the same on every rank.
+
+    Raises ValueError if the model has no `input_dim`.
+    """
     input_dim = getattr(model, "input_dim", None)
     if input_dim is None:
-        raise ValueError("the model has no input_dim: name a function with --batch pkg.mod:fn")
+        raise ValueError("the model has no input_dim: pass a function with --batch pkg.mod:fn")
     return torch.randn(32, input_dim, generator=torch.Generator().manual_seed(step))
 
 
-def wrapped(setup: str, model: nn.Module) -> Wrapped:
-    """The model as this setup runs it on all ranks, and the config of its optimizer."""
+def wrap_model(setup: str, model: nn.Module) -> WrappedModel:
+    """Apply the setup: return the wrapped model and the config of its optimizer."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
     match setup:
         case "fsdp":
@@ -90,7 +93,7 @@ def wrapped(setup: str, model: nn.Module) -> Wrapped:
         case "ddp":
             return DistributedDataParallel(model), create_devicemesh_config(mesh)
         case _:
-            result: Wrapped = named(setup)(model)
+            result: WrappedModel = load_function(setup)(model)
             if not isinstance(result, tuple) or len(result) not in (2, 3):
                 raise ValueError(
                     f"{setup} must return (wrapped model, DistributedConfig or None), and may add "
@@ -100,13 +103,13 @@ def wrapped(setup: str, model: nn.Module) -> Wrapped:
 
 
 def mean_square(output: Tensor, batch: Any) -> Tensor:
-    """The loss where the user names none; `batch` is not looked at."""
+    """Return the default loss, the mean square of the output. `batch` is not used."""
     return output.float().square().mean()
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `validate` was told of the training, as `validate` lists it."""
+    """Training flags of `validate`, which documents them."""
 
     num_steps: int
     lr: float
@@ -123,18 +126,18 @@ def train(
     settings: Settings,
     share: tuple[int, int] = (0, 1),
 ) -> None:
-    """Train on the share (index, of how many) of each batch. Raises ValueError; see `validate`.
+    """Train on a share (index, number of shares) of each batch. Raises ValueError.
 
-    Gradients of shares are averaged in another order than those of the whole batch, which only
-    float32 takes without a difference over its tolerance. In narrow precisions every rank sees the
-    whole batch, and every other rank doubles its loss while the rest, rank 0 with them, drop
-    theirs: the average is exact, and gradients that nobody averages show as well. For that the
-    number of data ranks must be a power of two.
+    Gradients of shares are averaged in another order than those of the full batch. Only in float32
+    is the difference below the tolerance. In other precisions every rank trains on the full batch;
+    data ranks with odd index double their loss and the others, including rank 0, multiply theirs
+    by zero. This average is exact if the number of data ranks is a power of two, and gradients
+    without an average are still detected.
     """
     optimizer = optimizer_of(model, config, settings)
     if dist.is_initialized() and dist.get_world_size() > 1:
-        _must_be_parallel(optimizer)
-    loss_of = named(settings.loss)
+        _check_parallel(optimizer)
+    loss_of = load_function(settings.loss)
     mixed = torch.autocast("cpu", dtype=torch.bfloat16)
     dtype = DTYPES.get(settings.precision, torch.float32)
     index, count = share
@@ -145,7 +148,7 @@ def train(
         if count & (count - 1):
             raise ValueError(
                 f"--precision {settings.precision} needs a number of data ranks that is a power of "
-                f"two, so that averages over them are exact; this setup has {count}"
+                f"two, so that averages over them are exact; this setup has {count} data ranks"
             )
         weight, share = 2.0 * (index % 2), (0, 1)
     for step in range(settings.num_steps):
@@ -163,15 +166,18 @@ def train(
 def optimizer_of(
     model: nn.Module, config: DistributedConfig | None, settings: Settings
 ) -> Optimizer:
-    """The user's, or Muon for matrices and AdamW for the rest at one learning rate."""
+    """Return the optimizer of `settings.optimizer`.
+
+    Default: Muon for matrices and AdamW for all other parameters, at one learning rate.
+    """
     if settings.optimizer.endswith((".toml", ".yaml", ".yml")):
         read = (
             MuonConfig.from_toml if settings.optimizer.endswith(".toml") else MuonConfig.from_yaml
         )
         return read(settings.optimizer).build_optimizer(model, distributed_config=config)
     if settings.optimizer:
-        made: Optimizer = named(settings.optimizer)(model, config)
-        return made
+        optimizer: Optimizer = load_function(settings.optimizer)(model, config)
+        return optimizer
     eps = {"eps": 1e-4} if settings.precision == "fp16" else {}  # 1e-8 is zero in float16
     return Muon(
         group_parameters(model, lr=settings.lr, adamw={"lr": settings.lr, **eps}),
@@ -180,25 +186,25 @@ def optimizer_of(
     )
 
 
-def _must_be_parallel(optimizer: Optimizer) -> None:
-    """Raise ValueError where every rank steps all matrices on its own."""
+def _check_parallel(optimizer: Optimizer) -> None:
+    """Raise ValueError if the plan has no mesh, so that every rank steps all matrices."""
     if not isinstance(optimizer, Muon):
         return
     try:
         params = optimizer.plan.params
-    except RuntimeError:  # functions of the user's move matrices, without a plan
+    except RuntimeError:  # a user-written transport has no plan
         return
     if params and not any(spec.layout.mesh.dim_names for spec in params):
         raise ValueError(
-            "the setup is not parallel to the optimizer: its plan says 'this rank alone' of every "
+            "the setup is not parallel: the optimizer's plan has 'this rank alone' for every "
             "matrix. Shard the model, or return create_devicemesh_config(mesh) with it (DDP)."
         )
 
 
 def _share_of(batch: Any, share: tuple[int, int], dtype: torch.dtype) -> Any:
-    """This rank's samples; floating ones in the dtype of the model.
+    """Return this rank's samples, floating-point tensors in `dtype`.
 
-    Integer tensors keep their dtype; what is no tensor of samples is passed on.
+    Integer tensors keep their dtype. Values other than tensors and 0-D tensors stay unchanged.
     """
     if isinstance(batch, dict):
         return {name: _share_of(tensor, share, dtype) for name, tensor in batch.items()}
@@ -210,8 +216,8 @@ def _share_of(batch: Any, share: tuple[int, int], dtype: torch.dtype) -> Any:
     index, count = share
     if len(tensor) % count:
         raise ValueError(
-            f"a batch of {len(tensor)} samples does not divide over {count} data ranks: return "
-            "another batch, or from setup the DeviceMesh of the ranks that see other data"
+            f"a batch of {len(tensor)} samples does not divide over {count} data ranks: return a "
+            "batch of another size, or return the DeviceMesh of the data ranks from --setup"
         )
     part = tensor.chunk(count)[index]
     return part.to(dtype) if part.is_floating_point() else part
@@ -226,20 +232,20 @@ def _forward(model: nn.Module, batch: Any) -> Any:
 def data_share(
     model: nn.Module, config: DistributedConfig | None, mesh: DeviceMesh | None
 ) -> tuple[int, int]:
-    """Which share of each batch this rank trains on: (index, of how many); see `validate`.
+    """Return this rank's share of each batch as (index, number of shares).
 
-    `mesh`: of the ranks that see other data, if the setup says so.
+    `mesh`: mesh of the data ranks, if the setup returned one. See `validate` for the default.
     """
     if mesh is None:
         meshes = [p.device_mesh for p in model.parameters() if isinstance(p, DTensor)]
         meshes += [config.mesh] if config is not None and config.mesh is not None else []
         mesh = max(meshes, key=lambda m: m.ndim, default=None)
         if mesh is not None and mesh.mesh_dim_names and mesh.ndim > 1:
-            names = tuple(n for n in mesh.mesh_dim_names if n not in SAME_DATA)
+            names = tuple(n for n in mesh.mesh_dim_names if n not in SAME_DATA_DIMS)
             mesh = mesh[names] if names else None
             if mesh is None:
                 return 0, 1
-        elif mesh is not None and mesh.mesh_dim_names and mesh.mesh_dim_names[0] in SAME_DATA:
+        elif mesh is not None and mesh.mesh_dim_names and mesh.mesh_dim_names[0] in SAME_DATA_DIMS:
             return 0, 1
     if mesh is None:
         return dist.get_rank(), dist.get_world_size()
@@ -247,9 +253,9 @@ def data_share(
     return ranks.index(dist.get_rank()), len(ranks)
 
 
-def whole_params(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by name without wrappers, whole; every rank takes part."""
-    whole = {}
+def full_params(model: nn.Module) -> dict[str, Tensor]:
+    """Return the full parameters by name without wrapper prefixes. A collective of all ranks."""
+    params = {}
     has_fsdp1 = any(isinstance(m, FullyShardedDataParallel) for m in model.modules())
     gathered = (
         FullyShardedDataParallel.summon_full_params(model)
@@ -259,34 +265,33 @@ def whole_params(model: nn.Module) -> dict[str, Tensor]:
     with gathered:
         for name, param in clean_names(model):
             value = param.full_tensor() if isinstance(param, DTensor) else param
-            whole[name] = value.detach().clone()
-    return whole
+            params[name] = value.detach().clone()
+    return params
 
 
 def main(mode: str, arguments: list[str]) -> None:
-    """`arguments`: as `validate` lists them."""
-    model_path, setup, batch_path, model_name, *rest, out = arguments
-    num_steps, lr, *others = rest
-    settings = Settings(int(num_steps), float(lr), *others)
+    """Train in one mode. `arguments`: the list that `validate` builds."""
+    model_path, setup, batch_path, model_name, num_steps, lr, *options, out = arguments
+    settings = Settings(int(num_steps), float(lr), *options)
     torch.manual_seed(42)
     dtype = DTYPES.get(settings.precision, torch.float32)
-    model: nn.Module = named(model_path)().to(dtype)
-    bare, make_batch = model, named(batch_path)
+    model: nn.Module = load_function(model_path)().to(dtype)
+    unwrapped_model, make_batch = model, load_function(batch_path)
     config, share = None, (0, 1)
     if mode == "distributed":
         dist.init_process_group("gloo")
-        model, config, *data = wrapped(setup, model)
-        share = data_share(model, config, data[0] if data else None)
+        model, config, *data_meshes = wrap_model(setup, model)
+        share = data_share(model, config, data_meshes[0] if data_meshes else None)
         if dist.get_rank() == 0:
             print(f"distributed: each batch is shared by {share[1]} data ranks", flush=True)
-    train(model, config, lambda step: make_batch(bare, step), settings, share)
-    whole = whole_params(model)
+    train(model, config, lambda step: make_batch(unwrapped_model, step), settings, share)
+    params = full_params(model)
     if mode == "baseline" or dist.get_rank() == 0:
         path = params_file(Path(out), model_name, mode)
-        torch.save(whole, path)
+        torch.save(params, path)
         print(f"{mode}: parameters saved to {path}")
     if mode == "distributed":
-        leave()
+        destroy_process_group()
 
 
 if __name__ == "__main__":

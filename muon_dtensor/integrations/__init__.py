@@ -1,1 +1,1 @@
-"""Other people's stacks, each optional: a module here imports its stack, and no other."""
+"""Integrations with other packages. Each is optional and imported by its own module only."""

@@ -13,30 +13,31 @@ ALGORITHMS = {"muon": "muon", "normuon": "muon", "adamw": "adamw"}
 
 
 def convert_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict of `dion.Muon` or `dion.NorMuon` as one of ours.
+    """Convert a state dict of `dion.Muon` or `dion.NorMuon` for `muon_dtensor.Muon`.
 
-    Dion sums gradients, M <- mu M + G, where torch and we average them, so momenta are scaled by
-    1 - mu; everything after that is the same for both. Its AdamW keeps `momentum` and `variance`,
-    and counts steps by group. NorMuon's `variance_neuron` is of each rank's rows, not of matrices:
-    it is left out, and starts anew.
+    Dion accumulates gradients, M <- mu M + G. torch and this package average them, so momenta are
+    scaled by 1 - mu; the update is otherwise the same. Dion's AdamW stores `momentum` and
+    `variance`, and counts steps per group. NorMuon's `variance_neuron` belongs to the rows of each
+    rank instead of to matrices: it is not converted and starts at zero.
 
     Args:
-        state_dict: of `optimizer.state_dict()`, or of `torch.distributed.checkpoint`'s
-            `get_optimizer_state_dict`. Kept as it is.
+        state_dict: from `optimizer.state_dict()`, or from `torch.distributed.checkpoint`'s
+            `get_optimizer_state_dict`. It is not modified.
 
     Returns:
-        A new state dict with the same parameters; tensors without a change are shared.
+        A new state dict with the same parameters. Unchanged tensors are shared with `state_dict`.
 
     Raises:
-        CheckpointError: groups of another algorithm (Lion, Dion), or no state dict of Dion's.
+        CheckpointError: a group of another algorithm (Lion, Dion), or a state dict that is not
+            Dion's.
     """
     state: dict[Any, dict[str, Any]] = {}
     groups = []
     for group in state_dict["param_groups"]:
         if group.get("algorithm") not in ALGORITHMS:
             raise CheckpointError(
-                f"a group's algorithm is {group.get('algorithm')!r}; Dion's "
-                f"{', '.join(ALGORITHMS)} can be converted"
+                f"cannot convert a group with algorithm {group.get('algorithm')!r}; groups with "
+                f"Dion's {', '.join(ALGORITHMS)} can be converted"
             )
         algorithm = ALGORITHMS[group["algorithm"]]
         values: dict[str, Any] = {
@@ -53,15 +54,15 @@ def convert_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             values["adjust_lr_fn"] = group["adjust_lr"]
             if group["adjust_lr"] is None:
                 raise CheckpointError(
-                    "adjust_lr=None scales no learning rate, which no adjust_lr_fn of ours means; "
-                    "set the group's adjust_lr, and lr, before converting"
+                    "adjust_lr=None does not scale the learning rate, and adjust_lr_fn has no such "
+                    "value; set the group's adjust_lr, and lr, before converting"
                 )
             if group["algorithm"] == "normuon":
                 values["normuon_beta"] = group["muon_beta2"]
-        kept = {n: group[n] for n in ("param_names", "initial_lr") if n in group}
-        whole = {**complete(values, {}), **kept, "params": list(group["params"])}
-        del whole["format_version"]  # such state may lack what ours has
-        groups.append(whole)
+        copied = {n: group[n] for n in ("param_names", "initial_lr") if n in group}
+        new_group = {**complete(values, {}), **copied, "params": list(group["params"])}
+        del new_group["format_version"]  # without it, keys may be missing in the state
+        groups.append(new_group)
         for number in group["params"]:
             if number in state_dict["state"]:
                 state[number] = _converted(state_dict["state"][number], group, algorithm)

@@ -1,6 +1,6 @@
 """Muon in Hugging Face's Trainer: `Trainer(optimizer_cls_and_kwargs=(MuonFactory, {...}))`.
 
-Needs nothing of that package: the Trainer calls it with the model it has prepared.
+Does not import transformers. The Trainer calls the factory with its prepared model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,11 @@ from muon_dtensor.optimizer.options import DEFAULTS
 
 
 class MuonFactory:
-    """Makes the optimizer of a model when the Trainer has it where it trains.
+    """Builds the optimizer after the Trainer has sharded the model.
 
-    Its keywords are those of `group_parameters` (`lr`, `weight_decay`, `adamw`, `rules`) and of
-    `Muon`. Under DDP,
-    that is on several ranks without a DTensor, its ranks share the work. GPT-2's Conv1D stores
-    weights transposed: rules=[("c_(attn|fc|proj)", {"matrix": "i o -> o i"})].
+    Keywords are those of `group_parameters` (`lr`, `weight_decay`, `adamw`, `rules`) and of `Muon`.
+    Under DDP (several ranks, no DTensor) the ranks share the orthogonalizations. GPT-2's Conv1D
+    stores weights transposed: rules=[("c_(attn|fc|proj)", {"matrix": "i o -> o i"})].
     """
 
     def __call__(
@@ -35,9 +34,9 @@ class MuonFactory:
         rules: Sequence[tuple[str, Mapping[str, Any]]] = (),
         **options: Any,
     ) -> Muon:
-        """Called by the Trainer. Raises what `group_parameters` and `Muon` raise."""
-        is_alone = not dist.is_initialized() or dist.get_world_size() == 1
-        if not is_alone and not any(isinstance(p, DTensor) for p in model.parameters()):
+        """Return the optimizer. Raises the errors of `group_parameters` and `Muon`."""
+        is_single_rank = not dist.is_initialized() or dist.get_world_size() == 1
+        if not is_single_rank and not any(isinstance(p, DTensor) for p in model.parameters()):
             options.setdefault("distributed_config", create_devicemesh_config(dp_replicate=-1))
         groups = group_parameters(model, lr=lr, weight_decay=weight_decay, adamw=adamw, rules=rules)
         return Muon(groups, **options)

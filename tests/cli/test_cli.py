@@ -1,4 +1,4 @@
-"""The command line, run as a user runs it."""
+"""The `muon-dtensor` command in a subprocess: demo, version, bad flags."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ def muon_dtensor(*flags: str) -> subprocess.CompletedProcess[str]:
     return run_program([sys.executable, "-c", code, *flags], 200, env={"COLUMNS": "120"})
 
 
-def test_the_demo_trains_and_writes_what_it_promises(tmp_path):
+def test_the_demo_trains_and_writes_results_and_plot(tmp_path):
     flags = ("--steps", "3", "--dp-replicate", "2", "--dp-shard", "1", "--tp", "2")
     run = muon_dtensor("demo", *flags, "--out", str(tmp_path))
     assert run.returncode == 0, run.stderr
@@ -33,9 +33,9 @@ def test_the_demo_trains_and_writes_what_it_promises(tmp_path):
     sent = summary["sent_nbytes_per_step"]
     assert sent["total"] == sent["lower_bound_total"] > 0
     pixels = image.imread(tmp_path / "losses.png")[..., :3]
-    drawn = pixels[(pixels.max(-1) - pixels.min(-1)) > 0.3]
-    assert len({tuple(color) for color in drawn.round(1).tolist()}) >= 2, "two colored curves"
-    for words in ("bucket 0  owned", "after 3 steps", "validation loss", "everyone gathers"):
+    colored = pixels[(pixels.max(-1) - pixels.min(-1)) > 0.3]
+    assert len({tuple(color) for color in colored.round(1).tolist()}) >= 2, "two colored curves"
+    for words in ("bucket 0  owned", "after 3 steps", "validation loss", "all ranks gather"):
         assert words in run.stdout
 
 
@@ -51,7 +51,7 @@ def test_the_demo_trains_and_writes_what_it_promises(tmp_path):
     ],
     ids=str,
 )
-def test_bad_flags_are_one_line_and_status_2(flags, message):
+def test_bad_flags_are_reported_on_one_line(flags, message):
     run = muon_dtensor("demo", *flags)
     assert run.returncode == 2
     assert message in run.stderr
@@ -65,7 +65,7 @@ def test_version_and_unknown_commands():
 
 
 @pytest.mark.parametrize(
-    ("said", "sizes"),
+    ("flags", "sizes"),
     [
         ((None, None, None, None), (1, 2, 2)),
         ((8, None, None, None), (1, 4, 2)),
@@ -75,11 +75,11 @@ def test_version_and_unknown_commands():
         ((None, None, 1, 1), (1, 1, 1)),
     ],
 )
-def test_mesh_sizes(said, sizes):
-    assert tuple(mesh_sizes(*said).values()) == sizes
+def test_mesh_sizes(flags, sizes):
+    assert tuple(mesh_sizes(*flags).values()) == sizes
 
 
-def test_flags_are_checked_against_what_the_script_trains():
+def test_flag_checks_use_the_sizes_of_the_script():
     config = load_script(str(train_script())).Config()
     sizes = {name: getattr(config, name) for name in demo.DEFAULT_SIZES}
     assert (config.batch, config.heads, sizes) == (demo.BATCH, demo.HEADS, demo.DEFAULT_SIZES)

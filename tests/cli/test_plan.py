@@ -1,4 +1,4 @@
-"""`muon-dtensor plan` and topologies: readable, fast, and one line for bad input."""
+"""`muon-dtensor plan` and topologies: output, speed, and one-line errors for bad input."""
 
 import json
 import sys
@@ -8,10 +8,10 @@ from time import process_time
 import pytest
 from matplotlib import image
 
-from muon_dtensor.cli.baseline_costs import WAYS, cost_of_way
+from muon_dtensor.cli.baseline_costs import METHODS, method_cost
 from muon_dtensor.cli.models import MODELS, specs_of
 from muon_dtensor.cli.plan import plan, sizes_of
-from muon_dtensor.cli.plan_plot import watched
+from muon_dtensor.cli.plan_plot import plotted_ranks
 from muon_dtensor.layout import MeshSpec
 from muon_dtensor.planning.plan import PlanOptions
 from muon_dtensor.planning.presets import PRESETS, topology_of
@@ -20,7 +20,7 @@ from muon_dtensor.planning.topology import Link, Topology
 from tests.support.deadlines import run_program
 
 BILLIONS = {
-    # published totals without embeddings and output heads, which are AdamW's
+    # published totals without embeddings and output heads, which AdamW steps
     "gpt2": 0.085,  # 12 x 12 x 768^2
     "llama3-8b": 8.03 - 2 * 128256 * 4096 / 1e9,
     "llama3-70b": 70.6 - 2 * 128256 * 8192 / 1e9,
@@ -37,7 +37,7 @@ def test_the_shapes_add_up_to_the_published_sizes(model):
     assert numel / 1e9 == pytest.approx(BILLIONS[model], rel=0.01)
 
 
-def test_experts_are_cut_by_ep_and_whole_where_that_is_all():
+def test_ep_cuts_experts_and_replicates_other_weights():
     mesh = MeshSpec.of(dp_replicate=2, ep=8)
     specs = {spec.fqn: spec for spec in specs_of("deepseek-v3", mesh)}
     layout = specs["layers.5.moe.experts.w1.weight"].layout
@@ -50,8 +50,8 @@ def test_a_plan_of_405b_takes_seconds(capsys):
     assert plan("llama3-405b", "dp_replicate=8,dp_shard=128,tp=8", "h100-ib-400") == 0
     assert process_time() - start < 15
     text = capsys.readouterr().out
-    for told in ("882", "8192 ranks", "the bound", "predicted", "instead of owned", "digest"):
-        assert told in text
+    for words in ("882", "8192 ranks", "the bound", "predicted", "instead of owned", "digest"):
+        assert words in text
     assert max(map(len, text.splitlines())) <= 150
 
 
@@ -68,7 +68,7 @@ def test_explain_json_and_diff(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"model": "llama9"}, "no model 'llama9'"),
         ({"mesh": "dp_shard"}, "--mesh is dim=size"),
@@ -79,14 +79,17 @@ def test_explain_json_and_diff(tmp_path, capsys):
         ({"topology": "h900"}, "no topology 'h900'"),
         ({"strategy": "fast"}, "strategy must be one of"),
         ({"strategy": "gathered"}, "strategy must be one of auto, owned, owned_staged"),
-        ({"explain": "layers.0.atention.wq.weight"}, "is it 'layers.0.attention.wq.weight'?"),
+        (
+            {"explain": "layers.0.atention.wq.weight"},
+            "did you mean 'layers.0.attention.wq.weight'?",
+        ),
     ],
     ids=str,
 )
-def test_bad_input_is_told_on_one_line(arguments, told, capsys):
+def test_bad_input_is_reported_on_one_line(arguments, message, capsys):
     assert plan(**arguments) == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert message in error
     assert len(error.splitlines()) == 1
 
 
@@ -105,7 +108,7 @@ def with_value(name, value):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (without("memory_bandwidth"), "has no memory_bandwidth"),
         (without("format"), "format None"),
@@ -129,31 +132,31 @@ def with_value(name, value):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_topology_file_with_wrong_values_is_refused(tmp_path, change, told, capsys):
+def test_a_topology_file_with_wrong_values_is_rejected(tmp_path, change, message, capsys):
     values = json.loads(PRESETS["h200"].to_json())
     change(values)
     path = tmp_path / "topology.json"
     path.write_text(json.dumps(values))
     assert plan("gpt2", "dp_shard=2", str(path)) == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert message in error
     assert len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_topologies_pass_through_json(tmp_path, name):
+def test_topologies_survive_a_json_round_trip(tmp_path, name):
     path = tmp_path / "topology.json"
     path.write_text(PRESETS[name].to_json())
     assert topology_of(path) == PRESETS[name]
 
 
-def test_collectives_cost_what_their_formulas_say():
+def test_predicted_seconds_of_collectives_follow_their_formulas():
     slow, fast = Link(1e-3, 1e6), Link(1e-6, 1e9)
     rates = ((1, 1e9),)
     topology = Topology("t", 2, fast, slow, (("bfloat16", rates), ("float32", rates)), 1e9)
     pair, four = MeshSpec.of(a=2), MeshSpec.of(a=4)
     assert topology.all_to_all_seconds(pair, ("a",), 1000) == pytest.approx(1e-6 + 1e-6)
-    # one peer on the node, two beyond, which get two thirds of the bytes
+    # one peer on the same node, two on the other node, which receive two thirds of the bytes
     assert topology.all_to_all_seconds(four, ("a",), 3000) == pytest.approx(2.001e-3 + 2e-3)
     assert topology.all_gather_seconds(four, ("a",), 1000) == pytest.approx(3 * 2e-3)
     assert topology.all_reduce_seconds(four, ("a",), 4000) == pytest.approx(6 * 2e-3)
@@ -172,8 +175,8 @@ def test_the_command_line(tmp_path):
 FACTORIES = "tests.support.factories"
 
 
-def test_a_model_of_the_users_is_planned_without_memory(capsys):
-    """parallelize_module and fully_shard on the meta device: the layouts that a real run has."""
+def test_a_user_s_model_is_planned_on_the_meta_device(capsys):
+    """The layouts are those that parallelize_module and fully_shard produce in training."""
     start = process_time()
     assert plan(f"{FACTORIES}:sharded", "dp_shard=4,tp=2", explain="1.up.weight") == 0
     text = capsys.readouterr().out
@@ -197,12 +200,12 @@ def test_param_groups_of_the_users_declare_matrices(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"model": f"{FACTORIES}:raising"}, "raised RuntimeError: no model for 8 ranks"),
-        ({"model": f"{FACTORIES}:nothing"}, "returns int"),
-        ({"model": f"{FACTORIES}:missing"}, "names no function"),
-        ({"model": f"{FACTORIES}:FACTORIES"}, "names no function"),
+        ({"model": f"{FACTORIES}:wrong_type"}, "returns int"),
+        ({"model": f"{FACTORIES}:missing"}, "cannot import"),
+        ({"model": f"{FACTORIES}:FACTORIES"}, "cannot import"),
         ({"model": f"{FACTORIES}:bare", "mesh": "dp_shard=4,tp=2"}, "not dp_shard, tp"),
         ({"model": f"{FACTORIES}:bare", "mesh": "dp_replicate=8"}, "not dp_replicate"),
         ({"model": f"{FACTORIES}:bare", "mesh": "dp_shard=4,dp_replicate=2"}, "fully_shard"),
@@ -210,14 +213,14 @@ def test_param_groups_of_the_users_declare_matrices(capsys):
             {"model": f"{FACTORIES}:uneven_heads", "mesh": "dp_shard=4"},
             "raised RuntimeError: shape",
         ),
-        ({"model": f"{FACTORIES}:leaving"}, "raised SystemExit"),
+        ({"model": f"{FACTORIES}:exiting"}, "raised SystemExit"),
         ({"model": f"{FACTORIES}:without_group"}, "destroyed the process group"),
         ({"model": f"{FACTORIES}:unsharded"}, "not sharded over its mesh"),
-        ({"model": "..:x"}, "names no function"),
+        ({"model": "..:x"}, "cannot import"),
         ({"bucket_mb": -5}, "--bucket-mb must be above 0"),
         ({"bucket_mb": float("nan")}, "--bucket-mb must be above 0"),
         ({"explain": "é"}, "no parameter 'é'"),
-        ({"explain": "x", "compare": "ours"}, "two questions"),
+        ({"explain": "x", "compare": "ours"}, "exclude each other"),
         ({"mesh": "cls=2"}, "no mesh dims cls"),
         ({"plot": "."}, "takes a file"),
         ({"model": f"{FACTORIES}:sharded"}, "Invalid mesh_dim_names"),
@@ -230,17 +233,17 @@ def test_param_groups_of_the_users_declare_matrices(capsys):
     ],
     ids=str,
 )
-def test_what_cannot_be_planned_is_told_on_one_line(arguments, told, capsys):
+def test_a_model_or_flag_that_cannot_be_planned_is_reported_on_one_line(arguments, message, capsys):
     arguments = dict(arguments)
     if "plot" in arguments:
         arguments["plot"] = Path(arguments["plot"])
     assert plan(**{"model": "gpt2", **arguments}) == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert message in error
     assert len(error.splitlines()) == 1
 
 
-def test_what_ranks_leave_fills_the_mesh():
+def test_a_mesh_size_of_minus_1_is_computed_from_ranks():
     assert sizes_of("dp_replicate=2,dp_shard=-1,tp=4", 64) == {
         "dp_replicate": 2,
         "dp_shard": 8,
@@ -248,15 +251,15 @@ def test_what_ranks_leave_fills_the_mesh():
     }
 
 
-def test_ways_of_working_are_compared():
-    """Every replica repeats what an owner does, and everyone what everyone does."""
+def test_predicted_costs_of_methods():
+    """1d-owner repeats the work on every replica, naive on every rank."""
     specs = specs_of("gpt2", MeshSpec.of(dp_replicate=2, dp_shard=4))
-    costs = {way: cost_of_way(way, specs, PlanOptions()) for way in WAYS}
+    costs = {method: method_cost(method, specs, PlanOptions()) for method in METHODS}
     model = plan_report(specs).cost
     assert costs["ours"].mean_flops == model.model_flops / 8
     assert costs["naive"].mean_flops == costs["naive"].flops == model.model_flops
     assert costs["1d-owner"].mean_flops == model.model_flops / 4
-    # everyone sends its quarter of each matrix to the three other holders
+    # each rank sends its quarter of each matrix to the three other holders
     elements = sum(spec.shape[0] * spec.shape[1] for spec in specs)
     assert costs["naive"].sent_nbytes == 2 * 3 * elements // 4
     assert costs["ours"].seconds <= min(cost.seconds for cost in costs.values())
@@ -269,7 +272,7 @@ def test_the_comparison_is_a_table(capsys):
         for line in capsys.readouterr().out.splitlines()
         if line.startswith("│")
     }
-    redundancies = {way: cells[2] for way, cells in rows.items()}
+    redundancies = {method: cells[2] for method, cells in rows.items()}
     assert redundancies == {"naive": "8.00", "1d-owner": "2.00", "ours": "1.00"}
     assert rows["ours"][1] == "1.00"
 
@@ -278,7 +281,7 @@ def test_the_comparison_is_a_table(capsys):
     ("mesh", "strategy"),
     [("dp_shard=4", "auto"), ("dp_replicate=2,dp_shard=2", "owned"), ("dp_shard=1", "auto")],
 )
-def test_the_picture_is_drawn(mesh, strategy, tmp_path):
+def test_the_plot_is_written(mesh, strategy, tmp_path):
     path = tmp_path / "plan.png"
     assert plan("gpt2", mesh, strategy=strategy, plot=path) == 0
     pixels = image.imread(path)
@@ -289,9 +292,9 @@ def test_the_picture_is_drawn(mesh, strategy, tmp_path):
     assert 0.02 < float((pixels[..., :3] < 0.9).any(-1).mean()) < 0.9
 
 
-def test_lanes_are_those_of_the_busiest_and_the_idlest_rank():
-    made = plan_report(specs_of("gpt2", MeshSpec.of(dp_shard=128)), PlanOptions())
-    ranks, flops = watched(made), made.cost.flops
+def test_plotted_ranks_include_the_busiest_and_the_least_busy():
+    report = plan_report(specs_of("gpt2", MeshSpec.of(dp_shard=128)), PlanOptions())
+    ranks, flops = plotted_ranks(report), report.cost.flops
     assert flops[ranks[0]] == max(flops)
     assert flops[ranks[-1]] == min(flops)
     assert len(ranks) == len(set(ranks)) == 6

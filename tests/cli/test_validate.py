@@ -1,4 +1,4 @@
-"""`muon-dtensor validate`: a right setup passes, a wrong one fails, by exit status and by name."""
+"""`muon-dtensor validate`: exit status and output for correct and incorrect parallel setups."""
 
 import re
 import sys
@@ -54,13 +54,13 @@ def hsdp(model: nn.Module) -> tuple[nn.Module, DistributedConfig]:
 
 
 def other_data(model: nn.Module) -> tuple[nn.Module, Any]:
-    """Averages as it should, over other data than the baseline's."""
+    """A correct DDP setup that trains on other data than the baseline."""
     model.register_forward_pre_hook(lambda _, args: (args[0] + dist.get_rank() + 1,))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
     return DistributedDataParallel(model), create_devicemesh_config(mesh)
 
 
-THE_USER_S_OWN = (
+USER_FUNCTIONS = (
     *("--model", "tests.cli.test_validate:transformer"),
     *("--batch", "tests.cli.test_validate:tokens"),
     *("--setup", "tests.cli.test_validate:hsdp"),
@@ -86,13 +86,13 @@ def not_parallel(model: nn.Module) -> tuple[nn.Module, None]:
 
 
 def not_averaged(model: nn.Module) -> tuple[nn.Module, DistributedConfig]:
-    """Replicas on all ranks that share the work, whose gradients nobody averages."""
+    """Replicas whose ranks share the optimizer's work, but gradients are not averaged."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
     return model, create_devicemesh_config(mesh)
 
 
 class TokenModel(nn.Module):
-    """Refuses token ids that are no integers; its head is a matrix of AdamW."""
+    """Asserts integer token ids. AdamW steps the embedding and the head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class TokenModel(nn.Module):
         self.lm_head = nn.Linear(8, 11, bias=False)
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor, scale: float) -> torch.Tensor:
-        assert scale == 1.0, "what is no tensor is passed on"
+        assert scale == 1.0, "values other than tensors are passed unchanged"
         assert tokens.dtype == targets.dtype == torch.int64
         return self.lm_head(self.out(self.wqkv(self.embed(tokens))))
 
@@ -117,7 +117,7 @@ def next_token_loss(output: torch.Tensor, batch: dict[str, torch.Tensor]) -> tor
 
 
 def tensor_parallel(model: nn.Module) -> tuple[nn.Module, None]:
-    """Both ranks see the same samples, which the name of the mesh dim tells."""
+    """Both ranks train on the same samples: the mesh dim is named tp."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     plan = {"wqkv": ColwiseParallel(), "out": RowwiseParallel()}
     return parallelize_module(model, mesh, plan), None
@@ -143,11 +143,11 @@ TOKENS = (
 @pytest.mark.parametrize(
     ("flags", "num_params"),
     [
-        pytest.param(THE_USER_S_OWN, 12, id="the-user-s-own"),
+        pytest.param(USER_FUNCTIONS, 12, id="user-functions"),
         pytest.param((), 5, id="defaults", marks=pytest.mark.slow),
     ],
 )
-def test_the_three_modes_one_after_the_other(tmp_path, flags, num_params):
+def test_the_three_modes_in_separate_commands(tmp_path, flags, num_params):
     assert validate(tmp_path, "--mode", "baseline", *flags) == (
         0,
         f"baseline: parameters saved to {tmp_path}/model_baseline_params.pt\n",
@@ -172,16 +172,16 @@ def test_the_three_modes_one_after_the_other(tmp_path, flags, num_params):
         pytest.param(("--setup", "fsdp1", "--precision", "mixed"), id="fsdp1-mixed"),
         pytest.param(("--setup", "ddp", "--precision", "bf16"), id="ddp-bf16"),
         pytest.param(("--setup", "fsdp", "--precision", "fp16"), id="fsdp-fp16"),
-        pytest.param(THE_USER_S_OWN, id="the-user-s-own"),
+        pytest.param(USER_FUNCTIONS, id="user-functions"),
     ],
 )
-def test_right_setups_pass(tmp_path, flags):
+def test_correct_setups_pass(tmp_path, flags):
     status, text = validate(tmp_path, *flags)
     assert status == 0, text
     assert "FAIL" not in text
 
 
-def test_a_wrong_setup_fails(tmp_path):
+def test_a_setup_with_other_data_fails(tmp_path):
     status, text = validate(tmp_path, "--setup", "tests.cli.test_validate:other_data")
     assert status == 1
     assert "up.weight" in text
@@ -189,34 +189,34 @@ def test_a_wrong_setup_fails(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_setup_that_averages_nothing_fails(tmp_path, precision):
+def test_a_setup_without_gradient_averaging_fails(tmp_path, precision):
     flags = ("--setup", "tests.cli.test_validate:not_averaged", "--precision", precision)
     status, text = validate(tmp_path, *flags)
     assert status == 1
     assert re.search(r"FAIL: [345] of 5 parameters", text), text
 
 
-def test_a_setup_that_is_not_parallel_is_refused(tmp_path):
+def test_a_setup_that_is_not_parallel_is_rejected(tmp_path):
     status, text = validate(tmp_path, "--setup", "tests.cli.test_validate:not_parallel")
     assert status == 2
-    assert "its plan says 'this rank alone' of every matrix" in text
+    assert "the optimizer's plan has 'this rank alone' for every matrix" in text
     assert "PASS" not in text
 
 
-def test_token_ids_a_loss_and_an_optimizer_of_the_user_s(tmp_path):
+def test_token_ids_with_a_user_s_loss_and_optimizer(tmp_path):
     flags = ("--optimizer", "tests.cli.test_validate:polar_express")
     status, text = validate(tmp_path, *TOKENS, *flags)
     assert status == 0, text
     assert "PASS: all 4 parameters match within 1e-05." in text
 
 
-def test_a_compiled_model_has_the_names_of_its_parameters(tmp_path):
+def test_parameters_of_a_compiled_model_are_matched_by_clean_names(tmp_path):
     status, text = validate(tmp_path, "--setup", "tests.cli.test_validate:compiled")
     assert status == 0, text
     assert "each batch is shared by 2 data ranks" in text
 
 
-def test_a_config_file_and_ranks_that_see_the_same_data(tmp_path):
+def test_a_config_file_and_ranks_with_the_same_data(tmp_path):
     path = tmp_path / "job.toml"
     path.write_text(
         "[optimizer]\nlr = 0.02\nns_dtype = 'float32'\n"
@@ -229,30 +229,30 @@ def test_a_config_file_and_ranks_that_see_the_same_data(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (("--batch", "tests.cli.test_validate:odd_batch"), "does not divide over 2 data ranks"),
         (("--setup", "tests.cli.test_validate:no_pair"), "must return (wrapped model, Distr"),
         (("--precision", "bf16", "--ranks", "3"), "needs a number of data ranks that is a power"),
-        (("--model", "tests.cli.test_validate:nothing"), "names no function"),
+        (("--model", "tests.cli.test_validate:missing"), "cannot import"),
         (("--model", "tests.cli.test_validate:transformer"), "has no input_dim"),
         (("--num-steps", "0"), "must be 1 or more"),
     ],
     ids=["odd-batch", "no-pair", "three-ranks", "no-function", "no-batch", "no-steps"],
 )
-def test_what_cannot_run_is_told(tmp_path, flags, told):
+def test_a_setup_that_cannot_run_is_reported(tmp_path, flags, message):
     status, text = validate(tmp_path, *flags)
     assert status == 2
-    assert told in text
+    assert message in text
 
 
-def test_tolerances_are_the_document_s():
+def test_tolerances_are_those_of_document_001():
     assert TOLERANCES == {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3, "mixed": 1e-4}
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)
-def test_the_tolerance_is_the_document_s(precision, tmp_path, capsys):
-    """1e-5, 1e-3 or 1e-4, of each parameter: twice that fails, half of it passes."""
+def test_a_difference_below_the_tolerance_passes(precision, tmp_path, capsys):
+    """Half of the tolerance passes, twice the tolerance fails."""
     tolerance = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3, "mixed": 1e-4}[precision]
     weight = torch.zeros(3, 2)
     torch.save({"w": weight}, params_file(tmp_path, "model", "baseline"))

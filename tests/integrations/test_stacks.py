@@ -1,4 +1,4 @@
-"""The examples of other people's stacks, run as their users run them."""
+"""The examples with Hugging Face, Accelerate, Lightning, TensorBoard and Weights & Biases."""
 
 import re
 import sys
@@ -20,7 +20,7 @@ ROWS = [
 
 
 def run(name: str, num_ranks: int, *arguments: str) -> str:
-    """What an example prints; these stacks also warn of themselves."""
+    """Return the output of an example. Warnings are allowed: these packages log some."""
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
     if num_ranks > 1:
         ranks = ["--standalone", "--nproc-per-node", str(num_ranks)]
@@ -31,13 +31,13 @@ def run(name: str, num_ranks: int, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(("name", "num_ranks", "text"), ROWS)
-def test_an_example_of_a_stack_trains(name, num_ranks, text):
+def test_the_example_trains(name, num_ranks, text):
     output = run(name, num_ranks)
     assert text in output
     (losses,) = re.findall(r"^loss (\S+) -> (\S+)$", output, re.MULTILINE)
     assert float(losses[1]) < float(losses[0])
     if "resumed" in (EXAMPLES / f"{name}.py").read_text():
-        assert "resumed from step 3: the same bits" in output
+        assert "resumed from step 3: bitwise equal" in output
 
 
 def test_tensorboard_and_wandb_get_the_metrics(tmp_path):

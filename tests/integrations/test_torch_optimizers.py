@@ -1,4 +1,4 @@
-"""Jobs of torch.optim.AdamW, torch.optim.Muon and pairs of them go on with our Muon."""
+"""Resuming jobs of torch.optim.AdamW and torch.optim.Muon with our Muon."""
 
 import copy
 from typing import Any
@@ -36,20 +36,20 @@ ADAMW = {"lr": 0.01, "betas": (0.8, 0.9), "weight_decay": 0.0}
 
 
 def torch_pair(model: nn.Module) -> list[Any]:
-    """torch.optim.Muon for the matrices, torch.optim.AdamW for the rest."""
-    named = dict(model.named_parameters())
+    """torch.optim.Muon for the matrices, torch.optim.AdamW for all other parameters."""
+    params = dict(model.named_parameters())
     return [
-        torch.optim.Muon([(n, named[n]) for n in MATRICES], lr=0.05, momentum=0.9),
-        torch.optim.AdamW([(n, p) for n, p in named.items() if n not in MATRICES], **ADAMW),
+        torch.optim.Muon([(n, params[n]) for n in MATRICES], lr=0.05, momentum=0.9),
+        torch.optim.AdamW([(n, p) for n, p in params.items() if n not in MATRICES], **ADAMW),
     ]
 
 
-def adamw_alone(model: nn.Module) -> list[Any]:
+def torch_adamw(model: nn.Module) -> list[Any]:
     return [torch.optim.AdamW(model.named_parameters(), **ADAMW)]
 
 
-def ours(model: nn.Module) -> Muon:
-    """With other options than the jobs, which come with their state."""
+def new_muon(model: nn.Module) -> Muon:
+    """Our Muon with options other than those of the saved jobs."""
     return Muon(group_parameters(model, lr=0.5))
 
 
@@ -74,25 +74,25 @@ def job(make: Any) -> tuple[nn.Module, list[Any]]:
     return model, optimizers
 
 
-def saved_by(how: str, model: nn.Module, optimizers: list[Any]) -> list[Any]:
-    match how:
+def state_dicts(form: str, model: nn.Module, optimizers: list[Any]) -> list[Any]:
+    match form:
         case "by-name":
-            return [get_optimizer_state_dict(model, each) for each in optimizers]
-        case "of-all-at-once":
+            return [get_optimizer_state_dict(model, optimizer) for optimizer in optimizers]
+        case "joint":
             return [get_optimizer_state_dict(model, optimizers)]
         case "flattened":
             options = StateDictOptions(flatten_optimizer_state_dict=True)
-            return [get_optimizer_state_dict(model, each, options=options) for each in optimizers]
+            return [get_optimizer_state_dict(model, opt, options=options) for opt in optimizers]
         case _:
-            return [each.state_dict() for each in optimizers]
+            return [optimizer.state_dict() for optimizer in optimizers]
 
 
-@pytest.mark.parametrize("how", ["by-name", "of-all-at-once", "flattened", "by-number"])
-def test_a_pair_goes_on_bitwise(how):
+@pytest.mark.parametrize("form", ["by-name", "joint", "flattened", "by-number"])
+def test_a_pair_resumes_bitwise(form):
     model, optimizers = job(torch_pair)
-    saved = copy.deepcopy(saved_by(how, model, optimizers))
+    saved = copy.deepcopy(state_dicts(form, model, optimizers))
     twin = copy.deepcopy(model)
-    optimizer = ours(twin)
+    optimizer = new_muon(twin)
     converted = convert_state_dict(optimizer, *saved)
     optimizer.load_state_dict(converted)
     assert optimizer.param_groups[0]["format_version"] == 1
@@ -101,30 +101,30 @@ def test_a_pair_goes_on_bitwise(how):
     assert all(map(torch.equal, values(twin), values(model)))
 
 
-def test_a_job_of_adamw_goes_on_and_its_matrices_start_afresh(caplog):
-    model, optimizers = job(adamw_alone)
+def test_a_job_of_adamw_resumes_with_zero_momentum_of_matrices(caplog):
+    model, optimizers = job(torch_adamw)
     twin = copy.deepcopy(model)
-    optimizer = ours(twin)
+    optimizer = new_muon(twin)
     optimizer.load_state_dict(convert_state_dict(optimizer, optimizers[0].state_dict()))
-    assert "2 parameters start without state, for none of their algorithm" in caplog.text
-    named = dict(twin.named_parameters())
+    assert "2 parameters start without state, because no state of their algorithm" in caplog.text
+    twin_params = dict(twin.named_parameters())
     for name, param in model.named_parameters():
-        kept, mine = optimizers[0].state[param], optimizer.state[named[name]]
+        saved, loaded = optimizers[0].state[param], optimizer.state[twin_params[name]]
         if name in MATRICES:
-            assert not mine["momentum_buffer"].any()
+            assert not loaded["momentum_buffer"].any()
         else:
-            assert all(torch.equal(kept[key], mine[key]) for key in mine)
+            assert all(torch.equal(saved[key], loaded[key]) for key in loaded)
     groups = {n: g for g in optimizer.param_groups for n in g["param_names"]}
     assert (groups["up.weight"]["lr"], groups["norm.bias"]["lr"]) == (0.5, ADAMW["lr"])
     train(twin, [optimizer], 2)
 
 
-def test_numbers_without_names_need_the_names():
+def test_state_by_number_requires_names():
     torch.manual_seed(0)
     model = Model()
     unnamed = torch.optim.AdamW(model.parameters(), **ADAMW)
     train(model, [unnamed], 0)
-    optimizer = ours(model)
+    optimizer = new_muon(model)
     with pytest.raises(CheckpointError, match=r"pass names=\[name for name, _ in"):
         convert_state_dict(optimizer, unnamed.state_dict())
     names = [name for name, _ in model.named_parameters()]
@@ -133,9 +133,10 @@ def test_numbers_without_names_need_the_names():
     with pytest.raises(CheckpointError, match="has no names"):
         convert_state_dict(Muon([model.up.weight]), unnamed.state_dict(), names=names)
     other = Muon(group_parameters(nn.ModuleDict({"embed": nn.Embedding(3, 3)})))
-    with pytest.raises(CheckpointError, match=r"exp_avg of embed\.weight is \[9, 8\], here it is"):
+    message = r"exp_avg of embed\.weight is \[9, 8\] in the saved state, \[3, 3\] in the optimizer"
+    with pytest.raises(CheckpointError, match=message):
         convert_state_dict(other, unnamed.state_dict(), names=names)
-    with pytest.raises(CheckpointError, match="no state of an optimizer"):
+    with pytest.raises(CheckpointError, match="the saved state is not that of an optimizer"):
         convert_state_dict(optimizer, {"model.up.weight": torch.ones(1)})
 
 
@@ -143,55 +144,57 @@ def mesh_of_sizes(sizes: tuple[int, ...]) -> Any:
     return init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard")[-len(sizes) :])
 
 
-def through_dcp(folder: str, kind: str, apart: bool) -> Any:
-    """Saved on a 1-D mesh, gone on with on HSDP; beside torch's optimizers on that."""
+def resume_from_dcp(folder: str, kind: str, separate_keys: bool) -> Any:
+    """Save torch's optimizers on a 1-D mesh, load on an HSDP mesh, and compare the state."""
     torch.manual_seed(0)
-    make = torch_pair if kind == "pair" else adamw_alone
+    make = torch_pair if kind == "pair" else torch_adamw
     model = fully_shard(Model(), mesh=mesh_of_sizes((4,)))
     optimizers = make(model)
     train(model, optimizers, 0)
-    states = saved_by("by-name" if apart else "of-all-at-once", model, optimizers)
-    keys = [f"optimizer{n}" if apart else "optimizer" for n in range(len(states))]
+    states = state_dicts("by-name" if separate_keys else "joint", model, optimizers)
+    keys = [f"optimizer{n}" if separate_keys else "optimizer" for n in range(len(states))]
     dcp.save(dict(zip(keys, states, strict=True)), checkpoint_id=folder)
     torch.manual_seed(0)
     twin = Model()
     for name, value in zip(twin.state_dict(), values(model), strict=True):
         twin.state_dict()[name].copy_(value)
     fully_shard(twin, mesh=mesh_of_sizes((2, 2)))
-    optimizer = ours(twin)
-    for group in optimizer.param_groups:  # options are no tensors: they are the user's to set
-        given = ADAMW if group["algorithm"] == "adamw" else {"lr": 0.05, "momentum": 0.9}
-        group.update(given)
+    optimizer = new_muon(twin)
+    for group in optimizer.param_groups:  # load_checkpoint does not load options
+        options = ADAMW if group["algorithm"] == "adamw" else {"lr": 0.05, "momentum": 0.9}
+        group.update(options)
     for key in keys:
         load_checkpoint(optimizer, folder, key=key)
     try:
-        load_checkpoint(optimizer, folder, key="nowhere")
+        load_checkpoint(optimizer, folder, key="missing")
         text = ""
     except CheckpointError as error:
         text = str(error)
-    theirs = {n: kept for state in states for n, kept in state["state"].items()}
-    wrong = []
+    saved_by_name = {n: values for state in states for n, values in state["state"].items()}
+    differences = []
     for name, param in twin.named_parameters():
-        for key, mine in optimizer.state[param].items():
-            saved = theirs[name].get(key)
-            whole = mine.full_tensor() if mine.ndim else mine
+        for key, value in optimizer.state[param].items():
+            saved = saved_by_name[name].get(key)
+            loaded = value.full_tensor() if value.ndim else value
             if saved is None:
-                wrong += [f"{key} of {name} is not zero"] * bool(whole.any())
-            elif not torch.equal(whole, saved.full_tensor() if saved.ndim else saved):
-                wrong.append(f"{key} of {name}")
+                differences += [f"{key} of {name} is not zero"] * bool(loaded.any())
+            elif not torch.equal(loaded, saved.full_tensor() if saved.ndim else saved):
+                differences.append(f"{key} of {name}")
     train(twin, [optimizer], 2)
-    return wrong, text
+    return differences, text
 
 
-@pytest.mark.parametrize(("kind", "apart"), [("pair", True), ("pair", False), ("adamw", False)])
-def test_jobs_go_on_through_a_sharded_checkpoint(tmp_path, kind, apart):
-    for wrong, text in run_processes(4, through_dcp, str(tmp_path / "a"), kind, apart):
-        assert wrong == []
-        assert "has no state under 'nowhere'" in text
+@pytest.mark.parametrize(
+    ("kind", "separate_keys"), [("pair", True), ("pair", False), ("adamw", False)]
+)
+def test_jobs_resume_from_a_sharded_checkpoint(tmp_path, kind, separate_keys):
+    outcomes = run_processes(4, resume_from_dcp, str(tmp_path / "a"), kind, separate_keys)
+    for differences, text in outcomes:
+        assert differences == []
+        assert "has no state under 'missing'" in text
 
 
-def test_options_that_mean_the_same_come_along():
-    """The scale of the learning rate is one of them."""
+def test_options_with_the_same_meaning_are_converted():
     model, _ = job(torch_pair)
     options = {"lr": 3e-3, "adjust_lr_fn": "match_rms_adamw", "momentum": 0.8, "nesterov": False}
     muon = torch.optim.Muon([("up.weight", model.up.weight)], **options)

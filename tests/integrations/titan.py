@@ -1,4 +1,4 @@
-"""What ranks do with torchtitan's own components. Imports torchtitan, so tests import it late."""
+"""Bodies of ranks that use torchtitan's components. Imports torchtitan, so tests import it late."""
 
 import copy
 import warnings
@@ -52,7 +52,7 @@ class Layer(nn.Module):
 
 
 class Titan(nn.Module):
-    """The names of torchtitan's models."""
+    """A small model with the parameter names of torchtitan's models."""
 
     def __init__(self, with_embedding: bool = True) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ SPLITS = {
 
 
 def sharded(dims: tuple[int, int]) -> Titan:
-    """Under FSDP and TP as torchtitan names their mesh dims."""
+    """Return the model under FSDP and TP, with torchtitan's names of mesh dims."""
     torch.manual_seed(0)
     model = Titan()
     mesh = init_device_mesh("cpu", dims, mesh_dim_names=("fsdp", "tp"))
@@ -103,18 +103,18 @@ def train(model: nn.Module, optimizers: Any, schedulers: Any, steps: range) -> N
 
 
 def values(model: nn.Module, optimizers: Any) -> dict[str, Tensor]:
-    found = {n: local_part(p.detach()).clone() for n, p in model.named_parameters()}
+    result = {n: local_part(p.detach()).clone() for n, p in model.named_parameters()}
     for key, value in optimizers.state_dict().items():
         if isinstance(value, Tensor):
-            found[key] = local_part(value).clone()
-    return found
+            result[key] = local_part(value).clone()
+    return result
 
 
 @dataclass
-class Seen:
-    """What a test looks at."""
+class Report:
+    """Results of one rank."""
 
-    claimed: list[str]
+    param_names: list[str]
     algorithms: dict[str, str]
     num_optimizers: int
     num_schedulers: int
@@ -126,8 +126,8 @@ class Seen:
     has_metrics: bool
 
 
-def container_scheduler_and_checkpoint(folder: Path) -> Seen:
-    """Claim, schedule, save by torchtitan's flat keys with DCP, load, go on."""
+def container_scheduler_and_checkpoint(folder: Path) -> Report:
+    """Build, train with a scheduler, save torchtitan's flat keys with DCP, load and resume."""
     model, optimizers, schedulers = built((2, 2))
     (optimizer,) = optimizers
     algorithms = {
@@ -143,27 +143,27 @@ def container_scheduler_and_checkpoint(folder: Path) -> Seen:
     train(model, optimizers, schedulers, range(3, 5))
     expected = values(model, optimizers)
 
-    other, others, again = built((2, 2))
-    state = {"model": other.state_dict(), **_prefixed(others.state_dict())}
-    state |= {"scheduler": again.state_dict()}
+    resumed_model, resumed_optimizers, resumed_schedulers = built((2, 2))
+    state = {"model": resumed_model.state_dict(), **_prefixed(resumed_optimizers.state_dict())}
+    state |= {"scheduler": resumed_schedulers.state_dict()}
     dcp.load(state, checkpoint_id=folder / "step-3")
-    other.load_state_dict(state["model"])
-    others.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("opt.")})
+    resumed_model.load_state_dict(state["model"])
+    resumed_optimizers.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("opt.")})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, about torchtitan's call of get_lr
-        again.load_state_dict(state["scheduler"])
-    train(other, others, again, range(3, 5))
-    found = values(other, others)
+        warnings.simplefilter("ignore")  # torch warns of torchtitan's call of get_lr
+        resumed_schedulers.load_state_dict(state["scheduler"])
+    train(resumed_model, resumed_optimizers, resumed_schedulers, range(3, 5))
+    resumed = values(resumed_model, resumed_optimizers)
     keys = sorted(optimizers.state_dict())
-    return Seen(
-        claimed=sorted(algorithms),
+    return Report(
+        param_names=sorted(algorithms),
         algorithms=algorithms,
         num_optimizers=len(optimizers),
         num_schedulers=len(schedulers),
         lr_metrics=sorted(schedulers.get_metrics()),
         keys=[k for k in keys if k.startswith("state.")],
         group_keys=[k for k in keys if k.startswith("param_groups.layers.0.w1.weight.")],
-        resumed=all(torch.equal(found[key], value) for key, value in expected.items()),
+        resumed=all(torch.equal(resumed[key], value) for key, value in expected.items()),
         lrs=lrs,
         has_metrics=optimizer.metrics()["grad_norm"] > 0,
     )
@@ -174,7 +174,7 @@ def _prefixed(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def one_process(steps: int) -> dict[str, Tensor]:
-    """torchtitan's container on an unsharded model, as the oracle of a sharded one."""
+    """Train an unsharded model with torchtitan's container: the oracle of the sharded one."""
     torch.manual_seed(0)
     model = Titan()
     config = muon_optimizers(lr=0.02, adamw={"lr": 3e-3}, splits=SPLITS)
@@ -197,7 +197,7 @@ def equals_one_process() -> bool:
 
 
 def pipeline_stage(with_embedding: bool) -> list[str]:
-    """A stage without embedding, and one that is nothing but one."""
+    """Return the optimizer's parameter names for a stage that has only, or no, embedding."""
     model: nn.Module = Titan(False) if not with_embedding else nn.Sequential()
     if with_embedding:
         model.tok_embeddings = nn.Embedding(16, DIM)
@@ -206,13 +206,13 @@ def pipeline_stage(with_embedding: bool) -> list[str]:
 
 
 def other_optimizers() -> list[tuple[str, list[str]]]:
-    """torchtitan's own AdamW beside Muon, in one container, by its own param groups."""
+    """Build a container with torchtitan's AdamW for the embedding and Muon."""
     model = Titan()
-    own = ParamGroupConfig(
+    adamw = ParamGroupConfig(
         pattern="tok_embeddings", optimizer_name="AdamW", optimizer_kwargs={"lr": 0.1}
     )
-    config = muon_optimizers(param_groups=[own])
-    config.implementation = "fused"  # injects fused and foreach into every group
+    config = muon_optimizers(param_groups=[adamw])
+    config.implementation = "fused"  # adds fused and foreach to every group
     optimizers = config.build(model_parts=[model])
     return [
         (type(optimizer).__name__, [n for g in optimizer.param_groups for n in g["param_names"]])
@@ -221,7 +221,7 @@ def other_optimizers() -> list[tuple[str, list[str]]]:
 
 
 def overridden() -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """`--override.imports` on a config tree of torchtitan, as its trainer applies it."""
+    """Apply `--override.imports` to a config tree, as torchtitan's trainer does."""
 
     @dataclass(kw_only=True, slots=True)
     class Root(OptimizersContainer.Config.__mro__[1]):  # type: ignore[misc]
@@ -236,7 +236,7 @@ def overridden() -> tuple[str, dict[str, Any], dict[str, Any]]:
 
 
 class Wrapper:
-    """What torchft.Optimizer is to torchtitan: a step that calls back."""
+    """Stand-in for torchft.Optimizer: its step calls the container's."""
 
     def __init__(self, manager: Any, container: Any) -> None:
         self.container, self.num_steps = container, 0
@@ -250,18 +250,18 @@ class Wrapper:
 
 
 def with_torchft() -> tuple[int, bool, list[str]]:
-    """The mixin before torchtitan's torchft container; torchft itself is a stand-in."""
+    """Combine the mixin with torchtitan's torchft container; torchft itself is a stand-in."""
     torchft_optimizer.torchft = SimpleNamespace(Optimizer=Wrapper)
     base = torchft_optimizer.TorchFTOptimizersContainer
 
-    class Both(MuonMixin, base):  # type: ignore[misc, valid-type]
+    class Container(MuonMixin, base):  # type: ignore[misc, valid-type]
         @dataclass(kw_only=True, slots=True)
         class Config(base.Config):  # type: ignore[name-defined]
-            """Whose `build` makes this class: torchtitan wires it to the class around it."""
+            """`build` returns the enclosing class; torchtitan connects them."""
 
     model = Titan()
     plain = muon_optimizers(splits=SPLITS)
-    config = Both.Config(param_groups=plain.param_groups, implementation="for-loop")
+    config = Container.Config(param_groups=plain.param_groups, implementation="for-loop")
     manager = SimpleNamespace(manager=None, use_async_quorum=True)
     container = config.build(model_parts=[model], ft_manager=manager)
     container.init_cache_state_dict()

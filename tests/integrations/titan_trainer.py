@@ -1,6 +1,6 @@
-"""torchtitan's whole trainer, five steps of its smallest Llama on CPUs: run it under torchrun.
+"""Five steps of torchtitan's trainer with its smallest Llama on CPUs, under torchrun.
 
-What keeps torchtitan 0.3.0 from a CPU is put aside below; all else is its own.
+Replaces only the parts of torchtitan 0.3.0 that do not run on a CPU.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ STEPS, VOCAB = 5, 2048
 
 
 class _Kernels(ModuleType):
-    """Triton kernels of an expert-parallel dispatcher on a machine without triton: never called."""
+    """Stand-in for triton kernels of an expert-parallel dispatcher, which are never called."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -34,7 +34,7 @@ from torchtitan.tools import utils  # noqa: E402
 
 
 class _Cpu(ModuleType):
-    """What torchtitan asks of a device's module, and torch.cpu has not."""
+    """torch.cpu with stand-ins for functions of device modules that it lacks."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -61,11 +61,11 @@ from torchtitan.tools.logging import init_logger  # noqa: E402
 
 
 class Words(BaseDataLoader):
-    """A fixed text that repeats, so that five steps can learn something."""
+    """Repeats one batch, so that the loss decreases in five steps."""
 
     @dataclasses.dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
-        """Whose `build` makes this class."""
+        """`build` returns a `Words`."""
 
     def __init__(
         self, config: Config, *, dp_rank: int, seq_len: int, local_batch_size: int, **_: Any
@@ -86,11 +86,11 @@ class Words(BaseDataLoader):
 
 
 class Bytes(BaseTokenizer):
-    """A token is a byte."""
+    """Tokenizer with one token per byte."""
 
     @dataclasses.dataclass(kw_only=True, slots=True)
     class Config(BaseTokenizer.Config):
-        """Whose `build` makes this class."""
+        """`build` returns a `Bytes`."""
 
     def __init__(self, config: Config, *, tokenizer_path: str) -> None:
         super().__init__()
@@ -106,12 +106,12 @@ class Bytes(BaseTokenizer):
 
 
 class _NoMemory:
-    """The memory monitor of a device that counts none."""
+    """Memory monitor that reports zeros."""
 
     device_name, device_capacity = "cpu", 1
 
     def reset_peak_stats(self) -> None:
-        """Nothing to forget."""
+        """Do nothing."""
 
     def get_peak_stats(self) -> titan_metrics.DeviceMemStats:
         numbers = [0.0] * len(titan_metrics.DeviceMemStats._fields)
@@ -146,12 +146,12 @@ def main(folder: str) -> None:
     losses: list[float] = []
     log = titan_metrics.MetricsProcessor.log
 
-    def listened(self: Any, step: int, loss: float, *args: Any, **kwargs: Any) -> None:
+    def log_and_record(self: Any, step: int, loss: float, *args: Any, **kwargs: Any) -> None:
         losses.append(loss)
         log(self, step, loss, *args, **kwargs)
 
     with (
-        mock.patch.object(titan_metrics.MetricsProcessor, "log", listened),
+        mock.patch.object(titan_metrics.MetricsProcessor, "log", log_and_record),
         mock.patch.object(titan_metrics, "build_device_memory_monitor", _NoMemory),
     ):
         trainer = config.build()

@@ -37,7 +37,7 @@ def test_a_killed_run_ends_bitwise_like_an_uninterrupted_one(tmp_path):
     folder = tmp_path / "killed"
     report, output = trained(folder, kill_at=37, max_restarts=2)
     assert (folder / "killed").exists()
-    assert "going on from step-30" in output
+    assert "resuming from step-30" in output
     assert report == expected
     assert len(report["losses"]) == 60
 
@@ -47,10 +47,10 @@ def test_a_killed_run_ends_bitwise_like_an_uninterrupted_one(tmp_path):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     report, output = trained(folder)
     assert "step-60 cannot be read" in output
-    assert "going on from step-50" in output
+    assert "resuming from step-50" in output
     assert report == expected
 
     shutil.move(saved / "step-60", saved / "step-60.part")
     report, output = trained(folder)
-    assert "going on from step-50" in output
+    assert "resuming from step-50" in output
     assert report == expected

@@ -1,1 +1,1 @@
-"""Many ranks in one machine, an oracle, and meters: what the tests share."""
+"""Shared by the tests: ranks as threads or processes, an oracle, and meters."""

@@ -1,7 +1,7 @@
-"""One case: parameters with placements on a mesh, stepped by us and by the oracle.
+"""Compares steps of our Muon on sharded parameters with an oracle.
 
-The oracle is torch.optim.Muon on full tensors, on every rank; its result is cut as torch cuts.
-Bodies run on threads or processes.
+The oracle is torch.optim.Muon on full tensors, on every rank; torch shards its results. Bodies run
+on threads or processes.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,11 @@ OVERWRITES_MOMENTA = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15)
 
 @dataclass(frozen=True)
 class Case:
-    """`params`: (shape, placements) each; 3-D ones are batches of matrices.
+    """Sharded parameters on a mesh, and options of the optimizers.
 
-    `ours`: options torch has not; unless it says otherwise, matrices are orthogonalized once.
+    `params`: (shape, placements) of each parameter; 3-D parameters are batches of matrices.
+    `muon`: options of both optimizers. `ours`: options of our Muon only; `strategy` is "owned" by
+    default, so that each matrix is orthogonalized by one rank.
     """
 
     mesh_shape: tuple[int, ...]
@@ -42,7 +44,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank saw. `differences`: what was not bitwise the oracle's after some step."""
+    """Results of one rank. `differences`: tensors that were not bitwise those of the oracle."""
 
     differences: list[str]
     sent_nbytes: int
@@ -69,7 +71,7 @@ class Oracle:
         self.optimizer = torch.optim.Muon(flat, **options) if flat else None
 
     def step(self, grads: Sequence[Tensor]) -> None:
-        """One step with these full gradients."""
+        """Do one step with these full gradients."""
         for parts, grad in zip(self.matrices, grads, strict=True):
             slices = grad.unbind() if grad.ndim == 3 else [grad]
             for matrix, part in zip(parts, slices, strict=True):
@@ -78,15 +80,15 @@ class Oracle:
             self.optimizer.step()
 
     def results(self) -> list[Tensor]:
-        """The weights in their stored shapes."""
+        """Return the weights in their stored shapes."""
         return self._stored([[m.detach() for m in parts] for parts in self.matrices])
 
     def momenta(self) -> list[Tensor]:
-        """The momentum of each weight in its stored shape; only after a step."""
-        kept = {} if self.optimizer is None else self.optimizer.state
+        """Return the momentum of each weight in its stored shape. Call it after a step."""
+        state = {} if self.optimizer is None else self.optimizer.state
         return self._stored(
             [
-                [kept[m]["momentum_buffer"] if m in kept else m.detach() for m in parts]
+                [state[m]["momentum_buffer"] if m in state else m.detach() for m in parts]
                 for parts in self.matrices
             ]
         )
@@ -101,23 +103,23 @@ class Oracle:
 def tensors_like(
     shapes: Sequence[tuple[int, ...]], seed: int, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
-    """The same random tensors on every rank, whatever the other threads draw."""
+    """Return random tensors, equal on every rank: they use a generator of their own."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
 def spread(full: Tensor, mesh: Any, placements: Sequence[Placement]) -> DTensor:
-    """A full tensor as a DTensor, without communication."""
+    """Return a full tensor as a DTensor, without communication."""
     return distribute_tensor(full, mesh, placements, src_data_rank=None)
 
 
 def mesh_of(shape: tuple[int, ...]) -> Any:
-    """A CPU mesh with dims named a, b, c."""
+    """Return a CPU mesh with dims named a, b, c."""
     return init_device_mesh("cpu", shape, mesh_dim_names=tuple("abc"[: len(shape)]))
 
 
 def compare_with_oracle(case: Case) -> Outcome:
-    """Step a case and report; the body of a rank."""
+    """Step our Muon and the oracle on this rank, and compare them."""
     mesh = mesh_of(case.mesh_shape)
     shapes = [shape for shape, _ in case.params]
     weights = tensors_like(shapes, 0, case.dtype)
@@ -125,8 +127,8 @@ def compare_with_oracle(case: Case) -> Outcome:
         nn.Parameter(spread(weight, mesh, placements))
         for weight, (_, placements) in zip(weights, case.params, strict=True)
     ]
-    named = [(f"layer.{i}.weight", param) for i, param in enumerate(params)]
-    ours = Muon(named, **case.muon, **{"strategy": "owned", **case.ours})
+    named_params = [(f"layer.{i}.weight", param) for i, param in enumerate(params)]
+    optimizer = Muon(named_params, **case.muon, **{"strategy": "owned", **case.ours})
     oracle = Oracle(weights, **case.muon)
     differences: list[str] = []
     with counting() as count:
@@ -135,24 +137,24 @@ def compare_with_oracle(case: Case) -> Outcome:
             for param, grad, (_, placements) in zip(params, grads, case.params, strict=True):
                 param.grad = spread(grad, mesh, placements)
             with counting_flops():
-                ours.step()
+                optimizer.step()
             oracle.step(grads)
-            momenta = [ours.state[param] for param in params]
+            states = [optimizer.state[param] for param in params]
             pairs = {
                 "parameter": ([param.detach() for param in params], oracle.results()),
-                "momentum": ([kept["momentum_buffer"] for kept in momenta], oracle.momenta()),
+                "momentum": ([state["momentum_buffer"] for state in states], oracle.momenta()),
             }
-            for what, (mine, theirs) in pairs.items():
-                for (name, _), found, expected, (_, placements) in zip(
-                    named, mine, theirs, case.params, strict=True
+            for kind, (sharded, full) in pairs.items():
+                for (name, _), value, expected, (_, placements) in zip(
+                    named_params, sharded, full, case.params, strict=True
                 ):
                     shard = spread(expected, mesh, placements).to_local()
-                    if not torch.equal(found.to_local(), shard):
-                        far = (found.to_local() - shard).abs().max()
-                        differences.append(f"{what} of {name} after step {step}: {far}")
-            if others := {key for kept in momenta for key in kept} - {"momentum_buffer"}:
-                differences.append(f"state that Muon does not keep: {others}")
-    cost = ours.plan.cost
+                    if not torch.equal(value.to_local(), shard):
+                        distance = (value.to_local() - shard).abs().max()
+                        differences.append(f"{kind} of {name} after step {step}: {distance}")
+            if unexpected_keys := {key for state in states for key in state} - {"momentum_buffer"}:
+                differences.append(f"unexpected keys in the state: {unexpected_keys}")
+    cost = optimizer.plan.cost
     return Outcome(
         differences,
         count.sent_nbytes,
@@ -160,14 +162,14 @@ def compare_with_oracle(case: Case) -> Outcome:
         cost.sent_nbytes[dist.get_rank()] * case.num_steps,
         count.flops,
         cost.flops[dist.get_rank()] * case.num_steps,
-        {bucket.strategy.kind for bucket in ours.plan.buckets},
+        {bucket.strategy.kind for bucket in optimizer.plan.buckets},
         cost.bound_nbytes * case.num_steps,
         cost.num_matrices * case.num_steps,
-        ours.plan.digest,
+        optimizer.plan.digest,
     )
 
 
 def compare_in_process(case: Case) -> Outcome:
-    """`compare_with_oracle` in a process of its own, where meters must be installed first."""
+    """Run `compare_with_oracle` in a process of a pool, where meters must be installed first."""
     with installed():
         return compare_with_oracle(case)

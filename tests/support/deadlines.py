@@ -1,6 +1,6 @@
-"""Deadlines that guard against hangs, and not against load.
+"""Deadlines that detect hangs but are not reached because of load.
 
-They are told in seconds of a machine that does nothing else, and come later on a busy one.
+Seconds count on an idle machine. On a busy machine the deadline is later.
 """
 
 import os
@@ -9,28 +9,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 
-ASK_AGAIN = 5.0
-"""Seconds after which the load is looked at anew."""
+POLL_SECONDS = 5.0
+"""Maximum seconds between two readings of the load."""
 
 
 def slowness() -> float:
-    """How many times as long as alone a job takes now: tasks that want a core, by cores."""
+    """Return the factor by which the load slows a job down: load average by cores, at least 1."""
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 class Deadline:
-    """So many seconds from now, of a machine that does nothing else."""
+    """A number of seconds from now, as an idle machine would count them."""
 
     def __init__(self, seconds: float) -> None:
-        self._left = seconds
-        self._asked = monotonic()
+        self._remaining = seconds
+        self._last_poll = monotonic()
 
     def patience(self) -> float:
-        """How many seconds to wait before asking again; 0 once the deadline has passed."""
+        """Return the seconds to wait before the next call; 0 after the deadline."""
         now = monotonic()
-        self._left -= (now - self._asked) / slowness()
-        self._asked = now
-        return min(max(self._left, 0.0), ASK_AGAIN)
+        self._remaining -= (now - self._last_poll) / slowness()
+        self._last_poll = now
+        return min(max(self._remaining, 0.0), POLL_SECONDS)
 
 
 def run_program(
@@ -40,9 +40,9 @@ def run_program(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """What a program prints, and how it ended. `env`: beside the variables that are set here.
+    """Run a program; return its exit status and output. `env` is added to this environment.
 
-    Raises TimeoutExpired at the deadline, after it was killed.
+    Kills the program at the deadline and raises TimeoutExpired.
     """
     variables = {**os.environ, **(env or {})}
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""What users hand to `muon-dtensor plan --model pkg.mod:fn`, right and wrong."""
+"""Valid and invalid functions for `muon-dtensor plan --model pkg.mod:fn`."""
 
 from typing import Any
 
@@ -24,12 +24,12 @@ class Block(nn.Module):
 
 
 def bare() -> nn.Module:
-    """A model that nobody has sharded."""
+    """An unsharded model."""
     return nn.Sequential(*(Block() for _ in range(3)))
 
 
 def sharded(mesh: DeviceMesh) -> nn.Module:
-    """The same under tensor parallelism and FSDP2, as torchtitan wraps layers."""
+    """The model of `bare` under tensor parallelism and FSDP2, as torchtitan wraps layers."""
     model = bare()
     for block in model:
         parallelize_module(block, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
@@ -39,7 +39,7 @@ def sharded(mesh: DeviceMesh) -> nn.Module:
 
 
 def groups(mesh: DeviceMesh) -> list[dict[str, Any]]:
-    """Param groups instead of a model: fused blocks declared."""
+    """Param groups with declared fused blocks, instead of a model."""
     model = sharded(mesh)
     matrices = [(n, p) for n, p in model.named_parameters() if p.ndim == 2 and "up" in n]
     return [{"params": matrices, "split_sizes": (512, 512)}]
@@ -53,32 +53,32 @@ def huge(mesh: DeviceMesh) -> nn.Module:
 
 
 def raising(mesh: DeviceMesh) -> nn.Module:
-    """Fails, over two lines."""
+    """Raises with a message of two lines."""
     raise RuntimeError(f"no model\nfor {mesh.size()} ranks")
 
 
-def leaving(mesh: DeviceMesh) -> nn.Module:
-    """Ends the process."""
+def exiting(mesh: DeviceMesh) -> nn.Module:
+    """Raises SystemExit."""
     raise SystemExit(0)
 
 
 def without_group(mesh: DeviceMesh) -> nn.Module:
-    """Takes the ground away."""
+    """Destroys the process group of the mesh."""
     torch.distributed.destroy_process_group()
     return bare()
 
 
 def unsharded(mesh: DeviceMesh) -> nn.Module:
-    """Forgets the mesh."""
+    """Returns a model that is not sharded over the mesh."""
     return bare()
 
 
-def nothing(mesh: DeviceMesh) -> int:
-    """Neither a model nor parameters."""
+def wrong_type(mesh: DeviceMesh) -> int:
+    """Returns neither a model nor param groups."""
     return mesh.size()
 
 
 def uneven_heads(mesh: DeviceMesh) -> nn.Module:
-    """What torch itself refuses: a view that does not divide."""
+    """Raises in torch: a view whose size does not divide."""
     torch.empty(10, device="meta").view(mesh.size(), -1)
     return bare()

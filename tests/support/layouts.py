@@ -1,4 +1,4 @@
-"""Tables of layouts and shapes, and steps of them beside torch's own."""
+"""Tables of layouts and shapes, and functions that step them and compare with the oracle."""
 
 import pytest
 from torch.distributed.tensor import Replicate, Shard

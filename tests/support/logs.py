@@ -1,4 +1,4 @@
-"""What this package logs while a test runs, on ranks that pytest's caplog does not reach."""
+"""Captures log messages of this package on ranks that pytest's caplog does not reach."""
 
 import logging
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def logged(level: int = logging.WARNING) -> Iterator[list[str]]:
-    """The messages of at least this level, as they come."""
+    """Yield a list to which messages of at least this level are appended."""
     messages: list[str] = []
     handler = logging.Handler(level)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]

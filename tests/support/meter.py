@@ -1,4 +1,4 @@
-"""Counts what a step really does: bytes handed to collectives, matrices, flops, live storages."""
+"""Meters of a step: bytes passed to collectives, orthogonalized matrices, flops, live storages."""
 
 import math
 import threading
@@ -27,7 +27,7 @@ _newton_schulz = muon_options.newton_schulz
 
 @dataclass
 class Count:
-    """One rank's counts. Bytes a rank sends to itself never reach a wire and are left out."""
+    """Counts of one rank. Bytes that a rank sends to itself are not counted."""
 
     sent_nbytes: int = 0
     num_matrices: int = 0
@@ -42,12 +42,12 @@ def _counted_all_to_all(
     **kwargs: Any,
 ) -> Any:
     count: Count | None = getattr(_local, "count", None)
-    # ballots go without splits
+    # the consistency check exchanges without splits
     if count is not None and input_splits is not None and output_splits is not None:
-        own = input_splits[dist.get_rank(kwargs["group"])]
-        count.sent_nbytes += (sum(input_splits) - own) * input.element_size()
-        assert len(input) == sum(input_splits), "the splits are all of the send buffer"
-        assert len(output) == sum(output_splits), "the splits are all of the receive buffer"
+        to_self = input_splits[dist.get_rank(kwargs["group"])]
+        count.sent_nbytes += (sum(input_splits) - to_self) * input.element_size()
+        assert len(input) == sum(input_splits), "the splits cover the send buffer"
+        assert len(output) == sum(output_splits), "the splits cover the receive buffer"
     return _all_to_all_single(output, input, output_splits, input_splits, **kwargs)
 
 
@@ -60,7 +60,7 @@ def _counted_newton_schulz(x: Tensor, **kwargs: Any) -> Tensor:
 
 @contextmanager
 def counting_flops() -> Iterator[None]:
-    """Add the matrix products of this thread, as torch counts them, to the count."""
+    """Add torch's flop count of this thread's matrix products to the count."""
     with FlopCounterMode(display=False) as counter:
         yield
     _local.count.flops += counter.get_total_flops()
@@ -68,7 +68,7 @@ def counting_flops() -> Iterator[None]:
 
 @contextmanager
 def counting() -> Iterator[Count]:
-    """Count on this thread. The wrappers must be installed: see `installed`."""
+    """Count on this thread. Requires the wrappers of `installed`."""
     _local.count = Count()
     try:
         yield _local.count
@@ -78,7 +78,7 @@ def counting() -> Iterator[Count]:
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """Wrap torch's exchange and our iteration for all threads of this process."""
+    """Wrap torch's all-to-all and our Newton-Schulz for all threads of this process."""
     with (
         mock.patch.object(dist, "all_to_all_single", _counted_all_to_all),
         mock.patch.object(muon_options, "newton_schulz", _counted_newton_schulz),
@@ -87,19 +87,19 @@ def installed() -> Iterator[None]:
 
 
 class LiveStorages(TorchDispatchMode):
-    """Bytes of storages that were made or used under this mode and still live, and their peak.
+    """Peak bytes of live storages that were allocated or used under this mode.
 
-    Those used were kept from before, as the exchange buffers of a host are.
+    Used storages may be older than the mode, as the exchange buffers in host memory are.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._before: set[int] = set()
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._ignored: set[int] = set()
         self.peak_nbytes = 0
 
     def ignore(self, *tensors: Tensor) -> None:
-        self._before |= {StorageWeakRef(t.untyped_storage()).cdata for t in tensors}
+        self._ignored |= {StorageWeakRef(t.untyped_storage()).cdata for t in tensors}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -107,26 +107,26 @@ class LiveStorages(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 reference = StorageWeakRef(storage)
-                if reference.cdata not in self._before:
-                    self._known[reference.cdata] = (reference, storage.nbytes())
-        self._known = {k: v for k, v in self._known.items() if not v[0].expired()}
-        self.peak_nbytes = max(self.peak_nbytes, sum(n for _, n in self._known.values()))
+                if reference.cdata not in self._ignored:
+                    self._storages[reference.cdata] = (reference, storage.nbytes())
+        self._storages = {k: v for k, v in self._storages.items() if not v[0].expired()}
+        self.peak_nbytes = max(self.peak_nbytes, sum(n for _, n in self._storages.values()))
         return result
 
 
-NUM_STEPS, MOST_STEPS = 4, 40
+MIN_STEPS, MAX_STEPS = 4, 40
 
 
 def peak_nbytes_of(optimizer: Optimizer, enough: float = math.inf) -> int:
-    """Bytes a step holds on this rank beside parameters, gradients and momentum. All ranks call it.
+    """Return the peak bytes of a step on this rank without parameters, gradients and momentum.
 
-    The least of some steps, for gloo's threads let go of what was sent once they get a core: of
-    more steps as long as it is over `enough` on some rank.
+    A collective. Returns the minimum over several steps, since gloo's threads release sent buffers
+    only when they get a core. Takes more steps while the minimum exceeds `enough` on some rank.
     """
     peaks: list[int] = []
     params = [param for group in optimizer.param_groups for param in group["params"]]
     is_over = torch.ones(())
-    while len(peaks) < NUM_STEPS or (is_over and len(peaks) < MOST_STEPS):
+    while len(peaks) < MIN_STEPS or (is_over and len(peaks) < MAX_STEPS):
         meter = LiveStorages()
         for param in params:
             momentum = optimizer.state[param]["momentum_buffer"]
@@ -140,7 +140,7 @@ def peak_nbytes_of(optimizer: Optimizer, enough: float = math.inf) -> int:
 
 
 def workspace_nbytes(rows: int, cols: int) -> int:
-    """Of one matrix: itself, assembled, and what Newton-Schulz holds beside it."""
+    """Return the peak bytes of one matrix in Newton-Schulz, including the matrix."""
     with LiveStorages() as meter:
         _newton_schulz(torch.ones(rows, cols, dtype=torch.bfloat16))
     return meter.peak_nbytes

@@ -1,4 +1,4 @@
-"""Parameter lists of known models and of the anchors' workload, as a planner sees them."""
+"""`ParamSpec` lists of Llama 3 70B and of the benchmark workload."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,14 +10,14 @@ Cuts = tuple[tuple[str, ...], ...]
 
 
 def param_spec(mesh: MeshSpec, fqn: str, shape: tuple[int, ...], cuts: Cuts) -> ParamSpec:
-    """One parameter with default options."""
+    """Return one parameter with default options."""
     return ParamSpec(fqn, Layout(mesh, shape, cuts), "float32", matrices_of(shape))
 
 
 def layered(
     mesh: MeshSpec, num_layers: int, kinds: Sequence[tuple[str, tuple[int, ...], Cuts]]
 ) -> Iterator[ParamSpec]:
-    """`layers.{i}.{name}` for every kind, one Layout for each kind."""
+    """Yield `layers.{i}.{name}` for every kind; parameters of a kind share one Layout."""
     layouts = {name: Layout(mesh, shape, cuts) for name, shape, cuts in kinds}
     for layer in range(num_layers):
         for name, shape, _ in kinds:
@@ -25,7 +25,7 @@ def layered(
 
 
 def llama3_70b(mesh: MeshSpec) -> list[ParamSpec]:
-    """80 layers x 7 matrices under FSDP and TP.
+    """Return 80 layers x 7 matrices under FSDP and TP.
 
     Sizes: hidden 8192, intermediate 28672, 8 key-value heads of 128 (Llama 3 herd of models,
     arXiv:2407.21783, table 3).
@@ -46,7 +46,7 @@ def llama3_70b(mesh: MeshSpec) -> list[ParamSpec]:
 
 
 def anchors(mesh: MeshSpec, cuts: Cuts, num_layers: int, dim: int = 192) -> list[ParamSpec]:
-    """The workload of the comparison with other packages: qkv, proj, fc, out."""
+    """Return the benchmark workload, on which other packages are compared: qkv, proj, fc, out."""
     kinds = [
         ("qkv", (3 * dim, dim), cuts),
         ("proj", (dim, dim), cuts),

@@ -1,4 +1,4 @@
-"""Another value than the default of every option of a param group of Muon."""
+"""A value other than the default for every option of a Muon param group."""
 
 from typing import Any
 

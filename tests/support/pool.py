@@ -20,11 +20,12 @@ from tests.support.deadlines import Deadline, slowness
 
 COLLECTIVE_SECONDS = 40
 DEADLINE_SECONDS = 150
-"""Of a machine that does nothing else; see `tests.support.deadlines`."""
+"""Seconds on an idle machine; see `tests.support.deadlines`."""
 MAX_THREADS = 16 if torch.__version__ >= "2.11" else 0
-"""A rank with more after a job is replaced: gloo's threads wake a hundred times a second each.
+"""A rank with more threads after a job is replaced: each gloo thread wakes 100 times a second.
 
-torch 2.9's tensor parallelism may wait forever in a process that had other groups before.
+0 replaces every rank: torch 2.9's tensor parallelism may hang in a process that had other process
+groups before.
 """
 
 
@@ -34,7 +35,7 @@ class RankError(RuntimeError):
 
 def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
-    gc.freeze()  # what was imported is not looked through after each job
+    gc.freeze()  # the collection after each job skips imported objects
     while True:
         try:
             job = connection.recv()
@@ -57,7 +58,7 @@ def _serve(connection: Connection) -> None:
             if dist.is_initialized():
                 dist.destroy_process_group()
         connection.send(answer)
-        # A rank that leaves while another still connects to it makes that one hang.
+        # If a rank destroys its group while another rank still connects to it, that rank hangs.
         connection.recv()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -68,27 +69,27 @@ def _serve(connection: Connection) -> None:
 
 
 def forget_meshes() -> None:
-    """Clear torch's caches of operators on DTensors, whose results hold meshes of groups now gone.
+    """Clear torch's caches of DTensor operators, which hold meshes with destroyed process groups.
 
-    Meshes are compared by value, so an equal one of a later job would get an old one's groups.
+    Meshes are compared by value, so an equal mesh of a later job would use the destroyed groups.
     """
     debug._clear_sharding_prop_cache()
 
 
 def _num_threads() -> int:
-    """Those of C++ too; on systems without /proc nothing is known of them."""
+    """Return the number of threads, including C++ threads; 1 on systems without /proc."""
     tasks = Path("/proc/self/task")
     return len(list(tasks.iterdir())) if tasks.exists() else 1
 
 
 class Pool:
-    """Processes that wait for jobs. One that dies or hangs is replaced, with all the others."""
+    """Processes that wait for jobs. If one dies or hangs, all are replaced."""
 
     def __init__(self) -> None:
         self._ranks: list[tuple[Any, Connection]] = []
 
     def run(self, num_ranks: int, body: Callable[..., Any], *args: Any) -> list[Any]:
-        """`body(*args)` on every rank; results in rank order. Raises RankError."""
+        """Run `body(*args)` on every rank; return the results in rank order. Raises RankError."""
         answers = self.outcomes(num_ranks, body, *args)
         for rank, (worked, value) in enumerate(answers):
             if not worked:
@@ -102,14 +103,14 @@ class Pool:
         *args: Any,
         collective_seconds: int = COLLECTIVE_SECONDS,
     ) -> list[tuple[bool, Any]]:
-        """Per rank (True, result) or (False, traceback text)."""
+        """Run `body(*args)`; return (True, result) or (False, traceback text) of each rank."""
         context = multiprocessing.get_context("fork")
         while len(self._ranks) < num_ranks:
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there,), daemon=True)
+            connection, rank_connection = context.Pipe()
+            process = context.Process(target=_serve, args=(rank_connection,), daemon=True)
             process.start()
-            there.close()
-            self._ranks.append((process, here))
+            rank_connection.close()
+            self._ranks.append((process, connection))
         with tempfile.TemporaryDirectory() as folder:
             store = str(Path(folder) / "store")
             seconds = collective_seconds * slowness()
@@ -129,8 +130,8 @@ class Pool:
             if not ready and not patience:
                 self.close()
                 missing = sorted(set(range(num_ranks)) - set(answers))
-                told = [value for worked, value in answers.values() if not worked]
-                raise TimeoutError(f"ranks {missing} hang; others said: {told}")
+                errors = [value for worked, value in answers.values() if not worked]
+                raise TimeoutError(f"ranks {missing} hang; errors of other ranks: {errors}")
             for connection in ready:
                 rank = rank_of[connection]
                 try:
@@ -139,9 +140,9 @@ class Pool:
                     answers[rank] = (False, "the process died")
         for connection in rank_of:
             with contextlib.suppress(OSError):
-                connection.send("leave")
+                connection.send("destroy the process group")
         died = any(value == "the process died" for _, value in answers.values())
-        if died or not all(_has_left(connection) for connection in rank_of):
+        if died or not all(_is_reusable(connection) for connection in rank_of):
             self.close()
         return [answers[rank] for rank in range(num_ranks)]
 
@@ -155,8 +156,8 @@ class Pool:
         self._ranks.clear()
 
 
-def _has_left(connection: Connection) -> bool:
-    """Whether a rank has ended its job, is alive, and has let go of nearly all process groups."""
+def _is_reusable(connection: Connection) -> bool:
+    """Whether a rank has ended its job, is alive, and runs at most MAX_THREADS threads."""
     try:
         return connection.poll(COLLECTIVE_SECONDS * slowness()) and connection.recv() <= MAX_THREADS
     except (EOFError, OSError):
@@ -167,7 +168,7 @@ _pools: dict[int, Pool] = {}
 
 
 def run_processes(num_ranks: int, body: Callable[..., Any], *args: Any) -> list[Any]:
-    """`body(*args)` on ranks of this process's pool; see `Pool.run`."""
+    """Run `body(*args)` on ranks of this process's pool; see `Pool.run`."""
     return _pools.setdefault(os.getpid(), Pool()).run(num_ranks, body, *args)
 
 
@@ -177,9 +178,9 @@ def process_outcomes(
     *args: Any,
     collective_seconds: int = COLLECTIVE_SECONDS,
 ) -> list[tuple[bool, Any]]:
-    """As `run_processes`, with the traceback of a rank that raised.
+    """Run `body(*args)` on ranks of this process's pool; see `Pool.outcomes`.
 
-    `collective_seconds`: the process group's timeout, short where a rank is to wait in vain.
+    `collective_seconds`: timeout of the process group; short where a rank must reach it.
     """
     pool = _pools.setdefault(os.getpid(), Pool())
     return pool.outcomes(num_ranks, body, *args, collective_seconds=collective_seconds)

@@ -1,4 +1,4 @@
-"""torch.optim.Muon on declared matrices stored apart: what a declaration must equal."""
+"""Oracle of matrix declarations: torch.optim.Muon on each declared matrix stored separately."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,48 +8,48 @@ import torch
 from torch import Tensor, nn
 
 
-def split_whole(whole: Tensor, options: dict[str, Any]) -> list[Tensor]:
-    """The logical matrices, by einops and torch.split: not by the code under test."""
+def split_matrices(full: Tensor, options: dict[str, Any]) -> list[Tensor]:
+    """Return the declared matrices. Uses einops and torch.split, not the code under test."""
     sizes = options.get("split_sizes")
-    blocks = [whole] if sizes is None else whole.split(list(sizes), options.get("split_dim", 0))
+    blocks = [full] if sizes is None else full.split(list(sizes), options.get("split_dim", 0))
     patterns = options.get("matrix")
     if not isinstance(patterns, tuple):
         patterns = (patterns,) * len(blocks)
     axes = options.get("matrix_axes") or {}
-    found: list[Tensor] = []
+    matrices: list[Tensor] = []
     for block, pattern in zip(blocks, patterns, strict=True):
         result = block
         if pattern is not None:
-            known = {n: size for n, size in axes.items() if n in pattern}
-            result = einops.rearrange(block, pattern, **known)
-        found += result.reshape(-1, *result.shape[-2:]).unbind()
-    return [matrix.contiguous() for matrix in found]
+            sizes_in_pattern = {n: size for n, size in axes.items() if n in pattern}
+            result = einops.rearrange(block, pattern, **sizes_in_pattern)
+        matrices += result.reshape(-1, *result.shape[-2:]).unbind()
+    return [matrix.contiguous() for matrix in matrices]
 
 
 class Separate:
-    """torch.optim.Muon on every logical matrix stored on its own; the whole is put back."""
+    """torch.optim.Muon on every declared matrix of a parameter, stored separately."""
 
-    def __init__(self, whole: Tensor, options: dict[str, Any], **muon: Any) -> None:
-        self.shape, self.options = whole.shape, options
-        self.matrices = [nn.Parameter(m.clone()) for m in split_whole(whole, options)]
+    def __init__(self, full: Tensor, options: dict[str, Any], **muon: Any) -> None:
+        self.shape, self.options = full.shape, options
+        self.matrices = [nn.Parameter(m.clone()) for m in split_matrices(full, options)]
         self.optimizer = torch.optim.Muon(self.matrices, **muon)
-        # where each element of the whole went: the same split of their numbers
-        numbers = torch.arange(whole.numel()).view(whole.shape)
-        self.places = [n.flatten() for n in split_whole(numbers, options)]
+        # index in the parameter of every element of a matrix
+        indices = torch.arange(full.numel()).view(full.shape)
+        self.indices = [n.flatten() for n in split_matrices(indices, options)]
 
     def step(self, grad: Tensor) -> None:
-        for matrix, part in zip(self.matrices, split_whole(grad, self.options), strict=True):
+        for matrix, part in zip(self.matrices, split_matrices(grad, self.options), strict=True):
             matrix.grad = part.clone()
         self.optimizer.step()
 
     def whole(self) -> Tensor:
-        return self._put_back(self.matrices)
+        return self._assembled(self.matrices)
 
     def momentum(self) -> Tensor:
-        return self._put_back([self.optimizer.state[m]["momentum_buffer"] for m in self.matrices])
+        return self._assembled([self.optimizer.state[m]["momentum_buffer"] for m in self.matrices])
 
-    def _put_back(self, parts: Sequence[Tensor]) -> Tensor:
+    def _assembled(self, parts: Sequence[Tensor]) -> Tensor:
         flat = torch.empty(self.shape.numel(), dtype=self.matrices[0].dtype)
-        for place, part in zip(self.places, parts, strict=True):
-            flat[place] = part.detach().flatten()
+        for index, part in zip(self.indices, parts, strict=True):
+            flat[index] = part.detach().flatten()
         return flat.view(self.shape)

@@ -1,6 +1,6 @@
-"""Ranks as threads of one process: breadth, 32 ranks in milliseconds.
+"""Ranks as threads of one process: fast, 32 ranks in milliseconds.
 
-Hides missing waits and size mismatches; `tests.support.pool` does not.
+Does not detect missing waits and size mismatches; `tests.support.pool` does.
 """
 
 import os
@@ -19,11 +19,14 @@ from torch.testing._internal.distributed.multi_threaded_pg import (
 from tests.support.deadlines import Deadline
 
 DEADLINE_SECONDS = 120
-"""Of a machine that does nothing else; see `tests.support.deadlines`."""
+"""Seconds on an idle machine; see `tests.support.deadlines`."""
 
 
 def run_threads(num_ranks: int, body: Callable[..., Any], *args: Any) -> list[Any]:
-    """`body(*args)` on every rank; results in rank order. Raises the first rank's error."""
+    """Run `body(*args)` on every rank; return the results in rank order.
+
+    Raises the error of the lowest rank that raised.
+    """
     torch._C._distributed_c10d._set_thread_isolation_mode(True)
     ProcessLocalGroup.reset()
     _install_threaded_pg()

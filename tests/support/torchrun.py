@@ -1,4 +1,4 @@
-"""Scripts under torchrun, as their users run them, or under its agent in forked processes."""
+"""Runs scripts under torchrun, or under torchrun's agent in forked processes."""
 
 import multiprocessing
 import os
@@ -20,19 +20,19 @@ from tests.support.deadlines import Deadline, run_program
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SECONDS = 120
-"""Of a machine that does nothing else; see `tests.support.deadlines`."""
+"""Seconds on an idle machine; see `tests.support.deadlines`."""
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
-    # else restarted ranks of gloo find the addresses of those before them (torch 2.13)
+    # otherwise restarted gloo ranks read the addresses of the ended ranks (torch 2.13)
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
 
 
 def torchrun(script: Path, num_ranks: int, *arguments: str, max_restarts: int = 0) -> str:
-    """What a script prints, on all ranks. It must end well, and without a warning."""
-    # --standalone: 127.0.0.1 and a free port, torchrun's own choice
+    """Return the output of a script on all ranks. It must exit with 0 and without warnings."""
+    # --standalone: 127.0.0.1 and a free port, chosen by torchrun
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(num_ranks), "--max-restarts", str(max_restarts)]
     done = run_program([*command, str(script), *arguments], SECONDS, env=ENVIRONMENT)
@@ -44,9 +44,9 @@ def torchrun(script: Path, num_ranks: int, *arguments: str, max_restarts: int = 
 def forked_torchrun(
     script: Path, num_ranks: int, *arguments: str, num_nodes: int = 1, **environment: str
 ) -> str:
-    """As `torchrun`, but neither its agents nor ranks start Python and import torch anew.
+    """Like `torchrun`, but agents and ranks are forks that need not import torch again.
 
-    `num_ranks`: on each node; a node is an agent of its own, as with --nnodes.
+    `num_ranks`: ranks of each node. Each node has an agent of its own, as with --nnodes.
     """
     context = multiprocessing.get_context("fork")
     settings: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
@@ -65,8 +65,8 @@ def forked_torchrun(
                 **settings,
             )
             paths = [Path(folder) / f"{node}.{name}" for name in ("stdout", "stderr")]
-            told = (config, script, arguments, environment, paths)
-            agents.append(context.Process(target=_launch, args=told))
+            launch_args = (config, script, arguments, environment, paths)
+            agents.append(context.Process(target=_launch, args=launch_args))
             agents[-1].start()
         deadline = Deadline(SECONDS)
         for agent in agents:
@@ -98,8 +98,8 @@ def _launch(
     environment: Mapping[str, str],
     paths: Sequence[Path],
 ) -> None:
-    """What torchrun's main does, on one node."""
-    os.setsid()  # so that it can be ended with all its ranks
+    """Launch the ranks of one node, as torchrun's main does."""
+    os.setsid()  # a process group, so that the agent can be killed with all its ranks
     for number, path in enumerate(paths, 1):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
@@ -108,15 +108,15 @@ def _launch(
 
 
 def _as_main(script: str, *arguments: str) -> None:
-    warnings.resetwarnings()  # pytest has made errors of them
-    dist.set_debug_level_from_env()  # read when torch was imported
+    warnings.resetwarnings()  # pytest turned warnings into errors
+    dist.set_debug_level_from_env()  # torch read it on import, before the variable was set
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(script, run_name="__main__")
 
 
 def run_example(name: str, num_ranks: int, *arguments: str, **environment: str) -> str:
-    """What the example prints, on all ranks. Its loss must fall."""
+    """Return the output of the example on all ranks. Its loss must decrease."""
     output = forked_torchrun(EXAMPLES / f"{name}.py", num_ranks, *arguments, **environment)
     losses = re.findall(r"^loss (\S+) -> (\S+)$", output, re.MULTILINE)
     assert losses, output
