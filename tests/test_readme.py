@@ -17,13 +17,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 import muon_dtensor
 from muon_dtensor import Muon
 from muon_dtensor.cli.demo_worker import load_script
-from muon_dtensor.planning.presets import PRESETS
 from tests.requirements.models import TinyTransformer
 from tests.support.deadlines import run_program
 from tests.support.pool import run_processes
 from tests.support.torchrun import EXAMPLES
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def rows() -> list[tuple[str, str, list[str]]]:
@@ -70,14 +70,40 @@ def test_the_table_of_setups_agrees_with_printed_plans(setup, code, texts):
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_example_runs_under_torchrun(tmp_path):
-    """The example is copied to an empty folder."""
-    (tmp_path / "example.py").write_text(BLOCKS[0])
+def pip(*arguments: str) -> None:
+    run = run_program([sys.executable, "-m", "pip", *arguments], 120)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def installed_wheel(tmp_path_factory) -> Path:
+    """A folder in which a wheel of this package is installed."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT))
+    (wheel,) = folder.glob("muon_dtensor-*-py3-none-any.whl")
+    pip("install", "--no-deps", "--target", str(folder / "site"), str(wheel))
+    return folder / "site"
+
+
+@pytest.mark.P1
+def test_the_example_runs_beside_an_installed_wheel(installed_wheel, tmp_path):
+    """Copied into an empty folder, as a user would."""
+    program = "import muon_dtensor\nprint(muon_dtensor.__file__)\n" + BLOCKS[0]
+    (tmp_path / "example.py").write_text(program)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
     command = [sys.executable, *torchrun, "example.py"]
-    run = run_program(command, 120, env={"OMP_NUM_THREADS": "1"}, cwd=tmp_path)
+    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(installed_wheel)}
+    run = run_program(command, 120, env=env, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
+    assert str(installed_wheel / "muon_dtensor" / "__init__.py") in run.stdout
     assert "mesh (dp_shard=4): 2 matrices" in run.stdout
+
+
+@pytest.mark.P1
+def test_a_wheel_holds_types_and_examples(installed_wheel):
+    assert (installed_wheel / "muon_dtensor" / "py.typed").is_file()
+    examples = installed_wheel / "share" / "muon_dtensor" / "examples"
+    assert {path.name for path in examples.glob("*.py")} == {p.name for p in EXAMPLES.glob("*.py")}
 
 
 def quick_start_output() -> str:
@@ -101,29 +127,5 @@ def test_the_quick_start_prints_the_plan_in_the_readme():
         assert " ".join(line.split()) in printed
 
 
-class Fused(nn.Module):
-    """A model with the weights that the README's rules match."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.router = nn.Linear(8, 4, bias=False)
-        self.wqkv = nn.Linear(8, 4096 + 2 * 1024, bias=False)
-        self.wo = nn.Linear(64, 8, bias=False)
-        self.conv = nn.Conv2d(3, 5, 2)
-
-
-def test_the_rules_in_the_readme_declare_matrices():
-    scope: dict[str, Any] = {"group_parameters": muon_dtensor.group_parameters, "model": Fused()}
-    exec(BLOCKS[2], scope)
-    plan = Muon(scope["groups"]).plan
-    counts = {spec.fqn: len(spec.matrices) for spec in plan.params}
-    assert counts == {"wqkv.weight": 3, "wo.weight": 32, "conv.weight": 1}
-
-
-def test_the_topology_example_in_the_readme_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("mine.json").write_text(PRESETS["gloo-local"].to_json())
-    params = [("layers.0.attention.wq.weight", nn.Parameter(torch.ones(4, 4)))]
-    exec(BLOCKS[3], {"Muon": Muon, "params": params})
-    assert "layers.0.attention.wq.weight" in capsys.readouterr().out
-    assert len(BLOCKS) == 4, "every block of the README is run in this file"
+def test_every_block_is_run_here():
+    assert len(BLOCKS) == 2
