@@ -120,6 +120,10 @@ class Muon(Optimizer):
             Default: that of `distributed_config`, or True.
         check_replicas: before the first step, compare a few elements of every parameter between
             its replicas; see `runtime.replicas`.
+        deferred_checks: False checks a step before it changes anything, and waits for the device.
+            True masks a step with a fault, without waiting; the next `step` or `state_dict` raises
+            the error. The first step always waits, and `missing_grad="zero"` does. Default: True
+            on accelerators, False on the host.
         metrics_every: measure the first step and then every `metrics_every`-th, for `metrics`; 0
             disables it.
         trace: record in `trace` when this rank began and ended each phase of each bucket of the
@@ -183,6 +187,7 @@ class Muon(Optimizer):
         metrics_every: int = 0,
         async_gpu_parallelism: bool | None = None,
         check_replicas: bool = True,
+        deferred_checks: bool | None = None,
     ) -> None:
         options = {name: value for name, value in locals().items() if name in OPTIONS}
         if isinstance(params, Generator) and getgeneratorstate(params) == GEN_CLOSED:

@@ -200,6 +200,7 @@ OPTIONS: dict[str, Option] = {
         Option("trace", False, bool, checked_elsewhere),
         Option("async_gpu_parallelism", None, bool | None, checked_elsewhere),
         Option("check_replicas", True, bool, boolean),
+        Option("deferred_checks", None, bool | None, one_of(None, True, False)),
     )
 }
 """All options by name."""

@@ -125,6 +125,7 @@ class PlannedStep:
             device=table.shared_device,
             missing_grad=settings.missing_grad,
             nonfinite=settings.nonfinite,
+            deferred_checks=settings.deferred_checks,
             of_own_dtype=[entry.name for entry in table.adamw],
         )
         if before is not None:

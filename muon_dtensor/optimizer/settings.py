@@ -41,6 +41,7 @@ class Settings:
     custom: Orthogonalizer | None
     metrics_every: int
     check_replicas: bool
+    deferred_checks: bool | None
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -25,6 +25,7 @@ from muon_dtensor.runtime.consistency_codec import (
 from muon_dtensor.runtime.torch_private import (
     HostCopy,
     dtype_name,
+    is_capturing,
     local_part,
     warning_level,
     zeros_like,
@@ -36,8 +37,9 @@ logger = logging.getLogger("muon_dtensor")
 class GradientGate:
     """Returns the gradients of a step, or stops the step on every rank.
 
-    On the host ranks compare before anything changes. On a device `admit` does not wait: it returns
-    a mask, and `read_past` raises the error in the next step.
+    On the host ranks compare before anything changes. With deferred checks, the default on a
+    device, `admit` does not wait after a first step: it returns a mask, and `read_past` raises the
+    error in the next step.
     """
 
     def __init__(
@@ -48,12 +50,14 @@ class GradientGate:
         device: torch.device,
         missing_grad: Literal["raise", "zero"],
         nonfinite: Literal["raise", "skip", "propagate"],
+        deferred_checks: bool | None = None,
         of_own_dtype: Collection[str] = (),
     ) -> None:
         """`device`: where reduced statuses live; the device of parameters that a mesh holds.
 
         `of_own_dtype`: names of parameters whose gradients must have their dtype.
         """
+        is_deferred = device.type != "cpu" if deferred_checks is None else deferred_checks
         self.device = device
         self._params = params
         self._of_own_dtype = frozenset(of_own_dtype)
@@ -62,8 +66,10 @@ class GradientGate:
         self._agreement = agreement
         self._missing_grad = missing_grad
         self._nonfinite = nonfinite
+        self._deferred_checks = deferred_checks
         # kernels of one device cannot read a mask on another in time
-        self._is_mixed = len({local_part(param).device for param in params.values()}) > 1
+        is_mixed = len({local_part(param).device for param in params.values()}) > 1
+        self.is_deferred = is_deferred and not is_mixed and missing_grad != "zero"
         self._past: list[HostCopy] = []
         self._past_fault: Exception | None = None
         self._has_settled = False
@@ -102,7 +108,13 @@ class GradientGate:
         status = self._status(options, grads, empty, fault)
         moved = [name for name in grads if _has_moved(self._params[name], grads[name])]
         flag = self._flag([grad for name, grad in grads.items() if not faults[name]])
-        if self._reads_now():
+        if not (self.is_deferred and self._has_settled):
+            if is_capturing(self.device):
+                raise RuntimeError(
+                    "a CUDA graph captures this step, which must wait for the device. Take one "
+                    'step outside of the graph, and use neither missing_grad="zero" nor '
+                    "deferred_checks=False."
+                )
             return grads, self._settle(status, grads, moved, flag)
         grads.update({name: self._zeros(name) for name in faulty})
         mask = self._mask(status, grads, moved, flag)
@@ -181,11 +193,6 @@ class GradientGate:
         """Drop the results of masked steps, after state was loaded."""
         self._past, self._past_fault = [], None
 
-    def _reads_now(self) -> bool:
-        """Whether to wait for the comparison: on the host, in a first step, if options need it."""
-        must_read = self._missing_grad == "zero" or self._is_mixed
-        return self.device.type == "cpu" or not self._has_settled or must_read
-
     def _status(
         self,
         options: tuple[str, ...],
@@ -210,7 +217,7 @@ class GradientGate:
         )
         gate = (
             f"optimizer: missing_grad={self._missing_grad}, nonfinite={self._nonfinite}, "
-            f"{options[-1]}"
+            f"deferred_checks={self._deferred_checks}, {options[-1]}"
         )
         hyperparameters = tuple(
             (

@@ -336,7 +336,7 @@ def masked_slices() -> tuple[bool, str]:
     """Run a masked step, as on a GPU, with a slice that has no gradient on one rank."""
     model = FullyShardedDataParallel(Mixed(), use_orig_params=True, device_id=torch.device("cpu"))
     config = create_auto_config(fsdp_process_group=dist.group.WORLD)
-    optimizer = Muon(group_parameters(model), distributed_config=config)
+    optimizer = Muon(group_parameters(model), distributed_config=config, deferred_checks=True)
     params = dict(model.named_parameters())
 
     def give() -> None:
@@ -345,7 +345,6 @@ def masked_slices() -> tuple[bool, str]:
 
     give()
     optimizer.step()
-    optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
     give()
     holders = [name for name, p in params.items() if p.numel()]
     if dist.get_rank() == 0:

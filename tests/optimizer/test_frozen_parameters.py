@@ -30,7 +30,6 @@ from muon_dtensor import (
     group_parameters,
     load_full_state_dict,
 )
-from muon_dtensor.runtime.gradients import GradientGate
 from muon_dtensor.runtime.torch_private import local_part
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
@@ -381,11 +380,9 @@ def changed_on_one_rank(how: str, masked: bool) -> list[str]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
     weight = nn.Parameter(spread(torch.ones(8, 8), mesh, (R, S0)))
     expert = nn.Parameter(spread(torch.ones(8, 8), mesh["ep"], (S0,)), requires_grad=False)
-    optimizer = Muon([("w", weight), ("e", expert)], strategy="owned")
+    optimizer = Muon([("w", weight), ("e", expert)], strategy="owned", deferred_checks=masked)
     weight.grad = torch.ones_like(weight)
     optimizer.step()
-    if masked:
-        GradientGate._reads_now = lambda gate: not gate._has_settled  # type: ignore[method-assign]
     if dist.get_rank() == 0:
         match how:
             case "unfreeze":
@@ -432,19 +429,11 @@ ON_ONE_RANK = [
 ]
 
 
-def changes_on_one_rank(how: str, masked: bool) -> list[str]:
-    original = GradientGate._reads_now
-    try:
-        return changed_on_one_rank(how, masked)
-    finally:
-        GradientGate._reads_now = original  # type: ignore[method-assign]
-
-
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("how", ON_ONE_RANK)
 def test_a_change_on_one_rank_raises_on_all_ranks_or_none(how, masked):
     """No rank runs into the timeout, also with masked steps as on a GPU."""
-    for rank, raised in enumerate(run_processes(4, changes_on_one_rank, how, masked)):
+    for rank, raised in enumerate(run_processes(4, changed_on_one_rank, how, masked)):
         if how == "clear":
             assert raised == [""] * 3
         else:
@@ -465,21 +454,16 @@ def unfrozen_on_all(masked: bool) -> bool:
     params = [nn.Parameter(spread(w, mesh, (R, S0))) for w in tensors_like([(8, 6)] * 2, 0)]
     twins = [nn.Parameter(p.full_tensor().detach().clone()) for p in params]
     params[0].requires_grad_(False)
-    optimizer, oracle = Muon(params, lr=0.1), torch.optim.Muon(twins, lr=0.1)
-    original = GradientGate._reads_now
-    try:
-        for step in range(4):
-            if masked and step:
-                GradientGate._reads_now = lambda g: not g._has_settled  # type: ignore[method-assign]
-            params[0].requires_grad_(step >= 2)
-            for index in (0, 1) if step >= 2 else (1,):
-                grad = tensors_like([(8, 6)], 10 * step + index)[0]
-                params[index].grad, twins[index].grad = spread(grad, mesh, (R, S0)), grad
-            optimizer.step()
-            oracle.step()
-        optimizer.state_dict()
-    finally:
-        GradientGate._reads_now = original  # type: ignore[method-assign]
+    optimizer = Muon(params, lr=0.1, deferred_checks=masked)
+    oracle = torch.optim.Muon(twins, lr=0.1)
+    for step in range(4):
+        params[0].requires_grad_(step >= 2)
+        for index in (0, 1) if step >= 2 else (1,):
+            grad = tensors_like([(8, 6)], 10 * step + index)[0]
+            params[index].grad, twins[index].grad = spread(grad, mesh, (R, S0)), grad
+        optimizer.step()
+        oracle.step()
+    optimizer.state_dict()
     pairs = zip(params, twins, strict=True)
     return all(torch.equal(p.full_tensor(), t) for p, t in pairs)
 

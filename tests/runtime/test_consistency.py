@@ -22,6 +22,7 @@ from muon_dtensor.optimizer.options import READ_BY_ADAMW, READ_BY_MUON
 from muon_dtensor.runtime import consistency as agreement
 from muon_dtensor.runtime import gradients
 from muon_dtensor.runtime import process_groups as groups
+from muon_dtensor.runtime.gradients import GradientGate
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.options import OTHER_VALUES
 from tests.support.pool import run_processes
@@ -353,32 +354,51 @@ def test_a_sparse_gradient_on_one_rank_stops_all():
 
 
 @pytest.mark.parametrize(
-    ("device", "steps", "options", "waits"),
+    ("device", "deferred_checks", "missing_grad", "is_deferred"),
     [
-        ("cpu", 2, {}, True),
-        ("cuda", 0, {}, True),
-        ("cuda", 1, {}, False),
-        ("cuda", 1, {"missing_grad": "zero"}, True),
+        ("cpu", None, "raise", False),
+        ("cpu", True, "raise", True),
+        ("cuda", None, "raise", True),
+        ("cuda", False, "raise", False),
+        ("cuda", None, "zero", False),
     ],
-    ids=["host", "first-step", "device", "zeros-for-missing"],
+    ids=["host", "requested-on-host", "device", "off-on-device", "zeros-for-missing"],
 )
-def test_which_steps_wait_for_the_comparison(device, steps, options, waits):
-    """On a device only the first, unless missing gradients count as zero."""
-    param = nn.Parameter(torch.ones(4, 3))
-    optimizer = Muon([param], **options)
-    for _ in range(steps):
-        param.grad = torch.ones(4, 3)
-        optimizer.step()
-    gate = optimizer._ready.gate
-    gate.device = torch.device(device)
-    assert gate._reads_now() is waits
+def test_where_checks_are_deferred(device, deferred_checks, missing_grad, is_deferred):
+    """By default on a device, unless missing gradients count as zero."""
+    agreement = Muon([nn.Parameter(torch.ones(4, 3))])._ready.agreement
+    gate = GradientGate(
+        {"w": nn.Parameter(torch.ones(4, 3))},
+        agreement,
+        device=torch.device(device),
+        missing_grad=missing_grad,
+        nonfinite="raise",
+        deferred_checks=deferred_checks,
+    )
+    assert gate.is_deferred is is_deferred
+
+
+def different_checks() -> tuple[str, str, bool]:
+    params, optimizer, mesh = make_optimizer(
+        (4,), (S0,), deferred_checks=True if dist.get_rank() == 1 else None
+    )
+    give_gradients(params, mesh, (S0,), seed=2)
+    return try_step(optimizer)
+
+
+def test_different_deferred_checks_raise_on_every_rank():
+    for name, text, unchanged in run_processes(4, different_checks):
+        assert name == "PlanMismatchError"
+        assert "deferred_checks=True" in text
+        assert unchanged
 
 
 def masked(value: float, missing: bool, mode: str) -> Any:
     """The code path of a GPU on the host: results stay unread, and the step is masked."""
-    params, optimizer, mesh = make_optimizer((2, 2), (R, S0), adamw=True, nonfinite=mode)
+    params, optimizer, mesh = make_optimizer(
+        (2, 2), (R, S0), adamw=True, nonfinite=mode, deferred_checks=True
+    )
     optimizer.step()
-    optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
     give_gradients(params, mesh, (R, S0), seed=2)
     if dist.get_rank() == 1:
         if missing:
@@ -404,9 +424,8 @@ def test_a_masked_step_changes_nothing_and_raises_later(missing):
 
 
 def masked_and_saved_on_one_rank(then: str) -> Any:
-    params, optimizer, mesh = make_optimizer((2, 2), (R, S0), adamw=True)
+    params, optimizer, mesh = make_optimizer((2, 2), (R, S0), adamw=True, deferred_checks=True)
     optimizer.step()
-    optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
     give_gradients(params, mesh, (R, S0), seed=2)
     if dist.get_rank() == 1:
         local(params[0].grad).view(-1)[0] = math.nan
@@ -458,14 +477,13 @@ def test_a_masked_step_reads_only_the_copy_of_the_last_outcome(adamw, monkeypatc
     params = [nn.Parameter(t) for t in tensors_like([(6, 4), (5, 7)], 0)]
     groups: list[Any] = [{"params": params[:1]}, {"params": params[1:]}]
     groups[1]["algorithm"] = "adamw" if adamw else "muon"
-    optimizer = Muon(groups)
-    optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
+    optimizer = Muon(groups, deferred_checks=True)
     for step in range(3):
         for param, grad in zip(params, tensors_like([(6, 4), (5, 7)], step), strict=True):
             param.grad = grad
         with HostReads() as reads:
             optimizer.step()
-        assert reads.names == [], step
+        assert (reads.names == []) is (step > 0), step
 
 
 def test_a_masked_step_may_be_skipped_silently():
@@ -475,13 +493,13 @@ def test_a_masked_step_may_be_skipped_silently():
         assert not second[2]
 
 
-def masked_or_not(reads_now: bool) -> Any:
-    params, optimizer, mesh = make_optimizer((2, 2), (S0, S1), adamw=True)
+def masked_or_not(deferred_checks: bool) -> Any:
+    params, optimizer, mesh = make_optimizer(
+        (2, 2), (S0, S1), adamw=True, deferred_checks=deferred_checks
+    )
     for step in range(3):
         give_gradients(params, mesh, (S0, S1), seed=step)
         optimizer.step()
-        if not reads_now:
-            optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
     return snapshot(optimizer)
 
 
@@ -511,7 +529,7 @@ def skipping(name: str, shape: Any, placements: Any, *, masks: bool) -> list[lis
     shapes = [(12, 8), (8, 12), (7, 5)]
     params = [nn.Parameter(spread(w, mesh, placements)) for w in tensors_like(shapes, 0, dtype)]
     groups = [{"params": params[:2]}, {"params": params[2:], "algorithm": "adamw"}]
-    optimizer = Muon(groups, lr=0.1, nonfinite="skip", **OPTIONS[name])
+    optimizer = Muon(groups, lr=0.1, nonfinite="skip", deferred_checks=masks, **OPTIONS[name])
     history = []
     for step in range(4):
         for param, grad in zip(params, tensors_like(shapes, 1 + step, dtype), strict=True):
@@ -519,8 +537,6 @@ def skipping(name: str, shape: Any, placements: Any, *, masks: bool) -> list[lis
         if step == 1 and dist.get_rank() == 3:
             local(params[0].grad).view(-1)[0] = math.inf
         optimizer.step()
-        if masks:
-            optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
         state = [optimizer.state[p][key] for p in params for key in sorted(optimizer.state[p])]
         history.append([local(value).clone() for value in (*(p.detach() for p in params), *state)])
     return history
@@ -545,8 +561,7 @@ def test_a_masked_step_leaves_all_state_as_a_skipped_one_does(name, shape, place
 def test_a_single_rank_masks_its_steps_too(mode):
     """The code path of a single GPU, on the host."""
     params = [nn.Parameter(t) for t in tensors_like([(6, 4), (5, 7)], 0)]
-    optimizer = Muon(params, nonfinite=mode)
-    optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
+    optimizer = Muon(params, nonfinite=mode, deferred_checks=True)
     for param, grad in zip(params, tensors_like([(6, 4), (5, 7)], 1), strict=True):
         param.grad = grad
     before = [param.detach().clone() for param in params]
@@ -655,7 +670,7 @@ def masked_over_meshes(kind: str, meshes: tuple[str, ...]) -> Any:
         mesh = world if name == "ab" else world[name]
         placements = (S0,) * mesh.ndim
         params[name] = nn.Parameter(spread(torch.ones(8, 8), mesh, placements))
-    optimizer = Muon(params.items())
+    optimizer = Muon(params.items(), deferred_checks=True)
 
     def set_gradients() -> None:
         for param in params.values():
@@ -663,7 +678,6 @@ def masked_over_meshes(kind: str, meshes: tuple[str, ...]) -> Any:
 
     set_gradients()
     optimizer.step()
-    optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
     set_gradients()
     if dist.get_rank() == 0:
         fault, _, name = kind.partition(" on ")
@@ -730,10 +744,10 @@ def test_a_step_reduces_once_for_each_set_of_ranks(meshes, count):
 
 def moved_gradients(missing_grad: str, masked_step: bool) -> Any:
     """First only rank 0 has a gradient, a Partial one; then all ranks have a Partial one."""
-    params, optimizer, mesh = make_optimizer((4,), (R,), missing_grad=missing_grad)
+    params, optimizer, mesh = make_optimizer(
+        (4,), (R,), missing_grad=missing_grad, deferred_checks=masked_step
+    )
     optimizer.step()
-    if masked_step:
-        optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
 
     def partial(param: nn.Parameter) -> DTensor:
         return DTensor.from_local(torch.ones(param.shape), mesh, (Partial(),), run_check=False)
@@ -785,9 +799,11 @@ def masked_sparse() -> Any:
     mesh = mesh_of((2,))
     plain = nn.Embedding(6, 4, sparse=True)
     sharded = nn.Parameter(spread(torch.ones(6, 4), mesh, (S0,)))
-    optimizer = Muon([("table", plain.weight), ("sharded", sharded)])
-    optimizer._ready.gate._reads_now = lambda: False  # type: ignore[method-assign]
+    optimizer = Muon([("table", plain.weight), ("sharded", sharded)], deferred_checks=True)
     sharded.grad = spread(torch.ones(6, 4), mesh, (S0,))
+    plain.weight.grad = torch.zeros(6, 4) if dist.get_rank() == 0 else None
+    optimizer.step()
+    plain.weight.grad = None
     if dist.get_rank() == 0:
         plain(torch.tensor([1, 2])).sum().backward()
     return try_step(optimizer), try_step(optimizer, optimizer.state_dict)

@@ -323,6 +323,7 @@ OTHER: dict[str, Any] = {
     "trace": True,
     "async_gpu_parallelism": False,
     "check_replicas": False,
+    "deferred_checks": True,
 }
 """Another value of each key of `[optimizer]` that is a keyword of Muon's."""
 
