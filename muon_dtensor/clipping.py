@@ -21,7 +21,7 @@ from muon_dtensor.runtime.collectives import all_reduce_max, all_reduce_sum
 from muon_dtensor.runtime.dtensors import LayoutCache, describe_layout
 from muon_dtensor.runtime.process_groups import Groups
 from muon_dtensor.runtime.torch_private import local_part, ordinary_mode, this_rank, warning_level
-from muon_dtensor.runtime.totals import total_of
+from muon_dtensor.runtime.totals import sharded_sum
 
 logger = logging.getLogger("muon_dtensor")
 
@@ -203,7 +203,7 @@ def _total_norm(params: Sequence[Tensor], p: float, pp_group: ProcessGroup | Non
             power = norm if math.isinf(p) else norm**p
         values.append((layout, power))
     groups = Groups(layout_cache.device_meshes, this_rank())
-    total = total_of(values, groups, this_rank(), take_largest=math.isinf(p)).to(device)
+    total = sharded_sum(values, groups, this_rank(), take_largest=math.isinf(p)).to(device)
     if pp_group is not None:
         (all_reduce_max if math.isinf(p) else all_reduce_sum)(total, pp_group)
     return (total if math.isinf(p) else total ** (1 / p)).to(dtype)

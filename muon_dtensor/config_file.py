@@ -204,7 +204,7 @@ class MuonConfig(_Section):
         except pydantic.ValidationError as error:
             raise ValueError("\n".join(map(_message, error.errors()))) from None
         for rule in config.optimizer.rules:
-            complete(rule.options, {}, is_ours=True)
+            complete(rule.options, {}, strict=True)
         return config
 
     @property

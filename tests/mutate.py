@@ -62,7 +62,7 @@ FAULTS = [
         ),
         (
             "kept buffers are not dropped after a failed step",
-            "            self._buffers.forget()\n",
+            "            self._buffers.drop_all()\n",
             "",
         ),
         (
@@ -184,21 +184,21 @@ FAULTS = [
     ),
     *in_files(
         "runtime/gradients.py",
-        "consistency::which_steps_wait_for_the_comparison",
+        "consistency::where_checks_are_deferred gradients",
         (
             "a device waits in every step",
-            'return self.device.type == "cpu" or not',
-            "return True or not",
+            'is_deferred = device.type != "cpu" if deferred_checks is None',
+            "is_deferred = False if deferred_checks is None",
         ),
         (
-            "the first step on a device waits for nothing",
-            " or not self._has_settled or must_read",
-            " or must_read",
+            "the first step with deferred checks does not wait",
+            "if not (self.is_deferred and self._has_settled):",
+            "if not self.is_deferred:",
         ),
         (
-            "zeros for missing gradients are not waited for",
-            " or not self._has_settled or must_read",
-            " or not self._has_settled",
+            "zeros for missing gradients do not wait",
+            ' and not is_mixed and missing_grad != "zero"',
+            " and not is_mixed",
         ),
     ),
     *in_files(
@@ -213,7 +213,7 @@ FAULTS = [
     ),
     *in_files(
         "layout/declarations.py",
-        "readme::the_rules_in_the_readme_declare_matrices",
+        "docs::the_rules_of_parameters_declare_matrices",
         (
             "the first block alone is declared",
             "for block, pattern in zip(blocks, patterns, strict=True):",
@@ -398,7 +398,7 @@ FAULTS = [
         "planning/normuon_state.py",
         "planner variants",
         (
-            "moments are cut where rows of others are touched",
+            "moments are cut where rows of others are stored",
             "        if rows != set(range(first, last)):\n            return ()",
             "        if rows != set(range(first, last)):\n            return dims",
         ),
@@ -468,13 +468,12 @@ FAULTS = [
         ),
         (
             "the second sweep is forgotten",
-            "        self._second_sweep = [m for m in reversed(self._manifests) "
-            "if sweeps_twice[m.mesh.rank_set]]\n",
-            "",
+            "        self._second_sweep = [\n            m for m in reversed(self._manifests)",
+            "        self._second_sweep = [\n            m for m in ()",
         ),
         (
             "plans that failed to agree count as proven",
-            "            for manifest in new:\n                del sweeps_twice[manifest.mesh.rank_set]\n",
+            "            for manifest in new:\n                del needs_second_sweep[manifest.mesh.rank_set]\n",
             "",
         ),
         (
@@ -509,7 +508,7 @@ FAULTS = [
         ),
         (
             "AdamW takes gradients of another dtype",
-            "        if grad.dtype != param.dtype and name in self._of_own_dtype:",
+            "        if grad.dtype != param.dtype and name in self._same_dtype_params:",
             "        if False:",
         ),
         (
@@ -528,7 +527,7 @@ FAULTS = [
             "        and False\n    ):",
         ),
         (
-            "a masked fault is forgotten by the next gate",
+            "a masked fault is forgotten by the next gradient check",
             "        self._past, self._past_fault = before._past, before._past_fault\n",
             "",
         ),

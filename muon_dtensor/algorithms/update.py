@@ -85,12 +85,12 @@ def write_directions(
 
 @dataclass(frozen=True, slots=True)
 class MatrixSlice:
-    """Where a piece lies: in a matrix of `rows` x `cols`, from its element `start` on, row-major.
+    """The position of a piece in a matrix of `rows` x `cols`.
 
-    A piece is a box of the matrix, or an interval of its elements; of any other, `positions`
-    tells where each of its elements lies in the matrix, row-major. `is_transposed`: whether
-    torch.optim.Muon would hold the polar factor of it transposed (an orthogonalizer of the user's
-    is taken to do the same).
+    A piece is a box of the matrix, or an interval of its elements in row-major order, that starts
+    at element `start`. For any other piece, `positions` holds the row-major index of each element.
+    `is_transposed`: whether torch.optim.Muon stores the polar factor of this matrix transposed (a
+    user's orthogonalizer is assumed to do the same).
     """
 
     rows: int

@@ -55,4 +55,4 @@ def _local_shard(full_tensor: Tensor, like: DTensor) -> Tensor:
     """Return this rank's shard of a full tensor, placed as `like`."""
     layout = describe_layout(like, describe_mesh(like.device_mesh))
     region = layout.region(layout.mesh.position_of(this_rank()))
-    return view_box(full_tensor, box_of(region, Region.whole(layout.shape)))
+    return view_box(full_tensor, box_of(region, Region.of_shape(layout.shape)))

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from muon_dtensor.cli.baseline_costs import MethodCost
 from muon_dtensor.planning.render import (
+    adamw_text,
     collective_text,
     duration,
     instead,
@@ -51,6 +52,8 @@ def print_plan(report: PlanReport) -> None:
     for cells, indices in rows.items():
         table.add_row(ranges(indices), *cells)
     console().print(table, markup=False)
+    if report.adamw_numels:
+        print(adamw_text(report.adamw_numels))
     printed_choices = set()
     for index, bucket in enumerate(report.buckets):
         choice = (bucket.strategy, bucket.seconds, bucket.alternatives)

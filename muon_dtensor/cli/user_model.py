@@ -16,7 +16,7 @@ from muon_dtensor import Muon, group_parameters
 from muon_dtensor.cli.load_object import load_function
 from muon_dtensor.planning.plan import PlanOptions
 from muon_dtensor.planning.report import PlanReport
-from muon_dtensor.runtime.torch_private import pretended_ranks
+from muon_dtensor.runtime.torch_private import fake_process_group
 
 FSDP_MESHES = (("dp_shard",), ("dp_replicate", "dp_shard"))
 """Meshes that `fully_shard` accepts; it reads mesh dims by position, not by name."""
@@ -35,7 +35,7 @@ def plan_of_factory(path: str, sizes: Mapping[str, int], options: PlanOptions) -
         PlanError: a parameter that Muon cannot step.
     """
     function = load_function(path)
-    with pretended_ranks(prod(sizes.values())):
+    with fake_process_group(prod(sizes.values())):
         # the mesh is on the CPU but the tensors are on meta: no memory is allocated
         mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         built = _built(path, function, mesh)

@@ -150,7 +150,7 @@ class CustomTransport:
         matrices = param.declaration.matrices(tuple(full_tensor.shape))
         direction, result = full_tensor.to(self.dtype), torch.empty_like(full_tensor)
         for matrix in matrices:
-            box = box_of(matrix.region, Region.whole(tuple(full_tensor.shape)))
+            box = box_of(matrix.region, Region.of_shape(tuple(full_tensor.shape)))
             x = to_matrix(view_box(direction, box).contiguous(), matrix)
             polar_factor = options.polar_factor(x, self.dtype).to(full_tensor.dtype)
             scale = adjusted_lr(1.0, options.adjust_lr_fn, matrix.rows, matrix.cols)

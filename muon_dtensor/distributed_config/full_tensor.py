@@ -37,7 +37,7 @@ class GatherHandle:
             self.work = None
         if self.result is None:
             return
-        offset, origin = 0, Region.whole(self.layout.shape)
+        offset, origin = 0, Region.of_shape(self.layout.shape)
         for peer in self.peers:
             region = self.layout.region(peer)
             piece = self.received[offset : offset + region.numel].view(region.shape)
@@ -80,7 +80,7 @@ def start_gather(
 def local_shard(full_tensor: Tensor, layout: Layout) -> Tensor:
     """Return this rank's shard of a full tensor."""
     region = layout.region(layout.mesh.position_of(this_rank()))
-    return view_box(full_tensor, box_of(region, Region.whole(layout.shape))).contiguous()
+    return view_box(full_tensor, box_of(region, Region.of_shape(layout.shape))).contiguous()
 
 
 def cut_like(full_tensor: Tensor, param: DTensor) -> DTensor:
@@ -131,7 +131,7 @@ def scatter(full_tensor: Tensor, layout: Layout, groups: Groups, src_rank: int) 
     shard = torch.empty(region.numel, dtype=full_tensor.dtype, device=full_tensor.device)
     pieces = [shard[:0]] * len(peers)
     if this_rank() == src_rank:
-        origin = Region.whole(layout.shape)
+        origin = Region.of_shape(layout.shape)
         pieces = [
             view_box(full_tensor.detach(), box_of(layout.region(p), origin)).reshape(-1)
             for p in peers

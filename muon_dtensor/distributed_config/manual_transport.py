@@ -191,7 +191,7 @@ elements had shards other than those of torch.chunk}."""
 def _is_not_chunked(layout: Layout, rule: PlainLayoutRule, layout_cache: LayoutCache) -> bool:
     mesh = layout_cache.plain_mesh
     try:
-        chunked = Layout(mesh, layout.shape, rule.cuts_by_hand(len(layout.shape)))
+        chunked = Layout(mesh, layout.shape, rule.cuts_of_unnamed(len(layout.shape)))
     except RefusalError:
         return True
     return any(
@@ -217,14 +217,14 @@ def _layout_of_shards(shard: Tensor, rule: PlainLayoutRule, layout_cache: Layout
     groups = Groups(layout_cache.device_meshes, rank).along_each_dim(mesh)
     shapes_by_rank = gather_from_mesh(tuple(shard.shape), groups, rank)
     shapes = {mesh.position_of(peer): shape for peer, shape in shapes_by_rank.items()}
-    return layout_from_shards(mesh, rule.cuts_by_hand(shard.ndim), shapes)
+    return layout_from_shards(mesh, rule.cuts_of_unnamed(shard.ndim), shapes)
 
 
 def _chunked_layout(
     full_tensor: Tensor, rule: PlainLayoutRule, layout_cache: LayoutCache
 ) -> Layout:
     shape = tuple(full_tensor.shape)
-    return Layout(layout_cache.plain_mesh, shape, rule.cuts_by_hand(full_tensor.ndim))
+    return Layout(layout_cache.plain_mesh, shape, rule.cuts_of_unnamed(full_tensor.ndim))
 
 
 FACTORY_FUNCTIONS = (

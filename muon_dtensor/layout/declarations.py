@@ -36,7 +36,7 @@ class Declaration:
 
         Raises RefusalError if the declaration does not fit the shape.
         """
-        blocks = [Region.whole(shape)]
+        blocks = [Region.of_shape(shape)]
         if self.split_sizes is not None:
             blocks = split(shape, self.split_sizes, self.split_dim)
         patterns = self.pattern

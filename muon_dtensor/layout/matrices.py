@@ -58,7 +58,7 @@ def matrices_of(shape: tuple[int, ...]) -> tuple[Matrix, ...]:
         case (_, _) | (_, _, _) if 0 in shape:
             return ()
         case (rows, cols):
-            return (Matrix(Region.whole(shape), rows, cols),)
+            return (Matrix(Region.of_shape(shape), rows, cols),)
         case (batch, rows, cols):
             return tuple(
                 Matrix(Region((i, 0, 0), (i + 1, rows, cols)), rows, cols) for i in range(batch)

@@ -17,7 +17,7 @@ class Region:
         assert all(0 <= a <= b for a, b in zip(self.start, self.stop, strict=True)), self
 
     @classmethod
-    def whole(cls, shape: tuple[int, ...]) -> "Region":
+    def of_shape(cls, shape: tuple[int, ...]) -> "Region":
         """Return the region that covers a tensor of this shape."""
         return cls((0,) * len(shape), shape)
 

@@ -15,7 +15,7 @@ from muon_dtensor.planning.plan import Assignment, Bucket
 from muon_dtensor.planning.report import PlanReport
 from muon_dtensor.runtime.process_groups import Groups
 from muon_dtensor.runtime.torch_private import local_part, this_rank
-from muon_dtensor.runtime.totals import total_of
+from muon_dtensor.runtime.totals import sharded_sum
 from muon_dtensor.runtime.trace import Trace
 
 State = Mapping[Tensor, dict[str, Any]]
@@ -109,7 +109,7 @@ class Measurement:
             values.append((Layout(mesh, (mesh.num_ranks,), (mesh.dim_names,)), row))
         if not values:
             return [0.0] * size
-        numbers: list[float] = total_of(values, process_groups, this_rank()).tolist()
+        numbers: list[float] = sharded_sum(values, process_groups, this_rank()).tolist()
         return numbers
 
     def _squares(self, entry: Entry, grad: Tensor | None, state: State) -> Iterator[Tensor]:

@@ -209,7 +209,7 @@ class Muon(Optimizer):
         self._trace = Trace(this_rank()) if trace else None
         self._plain = PlainTensors(None)
         self._prepared: PlannedStep | None = None
-        self._sweeps_twice: dict[frozenset[int], bool] = {}
+        self._needs_second_sweep: dict[frozenset[int], bool] = {}
         self._has_warned_of_shards = False
         self._num_steps = 0
         self._metrics: dict[str, float] = {}
@@ -256,7 +256,7 @@ class Muon(Optimizer):
             raise RuntimeError(
                 "there is no plan: the functions of a hand-written DistributedConfig move matrices"
             )
-        return self._ready.report
+        return self._planned_step.report
 
     @property
     def _config(self) -> DistributedConfig:
@@ -264,7 +264,7 @@ class Muon(Optimizer):
         return replace(self._user_config, **self._config_overrides)
 
     @property
-    def _ready(self) -> PlannedStep:
+    def _planned_step(self) -> PlannedStep:
         assert self._prepared is not None, "the constructor calls _prepare"
         return self._prepared
 
@@ -285,7 +285,7 @@ class Muon(Optimizer):
 
     def _warn_of_params(self, *, has_config: bool) -> None:
         """Log parameters that are legal but probably not intended for Muon as they are."""
-        table = self._ready.table
+        table = self._planned_step.table
         names = [entry.name for entry in table.muon]
         if dubious := [name for name in names if is_embedding_or_head(name)]:
             logger.log(
@@ -360,8 +360,10 @@ class Muon(Optimizer):
                 rank.
         """
         with ordinary_mode():
-            self._ready.check_finished()
-            self._ready.gate.read_past(capturable=all(g["capturable"] for g in self.param_groups))
+            self._planned_step.check_finished()
+            self._planned_step.gradient_check.raise_deferred(
+                capturable=all(g["capturable"] for g in self.param_groups)
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -373,10 +375,10 @@ class Muon(Optimizer):
     def _step(self) -> None:
         self._normalize_numbers()
         fault: Exception | None = None
-        if not self._ready.matches_params(self.param_groups):
+        if not self._planned_step.matches_params(self.param_groups):
             move_state_to_params(self.state, self.param_groups)
             self._prepare(exchange=True)
-        elif not self._ready.is_current(self.param_groups, self.state, self._config):
+        elif not self._planned_step.is_current(self.param_groups, self.state, self._config):
             try:
                 for group in self.param_groups:
                     validate(group, reads_tensors=False)
@@ -386,11 +388,11 @@ class Muon(Optimizer):
         every, number = self._settings.metrics_every, self._num_steps
         self._num_steps += 1  # also if the step raises, so that ranks measure the same steps
         if every and number % every == 0:
-            self._metrics = self._ready.measured_step(
-                self.state, self._sweeps_twice, number // every, self._trace, fault
+            self._metrics = self._planned_step.measured_step(
+                self.state, self._needs_second_sweep, number // every, self._trace, fault
             )
         else:
-            self._ready.step(self.state, self._sweeps_twice, fault=fault)
+            self._planned_step.step(self.state, self._needs_second_sweep, fault=fault)
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of the last measured step: the first, or a `metrics_every`-th one.
@@ -420,15 +422,15 @@ class Muon(Optimizer):
         Logs a warning once if torch's distributed checkpoint would misplace shards; see
         `check_saveable`.
         """
-        self._ready.check_finished()
-        self._ready.gate.read_past(forget=False)
+        self._planned_step.check_finished()
+        self._planned_step.gradient_check.raise_deferred(forget=False)
         self._normalize_numbers()
         self._settings.wait_for_momentum()
-        if not self._has_warned_of_shards and (misplaced := self._ready.table.misplaced()):
+        if not self._has_warned_of_shards and (misplaced := self._planned_step.table.misplaced()):
             self._has_warned_of_shards = True
             logger.log(warning_level(self._all_params()), "%s", misplaced)
         saved = super().state_dict()
-        for number in self._ready.table.without_state(self.state):
+        for number in self._planned_step.table.without_state(self.state):
             saved["state"].setdefault(number, {})  # marks it as frozen rather than missing
         return saved
 
@@ -440,7 +442,7 @@ class Muon(Optimizer):
         2.14 `checkpointable` saves them; with older versions, save a full state dict. Call this
         before a run, on any rank.
         """
-        if misplaced := self._ready.table.misplaced():
+        if misplaced := self._planned_step.table.misplaced():
             raise CheckpointError(misplaced)
 
     @ordinary_mode()
@@ -468,9 +470,9 @@ class Muon(Optimizer):
             restore_wide_state(
                 self.state, loaded_dicts[0], self.param_groups, self._settings.momentum_dtype
             )
-            self._ready.make_state(self.state)
-            self._ready.is_unfinished = False
-            self._ready.gate.forget_past()
+            self._planned_step.make_state(self.state)
+            self._planned_step.is_unfinished = False
+            self._planned_step.gradient_check.drop_deferred()
         except Exception:
             self.param_groups, self.state = groups, state
             self._prepare()
@@ -479,7 +481,7 @@ class Muon(Optimizer):
             hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._ready.check_finished()
+        self._planned_step.check_finished()
         self._normalize_numbers()
         self._settings.wait_for_momentum()
         attributes = {name: self.__dict__[name] for name in _PICKLED}
@@ -497,7 +499,7 @@ class Muon(Optimizer):
         super().__setstate__({key: value for key, value in state.items() if key != "_layouts"})
         for index, group in enumerate(self.param_groups):
             complete_loaded(group, live_groups[index] if index < len(live_groups) else {})
-        self.__dict__.setdefault("_sweeps_twice", {})
+        self.__dict__.setdefault("_needs_second_sweep", {})
         self.__dict__.setdefault("_plain", PlainTensors(None))
         self.__dict__.setdefault("_prepared", None)
         self.__dict__.setdefault("_has_warned_of_shards", False)

@@ -251,7 +251,7 @@ UNSUPPORTED_FLAGS = ("amsgrad", "maximize", "differentiable")
 
 
 def complete(
-    group: Mapping[str, Any], defaults: Mapping[str, Any], *, is_ours: bool = False
+    group: Mapping[str, Any], defaults: Mapping[str, Any], *, strict: bool = False
 ) -> dict[str, Any]:
     """Return a new group with every option and without `IMPLEMENTATION_FLAGS`.
 
@@ -261,10 +261,10 @@ def complete(
     Args:
         group: the options that the user sets.
         defaults: of the constructor.
-        is_ours: whether unknown keys raise, as in a config file of this package.
+        strict: whether unknown keys raise, as in a config file of this package.
 
     Raises:
-        GroupOptionError: a value is out of range; or with `is_ours` a key is unknown.
+        GroupOptionError: a value is out of range; or with `strict` a key is unknown.
     """
     group = {
         name: plain_number(value)
@@ -272,7 +272,7 @@ def complete(
         if name not in IMPLEMENTATION_FLAGS
     }
     for name in sorted(group.keys() - DEFAULTS.keys() - TORCH_KEYS):
-        if is_ours:
+        if strict:
             hint = did_you_mean(name, DEFAULTS) or f" Options are {', '.join(DEFAULTS)}."
             raise GroupOptionError(f"unknown param group option '{name}'.{hint}")
         if hint := did_you_mean(name, DEFAULTS, cutoff=MISSPELLING_CUTOFF):

@@ -100,7 +100,7 @@ class ParameterTable:
         if mesh is not None:
             self._check_on_mesh(self.layout_cache.mesh(mesh))
         named_params = [(entry.user_name, entry.param) for entry in self.all_entries]
-        self._plain.learn(named_params, self.layout_cache, exchange=exchange)
+        self._plain.resolve(named_params, self.layout_cache, exchange=exchange)
         problems = [*self._problems(), *self._find_wrong_shards()]
         refused = {problem.fqn for problem in problems}
         specs: list[ParamSpec] = []
@@ -194,7 +194,7 @@ class ParameterTable:
     def _check_on_mesh(self, config_mesh: MeshSpec) -> None:
         """Raise ValueError for a parameter on ranks outside of the config's mesh."""
         for entry in self.entries:
-            mesh = self.layout_cache.home(entry.param)
+            mesh = self.layout_cache.effective_mesh(entry.param)
             if not mesh.rank_set <= config_mesh.rank_set:
                 raise ValueError(
                     f"{entry.name} lives on mesh {mesh} with ranks {min(mesh.ranks)} to "
@@ -212,7 +212,7 @@ class ParameterTable:
         rule = self._plain.rule
         tensors = [
             entry.param
-            if isinstance(entry.param, DTensor) or rule is None or not rule.real_cuts
+            if isinstance(entry.param, DTensor) or rule is None or not rule.nontrivial_cuts
             else torch.empty(
                 self._plain.flat_shape(entry.param) or spec.shape,
                 dtype=entry.param.dtype,
@@ -266,7 +266,7 @@ class ParameterTable:
         """
         members: dict[frozenset[int], list[tuple[Entry, MeshSpec]]] = {}
         for entry in self.all_entries:
-            mesh = self.layout_cache.home(entry.param)
+            mesh = self.layout_cache.effective_mesh(entry.param)
             if mesh.dim_names and mesh.holds(this_rank()):
                 members.setdefault(mesh.rank_set, []).append((entry, mesh))
         for rank_set, pairs in members.items():
@@ -377,7 +377,7 @@ class ParameterTable:
         have no values: for such parameters it is the device of their mesh.
         """
         params = [e.param for e in self.entries]
-        on_meshes = [param for param in params if self.layout_cache.home(param).dim_names]
+        on_meshes = [param for param in params if self.layout_cache.effective_mesh(param).dim_names]
         first = next(iter(on_meshes or params), None)
         if first is not None and not local_part(first).is_meta:
             return local_part(first).device

@@ -34,7 +34,7 @@ from muon_dtensor.planning.normuon_state import moment_layout
 from muon_dtensor.planning.report import plan_report
 from muon_dtensor.runtime.consistency import Agreement
 from muon_dtensor.runtime.executor import Executor
-from muon_dtensor.runtime.gradients import GradientGate
+from muon_dtensor.runtime.gradients import GradientCheck
 from muon_dtensor.runtime.hyperparameters import check_orthogonalizer
 from muon_dtensor.runtime.plain_tensors import PlainTensors
 from muon_dtensor.runtime.process_groups import Groups
@@ -112,24 +112,25 @@ class PlannedStep:
             prefetch_count=config.prefetch_count,
             sequential=not config.async_gpu_parallelism,
         )
-        self.report = plan_report(specs, options, self._owners)
+        adamw_numels = [local_part(entry.param).numel() for entry in table.adamw]
+        self.report = plan_report(specs, options, self._owners, adamw_numels)
         self.plan = self.report.plan
         check(self.plan)
         self._warn_of_owners(before)
         rank = this_rank()
         self._process_groups = process_groups = Groups(table.layout_cache.device_meshes, rank)
         self.agreement = Agreement(list(table.manifests(self.plan)), process_groups, rank)
-        self.gate = GradientGate(
+        self.gradient_check = GradientCheck(
             {entry.name: entry.param for entry in table.entries},
             self.agreement,
             device=table.shared_device,
             missing_grad=settings.missing_grad,
             nonfinite=settings.nonfinite,
             deferred_checks=settings.deferred_checks,
-            of_own_dtype=[entry.name for entry in table.adamw],
+            same_dtype_params=[entry.name for entry in table.adamw],
         )
         if before is not None:
-            self.gate.follow(before.gate)
+            self.gradient_check.copy_deferred(before.gradient_check)
         self._params = [entry.param for entry in table.all_entries]
         self._frozen = [e.param for e in table.all_entries if not can_train(e.param, state)]
         self._planned = [planned_options(group) for group in groups]
@@ -219,7 +220,7 @@ class PlannedStep:
     def measured_step(
         self,
         state: State,
-        sweeps_twice: dict[frozenset[int], bool],
+        needs_second_sweep: dict[frozenset[int], bool],
         number: int,
         trace: Trace | None,
         fault: Exception | None,
@@ -227,14 +228,14 @@ class PlannedStep:
         """Step, and return the metrics. `number`, `trace`: see `Measurement`; `fault`: `step`."""
         measurement = Measurement(self.report, self.table, number, trace)
         with self.executor.observed(measurement.trace, measurement.observe):
-            grads = self.step(state, sweeps_twice, is_measured=True, fault=fault)
+            grads = self.step(state, needs_second_sweep, is_measured=True, fault=fault)
         self._settings.wait_for_momentum()
         return measurement.finish(self._read, grads, state, self._process_groups)
 
     def step(
         self,
         state: State,
-        sweeps_twice: dict[frozenset[int], bool],
+        needs_second_sweep: dict[frozenset[int], bool],
         *,
         is_measured: bool = False,
         fault: Exception | None = None,
@@ -243,7 +244,7 @@ class PlannedStep:
 
         Args:
             state: of the optimizer, by parameter.
-            sweeps_twice: see `Agreement.prove_plan`.
+            needs_second_sweep: see `Agreement.compare_plans`.
             is_measured: whether `measured_step` calls.
             fault: why this rank cannot step. It is raised after all ranks have compared.
 
@@ -251,7 +252,7 @@ class PlannedStep:
         """
         wrong_shards = list(self.table.wrong_shards.values())
         try:
-            self.agreement.prove_plan(self.gate.device, sweeps_twice)
+            self.agreement.compare_plans(self.gradient_check.device, needs_second_sweep)
             if wrong_shards:  # raised on every rank, since the compared lines contain it
                 raise PlanMismatchError(
                     "Local shards on some ranks do not match their DTensor placements."
@@ -266,9 +267,13 @@ class PlannedStep:
             self.has_compared_replicas = True  # on all ranks, also if the step raises
             mismatch = self._replica_mismatch()
             fault = fault or mismatch
-        grads, keep = self.gate.admit(texts, is_measured=is_measured, fault=fault)
+        grads, keep = self.gradient_check.check(texts, is_measured=is_measured, fault=fault)
         planned, self._read = self, self._groups
-        if isinstance(keep, Tensor) and self._agreed is not None and self.gate.found_fault():
+        if (
+            isinstance(keep, Tensor)
+            and self._agreed is not None
+            and self.gradient_check.has_deferred_fault()
+        ):
             # Other ranks hold the last agreed plan. Run its exchanges too; they change nothing.
             planned, self._read = self._agreed, self._agreed._valid
         else:

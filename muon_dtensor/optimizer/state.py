@@ -12,7 +12,7 @@ from muon_dtensor.errors import CheckpointError
 from muon_dtensor.layout import Layout
 from muon_dtensor.optimizer.options import DECLARED, complete_loaded, declarations_differ, validate
 from muon_dtensor.runtime.dtensors import placed
-from muon_dtensor.runtime.normuon_state import zeros_beside
+from muon_dtensor.runtime.normuon_state import zeros_with_layout
 from muon_dtensor.runtime.torch_private import (
     cast,
     local_part,
@@ -57,7 +57,7 @@ def make_state(
         if offload_momentum:
             state["momentum_buffer"] = on_host(state["momentum_buffer"])
         if moments is not None:
-            zeros = zeros_beside(param, moments, this_rank())
+            zeros = zeros_with_layout(param, moments, this_rank())
             row_moments = state.setdefault(MOMENTS, zeros)
             if not _is_placed_as(row_moments, zeros):
                 raise CheckpointError(

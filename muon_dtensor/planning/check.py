@@ -24,7 +24,7 @@ def check(plan: Plan) -> None:
 
 def problem_of_matrices(spec: ParamSpec) -> str:
     """Return what is wrong with the matrices of a parameter; an empty string if they are valid."""
-    param_region = Region.whole(spec.shape)
+    param_region = Region.of_shape(spec.shape)
     regions = tuple(matrix.region for matrix in spec.matrices)
     if any(len(region.start) != len(spec.shape) for region in regions):
         return "One of its matrices has a different number of tensor dims."

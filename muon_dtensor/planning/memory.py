@@ -153,7 +153,7 @@ def _orthogonalizing(plan: Plan, traffic: BucketTraffic) -> dict[int, int]:
     for position, sizes in by_owner.items():
         peak_numel = 0
         for (rows, cols, in_pieces), count in sizes.items():
-            batch = min(count, plan.options.most_batched(traffic.itemsize * rows * cols))
+            batch = min(count, plan.options.max_batch(traffic.itemsize * rows * cols))
             short = min(rows, cols)
             numel = batch * (2 * rows * cols + 2 * short * short)
             if in_pieces and batch == count and len(sizes) == 1 and not keeps_buffers:

@@ -161,7 +161,7 @@ class PlanOptions:
     exact: bool = True
     topology: Topology = PRESETS["h100-ib-400"]
 
-    def most_batched(self, matrix_nbytes: int) -> int:
+    def max_batch(self, matrix_nbytes: int) -> int:
         """Return the most matrices of this size that are orthogonalized as one batch."""
         return max(1, self.bucket_nbytes // max(1, matrix_nbytes)) if self.batched else 1
 

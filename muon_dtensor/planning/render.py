@@ -113,14 +113,26 @@ def headline(plan: Plan, cost: PlanCost, prediction: Prediction, digest: str) ->
     )
 
 
-def summary(plan: Plan, cost: PlanCost, prediction: Prediction, digest: str) -> str:
+def adamw_text(numels: Sequence[int]) -> str:
+    """Return a line about the parameters that AdamW steps, from their elements on this rank."""
+    parameters = _count(len(numels), "parameter", "parameters")
+    return f"AdamW steps {parameters} ({sum(numels):,} elements on this rank), nothing is sent"
+
+
+def summary(
+    plan: Plan,
+    cost: PlanCost,
+    prediction: Prediction,
+    digest: str,
+    adamw_numels: Sequence[int] = (),
+) -> str:
     """Return the plan as one screen of text: buckets, parameters, totals with lower bounds."""
     lines = []
     for mesh in plan.meshes:
         count = sum(len(s.matrices) for s in plan.params if s.layout.mesh == mesh)
         lines.append(f"mesh {mesh}: {_count(count, 'matrix', 'matrices')}")
     if not plan.params:
-        return "no parameters, nothing to do"
+        return adamw_text(adamw_numels) if adamw_numels else "no parameters, nothing to do"
     lines.append("")
     lines += _shorten(_bucket_rows(plan, cost, prediction))
     lines.append("")
@@ -145,6 +157,8 @@ def summary(plan: Plan, cost: PlanCost, prediction: Prediction, digest: str) -> 
             f"row moments  all_reduce over {sizes}, not counted above: "
             f"{quantity(reduction.sent_nbytes, 'B')} a rank"
         )
+    if adamw_numels:
+        lines.append(adamw_text(adamw_numels))
     order = " ".join(map(str, plan.schedule))
     remark = ", ranks orthogonalize one after the other" if plan.options.sequential else ""
     if len(order) <= 100:

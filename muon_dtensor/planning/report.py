@@ -18,6 +18,8 @@ class PlanReport:
     """A plan with its cached analyses. Prints as one screen of text."""
 
     plan: Plan
+    adamw_numels: tuple[int, ...] = ()
+    """Elements of each parameter that AdamW steps, in this rank's shard. Not part of the plan."""
 
     @property
     def params(self) -> tuple[ParamSpec, ...]:
@@ -83,7 +85,9 @@ class PlanReport:
 
     def summary(self) -> str:
         """Return the plan as one screen of text, as `str(report)` does."""
-        return render.summary(self.plan, self.cost, self.prediction, self.digest)
+        return render.summary(
+            self.plan, self.cost, self.prediction, self.digest, self.adamw_numels
+        )
 
     def explain(self, fqn: str) -> str:
         """Return what a step does with one parameter. Raises ValueError for an unknown name."""
@@ -106,6 +110,7 @@ def plan_report(
     params: Sequence[ParamSpec],
     options: PlanOptions | None = None,
     owners: Mapping[str, int] | None = None,
+    adamw_numels: Sequence[int] = (),
 ) -> PlanReport:
     """Plan one step and report on it; arguments and errors as for `planner.plan_update`."""
-    return PlanReport(plan_update(params, options, owners))
+    return PlanReport(plan_update(params, options, owners), tuple(adamw_numels))

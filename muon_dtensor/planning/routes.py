@@ -150,7 +150,7 @@ class RankBucket:
             by_size[matrix.rows, matrix.cols].append(assignment)
         batches: list[tuple[Assignment, ...]] = []
         for (rows, cols), owned in by_size.items():
-            most = options.most_batched(ITEMSIZES[self.bucket.wire_dtype] * rows * cols)
+            most = options.max_batch(ITEMSIZES[self.bucket.wire_dtype] * rows * cols)
             batches += [tuple(owned[i : i + most]) for i in range(0, len(owned), most)]
         return tuple(batches)
 

@@ -226,10 +226,8 @@ class _Simulator:
         overhead, size = self.topology.tensor_overhead, self._param_itemsize(cost)
         memory, itemsize = self.topology.memory_seconds, cost.itemsize
         return [
-            overhead * num + memory(packed_nbytes(size, itemsize, touched=touched, pieces=pieces))
-            for num, touched, pieces in zip(
-                cost.num_touched, cost.touched, cost.pieces, strict=True
-            )
+            overhead * num + memory(packed_nbytes(size, itemsize, stored=stored, pieces=pieces))
+            for num, stored, pieces in zip(cost.num_stored, cost.stored, cost.pieces, strict=True)
         ]
 
     def _applying(self, cost: BucketTraffic) -> list[float]:
@@ -237,8 +235,8 @@ class _Simulator:
         overhead, size = self.topology.tensor_overhead, self._param_itemsize(cost)
         memory, itemsize = self.topology.memory_seconds, cost.itemsize
         return [
-            overhead * num + memory(applied_nbytes(size, itemsize, touched=touched))
-            for num, touched in zip(cost.num_touched, cost.touched, strict=True)
+            overhead * num + memory(applied_nbytes(size, itemsize, stored=stored))
+            for num, stored in zip(cost.num_stored, cost.stored, strict=True)
         ]
 
     def _param_itemsize(self, cost: BucketTraffic) -> int:
@@ -284,22 +282,22 @@ class _Simulator:
         self.host = [stop] * len(self.host)
 
 
-def packed_nbytes(itemsize: int, wire_itemsize: int, *, touched: int, pieces: int) -> int:
+def packed_nbytes(itemsize: int, wire_itemsize: int, *, stored: int, pieces: int) -> int:
     """Return the bytes that packing reads and writes.
 
-    The momentum update reads two values and writes one for each of `touched` elements. For each of
+    The momentum update reads two values and writes one for each of `stored` elements. For each of
     `pieces` elements, the direction reads two values and writes one, and the cast reads that one
     and writes the wire dtype.
     """
-    return 3 * itemsize * touched + (4 * itemsize + wire_itemsize) * pieces
+    return 3 * itemsize * stored + (4 * itemsize + wire_itemsize) * pieces
 
 
-def applied_nbytes(itemsize: int, wire_itemsize: int, *, touched: int) -> int:
-    """Return the bytes that decay and update of `touched` elements read and write.
+def applied_nbytes(itemsize: int, wire_itemsize: int, *, stored: int) -> int:
+    """Return the bytes that decay and update of `stored` elements read and write.
 
     Decay reads and writes a shard. The update does the same and also reads the result.
     """
-    return (4 * itemsize + wire_itemsize) * touched
+    return (4 * itemsize + wire_itemsize) * stored
 
 
 def priced(

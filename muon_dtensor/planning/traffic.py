@@ -19,8 +19,8 @@ class BucketTraffic:
     """What one bucket sends, computes and holds at each position of its mesh.
 
     Numels count elements of the wire dtype. `buffers`: per numbered buffer, the elements that it
-    holds. `self_sent`: per hop, the elements that a rank sends to itself. `touched`: elements of
-    the bucket's matrices that a rank stores, in `num_touched` pieces. `num_parts`: number of pieces
+    holds. `self_sent`: per hop, the elements that a rank sends to itself. `stored`: elements of
+    the bucket's matrices that a rank stores, in `num_stored` pieces. `num_parts`: number of pieces
     from which a rank assembles the matrices that it owns.
     """
 
@@ -29,8 +29,8 @@ class BucketTraffic:
     flops: tuple[int, ...]
     buffers: tuple[Numels, ...]
     self_sent: tuple[Numels, ...]
-    touched: Numels
-    num_touched: list[int]
+    stored: Numels
+    num_stored: list[int]
     num_parts: list[int]
 
     @property
@@ -95,7 +95,7 @@ class _Sums:
             layout = plan.spec(a).layout
             yield layout, a, key(layout, a), count
 
-    def touched(self) -> tuple[Numels, list[int]]:
+    def stored(self) -> tuple[Numels, list[int]]:
         """Return the elements that each position stores of all matrices, and in how many pieces."""
         numels, nums = [0] * self.num_positions, [0] * self.num_positions
         for layout, assignment, _, count in self.tables(lambda *_: 0):
@@ -143,7 +143,7 @@ class _Sums:
     def of(self, content: Content) -> Numels:
         """Return the elements of a buffer at each position."""
         if content.done is None:
-            numels, _ = self.touched()
+            numels, _ = self.stored()
         elif set(content.done) >= set(self.bucket.strategy.unshard_dims):
             numels = self.owned()
         else:
@@ -193,7 +193,7 @@ def bucket_traffic(plan: Plan, bucket: Bucket) -> BucketTraffic:
         tuple(flops),
         tuple(contents[content] for content in sequence.contents),
         sums.self_sent(sequence),
-        *sums.touched(),
+        *sums.stored(),
         num_parts,
     )
 

@@ -20,7 +20,7 @@ from muon_dtensor.planning.routes import Packing, RankBucket
 from muon_dtensor.planning.schedule import BufferKey, Program, lifetimes
 from muon_dtensor.runtime.collectives import finish
 from muon_dtensor.runtime.packing import view_slots
-from muon_dtensor.runtime.torch_private import range_of
+from muon_dtensor.runtime.torch_private import profiler_range
 
 KEPT_ON = ("cpu",)
 """Device types on which buffers are kept."""
@@ -52,7 +52,7 @@ class ExchangeBuffers:
         """Whether the buffers of a bucket use the same memory in every step."""
         return self._kinds[bucket][1].type in KEPT_ON
 
-    def take(self, bucket: int, number: int) -> Tensor:
+    def acquire(self, bucket: int, number: int) -> Tensor:
         """Return a buffer at the start of its lifetime, uninitialized."""
         key = bucket, number
         if key in self._buffers:
@@ -67,7 +67,7 @@ class ExchangeBuffers:
         self._buffers[key] = buffer
         return buffer
 
-    def forget(self) -> None:
+    def drop_all(self) -> None:
         """Use new memory from now on. Tensors in use keep the old memory alive."""
         self._block = None
         self._buffers.clear()
@@ -98,6 +98,6 @@ class InFlight:
 
     def wait(self) -> None:
         if self.work is not None:
-            with range_of("muon wait"):
+            with profiler_range("muon wait"):
                 finish(self.work, self.timeout)
         self.work = self.sending = None

@@ -49,15 +49,17 @@ class Agreement:
         """The manifests in the order of reductions and of `LocalStatus.presence`."""
         return self._manifests
 
-    def prove_plan(self, device: torch.device, sweeps_twice: dict[frozenset[int], bool]) -> None:
+    def compare_plans(
+        self, device: torch.device, needs_second_sweep: dict[frozenset[int], bool]
+    ) -> None:
         """Raise PlanMismatchError on every rank unless all hold the same plan.
 
-        Compares sets of ranks that are not in `sweeps_twice`, and adds them with whether they take
-        part in second sweeps. `settle` compares plans that change later. Uses only the process
+        Compares sets of ranks that are not in `needs_second_sweep`, and adds them: whether they
+        take part in second sweeps. `settle` compares plans that change later. Uses only the process
         groups of the meshes' own dims: no group is made, and no data sent, before plans are equal.
         """
         failed = ""
-        new = [m for m in self._manifests if m.mesh.rank_set not in sweeps_twice]
+        new = [m for m in self._manifests if m.mesh.rank_set not in needs_second_sweep]
         last = self._manifests[-1].mesh.rank_set if self._manifests else frozenset()
         crosses = not all(manifest.mesh.rank_set <= last for manifest in self._manifests)
         on_other_mesh = "Ranks of another mesh hold different plans; their errors say which."
@@ -71,16 +73,18 @@ class Agreement:
                 failed = first_difference(manifest.mesh, lists)
             elif other:
                 failed = failed or on_other_mesh
-            sweeps_twice[manifest.mesh.rank_set] = bool(twice)
+            needs_second_sweep[manifest.mesh.rank_set] = bool(twice)
         for manifest in reversed(new):
-            if sweeps_twice[manifest.mesh.rank_set]:
+            if needs_second_sweep[manifest.mesh.rank_set]:
                 _, _, other, _ = self._prove(manifest, [0, 0, bool(failed), 0], device)
                 failed = failed or (on_other_mesh if other else "")
         if failed:
             for manifest in new:
-                del sweeps_twice[manifest.mesh.rank_set]
+                del needs_second_sweep[manifest.mesh.rank_set]
             raise PlanMismatchError(failed)
-        self._second_sweep = [m for m in reversed(self._manifests) if sweeps_twice[m.mesh.rank_set]]
+        self._second_sweep = [
+            m for m in reversed(self._manifests) if needs_second_sweep[m.mesh.rank_set]
+        ]
 
     def _prove(self, manifest: Manifest, values: list[int], device: torch.device) -> list[int]:
         """Return the maxima over a mesh, using the groups of its own dims."""

@@ -108,7 +108,7 @@ class LayoutCache:
             self.device_meshes.setdefault(spec, mesh)
         return spec
 
-    def home(self, tensor: Tensor) -> MeshSpec:
+    def effective_mesh(self, tensor: Tensor) -> MeshSpec:
         """Return the mesh of a parameter; without dims if it is local to this rank.
 
         For a DTensor on a sub-mesh of the mesh of plain tensors this is the latter: the DTensor is

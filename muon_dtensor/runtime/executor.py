@@ -45,7 +45,7 @@ from muon_dtensor.runtime.packing import (
     view_box,
 )
 from muon_dtensor.runtime.process_groups import Groups
-from muon_dtensor.runtime.torch_private import range_of, timeout_of
+from muon_dtensor.runtime.torch_private import profiler_range, timeout_of
 from muon_dtensor.runtime.trace import Trace
 
 Observer = Callable[[Assignment, Tensor], None]
@@ -129,7 +129,7 @@ class Executor:
         except BaseException as error:
             # exchanges of this step may still be in flight: the next step must not wait for them
             self._in_flight.clear()
-            self._buffers.forget()
+            self._buffers.drop_all()
             if isinstance(error, Exception):
                 raise StepFailedError(
                     f"The step failed in {self._failed_phase()}: {error}"
@@ -183,7 +183,7 @@ class Executor:
     ) -> None:
         trace = self._trace
         with (
-            range_of(bucket.profiler_names[action.phase]),
+            profiler_range(bucket.profiler_names[action.phase]),
             nullcontext() if trace is None else trace.span(action.bucket, action.phase),
         ):
             if action.phase is Phase.UNSHARD:
@@ -202,7 +202,7 @@ class Executor:
         for event in events:
             match event:
                 case Fill(buffer=number):
-                    buffer = self._buffers.take(bucket.index, number)
+                    buffer = self._buffers.acquire(bucket.index, number)
                     self._in_flight[bucket.index] = InFlight(buffer)
                     self._fill(bucket, buffer, params, keep)
                 case UpdateMomenta():
@@ -228,7 +228,7 @@ class Executor:
         offloaded = {
             index: params[index]
             for index in bucket.local.shards
-            if index in params and params[index].is_momentum_away
+            if index in params and params[index].is_momentum_offloaded
         }
         if not offloaded:
             yield params
@@ -285,14 +285,14 @@ class Executor:
 
     def _repack(self, bucket: CompiledBucket, flight: InFlight, hop: Hop) -> None:
         """Fill the send buffer of a collective."""
-        send = self._buffers.take(bucket.index, hop.send)
+        send = self._buffers.acquire(bucket.index, hop.send)
         repack(flight.buffer, send, bucket.local.collective(hop).moves)
         flight.buffer = send
 
     def _send(self, bucket: CompiledBucket, flight: InFlight, hop: Hop) -> None:
         """Issue a collective; its receive buffer becomes the buffer in flight."""
         flight.sending = flight.buffer
-        flight.buffer = self._buffers.take(bucket.index, hop.recv)
+        flight.buffer = self._buffers.acquire(bucket.index, hop.recv)
         collective = bucket.local.collective(hop)
         group = self._groups.over(bucket.mesh, collective.collective.mesh_dims)
         flight.work = issue(collective, flight.sending, flight.buffer, group)
@@ -342,7 +342,7 @@ class Executor:
         result = options.polar_factor(x, bucket.dtype, overwrite=is_copy)
         del x
         if frees_buffer and is_copy:
-            flight.buffer = self._buffers.take(bucket.index, bucket.sequence.wholes)
+            flight.buffer = self._buffers.acquire(bucket.index, bucket.sequence.wholes)
             views += self._wholes(bucket, flight.buffer)
         polar_factors = [result] if len(batch) == 1 else result.unbind()
         for (assignment, local), polar_factor in zip(batch, polar_factors, strict=True):

@@ -34,12 +34,12 @@ from muon_dtensor.runtime.torch_private import (
 logger = logging.getLogger("muon_dtensor")
 
 
-class GradientGate:
+class GradientCheck:
     """Returns the gradients of a step, or stops the step on every rank.
 
     On the host ranks compare before anything changes. With deferred checks, the default on a
-    device, `admit` does not wait after a first step: it returns a mask, and `read_past` raises the
-    error in the next step.
+    device, `check` does not wait after a first step: it returns a mask, and `raise_deferred` raises
+    the error in the next step.
     """
 
     def __init__(
@@ -51,16 +51,16 @@ class GradientGate:
         missing_grad: Literal["raise", "zero"],
         nonfinite: Literal["raise", "skip", "propagate"],
         deferred_checks: bool | None = None,
-        of_own_dtype: Collection[str] = (),
+        same_dtype_params: Collection[str] = (),
     ) -> None:
         """`device`: where reduced statuses live; the device of parameters that a mesh holds.
 
-        `of_own_dtype`: names of parameters whose gradients must have their dtype.
+        `same_dtype_params`: names of parameters whose gradients must have their dtype.
         """
         is_deferred = device.type != "cpu" if deferred_checks is None else deferred_checks
         self.device = device
         self._params = params
-        self._of_own_dtype = frozenset(of_own_dtype)
+        self._same_dtype_params = frozenset(same_dtype_params)
         self._shapes = {name: local_part(param).shape for name, param in params.items()}
         self._dtypes: dict[str, torch.dtype] = {}
         self._agreement = agreement
@@ -75,7 +75,7 @@ class GradientGate:
         self._has_settled = False
         self._has_logged_zeros = False
 
-    def admit(
+    def check(
         self,
         options: tuple[str, ...],
         *,
@@ -140,7 +140,7 @@ class GradientGate:
                 f"{name} was made in torch.inference_mode(), so it cannot be updated outside of "
                 "that mode. Construct the model outside of it, or clone its parameters there."
             )
-        if grad.dtype != param.dtype and name in self._of_own_dtype:
+        if grad.dtype != param.dtype and name in self._same_dtype_params:
             return (
                 f"{name} is {dtype_name(param.dtype)} and its gradient {dtype_name(grad.dtype)}: "
                 "torch's AdamW needs equal dtypes. Cast the gradient first, or do not set "
@@ -148,7 +148,7 @@ class GradientGate:
             )
         return _fault_of(name, param, grad)
 
-    def read_past(self, *, capturable: bool = True, forget: bool = True) -> None:
+    def raise_deferred(self, *, capturable: bool = True, forget: bool = True) -> None:
         """Raise the error of the last masked step, if any; see Note [Status reduction].
 
         While a CUDA graph is captured the host cannot read it: the error is raised later. Raises
@@ -167,20 +167,20 @@ class GradientGate:
             return
         past, fault = self._past, self._past_fault
         if forget:
-            self.forget_past()
+            self.drop_deferred()
         if fault is not None:
             raise fault
         for outcomes in past:
             raise_faults(outcomes.tolist(), with_non_finite=self._nonfinite == "raise")
 
-    def follow(self, before: "GradientGate") -> None:
-        """Copy the pending result of an earlier gate, so that all ranks raise the same errors."""
+    def copy_deferred(self, before: "GradientCheck") -> None:
+        """Copy the pending result of an earlier check, so that all ranks raise the same errors."""
         self._past, self._past_fault = before._past, before._past_fault
         self._has_settled = before._has_settled
         self._has_logged_zeros = before._has_logged_zeros
         self._dtypes = {name: d for name, d in before._dtypes.items() if name in self._params}
 
-    def found_fault(self) -> bool:
+    def has_deferred_fault(self) -> bool:
         """Whether ranks reported a fault in the last masked step. Waits for the result."""
         return any(fault for fault, _ in self._past[-1].tolist())
 
@@ -189,7 +189,7 @@ class GradientGate:
         param = self._params[name]
         return zeros_like(param, self._dtypes.get(name))
 
-    def forget_past(self) -> None:
+    def drop_deferred(self) -> None:
         """Drop the results of masked steps, after state was loaded."""
         self._past, self._past_fault = [], None
 
@@ -215,14 +215,14 @@ class GradientGate:
         presence = tuple(
             tuple(state(name) for name in manifest.fqns) for manifest in self._agreement.manifests
         )
-        gate = (
+        gradient_options = (
             f"optimizer: missing_grad={self._missing_grad}, nonfinite={self._nonfinite}, "
             f"deferred_checks={self._deferred_checks}, {options[-1]}"
         )
         hyperparameters = tuple(
             (
                 *(f"param group {n}: {options[group]}" for n, group in enumerate(manifest.groups)),
-                gate,
+                gradient_options,
             )
             for manifest in self._agreement.manifests
         )

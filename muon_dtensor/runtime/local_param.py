@@ -22,7 +22,7 @@ class LocalParam:
     moments: Tensor | None = None
 
     @property
-    def is_momentum_away(self) -> bool:
+    def is_momentum_offloaded(self) -> bool:
         """Whether the momentum is offloaded to the host."""
         return self.momentum_buffer.device != self.param.device
 

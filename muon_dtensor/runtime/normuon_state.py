@@ -22,7 +22,7 @@ Moments = Mapping[int, Tensor]
 """The moments that this rank stores, by index of parameter: float32, contiguous."""
 
 
-def zeros_beside(param: Tensor, layout: Layout, rank: int) -> Tensor:
+def zeros_with_layout(param: Tensor, layout: Layout, rank: int) -> Tensor:
     """Return float32 zeros with this layout, on the device of a parameter.
 
     For a DTensor a DTensor: it has the placements of tensor dim 0 on mesh dims that cut `layout`.

@@ -41,18 +41,18 @@ class PlainLayoutRule:
     cuts: tuple[tuple[str, TensorDim], ...] = ()
 
     @property
-    def real_cuts(self) -> tuple[tuple[str, TensorDim], ...]:
+    def nontrivial_cuts(self) -> tuple[tuple[str, TensorDim], ...]:
         """The cuts over more than one rank."""
         sizes = dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=False))
         return tuple((name, dims) for name, dims in self.cuts if sizes[name] > 1)
 
     def cuts_of(self, name: str, index: int, ndim: int) -> tuple[tuple[str, ...], ...]:
         """Return the mesh dims that cut each tensor dim of a parameter. Raises RefusalError."""
-        return _cuts({n: _choose(dims, n, name, index) for n, dims in self.real_cuts}, ndim)
+        return _cuts({n: _choose(dims, n, name, index) for n, dims in self.nontrivial_cuts}, ndim)
 
-    def cuts_by_hand(self, ndim: int) -> tuple[tuple[str, ...], ...]:
+    def cuts_of_unnamed(self, ndim: int) -> tuple[tuple[str, ...], ...]:
         """Return `cuts_of` a tensor without name. Raises RefusalError for a rule by parameter."""
-        for mesh_dim, dims in self.real_cuts:
+        for mesh_dim, dims in self.nontrivial_cuts:
             if isinstance(dims, (Mapping, Sequence)):
                 raise RefusalError(
                     f"{_keyword(mesh_dim)} was given for each parameter, and a tensor that is "
@@ -63,7 +63,7 @@ class PlainLayoutRule:
 
     def is_for_all(self) -> bool:
         """Whether some cut has one tensor dim for all plain tensors."""
-        return any(not isinstance(dims, (Mapping, Sequence)) for _, dims in self.real_cuts)
+        return any(not isinstance(dims, (Mapping, Sequence)) for _, dims in self.nontrivial_cuts)
 
 
 def _cuts(chosen: Mapping[str, int | None], ndim: int) -> tuple[tuple[str, ...], ...]:
@@ -147,7 +147,7 @@ class PlainTensors:
         self._layouts: MutableMapping[Tensor, _PlainLayout] = WeakTensorKeyDictionary()
         self._is_mixed = False
 
-    def learn(
+    def resolve(
         self, params: Sequence[tuple[str, Tensor]], layout_cache: LayoutCache, *, exchange: bool
     ) -> None:
         """Determine the layouts of new parameters; a collective if the config cuts any.
@@ -170,12 +170,12 @@ class PlainTensors:
             for index, (name, tensor) in enumerate(params)
             if not isinstance(tensor, DTensor) and tensor not in self._layouts
         ]
-        if self.rule is None or not self.rule.real_cuts:
+        if self.rule is None or not self.rule.nontrivial_cuts:
             for _, _, tensor in new:
                 layout = _replicated(tensor, slices, layout_cache)
                 self._layouts[tensor] = _PlainLayout(layout)
             return
-        for mesh_dim, dims in self.rule.real_cuts:
+        for mesh_dim, dims in self.rule.nontrivial_cuts:
             if isinstance(dims, Sequence) and len(dims) > len(params):
                 raise ValueError(
                     f"{_keyword(mesh_dim)} has {len(dims)} tensor dims for {len(params)} "
@@ -225,7 +225,7 @@ class PlainTensors:
             return _PlainLayout(layout, by_common_rule=self.rule.is_for_all())
         if all(shape == full_shape for shape in shapes.values()):  # NO_SHARD
             return _PlainLayout(layout_from_shards(mesh, ((),) * len(full_shape), shapes))
-        cutting = [mesh_dim for mesh_dim, _ in self.rule.real_cuts]
+        cutting = [mesh_dim for mesh_dim, _ in self.rule.nontrivial_cuts]
         if len(cutting) != 1:
             raise RefusalError(
                 "A slice of a flat parameter of FSDP1 is cut over one mesh dim, not over "

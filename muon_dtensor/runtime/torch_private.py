@@ -42,7 +42,7 @@ def default_store() -> Any:
 
 
 @contextmanager
-def pretended_ranks(world_size: int) -> Iterator[None]:
+def fake_process_group(world_size: int) -> Iterator[None]:
     """Create a fake default process group of `world_size` ranks, with this process as rank 0.
 
     Its collectives return immediately and move nothing. Raises RuntimeError if a default process
@@ -223,7 +223,7 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def range_of(name: str) -> AbstractContextManager[object]:
+def profiler_range(name: str) -> AbstractContextManager[object]:
     """Return a named range for torch's profiler; a null context if no profiler is running."""
     is_on = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     return record_function(name) if is_on else nullcontext()

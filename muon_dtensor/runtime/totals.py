@@ -10,7 +10,7 @@ from muon_dtensor.runtime.collectives import all_reduce_max, all_reduce_sum
 from muon_dtensor.runtime.process_groups import Groups
 
 
-def total_of(
+def sharded_sum(
     values: Sequence[tuple[Layout, Tensor]],
     groups: Groups,
     rank: int,

@@ -93,7 +93,10 @@ def compare(
             optimizer.step()
             for name, param, oracle in zip(DECLARATIONS, params, oracles, strict=True):
                 momentum = optimizer.state[param]["momentum_buffer"]
-                for actual, expected in ((param, oracle.whole()), (momentum, oracle.momentum())):
+                for actual, expected in (
+                    (param, oracle.full_tensor()),
+                    (momentum, oracle.momentum()),
+                ):
                     shard = spread(expected, mesh, placements).to_local()
                     if not torch.equal(actual.to_local(), shard):
                         mismatches.append(f"{name} after step {step}")
@@ -172,7 +175,9 @@ def real_tp_and_fsdp() -> list[str]:
             oracle.step(params[name].grad.full_tensor())
         optimizer.step()
         optimizer.zero_grad()
-    return [n for n, o in oracles.items() if not torch.equal(params[n].full_tensor(), o.whole())]
+    return [
+        n for n, o in oracles.items() if not torch.equal(params[n].full_tensor(), o.full_tensor())
+    ]
 
 
 def test_real_tensor_parallelism_under_fsdp():
@@ -200,7 +205,7 @@ def test_boxes_match_einops_rearrange(data):
     expected = einops.rearrange(numbers, pattern, **lengths)
     matrices = Declaration(pattern, tuple(lengths.items())).matrices(shape)
     tensors = [
-        to_matrix(view_box(numbers, box_of(m.region, Region.whole(shape))).contiguous(), m)
+        to_matrix(view_box(numbers, box_of(m.region, Region.of_shape(shape))).contiguous(), m)
         for m in matrices
     ]
     assert torch.equal(torch.stack(tensors), expected.reshape(-1, *expected.shape[-2:]))

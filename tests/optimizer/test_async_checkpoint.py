@@ -68,7 +68,7 @@ def groups_of_a_step(sizes: tuple[int, ...]) -> tuple[bool, int]:
     model(torch.ones(2, 16)).sum().backward()
     before = len(groups._warm)
     optimizer.step()
-    process_groups = optimizer._ready._process_groups
+    process_groups = optimizer._planned_step._process_groups
     used = list(process_groups._known.values())
     assert used
     mesh_groups = [

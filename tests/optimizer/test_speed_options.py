@@ -108,7 +108,7 @@ def actions_and_adamw(with_muon: bool) -> list[str]:
     optimizer = Muon(groups, bucket_mb=0.002, strategy="owned")
     before = params[-1].detach().full_tensor().clone()
     actions: list[str] = []
-    act, adamw = optimizer._ready.executor._act, prepared.adamw_step
+    act, adamw = optimizer._planned_step.executor._act, prepared.adamw_step
 
     def record_action(action: Any, *args: Any) -> None:
         actions.append(str(action))
@@ -118,7 +118,7 @@ def actions_and_adamw(with_muon: bool) -> list[str]:
         actions.append("adamw")
         adamw(*args)
 
-    optimizer._ready.executor._act = record_action
+    optimizer._planned_step.executor._act = record_action
     prepared.adamw_step = stepping
     try:
         optimizer.step()
@@ -165,7 +165,7 @@ def failing_once(layout: Any) -> tuple[list[Tensor], list[Tensor], bool]:
             saved = copy.deepcopy(optimizer.state_dict())
             with pytest.raises(StepFailedError, match=r"phase O. \(orthogonalize\): once"):
                 optimizer.step()
-            executor = optimizer._ready.executor
+            executor = optimizer._planned_step.executor
             held = [executor._buffers._block, *executor._buffers._buffers, *executor._in_flight]
             for action in (optimizer.step, optimizer.state_dict, partial(pickle.dumps, optimizer)):
                 with pytest.raises(StepFailedError, match="failed halfway: some parameters"):
@@ -378,7 +378,7 @@ def test_offloaded_momenta_are_copied_back(mesh_shape, placements, strategy):
 
     with (
         installed(),
-        mock.patch.object(LocalParam, "is_momentum_away", True),
+        mock.patch.object(LocalParam, "is_momentum_offloaded", True),
         mock.patch.object(LocalParam, "with_momentum", copied),
     ):
         outcomes = run_threads(4, compare_with_oracle, case)

@@ -81,14 +81,14 @@ def test_buffers_of_a_real_plan(prefetch_count):
             assert live_together(lives[first, wholes], lives[second, 0])
         kinds = dict.fromkeys(rank_buckets, (torch.bfloat16, torch.device("cpu")))
         exchange_buffers = ExchangeBuffers(program, rank_buckets, kinds)
-        assert exchange_buffers.take(0, 0).numel() == rank_buckets[0].numels[0]
+        assert exchange_buffers.acquire(0, 0).numel() == rank_buckets[0].numels[0]
         # References to these tensors prevent reuse of their memory by a new block.
-        tensors = {key: exchange_buffers.take(*key) for key in lives}
-        again = {key: exchange_buffers.take(*key) for key in lives}
+        tensors = {key: exchange_buffers.acquire(*key) for key in lives}
+        again = {key: exchange_buffers.acquire(*key) for key in lives}
         assert all(again[key].data_ptr() == tensors[key].data_ptr() for key in lives), "reused"
         assert len({t.untyped_storage().data_ptr() for t in tensors.values()}) == 1, "one block"
-        exchange_buffers.forget()
+        exchange_buffers.drop_all()
         first = next(key for key in lives if tensors[key].numel())
-        assert exchange_buffers.take(*first).data_ptr() != tensors[first].data_ptr()
+        assert exchange_buffers.acquire(*first).data_ptr() != tensors[first].data_ptr()
         peak_nbytes = PlanReport(plan).cost.buffer_nbytes[rank]
         assert exchange_buffers.block_nbytes <= 1.05 * peak_nbytes + 10 * ALIGNMENT

@@ -22,7 +22,7 @@ from muon_dtensor.optimizer.options import READ_BY_ADAMW, READ_BY_MUON
 from muon_dtensor.runtime import consistency as agreement
 from muon_dtensor.runtime import gradients
 from muon_dtensor.runtime import process_groups as groups
-from muon_dtensor.runtime.gradients import GradientGate
+from muon_dtensor.runtime.gradients import GradientCheck
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.options import OTHER_VALUES
 from tests.support.pool import run_processes
@@ -366,8 +366,8 @@ def test_a_sparse_gradient_on_one_rank_stops_all():
 )
 def test_where_checks_are_deferred(device, deferred_checks, missing_grad, is_deferred):
     """By default on a device, unless missing gradients count as zero."""
-    agreement = Muon([nn.Parameter(torch.ones(4, 3))])._ready.agreement
-    gate = GradientGate(
+    agreement = Muon([nn.Parameter(torch.ones(4, 3))])._planned_step.agreement
+    gradient_check = GradientCheck(
         {"w": nn.Parameter(torch.ones(4, 3))},
         agreement,
         device=torch.device(device),
@@ -375,7 +375,7 @@ def test_where_checks_are_deferred(device, deferred_checks, missing_grad, is_def
         nonfinite="raise",
         deferred_checks=deferred_checks,
     )
-    assert gate.is_deferred is is_deferred
+    assert gradient_check.is_deferred is is_deferred
 
 
 def different_checks() -> tuple[str, str, bool]:

@@ -147,7 +147,7 @@ def test_values_that_exist_are_valid(make, message):
 
 
 def test_regions():
-    full, part = Region.whole((4, 6)), Region((1, 2), (3, 9))
+    full, part = Region.of_shape((4, 6)), Region((1, 2), (3, 9))
     assert full.intersect(part) == Region((1, 2), (3, 6))
     assert full.intersect(Region((4, 0), (5, 1))).numel == 0
     assert part.relative_to(Region((1, 1), (9, 9))) == Region((0, 1), (2, 8))

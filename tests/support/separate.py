@@ -42,7 +42,7 @@ class Separate:
             matrix.grad = part.clone()
         self.optimizer.step()
 
-    def whole(self) -> Tensor:
+    def full_tensor(self) -> Tensor:
         return self._assembled(self.matrices)
 
     def momentum(self) -> Tensor:
