@@ -326,22 +326,6 @@ FAULTS = [
             "        elif False:",
         ),
         (
-            "pieces that overlap pass",
-            "if covered != region.numel or _overlap(pieces) or not",
-            "if covered != region.numel or not",
-        ),
-        (
-            "a rank that receives results of matrices that it does not store passes",
-            "            if {s.assignment for s in local.results.slots} - {a for a, _ in "
-            "local.stored}:",
-            "            if False:",
-        ),
-        (
-            "pieces that peers do not expect pass",
-            "                        if [(s.assignment, s.region) for s in sent] != [",
-            "                        if False and [",
-        ),
-        (
             "owners outside of the mesh pass",
             "        elif not 0 <= assignment.owner < bucket.mesh.num_ranks:",
             "        elif False:",

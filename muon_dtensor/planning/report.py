@@ -85,9 +85,7 @@ class PlanReport:
 
     def summary(self) -> str:
         """Return the plan as one screen of text, as `str(report)` does."""
-        return render.summary(
-            self.plan, self.cost, self.prediction, self.digest, self.adamw_numels
-        )
+        return render.summary(self.plan, self.cost, self.prediction, self.digest, self.adamw_numels)
 
     def explain(self, fqn: str) -> str:
         """Return what a step does with one parameter. Raises ValueError for an unknown name."""

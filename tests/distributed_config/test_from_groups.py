@@ -28,12 +28,13 @@ from muon_dtensor.errors import RefusalError
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, Region
 from muon_dtensor.layout.from_shards import flat_layout_from_shards, layout_from_shards
 from muon_dtensor.layout.matrices import flattened, matrices_of
-from muon_dtensor.planning.check import check, check_routes
+from muon_dtensor.planning.check import check
 from muon_dtensor.planning.plan import ParamSpec
 from muon_dtensor.planning.report import plan_report
 from tests.support.cases import Oracle, mesh_of, spread, tensors_like
 from tests.support.meter import counting, installed
 from tests.support.pool import run_processes
+from tests.support.routes import check_routes
 from tests.support.threads import run_threads
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)

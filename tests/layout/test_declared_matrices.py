@@ -26,7 +26,7 @@ from muon_dtensor import GroupOptionError, Muon, PlanError, PlanReport, group_pa
 from muon_dtensor.layout import Layout, MeshSpec, Region
 from muon_dtensor.layout.declarations import Declaration
 from muon_dtensor.optimizer.options import DECLARED
-from muon_dtensor.planning.check import check, check_routes
+from muon_dtensor.planning.check import check
 from muon_dtensor.planning.plan import ParamSpec
 from muon_dtensor.planning.report import plan_report
 from muon_dtensor.runtime.packing import box_of, from_matrix, to_matrix, view_box
@@ -34,6 +34,7 @@ from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.layouts import LAYOUTS
 from tests.support.meter import counting, installed
 from tests.support.pool import run_processes
+from tests.support.routes import check_routes
 from tests.support.separate import Separate
 from tests.support.threads import run_threads
 

@@ -1,4 +1,4 @@
-"""`planning.check` and `check_routes` raise for each kind of invalid plan."""
+"""`planning.check`, and `check_routes` of these tests, raise for each kind of invalid plan."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,12 +8,13 @@ import pytest
 
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, Region
 from muon_dtensor.layout.matrices import matrices_of
-from muon_dtensor.planning import check as check_module
-from muon_dtensor.planning.check import check, check_routes, problem_of_matrices
+from muon_dtensor.planning.check import check, problem_of_matrices
 from muon_dtensor.planning.plan import ParamSpec, Plan, PlanOptions
 from muon_dtensor.planning.planner import plan_update
 from muon_dtensor.planning.routes import Packing, RankBucket, rank_bucket
 from muon_dtensor.planning.strategies import can_own
+from tests.support import routes
+from tests.support.routes import check_routes
 
 MESH = MeshSpec.of(dp=2, tp=2)
 
@@ -74,7 +75,7 @@ def check_routes_message(plan: Plan, changed_position: int, change: Any) -> str:
         local = rank_bucket(plan, bucket, position)
         return change(local) if position == changed_position else local
 
-    with mock.patch.object(check_module, "rank_bucket", changed_rank_bucket):
+    with mock.patch.object(routes, "rank_bucket", changed_rank_bucket):
         try:
             check_routes(plan)
         except ValueError as error:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from muon_dtensor.errors import PlanError
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, Region
 from muon_dtensor.layout.declarations import Declaration
-from muon_dtensor.planning.check import check, check_routes
+from muon_dtensor.planning.check import check
 from muon_dtensor.planning.matrix_costs import newton_schulz_flops
 from muon_dtensor.planning.memory import bucket_peak_nbytes
 from muon_dtensor.planning.plan import Action, ParamSpec, Phase, Plan, PlanOptions
@@ -30,6 +30,7 @@ from muon_dtensor.planning.strategies import Owned
 from tests.support.deadlines import run_program
 from tests.support.models import anchors, layered, llama3_70b, param_spec
 from tests.support.random_plans import random_params
+from tests.support.routes import check_routes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LLAMA_MESH = {"dp_replicate": 16, "dp_shard": 64, "tp": 8}
