@@ -83,6 +83,7 @@ def main() -> None:
         print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}")
         shutil.rmtree(folder)
     if dist.is_initialized():
+        dist.barrier()  # a rank may abort if Python exits while gloo still works
         dist.destroy_process_group()
 
 

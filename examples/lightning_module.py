@@ -88,6 +88,7 @@ def main() -> None:
         print(f"resumed from step {STEPS // 2}: {'bitwise equal' if same else 'DIFFERENT'}")
         print(f"loss {uninterrupted.losses[0]:.4f} -> {uninterrupted.losses[-1]:.4f}")
     if dist.is_initialized():
+        dist.barrier()  # a rank may abort if Python exits while gloo still works
         dist.destroy_process_group()
 
 

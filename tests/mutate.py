@@ -61,12 +61,12 @@ FAULTS = [
             "",
         ),
         (
-            "kept buffers are not dropped after a failed step",
+            "reused buffers are not dropped after a failed step",
             "            self._buffers.drop_all()\n",
             "",
         ),
         (
-            "flights of a failed step are kept",
+            "buckets in flight of a failed step are not dropped",
             "            self._in_flight.clear()\n",
             "",
         ),
@@ -86,7 +86,7 @@ FAULTS = [
             "            pass\n",
         ),
         (
-            "AdamW's failure is told as a phase",
+            "AdamW's failure is reported as a phase",
             "        self._is_overlapped = True\n",
             "",
         ),
@@ -158,12 +158,12 @@ FAULTS = [
         "runtime/executor.py",
         "memory::the_iteration_uses_the_memory_of_buffers_that_are_not_kept",
         (
-            "a buffer is kept beside what was put together from it",
+            "a buffer is not freed after matrices are assembled from it",
             "            flight.buffer = x.new_empty(0)\n",
             "",
         ),
         (
-            "what was put together is kept beside the iteration",
+            "assembled matrices are not freed during the iteration",
             "overwrite=is_copy)",
             "overwrite=False)",
         ),
@@ -172,12 +172,12 @@ FAULTS = [
         "runtime/buffers.py",
         "buffer_placement speed_options::a_failed_step_drops_its_buffers",
         (
-            "a block is lent again after a failed step",
+            "a block is reused after a failed step",
             "        self._block = None\n        self._buffers.clear()\n",
             "        self._buffers.clear()\n",
         ),
         (
-            "a block is made anew for every buffer",
+            "a block is allocated for every buffer",
             "        if self._block is None:\n",
             "        if True:\n",
         ),
@@ -215,7 +215,7 @@ FAULTS = [
         "layout/declarations.py",
         "docs::the_rules_of_parameters_declare_matrices",
         (
-            "the first block alone is declared",
+            "only the first block is declared",
             "for block, pattern in zip(blocks, patterns, strict=True):",
             "for block, pattern in list(zip(blocks, patterns, strict=True))[:1]:",
         ),
@@ -224,7 +224,7 @@ FAULTS = [
         "algorithms/newton_schulz.py",
         "newton_schulz",
         (
-            "an iteration in place writes where it reads",
+            "an in-place iteration overwrites its input",
             "x if x.is_contiguous() else x.mT.reshape(x.shape)",
             "x",
         ),
@@ -283,7 +283,7 @@ FAULTS = [
         "planning/buffer_placement.py",
         "buffer_placement gloo memory::buffers_stay_under_the_cap",
         (
-            "lives that touch may share a place",
+            "buffers with touching lifetimes may overlap",
             "p.life.first <= life.last and life.first <= p.life.last",
             "p.life.first < life.last and life.first < p.life.last",
         ),
@@ -298,7 +298,7 @@ FAULTS = [
             "if last:",
         ),
         (
-            "pieces of other replicas travel too",
+            "pieces of other replicas are sent too",
             "if layout.replica_offset(assignment.owner) != layout.replica_offset(position):",
             "if False:",
         ),
@@ -321,7 +321,7 @@ FAULTS = [
             "    if numel != param_region.numel:",
         ),
         (
-            "owners that cannot own pass",
+            "owners that may not own a matrix pass",
             "        elif not can_own(layout, matrix.region, assignment.owner):",
             "        elif False:",
         ),
@@ -359,7 +359,7 @@ FAULTS = [
         "planning/buckets.py",
         "planner memory::buffers_stay_under_the_cap",
         (
-            "the cap of a bucket is not kept",
+            "the size limit of a bucket is ignored",
             "        if not runs or bound.nbytes > limit:",
             "        if not runs:",
         ),
@@ -373,7 +373,7 @@ FAULTS = [
             "    unshard_dims, replica_dims = _unshard_dims(layout, matrix), ()\n",
         ),
         (
-            "stages run in the order of the mesh on the way there",
+            "unshard stages run in mesh order",
             "for name in reversed(self.unshard_dims))",
             "for name in self.unshard_dims)",
         ),
@@ -422,17 +422,17 @@ FAULTS = [
             "0, 0]",
         ),
         (
-            "a missing gradient of a slice is not seen",
+            "a missing gradient of a slice is not detected",
             "PAIR_OF = {PRESENT: (1, -1), MISSING: (0, 0)",
             "PAIR_OF = {PRESENT: (1, -1), MISSING: (1, -1)",
         ),
         (
-            "on a device, faults of slices are not seen",
+            "on a device, faults of slices are not detected",
             "    if len(pairs):\n        differ",
             "    if False:\n        differ",
         ),
         (
-            "on a device, missing gradients are not seen",
+            "on a device, missing gradients are not detected",
             "        (Entry.PRESENCE, Fault.GRADIENTS),\n    ):",
             "    ):",
         ),
@@ -451,12 +451,12 @@ FAULTS = [
             "",
         ),
         (
-            "the second sweep is forgotten",
+            "the second pass is skipped",
             "        self._second_sweep = [\n            m for m in reversed(self._manifests)",
             "        self._second_sweep = [\n            m for m in ()",
         ),
         (
-            "plans that failed to agree count as proven",
+            "plans that differ count as verified",
             "            for manifest in new:\n                del needs_second_sweep[manifest.mesh.rank_set]\n",
             "",
         ),
@@ -471,7 +471,7 @@ FAULTS = [
             "            carried = (0, moved, fault)\n",
         ),
         (
-            "plans are not proven equal",
+            "plans are not verified equal",
             "            if high != -low:",
             "            if False:",
         ),
@@ -491,12 +491,12 @@ FAULTS = [
             "",
         ),
         (
-            "AdamW takes gradients of another dtype",
+            "AdamW accepts gradients of another dtype",
             "        if grad.dtype != param.dtype and name in self._same_dtype_params:",
             "        if False:",
         ),
         (
-            "an overflow of summed Partial gradients is not seen",
+            "an overflow of summed Partial gradients is not detected",
             "            bad |= second.non_finite\n",
             "",
         ),
@@ -568,7 +568,7 @@ FAULTS = [
             'group.update({name: live[name] for name in ("param_names",)',
         ),
         (
-            "amsgrad is left out in silence",
+            "amsgrad is dropped without an error",
             "    if unsupported := [name for name in UNSUPPORTED_FLAGS if group.get(name)]:",
             "    if unsupported := []:",
         ),
@@ -583,7 +583,7 @@ FAULTS = [
             "*(copy(group[name]) for name in names), True)",
         ),
         (
-            "checkpoints of another format are taken",
+            "checkpoints of another format load",
             "    if value != FORMAT_VERSION:",
             "    if False:",
         ),
@@ -604,7 +604,7 @@ FAULTS = [
             "            if unknown := set():",
         ),
         (
-            "state that is cut otherwise passes",
+            "state with other placements passes",
             "                if not _is_placed_as(saved_state[key], param):\n                    raise "
             "CheckpointError(\n                        f\"'{key}'",
             "                if False:\n                    raise "
@@ -636,7 +636,7 @@ FAULTS = [
             "    if False:",
         ),
         (
-            "momenta of replaced parameters are dropped in silence",
+            "momenta of replaced parameters are dropped without an error",
             "    if any(local_part(v).any() for param in replaced for v in state[param].values() if v.ndim):",
             "    if False:",
         ),
@@ -661,7 +661,7 @@ FAULTS = [
             "    if False:",
         ),
         (
-            "tensors keep their place after a checkpoint",
+            "the original DTensors are not restored after a checkpoint",
             "            container[key] = tensor\n",
             "            pass\n",
         ),
@@ -671,7 +671,7 @@ FAULTS = [
         "update layouts_bitwise::bf16_parameters variants::cautious_decay_is_the_paper_s "
         "variants::normuon_is_the_paper_s layouts_bitwise::options "
         "consistency::a_masked_step_leaves_all_state_as_a_skipped_one_does",
-        ("cautious decay leaves zeros out", "polar_factor.sign() >= 0", "polar_factor.sign() > 0"),
+        ("cautious decay skips zeros", "polar_factor.sign() >= 0", "polar_factor.sign() > 0"),
         (
             "narrow dtypes round alpha late",
             "    alpha = float(torch.tensor(alpha, dtype=param.dtype))\n    numel",
@@ -702,7 +702,7 @@ FAULTS = [
             "(all_reduce_max if math.isinf(p) else all_reduce_sum)(total, pp_group)",
             "all_reduce_sum(total, pp_group)",
         ),
-        ("a norm is not rooted", "total ** (1 / p)", "total"),
+        ("the root of a norm is missing", "total ** (1 / p)", "total"),
         ("factors above one scale up", ".clamp(max=1.0)", ""),
         (
             "algorithm clips all groups",
@@ -733,7 +733,7 @@ FAULTS = [
             "0 * sum(r.sent_nbytes for r in ",
         ),
         (
-            "an update is measured without what it began from",
+            "an update is measured without its initial value",
             "shard.to(wide) - self._before[entry.name].to(wide)",
             "shard.to(wide)",
         ),
@@ -865,7 +865,7 @@ FAULTS = [
             "            mismatch = None\n",
         ),
         (
-            "state that was cleared is not made anew",
+            "cleared state is not initialized again",
             "            and all(state.get(entry.param) for entry in self.table.entries)",
             "            and True",
         ),
@@ -875,7 +875,7 @@ FAULTS = [
             "",
         ),
         (
-            "wrong options go on",
+            "invalid options are not rejected",
             "        fault = fault or self._wrong_options(texts)\n",
             "",
         ),

@@ -72,7 +72,7 @@ def test_moments_of_another_layout_raise():
         ({"normuon_beta": 0.95}, {"momentum_buffer", MOMENTS}),
         ({"algorithm": "adamw"}, {"step", "exp_avg", "exp_avg_sq"}),
     ],
-    ids=str,
+    ids=["muon", "normuon", "adamw"],
 )
 def test_state_of_another_algorithm_is_dropped(group, keys):
     state = {**state_of("muon", moments=ROWS), **state_of("adamw"), "of the user": 1}
