@@ -109,6 +109,7 @@ def test_normuon_under_every_strategy(more):
     assert all(run_threads(8, same_on, [*EVEN, (9, 4)], layout, {**NORMUON, **more}))
 
 
+@pytest.mark.P1
 @pytest.mark.parametrize("layout", [((2, 2), (S0, S1)), ((4,), (S0,)), ((2, 2), (R, S1))], ids=str)
 def test_normuon_over_real_processes(layout):
     assert all(run_processes(4, same_on, [*EVEN, *ODD], layout, NORMUON))

@@ -225,6 +225,7 @@ def shards_over_gloo() -> tuple[list[str], int, int]:
         )
 
 
+@pytest.mark.P1
 def test_plain_shards_over_gloo():
     assert [wrong for wrong, *_ in run_processes(4, shards_over_gloo)] == [[]] * 4
 

@@ -133,6 +133,7 @@ def over_gloo(placements: tuple[Placement, ...]) -> list[str]:
         return compare((2, 2), placements, torch.float32, {})[0]
 
 
+@pytest.mark.P1
 @pytest.mark.parametrize("placements", [(R, S0), (S0, S1), (S0, S0)])
 def test_bitwise_over_gloo(placements):
     assert run_processes(4, over_gloo, placements) == [[]] * 4

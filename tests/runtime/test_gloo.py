@@ -29,18 +29,19 @@ HARD = ((13, 7), (8, 16), (16, 8), (3, 2), (1, 9), (0, 4), (5, 3, 8))
 @pytest.mark.parametrize(
     ("mesh_shape", "placements"),
     [
-        pytest.param((1,), (S0,), id="one-rank"),
-        pytest.param((4,), (R,), id="replicate"),
-        pytest.param((4,), (S0,), id="rows"),
-        pytest.param((4,), (S1,), id="cols"),
+        pytest.param((1,), (S0,), id="one-rank", marks=pytest.mark.P1),
+        pytest.param((4,), (R,), id="replicate", marks=pytest.mark.P1),
+        pytest.param((4,), (S0,), id="rows", marks=pytest.mark.P1),
+        pytest.param((4,), (S1,), id="cols", marks=pytest.mark.P1),
         pytest.param((2, 2), (R, S0), id="hsdp"),
-        pytest.param((2, 2), (S0, S1), id="rows-and-cols"),
-        pytest.param((3, 2), (S0, S0), id="rows-twice"),
+        pytest.param((2, 2), (S0, S1), id="rows-and-cols", marks=pytest.mark.P1),
+        pytest.param((3, 2), (S0, S0), id="rows-twice", marks=pytest.mark.P1),
         pytest.param((2, 2, 2), (R, S0, S1), id="hsdp-tp"),
     ],
 )
 @pytest.mark.parametrize("bucket_mb", [256, 1e-4])
 def test_bitwise_and_as_planned(mesh_shape, placements, bucket_mb):
+    """All layouts run on threads in P0 (`test_layouts_bitwise`); two of them here, all in P1."""
     params = tuple((shape, placements) for shape in HARD)
     case = Case(mesh_shape, params, ours={"bucket_mb": bucket_mb})
     outcomes = run_processes(case.num_ranks, compare_in_process, case)

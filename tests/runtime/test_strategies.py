@@ -41,6 +41,7 @@ def test_experts(strategy, mesh_shape, placements):
     hold_to_plan(outcomes)
 
 
+@pytest.mark.P1
 def test_strategies_over_gloo():
     for strategy in STRATEGIES:
         hard = case((2, 2, 2), ODD, (R, S0, S0), ours={"strategy": strategy})
