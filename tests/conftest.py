@@ -10,7 +10,7 @@ import torch
 import torch._dynamo  # torch's optimizers import it; imported here once for all forked ranks
 
 from muon_dtensor.algorithms.kernels import log_slow_bfloat16
-from tests.support.pool import close_pools
+from tests.support.pool import close_pools, start_fork_server
 
 torch.set_num_threads(1)  # one thread per rank; forked processes must not inherit a thread pool
 
@@ -54,5 +54,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _pools() -> Iterator[None]:
+    start_fork_server()
     yield
     close_pools()

@@ -4,7 +4,6 @@ Real processes, a process group with a short timeout, SIGKILL and SIGSTOP.
 """
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -28,6 +27,7 @@ from muon_dtensor.runtime import consistency as agreement
 from muon_dtensor.runtime.executor import Executor
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.deadlines import Deadline, slowness
+from tests.support.pool import FORK_SERVER
 
 pytestmark = pytest.mark.P1
 
@@ -122,13 +122,12 @@ def struck(when: str, strike: Callable[[], None]) -> Iterator[None]:
 def survivors_of(when: str, how: int) -> list[Report]:
     """Return the reports of the other three ranks; the limit depends on the machine's load."""
     timeout = TIMEOUT * slowness()
-    context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         ranks: list[tuple[Any, Connection]] = []
         for rank in range(NUM_RANKS):
-            receiver, sender = context.Pipe()
-            process = context.Process(
+            receiver, sender = FORK_SERVER.Pipe()
+            process = FORK_SERVER.Process(
                 target=survive, args=(sender, rank, store, timeout, when, how)
             )
             process.start()

@@ -1,4 +1,9 @@
-"""Ranks as forked gloo processes, reused between tests, with a fresh process group per job."""
+"""Ranks as forked gloo processes, reused between tests, with a fresh process group per job.
+
+Note [Fork server]
+    Ranks are forked by a server process, which imports torch and runs nothing. A test process may
+    have run a backward, and CUDA builds of torch 2.15 refuse backward in a fork of such a process.
+"""
 
 import contextlib
 import gc
@@ -6,8 +11,10 @@ import multiprocessing
 import os
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -29,12 +36,24 @@ groups before.
 """
 
 
+FORK_SERVER = multiprocessing.get_context("forkserver")
+"""Context of processes with torch and the test support imported; see Note [Fork server]."""
+
+
+def start_fork_server() -> None:
+    """Start the server now, in the root of the repository, before a test changes the folder."""
+    FORK_SERVER.set_forkserver_preload(["tests.conftest"])
+    forkserver.ensure_running()
+
+
 class RankError(RuntimeError):
     """A rank raised; the text is its traceback."""
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, filters: list[Any]) -> None:
+    """Run jobs. `filters`: of warnings, as pytest has set them for the first test with ranks."""
     torch.set_num_threads(1)
+    warnings.filters[:] = filters  # type: ignore[index]
     gc.freeze()  # the collection after each job skips imported objects
     while True:
         try:
@@ -104,10 +123,11 @@ class Pool:
         collective_seconds: int = COLLECTIVE_SECONDS,
     ) -> list[tuple[bool, Any]]:
         """Run `body(*args)`; return (True, result) or (False, traceback text) of each rank."""
-        context = multiprocessing.get_context("fork")
         while len(self._ranks) < num_ranks:
-            connection, rank_connection = context.Pipe()
-            process = context.Process(target=_serve, args=(rank_connection,), daemon=True)
+            connection, rank_connection = FORK_SERVER.Pipe()
+            process = FORK_SERVER.Process(
+                target=_serve, args=(rank_connection, list(warnings.filters)), daemon=True
+            )
             process.start()
             rank_connection.close()
             self._ranks.append((process, connection))

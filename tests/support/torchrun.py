@@ -1,6 +1,5 @@
 """Runs scripts under torchrun, or under torchrun's agent in forked processes."""
 
-import multiprocessing
 import os
 import re
 import runpy
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tests.support.deadlines import Deadline, run_program
+from tests.support.pool import FORK_SERVER
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SECONDS = 120
@@ -48,7 +48,6 @@ def forked_torchrun(
 
     `num_ranks`: ranks of each node. Each node has an agent of its own, as with --nnodes.
     """
-    context = multiprocessing.get_context("fork")
     settings: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
     if num_nodes > 1:
         settings = {"rdzv_backend": "static", "rdzv_endpoint": f"localhost:{_free_port()}"}
@@ -66,7 +65,7 @@ def forked_torchrun(
             )
             paths = [Path(folder) / f"{node}.{name}" for name in ("stdout", "stderr")]
             launch_args = (config, script, arguments, environment, paths)
-            agents.append(context.Process(target=_launch, args=launch_args))
+            agents.append(FORK_SERVER.Process(target=_launch, args=launch_args))
             agents[-1].start()
         deadline = Deadline(SECONDS)
         for agent in agents:
