@@ -42,6 +42,7 @@ from muon_dtensor.runtime.replicas import differing_replicas
 from muon_dtensor.runtime.torch_private import (
     are_in_modules,
     fsdp2_params,
+    is_accelerator,
     local_part,
     this_rank,
     warning_level,
@@ -106,7 +107,7 @@ class PlannedStep:
         else:
             specs = table.specs(settings.ns_dtype, mesh=config.mesh, exchange=exchange)
             self._owners = table.owners(config, specs)
-        on_gpu = any(entry.param.device.type == "cuda" for entry in table.muon)
+        on_gpu = any(is_accelerator(entry.param.device) for entry in table.muon)
         options = settings.plan_options(
             on_gpu=on_gpu,
             prefetch_count=config.prefetch_count,

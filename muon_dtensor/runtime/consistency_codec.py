@@ -27,7 +27,7 @@ from torch import Tensor
 
 from muon_dtensor.errors import MissingGradientError, NonFiniteGradientError, PlanMismatchError
 from muon_dtensor.layout import MeshSpec
-from muon_dtensor.runtime.torch_private import is_capturing
+from muon_dtensor.runtime.torch_private import is_accelerator, is_capturing
 
 NUM_CACHED_TENSORS = 64
 """Encoded statuses that stay on the device: enough for steps with equal hyperparameters, and for a
@@ -155,7 +155,7 @@ def encode_status(
             for value in PAIR_OF.get(state, PAIR_OF[PRESENT])
         ]
     numbers = (*values, *map(int, carried), *pairs)
-    return cache.get(numbers, device) if device.type == "cuda" else _int64(numbers)
+    return cache.get(numbers, device) if is_accelerator(device) else _int64(numbers)
 
 
 def _int64(numbers: Sequence[int]) -> Tensor:

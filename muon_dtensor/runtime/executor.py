@@ -45,7 +45,7 @@ from muon_dtensor.runtime.packing import (
     view_box,
 )
 from muon_dtensor.runtime.process_groups import Groups
-from muon_dtensor.runtime.torch_private import profiler_range, timeout_of
+from muon_dtensor.runtime.torch_private import profiler_range, shares_storage, timeout_of
 from muon_dtensor.runtime.trace import Trace
 
 Observer = Callable[[Assignment, Tensor], None]
@@ -366,7 +366,7 @@ class Executor:
         if len(sources) == 1:
             ((parts, matrix),) = sources
             x = to_matrix(assemble(views, parts, matrix.region.shape, buffer), matrix)
-            return x, x.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr()
+            return x, not shares_storage(x, buffer)
         _, first = sources[0]
         batch = buffer.new_empty((len(sources), first.rows, first.cols))
         for target, (parts, matrix) in zip(batch, sources, strict=True):

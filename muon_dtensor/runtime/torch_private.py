@@ -218,6 +218,16 @@ class HostCopy:
         return numbers
 
 
+def shares_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors use the same memory, or parts of it."""
+    return bool(torch._C._is_alias_of(a, b))  # type: ignore[attr-defined]
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Whether kernels of a device run asynchronously to the host."""
+    return device.type not in ("cpu", "meta")
+
+
 def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph captures the work of this thread on a device."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

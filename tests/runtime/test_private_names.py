@@ -18,6 +18,7 @@ from muon_dtensor.runtime import torch_private
 from tests.support.pool import run_processes
 
 USED = {
+    "torch._C._is_alias_of": "whether a matrix is a copy or a view of its buffer",
     "torch._disable_dynamo": "keeps optimizer.step out of torch.compile",
     "torch.autograd._profiler_enabled": "no cost of named ranges where no profiler runs",
     "torch.distributed._composable_state._module_state_mapping": "parameters of fully_shard",
