@@ -212,6 +212,29 @@ FAULTS = [
         ),
     ),
     *in_files(
+        "optimizer/params.py",
+        "gradient_dtypes",
+        (
+            "momenta do not follow the dtype of their gradients",
+            "            if casts_momenta and momentum.dtype != grad.dtype:",
+            "            if False:",
+        ),
+    ),
+    *in_files(
+        "runtime/gradients.py",
+        "gradients gradient_dtypes consistency",
+        (
+            "a gradient of another dtype is ordinary",
+            "            and grad.dtype is param.dtype\n",
+            "",
+        ),
+        (
+            "a moved gradient is ordinary",
+            "isinstance(grad, DTensor) and has_same_spec(param, grad)",
+            "isinstance(grad, DTensor)",
+        ),
+    ),
+    *in_files(
         "layout/declarations.py",
         "docs::the_rules_of_parameters_declare_matrices",
         (
@@ -486,7 +509,7 @@ FAULTS = [
         "consistency gradient_dtypes misuse gloo",
         (
             "a gradient of another dtype on one rank passes",
-            "            if grad is not None and grad.dtype != self._params[name].dtype:\n"
+            "            if grad.dtype != self._params[name].dtype:\n"
             "                return of_dtype(dtype_name(grad.dtype))\n",
             "",
         ),
@@ -619,11 +642,6 @@ FAULTS = [
             "NorMuon's moments are rounded by loading",
             '            for key, dtype in (("momentum_buffer", wide), (MOMENTS, torch.float32)):',
             '            for key, dtype in (("momentum_buffer", wide),):',
-        ),
-        (
-            "momenta do not follow the dtype of their gradients",
-            '        if param_state["momentum_buffer"].dtype != grad.dtype:',
-            "        if False:",
         ),
         (
             "AdamW's step count stays a number",

@@ -99,3 +99,11 @@ def test_bench_overlap_is_skipped_without_root(monkeypatch, capsys):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert bench_overlap.launch(bench_overlap.Config()) == 0
     assert "skipped: making network namespaces needs root" in capsys.readouterr().out
+
+
+@pytest.mark.P1
+def test_bench_host(tmp_path):
+    arguments = ("--numbers", "10", "20", "--rounds", "2")
+    results = results_of(tmp_path / "host.json", "-m", "benchmarks.bench_host", *arguments)
+    assert [row["num_params"] for row in results["rows"]] == [10, 10, 20, 20]
+    assert all(row["median_us"] > 0 for row in results["rows"])

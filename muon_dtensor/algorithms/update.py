@@ -55,12 +55,24 @@ def update_momentum(
         momentum: the factor.
         keep: a bool scalar on the device; if it is False, nothing changes.
     """
-    if keep is None and all(b.dtype == g.dtype for b, g in zip(momenta, grads, strict=True)):
+    if any(b.dtype != g.dtype for b, g in zip(momenta, grads, strict=True)):
+        for buffer, grad in zip(momenta, grads, strict=True):
+            average = buffer.to(grad.dtype).lerp(grad, 1 - momentum)
+            buffer.copy_(average if keep is None else torch.where(keep, average, buffer))
+    elif keep is None:
         torch._foreach_lerp_(momenta, grads, 1 - momentum)
-        return
-    for buffer, grad in zip(momenta, grads, strict=True):
-        average = buffer.to(grad.dtype).lerp(grad, 1 - momentum)
-        buffer.copy_(average if keep is None else torch.where(keep, average, buffer))
+    else:
+        _assign_if(keep, momenta, torch._foreach_lerp(momenta, grads, 1 - momentum))
+
+
+def _assign_if(keep: Tensor, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy each value to its target of the same shape and dtype where `keep` is True.
+
+    One kernel per tensor: torch has no foreach function that selects, and products with a mask
+    propagate NaN.
+    """
+    for target, value in zip(targets, values, strict=True):
+        torch.where(keep, value, target, out=target)
 
 
 def direction_of(momentum_buffer: Tensor, grad: Tensor, momentum: float, nesterov: bool) -> Tensor:
@@ -111,7 +123,7 @@ def apply_updates(
     keep: Tensor | None = None,
 ) -> None:
     """Call `apply_update` for several pieces with one decay and one learning rate."""
-    one_by_one = keep is not None or any(map(_rounds_by_place, params, polar_factors))
+    one_by_one = any(map(_rounds_by_place, params, polar_factors))
     if one_by_one or cautious or isinstance(decay, Tensor) or isinstance(matrix_lr, Tensor):
         for param, polar_factor, place in zip(params, polar_factors, places, strict=True):
             apply_update(
@@ -124,12 +136,18 @@ def apply_updates(
                 keep=keep,
             )
         return
-    if decay != 1 and params[0].device.type != "cpu":
-        torch._foreach_mul_(params, decay)
-    elif decay != 1:
-        for param in params:  # on the host foreach rounds the decay to a narrow dtype first
+    is_host = params[0].device.type == "cpu"  # its foreach rounds the decay to a narrow dtype first
+    updated: Sequence[Tensor] = params
+    if keep is not None:
+        updated = [p * decay for p in params] if is_host else torch._foreach_mul(params, decay)
+    elif decay != 1 and is_host:
+        for param in params:
             param.mul_(decay)
-    torch._foreach_add_(params, polar_factors, alpha=-matrix_lr)
+    elif decay != 1:
+        torch._foreach_mul_(params, decay)
+    torch._foreach_add_(list(updated), polar_factors, alpha=-matrix_lr)
+    if keep is not None:
+        _assign_if(keep, params, updated)
 
 
 def apply_update(

@@ -4,7 +4,7 @@ It raises one error that lists all parameters with problems.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from muon_dtensor.runtime.hyperparameters import MuonOptions, Orthogonalizer
 from muon_dtensor.runtime.local_param import LocalParam
 from muon_dtensor.runtime.plain_tensors import PlainTensors
 from muon_dtensor.runtime.torch_private import (
+    cast,
     dtype_name,
     gathered_params,
     local_part,
@@ -308,32 +309,47 @@ class ParameterTable:
     def muon_params(
         self,
         grads: Mapping[str, Tensor],
-        state: Mapping[Tensor, Mapping[str, Any]],
+        state: Mapping[Tensor, MutableMapping[str, Any]],
         groups: Sequence[Mapping[str, Any]],
         custom: Orthogonalizer | None,
         kernel: IterationKernel,
+        *,
+        casts_momenta: bool,
+        as_shards: bool,
     ) -> dict[int, LocalParam]:
         """Return the parameters of Muon that have a gradient, by index in `muon`.
 
-        `groups`: the options of the step, by param group. `custom`: the orthogonalizer of groups
-        that name "custom". `kernel`: that of the iterations.
+        Args:
+            grads: gradients by name.
+            state: of the optimizer, by parameter.
+            groups: the options of the step, by param group.
+            custom: the orthogonalizer of groups that name "custom".
+            kernel: kernel of the iterations.
+            casts_momenta: cast momenta in `state` to the dtype of their gradients, as
+                torch.optim.Muon stores them.
+            as_shards: return this rank's shards as plain tensors, else tensors as they are.
         """
+        shard_of = local_part if as_shards else _unchanged
         options: dict[int, MuonOptions] = {}
         params: dict[int, LocalParam] = {}
         for index, entry in enumerate(self.muon):
-            if entry.group_index not in options:
-                options[entry.group_index] = MuonOptions.of(
-                    groups[entry.group_index], custom, kernel
-                )
-            if entry.name in grads:
-                param_state = state[entry.param]
-                params[index] = LocalParam(
-                    entry.param,
-                    grads[entry.name],
-                    param_state["momentum_buffer"],
-                    options[entry.group_index],
-                    param_state.get(MOMENTS) if entry.group["normuon_beta"] is not None else None,
-                )
+            number = entry.group_index
+            if number not in options:
+                options[number] = MuonOptions.of(groups[number], custom, kernel)
+            grad = grads.get(entry.name)
+            if grad is None:
+                continue
+            param_state = state[entry.param]
+            momentum = param_state["momentum_buffer"]
+            if casts_momenta and momentum.dtype != grad.dtype:
+                momentum = param_state["momentum_buffer"] = cast(momentum, grad.dtype)
+            params[index] = LocalParam(
+                shard_of(entry.param),
+                shard_of(grad),
+                shard_of(momentum),
+                options[number],
+                None if options[number].normuon_beta is None else shard_of(param_state[MOMENTS]),
+            )
         return params
 
     def function_params(
@@ -433,3 +449,7 @@ def _wrong_dtype(entry: Entry) -> Problem:
         f"Muon needs a real floating dtype; this is {dtype_name(entry.param.dtype)}.",
         "Leave it out of the optimizer, or store it in a floating dtype.",
     )
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor

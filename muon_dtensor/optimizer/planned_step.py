@@ -28,7 +28,7 @@ from muon_dtensor.optimizer.metrics import Measurement, State
 from muon_dtensor.optimizer.options import as_text, planned_options, validate
 from muon_dtensor.optimizer.params import ParameterTable, can_train
 from muon_dtensor.optimizer.settings import Settings
-from muon_dtensor.optimizer.state import cast_momenta, drop_stale, make_state
+from muon_dtensor.optimizer.state import drop_stale, make_state
 from muon_dtensor.planning.check import check
 from muon_dtensor.planning.normuon_state import moment_layout
 from muon_dtensor.planning.report import plan_report
@@ -395,13 +395,17 @@ class PlannedStep:
         mask: Tensor | None,
     ) -> None:
         config, settings = self._config, self._settings
-        if settings.momentum_dtype is None:
-            muon = [entry for entry in self.table.muon if entry.name in grads]
-            cast_momenta([(state[e.param], grads[e.name]) for e in muon])
-        params = self.table.muon_params(grads, state, groups, settings.custom, settings.kernel())
+        params = self.table.muon_params(
+            grads,
+            state,
+            groups,
+            settings.custom,
+            settings.kernel(),
+            casts_momenta=settings.momentum_dtype is None,
+            as_shards=not config.uses_custom_transport,
+        )
         if not config.uses_custom_transport:
-            local = {index: param.on_this_rank() for index, param in params.items()}
-            self.executor.run(local, mask, partial(self._step_adamw, grads, state, groups, mask))
+            self.executor.run(params, mask, partial(self._step_adamw, grads, state, groups, mask))
             return
         function_params = self.table.function_params(params, self._owners)
         rank = config.state.get("rank", this_rank())

@@ -1,7 +1,7 @@
 """The state of a parameter between steps, and checks of loaded state."""
 
 import logging
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -80,16 +80,6 @@ def drop_stale(state: MutableMapping[str, Any], group: Mapping[str, Any]) -> Non
 def grad_dtype_of(param: Tensor) -> torch.dtype | None:
     """Return the dtype of a parameter's gradients; None if it may be any, or torch is older."""
     return getattr(param, "grad_dtype", None) if param.is_leaf else None
-
-
-def cast_momenta(states_and_grads: Iterable[tuple[MutableMapping[str, Any], Tensor]]) -> None:
-    """Cast momenta to the dtype of their gradients, as torch.optim.Muon stores them.
-
-    `states_and_grads`: for each parameter of Muon its state and its gradient.
-    """
-    for param_state, grad in states_and_grads:
-        if param_state["momentum_buffer"].dtype != grad.dtype:
-            param_state["momentum_buffer"] = cast(param_state["momentum_buffer"], grad.dtype)
 
 
 def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:

@@ -95,6 +95,27 @@ class Manifest:
         """The number that ranks compare: 62 bits of the digest and the lines."""
         return fingerprint("\n".join((self.digest, *self.params)))
 
+    @cached_property
+    def all_present(self) -> tuple[str, ...]:
+        """The states of gradients if each parameter has an ordinary one."""
+        return (PRESENT,) * len(self.fqns)
+
+    @cached_property
+    def encoded_all_present(self) -> tuple[int, list[int]]:
+        """The encoding of `all_present`, which most steps report."""
+        return self.encode_presence(self.all_present)
+
+    def encode_presence(self, states: Sequence[str]) -> tuple[int, list[int]]:
+        """Return a fingerprint of states, and the pairs of parameters that may be empty."""
+        always: list[str] = []
+        pairs: list[int] = []
+        for fqn, state in zip(self.fqns, states, strict=True):
+            if fqn in self.sometimes_empty:
+                pairs += PAIR_OF.get(state, PAIR_OF[PRESENT])
+            else:
+                always.append(state)
+        return fingerprint("\n".join(always)), pairs
+
 
 @dataclass(frozen=True, slots=True)
 class LocalStatus:
@@ -144,16 +165,12 @@ def encode_status(
         status, index = report
         plan = manifest.fingerprint
         options = fingerprint("\n".join(status.hyperparameters[index]))
-        states = list(zip(manifest.fqns, status.presence[index], strict=True))
-        always = [state for fqn, state in states if fqn not in manifest.sometimes_empty]
-        present = fingerprint("\n".join(always))
+        states = status.presence[index]
+        if states is manifest.all_present:
+            present, pairs = manifest.encoded_all_present
+        else:
+            present, pairs = manifest.encode_presence(states)
         values = [plan, -plan, options, -options, present, -present]
-        pairs = [
-            value
-            for fqn, state in states
-            if fqn in manifest.sometimes_empty
-            for value in PAIR_OF.get(state, PAIR_OF[PRESENT])
-        ]
     numbers = (*values, *map(int, carried), *pairs)
     return cache.get(numbers, device) if is_accelerator(device) else _int64(numbers)
 
@@ -263,5 +280,7 @@ def non_finite_flag(grads: Sequence[Tensor], device: torch.device) -> Tensor:
             extremes += torch.aminmax(grad)
     else:
         extremes += torch._foreach_norm(nonempty, float("inf"))
-    gathered = torch.stack([extreme.to(device=device, dtype=torch.float64) for extreme in extremes])
+    if len({(extreme.dtype, extreme.device) for extreme in extremes}) > 1:
+        extremes = [extreme.to(device=device, dtype=torch.float64) for extreme in extremes]
+    gathered = torch.stack(extremes).to(device)
     return (~gathered.isfinite()).any().to(torch.int64)

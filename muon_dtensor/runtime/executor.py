@@ -35,10 +35,9 @@ from muon_dtensor.runtime.hyperparameters import MuonOptions
 from muon_dtensor.runtime.local_param import LocalParam
 from muon_dtensor.runtime.normuon_state import RowSecondMoments
 from muon_dtensor.runtime.packing import (
+    Copies,
     IndexedBox,
     assemble,
-    disassemble,
-    fill,
     from_matrix,
     repack,
     to_matrix,
@@ -345,8 +344,14 @@ class Executor:
             flight.buffer = self._buffers.acquire(bucket.index, bucket.sequence.wholes)
             views += self._wholes(bucket, flight.buffer)
         polar_factors = [result] if len(batch) == 1 else result.unbind()
+        copies = Copies()
         for (assignment, local), polar_factor in zip(batch, polar_factors, strict=True):
-            self._store(bucket, views, assignment, polar_factor, local, keep)
+            update = self._update_of(bucket, assignment, polar_factor, local, keep)
+            parts = bucket.parts[assignment]
+            copies.disassemble(update, views, parts)
+            if local.moments is not None or len(parts) > 1:
+                copies.run()  # the update may be a copy: hold one at a time
+        copies.run()
 
     def _wholes(self, bucket: CompiledBucket, buffer: Tensor) -> list[Tensor]:
         """Views of the slots of the buffer `wholes`."""
@@ -369,31 +374,31 @@ class Executor:
             return x, not shares_storage(x, buffer)
         _, first = sources[0]
         batch = buffer.new_empty((len(sources), first.rows, first.cols))
+        copies = Copies()
         for target, (parts, matrix) in zip(batch, sources, strict=True):
             if matrix.pattern:
                 box = assemble(views, parts, matrix.region.shape, buffer)
-                target.copy_(to_matrix(box, matrix))
+                copies.add(target, to_matrix(box, matrix))
             else:
-                fill(target.view(matrix.region.shape), views, parts)
+                copies.fill(target.view(matrix.region.shape), views, parts)
+        copies.run()
         return batch, True
 
-    def _store(
+    def _update_of(
         self,
         bucket: CompiledBucket,
-        views: list[Tensor],
         assignment: Assignment,
         polar_factor: Tensor,
         local: LocalParam,
         keep: Tensor | None,
-    ) -> None:
-        """Copy a polar factor into the slots of its parts."""
+    ) -> Tensor:
+        """Return a polar factor, normalized by NorMuon if required, as a box of the parameter."""
         if self._observer is not None:
             self._observer(assignment, polar_factor)
         if local.moments is not None:
             moments = self._moments.of_matrix(local.moments, assignment)
             polar_factor = local.options.normalized(polar_factor, moments, keep)
-        result = from_matrix(polar_factor, bucket.local.matrices[assignment])
-        disassemble(result, views, bucket.parts[assignment])
+        return from_matrix(polar_factor, bucket.local.matrices[assignment])
 
     def _run_in_turn(
         self,

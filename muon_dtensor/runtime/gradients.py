@@ -25,6 +25,7 @@ from muon_dtensor.runtime.consistency_codec import (
 from muon_dtensor.runtime.torch_private import (
     HostCopy,
     dtype_name,
+    has_same_spec,
     is_capturing,
     local_part,
     warning_level,
@@ -32,6 +33,10 @@ from muon_dtensor.runtime.torch_private import (
 )
 
 logger = logging.getLogger("muon_dtensor")
+
+
+STEPPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes of parameters whose gradients may have the same dtype."""
 
 
 class GradientCheck:
@@ -62,6 +67,7 @@ class GradientCheck:
         self._params = params
         self._same_dtype_params = frozenset(same_dtype_params)
         self._shapes = {name: local_part(param).shape for name, param in params.items()}
+        self._empty_params = [name for name, param in params.items() if _is_empty(param)]
         self._dtypes: dict[str, torch.dtype] = {}
         self._agreement = agreement
         self._missing_grad = missing_grad
@@ -96,18 +102,17 @@ class GradientCheck:
             RuntimeError: a gradient that cannot be used, on this rank or on another.
             Exception: `fault`; other ranks get a RuntimeError.
         """
-        grads = {name: p.grad for name, p in self._params.items() if p.grad is not None}
-        empty = {name: param for name, param in self._params.items() if _is_empty(param)}
-        grads |= {name: self._zeros(name) for name in empty if name not in grads}
-        faults = {name: self._fault_of(name, grad) for name, grad in grads.items()}
-        faulty = [name for name, fault in faults.items() if fault]
-        self._dtypes.update({name: g.dtype for name, g in grads.items() if not faults[name]})
+        grads = {name: g for name, p in self._params.items() if (g := p.grad) is not None}
+        grads |= {name: self._zeros(name) for name in self._empty_params if name not in grads}
+        unusual = [name for name, grad in grads.items() if not self._is_ordinary(name, grad)]
+        faults = {n: text for n in unusual if (text := self._fault_of(n, grads[n]))}
+        self._record_dtypes(grads, unusual, faults)
         options = (*options, f"measured={is_measured}")
-        if fault is None and faulty:
-            fault = RuntimeError(faults[faulty[0]])
-        status = self._status(options, grads, empty, fault)
-        moved = [name for name in grads if _has_moved(self._params[name], grads[name])]
-        flag = self._flag([grad for name, grad in grads.items() if not faults[name]])
+        if fault is None and faults:
+            fault = RuntimeError(next(iter(faults.values())))
+        status = self._status(options, grads, unusual, fault)
+        moved = [name for name in unusual if _has_moved(self._params[name], grads[name])]
+        flag = self._flag([grad for name, grad in grads.items() if name not in faults])
         if not (self.is_deferred and self._has_settled):
             if is_capturing(self.device):
                 raise RuntimeError(
@@ -116,14 +121,44 @@ class GradientCheck:
                     "deferred_checks=False."
                 )
             return grads, self._settle(status, grads, moved, flag)
-        grads.update({name: self._zeros(name) for name in faulty})
+        grads.update({name: self._zeros(name) for name in faults})
         mask = self._mask(status, grads, moved, flag)
-        if any(local_part(self._params[name]).is_meta for name in faulty):
+        if any(local_part(self._params[name]).is_meta for name in faults):
             self._past.pop()  # without values there is no masked step: raise now
             self._past_fault = None
             assert fault is not None, "a parameter on the meta device is a fault"
             raise fault
         return grads, mask
+
+    def _is_ordinary(self, name: str, grad: Tensor) -> bool:
+        """Whether a gradient has its parameter's type, placements, shape, dtype and device.
+
+        An ordinary gradient has no fault, and needs no redistribution or cast.
+        """
+        param = self._params[name]
+        if isinstance(param, DTensor):
+            if not (isinstance(grad, DTensor) and has_same_spec(param, grad)):
+                return False
+            param, grad = local_part(param), local_part(grad)
+        elif isinstance(grad, DTensor):
+            return False
+        return (
+            grad.shape == param.shape == self._shapes[name]
+            and grad.dtype is param.dtype
+            and param.dtype in STEPPED_DTYPES
+            and grad.device == param.device
+            and grad.layout is torch.strided
+            and not (param.is_meta or param.is_inference())
+        )
+
+    def _record_dtypes(
+        self, grads: Mapping[str, Tensor], unusual: Collection[str], faults: Collection[str]
+    ) -> None:
+        """Record dtypes of gradients that may differ from their parameters', for `_zeros`."""
+        if self._dtypes:
+            ordinary = grads.keys() - set(unusual)
+            self._dtypes = {n: d for n, d in self._dtypes.items() if n not in ordinary}
+        self._dtypes.update({name: grads[name].dtype for name in unusual if name not in faults})
 
     def _fault_of(self, name: str, grad: Tensor) -> str:
         """Why this gradient cannot be used; empty if it can."""
@@ -197,23 +232,27 @@ class GradientCheck:
         self,
         options: tuple[str, ...],
         grads: Mapping[str, Tensor],
-        empty: Collection[str],
+        unusual: Collection[str],
         fault: Exception | None,
     ) -> LocalStatus:
-        """Return this rank's report. `empty`: parameters of which it holds no element."""
+        """Return this rank's report. `unusual`: names of gradients that are not ordinary."""
 
         def state(name: str) -> str:
-            if name in empty:
-                return NO_ELEMENTS
-            grad = grads.get(name)
+            grad = grads[name]
             if isinstance(grad, DTensor) and _has_moved(self._params[name], grad):
                 return str(grad.placements)
-            if grad is not None and grad.dtype != self._params[name].dtype:
+            if grad.dtype != self._params[name].dtype:
                 return of_dtype(dtype_name(grad.dtype))
-            return MISSING if grad is None else PRESENT
+            return PRESENT
 
+        states = {name: state(name) for name in unusual}
+        states |= dict.fromkeys(self._params.keys() - grads.keys(), MISSING)
+        states |= dict.fromkeys(self._empty_params, NO_ELEMENTS)
         presence = tuple(
-            tuple(state(name) for name in manifest.fqns) for manifest in self._agreement.manifests
+            tuple(states.get(name, PRESENT) for name in manifest.fqns)
+            if states
+            else manifest.all_present
+            for manifest in self._agreement.manifests
         )
         gradient_options = (
             f"optimizer: missing_grad={self._missing_grad}, nonfinite={self._nonfinite}, "

@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from muon_dtensor.runtime.hyperparameters import MuonOptions
-from muon_dtensor.runtime.torch_private import local_part
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class LocalParam:
     """This rank's shards of one parameter that has a gradient: tensors of one shape.
 
@@ -30,13 +29,3 @@ class LocalParam:
         """Return this with a copy of the momentum on the device of the parameter."""
         copied = self.momentum_buffer.to(self.param.device, non_blocking=True)
         return replace(self, momentum_buffer=copied)
-
-    def on_this_rank(self) -> "LocalParam":
-        """Return this with local shards, which are plain tensors."""
-        return LocalParam(
-            local_part(self.param),
-            local_part(self.grad),
-            local_part(self.momentum_buffer),
-            self.options,
-            None if self.moments is None else local_part(self.moments),
-        )

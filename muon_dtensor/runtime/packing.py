@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import einops
+import torch
 from torch import Tensor
 
 from muon_dtensor.layout import Matrix, Region
@@ -58,22 +59,43 @@ def assemble(
     if len(parts) == 1 and parts[0][1] is None:
         return views[parts[0][0]]
     target = like.new_empty(shape)
-    fill(target, views, parts)
+    copies = Copies()
+    copies.fill(target, views, parts)
+    copies.run()
     return target
 
 
-def fill(target: Tensor, views: Sequence[Tensor], parts: Sequence[IndexedBox]) -> None:
-    """Copy each part to its box in `target`."""
-    for index, box in parts:
-        view_box(target, box).copy_(views[index])
+class Copies:
+    """Copies between tensors that run as one foreach call."""
 
+    def __init__(self) -> None:
+        self._targets: list[Tensor] = []
+        self._sources: list[Tensor] = []
 
-def disassemble(source: Tensor, views: Sequence[Tensor], parts: Sequence[IndexedBox]) -> None:
-    """Inverse of `assemble`: copy each box of `source` to its part."""
-    if len(parts) > 1:  # torch transposes a full matrix twice as fast as its parts
-        source = source.contiguous()
-    for index, box in parts:
-        views[index].copy_(view_box(source, box))
+    def add(self, target: Tensor, source: Tensor) -> None:
+        """Copy a tensor to one of the same shape."""
+        self._targets.append(target)
+        self._sources.append(source)
+
+    def fill(self, target: Tensor, views: Sequence[Tensor], parts: Sequence[IndexedBox]) -> None:
+        """Copy each part to its box in `target`."""
+        for index, box in parts:
+            self.add(view_box(target, box), views[index])
+
+    def disassemble(
+        self, source: Tensor, views: Sequence[Tensor], parts: Sequence[IndexedBox]
+    ) -> None:
+        """Inverse of `fill`: copy each box of `source` to its part."""
+        if len(parts) > 1:  # torch transposes a full matrix twice as fast as its parts
+            source = source.contiguous()
+        for index, box in parts:
+            self.add(views[index], view_box(source, box))
+
+    def run(self) -> None:
+        """Run the copies, and release the tensors."""
+        if self._targets:
+            torch._foreach_copy_(self._targets, self._sources)
+        self._targets, self._sources = [], []
 
 
 def repack(source: Tensor, target: Tensor, moves: Sequence[Move]) -> None:

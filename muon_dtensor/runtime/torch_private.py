@@ -87,6 +87,13 @@ def local_part(tensor: Tensor) -> Tensor:
     return local
 
 
+def has_same_spec(a: DTensor, b: DTensor) -> bool:
+    """Whether two DTensors have equal mesh, placements and global shape."""
+    return a._spec is b._spec or (
+        a.device_mesh == b.device_mesh and a.placements == b.placements and a.shape == b.shape
+    )
+
+
 @contextmanager
 def ordinary_mode() -> Iterator[None]:
     """Disable autocast, reset the default device, and leave inference mode.

@@ -9,7 +9,7 @@ from torch import nn
 from muon_dtensor import CheckpointError
 from muon_dtensor.layout import Layout, MeshSpec
 from muon_dtensor.optimizer.options import DEFAULTS
-from muon_dtensor.optimizer.state import MOMENTS, cast_momenta, drop_stale, make_state
+from muon_dtensor.optimizer.state import MOMENTS, drop_stale, make_state
 
 ROWS = Layout(MeshSpec.of(), (4,), ((),))
 """One second moment for each row of a parameter with four rows."""
@@ -78,9 +78,3 @@ def test_state_of_another_algorithm_is_dropped(group, keys):
     state = {**state_of("muon", moments=ROWS), **state_of("adamw"), "of the user": 1}
     drop_stale(state, {**DEFAULTS, **group})
     assert state.keys() == keys | {"of the user"}
-
-
-def test_momenta_are_cast_to_the_dtype_of_their_gradients():
-    state = state_of("muon")
-    cast_momenta([(state, torch.ones(4, 3))])
-    assert state["momentum_buffer"].dtype == torch.float32
