@@ -166,7 +166,7 @@ PAGES: dict[str, tuple[int, list[Callable[[], Scope] | None]]] = {
 """Per page the number of ranks, and the scope of each block; None: that of the block before."""
 
 INTEGRATIONS = ("muon_dtensor.integrations.torchtitan",)
-"""Blocks that import these are run by tests/integrations."""
+"""Blocks that import these are run by tests/integrations/test_torchtitan.py."""
 
 
 def python_of(page: str) -> list[str]:
@@ -255,6 +255,18 @@ def test_a_command_runs_or_names_its_test(command, tmp_path, monkeypatch, capsys
         main()
     assert ended.value.code in (0, None), capsys.readouterr().err
     assert capsys.readouterr().out
+
+
+def test_the_comparison_of_plans_md_is_what_is_printed(monkeypatch, capsys):
+    (shown,) = [text for text in blocks("plans.md", "text") if "1d-owner" in text]
+    arguments = ["--model", "llama3-70b", "--mesh", "dp_replicate=4,dp_shard=16,tp=8"]
+    arguments += ["--compare", "naive,1d-owner,ours"]
+    monkeypatch.setattr(sys, "argv", ["muon-dtensor", "plan", *arguments])
+    with pytest.raises(SystemExit):
+        main()
+    printed = capsys.readouterr().out
+    for line in shown.splitlines():
+        assert line.strip() in printed
 
 
 def test_links_lead_somewhere():

@@ -246,7 +246,7 @@ class PlainTensors:
         self._layouts.update({tensor: layout for tensor, layout in pairs if layout is not None})
 
     def layout(self, tensor: Tensor) -> Layout:
-        """Return the layout of a tensor after `learn`. Raises RefusalError if it has none."""
+        """Return the layout of a tensor after `resolve`. Raises RefusalError if it has none."""
         plain = self._layouts[tensor]
         if isinstance(plain.layout, RefusalError):
             raise plain.layout

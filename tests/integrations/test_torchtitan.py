@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
 import sys
+from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from tests.support.deadlines import run_program
 from tests.support.pool import run_processes
@@ -113,3 +117,14 @@ def test_torchtitan_s_trainer_trains_on_cpus(tmp_path):
     assert report["losses"][-1] < report["losses"][0] - 1
     assert "mesh (fsdp=2, tp=2): 312 matrices" in report["plan"]
     assert "rows over tp=2 then fsdp=2" in report["plan"]
+
+
+def test_the_block_of_the_documentation_declares_heads(titan):
+    text = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "titan" in b]
+    scope = {"config": SimpleNamespace()}
+    exec(block, scope)
+    model = nn.Sequential(OrderedDict(wqkv=nn.Linear(64, 3 * 128, bias=False)))
+    (optimizer,) = scope["config"].optimizer.build(model_parts=[model])
+    (spec,) = optimizer.plan.params
+    assert [(matrix.rows, matrix.cols) for matrix in spec.matrices] == [(128, 64)] * 3
