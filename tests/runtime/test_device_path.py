@@ -6,7 +6,9 @@ import sys
 import pytest
 
 from tests.support.deadlines import run_program
-from tests.support.fake_device import CASES, NUM_MATRICES, cases_on
+from tests.support.fake_device import CASES, IS_AVAILABLE, NUM_MATRICES, cases_on
+
+pytestmark = pytest.mark.skipif(not IS_AVAILABLE, reason="this torch registers no device in Python")
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from muon_dtensor import Muon, clip_grad_norm_
 from muon_dtensor.qk_clip import QKClip, multi_head
@@ -25,6 +25,9 @@ from muon_dtensor.runtime.consistency import Agreement
 from muon_dtensor.runtime.torch_private import HostCopy, fake_process_group
 
 DEVICE = "toy"
+IS_AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+"""Whether this release of torch can register a device in Python."""
+
 NUM_MATRICES = 16
 FREE = (
     "prim.",
@@ -176,7 +179,7 @@ def cases_on(mesh: Any) -> dict[str, Case]:
 
 
 def main() -> None:
-    _setup_privateuseone_for_python_backend(DEVICE)
+    backend_registration._setup_privateuseone_for_python_backend(DEVICE)
     counts = {}
     with fake_process_group(4), allowed_reads():
         mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("dp", "tp"))
