@@ -711,6 +711,25 @@ FAULTS = [
             "        param.copy_(torch.where(keep, updated, param))",
             "        param.copy_(updated)",
         ),
+        (
+            "the mask does not reach lists of tensors",
+            "        torch.where(keep, value, target, out=target)",
+            "        target.copy_(value)",
+        ),
+        (
+            "a masked update does not decay",
+            "        updated = [p * decay for p in params] if is_host",
+            "        updated = [p * 1 for p in params] if is_host",
+        ),
+    ),
+    *in_files(
+        "runtime/packing.py",
+        "layouts_bitwise::matrices gloo",
+        (
+            "only the first copy of a list runs",
+            "            torch._foreach_copy_(self._targets, self._sources)",
+            "            torch._foreach_copy_(self._targets[:1], self._sources[:1])",
+        ),
     ),
     *in_files(
         "clipping.py",
