@@ -150,8 +150,12 @@ def create_devicemesh_config(
         async_gpu_parallelism: see DistributedConfig.
         prefetch_count: see DistributedConfig.
         device_type: of a mesh made from sizes. Default: that of the default process group.
-        pp, dp_replicate, dp_shard, cp, tp: sizes by torchtitan's names, outermost first. One may
-            be -1: it is computed from the world size. Sizes that are None give no mesh dim.
+        pp: size of the outermost mesh dim, pipeline stages. The sizes have torchtitan's names. One
+            of them may be -1: it is computed from the world size. None gives no mesh dim.
+        dp_replicate: size of the next dim, replicas.
+        dp_shard: size of the next dim, shards of FSDP.
+        cp: size of the next dim, context parallelism.
+        tp: size of the innermost dim, tensor parallelism.
 
     Raises:
         ValueError: neither or both of mesh and sizes are passed, the product of the sizes is not

@@ -53,9 +53,10 @@ def create_processgroup_config(
         fsdp_pg: the group over which parameters are cut along `fsdp_shard_dim`, in pieces of any
             sizes.
         tp_pg: the group over which they are cut along `tp_shard_dim`, before `fsdp_pg` cuts them.
-        dp_pg, cp_pg: groups over which they are replicated. Their ranks share the work.
-        ep_pg, pp_pg: groups whose ranks hold different parameters (experts, stages). Each rank
-            steps its own.
+        dp_pg: a group over which they are replicated. Its ranks share the work.
+        cp_pg: the same for context parallelism.
+        ep_pg: a group whose ranks hold different experts. Each rank steps its own.
+        pp_pg: a group whose ranks hold different pipeline stages. Each rank steps its own.
         fsdp_shard_dim: one tensor dim for all parameters; or one for each, as a list in the order
             of the optimizer's parameters, or as a dict by name, where None means replicated over
             the group. If the argument itself is None, the dims are unknown and plain tensors raise
@@ -109,18 +110,21 @@ def create_auto_config(
     returns the full tensor on every rank, and `redistribute_fn` cuts this rank's shard out of it.
 
     Args:
-        fsdp_process_group, shard_process_group: the group over which parameters are cut. Pass at
-            most one of the two.
+        fsdp_process_group: the group over which parameters are cut.
+        shard_process_group: the same group under HYBRID_SHARD. Pass at most one of the two.
         tp_process_group: the group over which they are cut along `tp_shard_dim`, before FSDP cuts
             them.
         tp_shard_dim: one tensor dim for all parameters; or one for each, as a list in the order of
             the optimizer's parameters, or as a dict by name, where None means replicated over the
             group.
-        replicate_process_group, ddp_process_group, cp_process_group: groups over which they are
-            replicated. Their ranks share the work.
-        ep_process_group, pp_process_group: groups whose ranks hold different parameters (experts,
-            stages). Each rank steps its own.
-        pp_stage_id, pp_num_stages: checked, and stored in `state`.
+        replicate_process_group: a group over which they are replicated. Its ranks share the work.
+        ddp_process_group: the same under DDP.
+        cp_process_group: the same for context parallelism.
+        ep_process_group: a group whose ranks hold different experts. Each rank steps its own.
+        pp_process_group: a group whose ranks hold different pipeline stages. Each rank steps its
+            own.
+        pp_stage_id: checked, and stored in `state`.
+        pp_num_stages: checked, and stored in `state`.
         fsdp_shard_dim: as `tp_shard_dim`, for plain tensors that FSDP1 has not flattened. The
             optimizer needs it for these. `gather_fn` and `redistribute_fn`, called directly, use
             the last tensor dim without it.

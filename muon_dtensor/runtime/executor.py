@@ -347,9 +347,9 @@ class Executor:
         copies = Copies()
         for (assignment, local), polar_factor in zip(batch, polar_factors, strict=True):
             update = self._update_of(bucket, assignment, polar_factor, local, keep)
-            parts = bucket.parts[assignment]
+            parts, matrix = bucket.parts[assignment], bucket.local.matrices[assignment]
             copies.disassemble(update, views, parts)
-            if local.moments is not None or len(parts) > 1:
+            if local.moments is not None or len(parts) > 1 or matrix.pattern:
                 copies.run()  # the update may be a copy: hold one at a time
         copies.run()
 
@@ -378,7 +378,7 @@ class Executor:
         for target, (parts, matrix) in zip(batch, sources, strict=True):
             if matrix.pattern:
                 box = assemble(views, parts, matrix.region.shape, buffer)
-                copies.add(target, to_matrix(box, matrix))
+                target.copy_(to_matrix(box, matrix))  # of a copy: hold one at a time
             else:
                 copies.fill(target.view(matrix.region.shape), views, parts)
         copies.run()
