@@ -42,7 +42,7 @@ def print_plan(report: PlanReport) -> None:
         exchange, compute = prediction.exchange_seconds[index], prediction.compute_seconds[index]
         row = (
             bucket.strategy.text,
-            str(len(bucket.assignments)),
+            str(bucket.num_matrices),
             "\n".join(lines) or "none",
             f"{max(map(sum, sent)) / 1e6:.1f}",
             f"{max(traffic.flops) / 1e9:.1f}",

@@ -4,6 +4,7 @@ They are boxes of the global tensor, so every mesh gives the same update.
 """
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 
 from muon_dtensor.errors import RefusalError
@@ -72,6 +73,68 @@ def matrices_of(shape: tuple[int, ...]) -> tuple[Matrix, ...]:
                 "Declare them, for a convolution matrix='o i kh kw -> o (i kh kw)' in its param "
                 f"group. Or: {TO_ADAMW}",
             )
+
+
+def slabs_of(matrix: Matrix, count: int) -> tuple[Region, ...]:
+    """Return `count` boxes that cut the long side of a matrix into blocks of about equal size.
+
+    Returns () if there are no such boxes, or if some of them would be empty.
+    """
+    for dim in _long_dims(matrix)[:1]:
+        region, size = matrix.region, matrix.region.shape[dim]
+        ends = [region.start[dim] + size * index // count for index in range(count + 1)]
+        if size >= count:
+            return tuple(_with_ends(region, dim, *block) for block in pairwise(ends))
+    return ()
+
+
+def is_slab(matrix: Matrix, region: Region) -> bool:
+    """Whether a box inside a matrix is not empty and contains its short side completely."""
+    return region.numel > 0 and any(
+        region == _with_ends(matrix.region, dim, region.start[dim], region.stop[dim])
+        for dim in _long_dims(matrix)
+    )
+
+
+def slab_size(matrix: Matrix, region: Region) -> tuple[int, int]:
+    """Return (rows, cols) of the part of a matrix in a box for which `is_slab` holds."""
+    for dim in _long_dims(matrix):
+        if region.shape[dim] < matrix.region.shape[dim]:
+            is_row_block = dim < _first_col_dim(matrix)
+            count = region.numel // (matrix.cols if is_row_block else matrix.rows)
+            return (count, matrix.cols) if is_row_block else (matrix.rows, count)
+    return matrix.rows, matrix.cols
+
+
+def _first_col_dim(matrix: Matrix) -> int:
+    """Return the number of tensor dims whose product is `rows`, or -1 if there is none."""
+    shape = matrix.region.shape
+    counts = (n for n in range(len(shape) + 1) if prod(shape[:n]) == matrix.rows)
+    return -1 if matrix.pattern else next(counts, -1)
+
+
+def _long_dims(matrix: Matrix) -> tuple[int, ...]:
+    """Return the tensor dims that can be cut so that each part contains the short side completely.
+
+    It is the outermost dim of the long side; a square matrix may have one for each side.
+    """
+    shape, middle = matrix.region.shape, _first_col_dim(matrix)
+    if middle < 0:
+        return ()
+    sides = []
+    if matrix.cols >= matrix.rows:
+        sides.append(range(middle, len(shape)))
+    if matrix.rows >= matrix.cols:
+        sides.append(range(middle))
+    outermost = (next((dim for dim in side if shape[dim] > 1), None) for side in sides)
+    return tuple(dim for dim in outermost if dim is not None)
+
+
+def _with_ends(region: Region, dim: int, first: int, last: int) -> Region:
+    """Return a box with another interval on one tensor dim."""
+    start, stop = list(region.start), list(region.stop)
+    start[dim], stop[dim] = first, last
+    return Region(tuple(start), tuple(stop))
 
 
 def flattened(matrix: Matrix, shape: tuple[int, ...]) -> Matrix:

@@ -116,6 +116,18 @@ class MeshSpec:
         )
         return tuple(sorted(peers, key=self.ranks.__getitem__))
 
+    def team(self, position: int, mesh_dims: tuple[str, ...], size: int) -> tuple[int, ...]:
+        """Return the `size` positions with consecutive indices along `mesh_dims` around this one.
+
+        `size` divides the number of ranks along `mesh_dims`: every position is in one team. The
+        positions are in order of global rank.
+        """
+        index = self.index_along(position, mesh_dims)
+        base = position - self.offset_of(index, mesh_dims)
+        first = index - index % size
+        team = (base + self.offset_of(first + i, mesh_dims) for i in range(size))
+        return tuple(sorted(team, key=self.ranks.__getitem__))
+
     def names_on(self, larger: "MeshSpec", rank: int) -> tuple[str, ...] | None:
         """Return the dims of `larger` that make up this mesh, or None if it is not a sub-mesh.
 

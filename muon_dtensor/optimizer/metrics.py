@@ -41,7 +41,10 @@ class Measurement:
         }
         self.trace = trace or Trace(this_rank())
         self._first_span = len(self.trace.spans)
-        matrices = [(bucket, a) for bucket in plan.buckets for a in bucket.assignments]
+        # a team never holds the whole polar factor
+        matrices = [
+            (bucket, a) for bucket in plan.buckets for a in bucket.assignments if a.slab is None
+        ]
         self._sample: tuple[Bucket, Assignment] | None = None
         if matrices:
             self._sample = matrices[number % len(matrices)]

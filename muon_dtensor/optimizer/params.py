@@ -142,6 +142,7 @@ class ParameterTable:
             num_iterations=entry.group["ns_steps"],
             wire_dtype=wire_dtype,
             has_moments=entry.group["normuon_beta"] is not None,
+            can_distribute=entry.group["orthogonalizer"] != "custom",
         )
 
     def check_steppable(self) -> None:

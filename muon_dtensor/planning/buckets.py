@@ -1,10 +1,10 @@
 """Form buckets: matrices moved by one set of collectives, under the memory cap."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from muon_dtensor.layout import Layout
+from muon_dtensor.layout import Layout, Region
 from muon_dtensor.planning.owners import Candidate
 from muon_dtensor.planning.schedule import BufferSequence
 from muon_dtensor.planning.strategies import Strategy
@@ -26,14 +26,14 @@ of the other owners idle."""
 
 @dataclass(frozen=True, slots=True)
 class OwnedMatrix:
-    """A candidate with its owner and the bytes that it adds to numbered buffers.
+    """A candidate with its owners and the bytes that it adds to numbered buffers.
 
-    `loads`: one (buffer, place, bytes) for each buffer. Bytes of matrices at the same place of a
-    buffer add up.
+    `boxes`: {position: the box that it orthogonalizes}, one or those of a team. `loads`: (buffer,
+    place, bytes); bytes of matrices at the same place of a buffer add up.
     """
 
     candidate: Candidate
-    owner: int
+    boxes: Mapping[int, Region]
     loads: tuple[tuple[int, int, int], ...]
 
 
@@ -71,7 +71,7 @@ class BufferBound:
 
 def owned_matrix(
     candidate: Candidate,
-    owner: int,
+    boxes: Mapping[int, Region],
     layout: Layout,
     *,
     strategy: Strategy,
@@ -83,19 +83,22 @@ def owned_matrix(
     holders = layout.holders(matrix.region)
     piece_numel = layout.largest_part(matrix.region)
     # A matrix with several holders counts its largest piece at one place that stands for all homes.
-    home = 0 if len(holders) > 1 else layout.home(owner)
-    replica = layout.replica_offset(owner)
+    home = 0 if len(holders) > 1 else next(iter(holders))
     loads = []
     for buffer, content in enumerate(sequence.contents):
+        numels: dict[int, int] = {}
         if content.done is None:
-            place, numel = home, piece_numel
+            numels[home] = piece_numel
         elif set(content.done) >= set(strategy.unshard_dims):
-            place, numel = owner, matrix.numel
+            numels = {position: box.numel for position, box in boxes.items()}
         else:
-            place = replica + mesh.offset_of(mesh.index_along(owner, content.done), content.done)
             numel = min(matrix.numel, mesh.num_ranks_along(content.done) * piece_numel)
-        loads.append((buffer, place, content.copies * itemsize * numel))
-    return OwnedMatrix(candidate, owner, tuple(loads))
+            for owner in boxes:
+                along = mesh.offset_of(mesh.index_along(owner, content.done), content.done)
+                numels[layout.replica_offset(owner) + along] = numel
+        for place, numel in numels.items():
+            loads.append((buffer, place, content.copies * itemsize * numel))
+    return OwnedMatrix(candidate, boxes, tuple(loads))
 
 
 def form_buckets(
@@ -136,8 +139,9 @@ def _rounds(matrices: Iterable[OwnedMatrix]) -> list[list[OwnedMatrix]]:
     rounds: list[list[OwnedMatrix]] = []
     num_placed: dict[int, int] = defaultdict(int)
     for matrix in sorted(matrices, key=lambda m: (-m.candidate.flops, m.candidate.name)):
-        index = num_placed[matrix.owner]
-        num_placed[matrix.owner] += 1
+        index = max(num_placed[owner] for owner in matrix.boxes)
+        for owner in matrix.boxes:
+            num_placed[owner] = index + 1
         if index == len(rounds):
             rounds.append([])
         rounds[index].append(matrix)

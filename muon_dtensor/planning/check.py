@@ -1,11 +1,13 @@
 """Validate a plan against the layouts of its parameters."""
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 
 from muon_dtensor.layout import Region
-from muon_dtensor.planning.plan import Bucket, ParamSpec, Phase, Plan
+from muon_dtensor.planning.plan import Assignment, Bucket, ParamSpec, Phase, Plan
 from muon_dtensor.planning.schedule import buffer_sequence, phases_of
-from muon_dtensor.planning.strategies import can_own, strategies_for
+from muon_dtensor.planning.strategies import Distributed, Strategy, can_own, strategies_for
+from muon_dtensor.planning.teams import distributed_strategies, team_of, team_slabs
 
 
 def check(plan: Plan) -> None:
@@ -56,7 +58,7 @@ def _assignment_problems(plan: Plan) -> list[str]:
     fields = (n for b in plan.buckets for a in b.assignments for n in (a.param, a.matrix, a.owner))
     if any(type(field) is not int for field in fields):
         return ["the fields of an assignment must be integers"]
-    counts = Counter((a.param, a.matrix) for b in plan.buckets for a in b.assignments)
+    counts = Counter(matrix for bucket in plan.buckets for matrix in _orthogonalized(bucket))
     expected = {
         (param, index)
         for param, spec in enumerate(plan.params)
@@ -73,6 +75,12 @@ def _assignment_problems(plan: Plan) -> list[str]:
     return problems
 
 
+def _orthogonalized(bucket: Bucket) -> Iterable[tuple[int, int]]:
+    """Return (param, matrix) once for each owner or team."""
+    matrices = [(a.param, a.matrix) for a in bucket.assignments]
+    return dict.fromkeys(matrices) if isinstance(bucket.strategy, Distributed) else matrices
+
+
 def _bucket_problems(plan: Plan, bucket: Bucket) -> list[str]:
     problems = []
     for assignment in bucket.assignments:
@@ -84,12 +92,37 @@ def _bucket_problems(plan: Plan, bucket: Bucket) -> list[str]:
         layout, matrix = spec.layout, plan.matrix(assignment)
         if layout.mesh != bucket.mesh or spec.wire_dtype != bucket.wire_dtype:
             problems.append(f"{spec.fqn}: its mesh or wire dtype differs from its bucket's")
-        elif bucket.strategy not in strategies_for(layout, matrix.region):
+        elif not _is_legal(plan, bucket.strategy, assignment):
             problems.append(f"{spec.fqn}: {bucket.strategy} is not legal for its layout")
         elif not 0 <= assignment.owner < bucket.mesh.num_ranks:
             problems.append(f"{spec.fqn}: owner {assignment.owner} is not on mesh {bucket.mesh}")
         elif not can_own(layout, matrix.region, assignment.owner):
             problems.append(f"{spec.fqn}: matrix {assignment.matrix} cannot be sent to its owner")
+    if isinstance(bucket.strategy, Distributed) and not problems:
+        problems += _team_problems(plan, bucket, bucket.strategy)
+    return problems
+
+
+def _is_legal(plan: Plan, strategy: Strategy, assignment: Assignment) -> bool:
+    spec, matrix = plan.spec(assignment), plan.matrix(assignment)
+    if isinstance(strategy, Distributed):
+        return plan.options.can_distribute and strategy in distributed_strategies(spec, matrix)
+    whole = assignment.slab is None
+    return whole and strategy in strategies_for(spec.layout, matrix.region)
+
+
+def _team_problems(plan: Plan, bucket: Bucket, strategy: Distributed) -> list[str]:
+    """Return the matrices whose slabs are not those of one team."""
+    slabs: dict[tuple[int, int], list[tuple[int, Region]]] = defaultdict(list)
+    for a in bucket.assignments:
+        slabs[a.param, a.matrix].append((a.owner, plan.region(a)))
+    problems = []
+    for (param, index), boxes in slabs.items():
+        spec = plan.params[param]
+        team = team_of(boxes[0][0], bucket.mesh, strategy)
+        expected = team_slabs(strategy, spec.layout, spec.matrices[index], team)
+        if sorted(boxes, key=lambda box: box[0]) != list(expected.items()):
+            problems.append(f"{spec.fqn}: matrix {index} is not cut into the slabs of one team")
     return problems
 
 

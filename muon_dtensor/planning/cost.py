@@ -95,6 +95,9 @@ def plan_cost(plan: Plan, buckets: Sequence[BucketTraffic]) -> PlanCost:
     for traffic in buckets:
         mesh = traffic.bucket.mesh
         _add(flops, traffic.flops, mesh, index_of)
+        # a member of a team receives what it sends, up to a row of the Gram matrix
+        _add(sent, traffic.team_nbytes, mesh, index_of)
+        _add(received, traffic.team_nbytes, mesh, index_of)
         for hop in traffic.sequence.hops:
             _add(sent, traffic.sent_nbytes(hop), mesh, index_of)
             _add(received, traffic.received_nbytes(hop), mesh, index_of)

@@ -16,7 +16,25 @@ def newton_schulz_flops(rows: int, cols: int, num_iterations: int) -> int:
     and the product of their polynomial with X (2 r^2 c).
     """
     short, long = sorted((rows, cols))
-    return num_iterations * (4 * short * short * long + 2 * short**3)
+    return slab_flops(short, long, short, num_iterations)
+
+
+def slab_flops(short: int, slab: int, num_rows: int, num_iterations: int) -> int:
+    """Return the operations of one member of a team, see `algorithms.distributed_newton_schulz`.
+
+    It has a slab of size `short` x `slab`, and computes `num_rows` rows of the square.
+    """
+    return num_iterations * (4 * short * short * slab + 2 * short * short * num_rows)
+
+
+def gram_itemsize(wire_dtype: str) -> int:
+    """Return the bytes per element of a Gram matrix that a team sums: at least float32."""
+    return max(4, ITEMSIZES[wire_dtype])
+
+
+def rows_of_member(num_rows: int, index: int, team_size: int) -> range:
+    """Return the rows of the Gram matrix that a member of a team sums, by its index in the team."""
+    return range(num_rows * index // team_size, num_rows * (index + 1) // team_size)
 
 
 def matrix_flops(matrix: Matrix, num_iterations: int) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import compress
 from typing import NamedTuple
 
-from muon_dtensor.planning.matrix_costs import ITEMSIZES
+from muon_dtensor.planning.matrix_costs import ITEMSIZES, gram_itemsize
 from muon_dtensor.planning.plan import DEVICE_BATCH_NUMEL, Plan
 from muon_dtensor.planning.schedule import (
     Apply,
@@ -17,6 +17,7 @@ from muon_dtensor.planning.schedule import (
     live_sets,
     lower,
 )
+from muon_dtensor.planning.strategies import Distributed
 from muon_dtensor.planning.traffic import BucketTraffic
 
 
@@ -143,6 +144,9 @@ def _orthogonalizing(plan: Plan, traffic: BucketTraffic) -> dict[int, int]:
     On a device, if all matrices of a rank are one batch and are stored in pieces, its buffer is
     freed once they are assembled and allocated again for the result.
     """
+    strategy = traffic.bucket.strategy
+    if isinstance(strategy, Distributed):
+        return _distributing(plan, traffic, strategy)
     keeps_buffers = plan.options.topology.cores is not None
     by_owner: dict[int, Counter[tuple[int, int, bool]]] = defaultdict(Counter)
     for a in traffic.bucket.assignments:
@@ -160,4 +164,25 @@ def _orthogonalizing(plan: Plan, traffic: BucketTraffic) -> dict[int, int]:
                 numel -= traffic.wholes[position]
             peak_numel = max(peak_numel, numel)
         nbytes[position] = traffic.itemsize * peak_numel
+    return nbytes
+
+
+def _distributing(plan: Plan, traffic: BucketTraffic, strategy: Distributed) -> dict[int, int]:
+    """Return the bytes of a team's iteration, which takes one matrix after the other.
+
+    At the sum of the Gram matrix there are two matrices in the dtype of the sum, this rank's part
+    and the rows it receives, the slab, and the Gram matrix and polynomial of the iteration before.
+    At the polynomial there are the slab, its copy and three Gram matrices in the wire dtype.
+    """
+    itemsize, gram = traffic.itemsize, gram_itemsize(traffic.bucket.wire_dtype)
+    nbytes: dict[int, int] = defaultdict(int)
+    for a in traffic.bucket.assignments:
+        matrix = plan.matrix(a)
+        short = min(matrix.rows, matrix.cols)
+        slab = itemsize * plan.region(a).numel
+        nbytes[a.owner] = max(
+            nbytes[a.owner],
+            slab + 2 * gram * short * short,
+            2 * slab + 3 * itemsize * short * short,
+        )
     return nbytes

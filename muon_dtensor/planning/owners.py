@@ -1,5 +1,6 @@
 """Assign each matrix to the rank that orthogonalizes it, balancing flops over the mesh."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
@@ -22,36 +23,51 @@ class Candidate:
     name: tuple[str, int]
 
 
-def assign_owners(work: Sequence[tuple[Candidate, tuple[int, ...]]]) -> tuple[int, ...]:
-    """Return the owner of each matrix: longest processing time first.
+Team = tuple[int, ...]
+"""Global ranks that orthogonalize a matrix together; one rank, unless it is distributed."""
 
-    Assigns the costliest matrix first, always to the least loaded rank that may own it. `work`:
-    each matrix with the ranks that may own it. Ties between matrices are broken by name, ties
-    between ranks by their order in `work`.
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A matrix, the teams that may own it, and its cost for each member of the team."""
+
+    candidate: Candidate
+    teams: tuple[Team, ...]
+    cost: int
+
+
+def assign_owners(work: Sequence[Work]) -> tuple[Team, ...]:
+    """Return the team of each matrix: longest processing time first.
+
+    Assigns the costliest matrix first, always to the team with the least loaded busiest member.
+    Ties between matrices are broken by name, ties between teams by their order.
 
     The makespan is within 4/3 - 1/(3 ranks) of the best one if every rank may own every matrix
     (Graham 1969, "Bounds on multiprocessing timing anomalies", theorem 2).
     """
-    loads: dict[int, int] = {}
-    owners = [0] * len(work)
-    queues: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    costs = [max(candidate.flops, candidate.matrix.numel) for candidate, _ in work]
-    for index in sorted(range(len(work)), key=lambda i: (-costs[i], work[i][0].name)):
-        ranks = work[index][1]
-        queue = queues.get(ranks)
+    loads: dict[int, int] = defaultdict(int)
+
+    def load(team: Team) -> int:
+        return max([loads[rank] for rank in team])
+
+    owners: list[Team] = [()] * len(work)
+    queues: dict[tuple[Team, ...], list[tuple[int, int]]] = {}
+    for index in sorted(range(len(work)), key=lambda i: (-work[i].cost, work[i].candidate.name)):
+        teams = work[index].teams
+        queue = queues.get(teams)
         if queue is None:
-            queue = queues[ranks] = [(loads.get(rank, 0), i) for i, rank in enumerate(ranks)]
+            queue = queues[teams] = [(load(team), i) for i, team in enumerate(teams)]
             heapify(queue)
         # Loads only grow, so a stale entry is too small: replace it and check the next smallest.
-        while queue[0][0] != loads.get(ranks[queue[0][1]], 0):
-            rank_index = queue[0][1]
-            heapreplace(queue, (loads.get(ranks[rank_index], 0), rank_index))
-        owner = ranks[queue[0][1]]
-        owners[index] = owner
-        loads[owner] = loads.get(owner, 0) + costs[index]
-        if len(ranks) == 1:
+        while queue[0][0] != load(teams[queue[0][1]]):
+            team_index = queue[0][1]
+            heapreplace(queue, (load(teams[team_index]), team_index))
+        owners[index] = teams[queue[0][1]]
+        for rank in owners[index]:
+            loads[rank] += work[index].cost
+        if len(teams) == 1:
             heappop(queue)
-            del queues[ranks]
+            del queues[teams]
     return tuple(owners)
 
 

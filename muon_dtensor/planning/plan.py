@@ -21,7 +21,8 @@ class ParamSpec:
     `matrices`: cover each element exactly once. `num_iterations`: of Newton-Schulz. `wire_dtype`:
     dtype in which matrices are orthogonalized and sent. `dtype`: of the stored parameter.
     `moment_cuts`: mesh dims that cut NorMuon's row second moments, see `planning.normuon_state`;
-    None without NorMuon.
+    None without NorMuon. `can_distribute`: whether several ranks can orthogonalize one matrix
+    together; False for a user's orthogonalizer, which needs whole matrices, and for NorMuon.
     """
 
     fqn: str
@@ -31,6 +32,7 @@ class ParamSpec:
     num_iterations: int = 5
     wire_dtype: str = "bfloat16"
     moment_cuts: tuple[str, ...] | None = None
+    can_distribute: bool = True
 
     def __post_init__(self) -> None:
         if not all(type(text) is str for text in (self.fqn, self.dtype, self.wire_dtype)):
@@ -39,6 +41,8 @@ class ParamSpec:
             raise ValueError(
                 f"moment_cuts must be empty or the cuts of tensor dim 0, got {self.moment_cuts}"
             )
+        if type(self.can_distribute) is not bool:
+            raise ValueError(f"can_distribute must be True or False, got {self.can_distribute!r}")
         if type(self.num_iterations) is not int or self.num_iterations < 0:
             raise ValueError(
                 f"num_iterations must be an integer of at least 0, got {self.num_iterations}"
@@ -49,7 +53,8 @@ class ParamSpec:
         return self.layout.shape
 
 
-STRATEGIES = ("auto", "owned", "owned_staged")
+EXACT_STRATEGIES = ("auto", "owned", "owned_staged")
+STRATEGIES = (*EXACT_STRATEGIES, "distributed")
 """Values of `PlanOptions.strategy`. A matrix stored on one rank only is always local."""
 
 
@@ -58,12 +63,14 @@ class Assignment:
     """One matrix and the position that orthogonalizes it.
 
     `param` indexes `Plan.params`, `matrix` that parameter's `matrices`; `owner` is a position on
-    the mesh of the bucket.
+    the mesh of the bucket. In a distributed bucket each member of a team has an assignment, and
+    `slab` is its box of the matrix; None: all of it.
     """
 
     param: int
     matrix: int
     owner: int
+    slab: Region | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +99,10 @@ class Bucket:
     assignments: tuple[Assignment, ...]
     seconds: float = 0.0
     alternatives: tuple[Alternative, ...] = ()
+
+    @property
+    def num_matrices(self) -> int:
+        return len({(a.param, a.matrix) for a in self.assignments})
 
     @property
     def unshard(self) -> tuple[Collective, ...]:
@@ -150,7 +161,8 @@ class PlanOptions:
     equal-shaped matrices of a bucket, up to `bucket_nbytes`, into one batch (faster on GPUs, rounds
     differently). `sequential`: ranks orthogonalize one after the other in the order of global
     ranks, for debugging. `strategy`: one of STRATEGIES; "auto" is the strategy predicted to be
-    fastest on `topology`. `exact`: only strategies that are bitwise equal to one rank.
+    fastest on `topology`. `exact`: only strategies that are bitwise equal to one rank, which are
+    all except "distributed".
     """
 
     bucket_nbytes: int = 256 * 2**20
@@ -180,6 +192,16 @@ class PlanOptions:
             )
         if type(self.batched) is not bool or type(self.sequential) is not bool:
             raise ValueError("batched and sequential must be True or False")
+        if self.strategy == "distributed" and not self.can_distribute:
+            raise ValueError(
+                "strategy='distributed' rounds differently from torch.optim.Muon, and its ranks "
+                "compute at the same time: it needs exact=False and async_gpu_parallelism=True"
+            )
+
+    @property
+    def can_distribute(self) -> bool:
+        """Whether several ranks may orthogonalize one matrix together."""
+        return not (self.exact or self.sequential)
 
 
 @dataclass(frozen=True)
@@ -199,9 +221,13 @@ class Plan:
         """Return the matrix."""
         return self.params[assignment.param].matrices[assignment.matrix]
 
+    def region(self, assignment: Assignment) -> Region:
+        """Return the box that the owner orthogonalizes: the matrix, or a slab of it."""
+        return assignment.slab or self.matrix(assignment).region
+
     def holders(self, assignment: Assignment) -> dict[int, Region]:
-        """Return {home: its piece of this matrix}; see `Layout.holders`."""
-        return self.spec(assignment).layout.holders(self.matrix(assignment).region)
+        """Return {home: its piece of the matrix or slab}; see `Layout.holders`."""
+        return self.spec(assignment).layout.holders(self.region(assignment))
 
     @cached_property
     def meshes(self) -> tuple[MeshSpec, ...]:
@@ -210,7 +236,10 @@ class Plan:
 
     @cached_property
     def owners(self) -> dict[str, tuple[int, ...]]:
-        """Per parameter, the global ranks that orthogonalize its matrices, in matrix order."""
+        """Per parameter, the global ranks that orthogonalize its matrices, in matrix order.
+
+        A team is listed rank by rank.
+        """
         owners: dict[str, list[tuple[int, int]]] = {spec.fqn: [] for spec in self.params}
         for bucket in self.buckets:
             for assignment in bucket.assignments:

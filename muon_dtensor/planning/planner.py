@@ -4,14 +4,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from muon_dtensor.errors import AssignmentError, PlanError, Problem
+from muon_dtensor.layout import Region
 from muon_dtensor.planning.buckets import BufferBound, OwnedMatrix, form_buckets, owned_matrix
 from muon_dtensor.planning.check import problem_of_matrices
 from muon_dtensor.planning.matrix_costs import ITEMSIZES, WIRE_DTYPES, matrix_flops
-from muon_dtensor.planning.owners import Candidate, assign_owners, possible_owners
+from muon_dtensor.planning.owners import (
+    Candidate,
+    Team,
+    Work,
+    assign_owners,
+    possible_owners,
+)
 from muon_dtensor.planning.plan import Action, Assignment, Bucket, ParamSpec, Plan, PlanOptions
 from muon_dtensor.planning.schedule import buffer_sequence, live_sets, schedule
 from muon_dtensor.planning.search import Choice, GroupKey, Strategies, search
-from muon_dtensor.planning.strategies import Strategy, can_own, strategies_for
+from muon_dtensor.planning.strategies import Distributed, Strategy, can_own, strategies_for
+from muon_dtensor.planning.teams import team_flops, team_of, team_slabs, with_teams
 
 
 def plan_update(
@@ -43,8 +51,11 @@ def plan_update(
     buckets: list[Bucket] = []
     actions: list[Action] = []
     for rank_set in sorted(by_ranks, key=_rank_set_order):
-        builder = _Builder(params, by_ranks[rank_set], options, owners)
-        choices = search(tuple(by_ranks[rank_set]), options, builder.plan)
+        groups = by_ranks[rank_set]
+        if options.can_distribute:
+            groups = with_teams(params, groups, options)
+        builder = _Builder(params, groups, options, owners)
+        choices = search(tuple(groups), options, builder.plan)
         waves = builder.waves(choices, buckets)
         actions += schedule(buckets, waves, options.prefetch_count)
     return Plan(params, tuple(buckets), tuple(actions), options)
@@ -58,6 +69,9 @@ def _rank_set_order(rank_set: frozenset[int]) -> tuple[int, list[int]]:
     """
     return (-len(rank_set), sorted(rank_set))
 
+
+Teams = Mapping[GroupKey, Sequence[tuple[int, ...]]]
+"""The positions that orthogonalize each matrix of a group; one, unless it is distributed."""
 
 Waves = list[list[int]]
 """Indices of buckets, per wave; the buckets of one wave are orthogonalized at the same time."""
@@ -76,7 +90,8 @@ class _Builder:
         self.params = params
         self.groups = groups
         self.options = options
-        self.owners = self._balance(named_owners)
+        self.named_owners = named_owners
+        self._teams: dict[frozenset[GroupKey], Teams] = {}
 
     def plan(self, strategies: Strategies) -> Plan:
         """Return the plan of these groups alone."""
@@ -88,6 +103,7 @@ class _Builder:
     def waves(self, choices: Mapping[GroupKey, Choice], buckets: list[Bucket]) -> Waves:
         """Append the buckets of these groups to `buckets`, and return their waves."""
         waves: Waves = []
+        teams = self._teams_of({key: choice.strategy for key, choice in choices.items()})
         # Groups with exchanges come first, those with more compute before others. Local groups come
         # last, so that their compute overlaps the last reshard.
         for key in sorted(choices, key=self._order):
@@ -96,13 +112,13 @@ class _Builder:
             matrices = [
                 owned_matrix(
                     candidate,
-                    owner,
+                    self._boxes(candidate, team, choice.strategy),
                     self.params[candidate.param].layout,
                     strategy=choice.strategy,
                     sequence=sequence,
                     itemsize=ITEMSIZES[key.wire_dtype],
                 )
-                for candidate, owner in zip(self.groups[key], self.owners[key], strict=True)
+                for candidate, team in zip(self.groups[key], teams[key], strict=True)
             ]
             empty = BufferBound(live_sets(sequence))
             for wave in form_buckets(matrices, empty, self.options.bucket_nbytes):
@@ -117,40 +133,69 @@ class _Builder:
         first = min((candidate.param, candidate.index) for candidate in candidates)
         return key.strategies[0].is_local, -sum(c.flops for c in candidates), first
 
-    def _balance(self, named_owners: Mapping[str, int]) -> dict[GroupKey, list[int]]:
-        """Return the owners of all matrices, as positions: named by the user or balanced by flops.
+    def _teams_of(self, strategies: Strategies) -> Teams:
+        """Return the positions that orthogonalize each matrix: named by the user or balanced.
 
         Meshes of exactly the same ranks share loads. Other meshes do not, because a rank knows only
-        the plans of its own meshes.
+        the plans of its own meshes. Groups without a strategy count as owned.
         """
-        work: list[tuple[Candidate, tuple[int, ...]]] = []
-        ranks_by_table: dict[int, tuple[int, ...]] = {}
+        distributed = {k: s for k, s in strategies.items() if isinstance(s, Distributed)}
+        teams = self._teams.get(frozenset(distributed))
+        if teams is None:
+            teams = self._teams[frozenset(distributed)] = self._balance(distributed)
+        return teams
+
+    def _balance(self, distributed: Mapping[GroupKey, Distributed]) -> Teams:
+        work: list[Work] = []
+        teams_by_table: dict[tuple[int, bool], tuple[Team, ...]] = {}
         for key, candidates in self.groups.items():
+            strategy = distributed.get(key)
             for candidate in candidates:
                 spec = self.params[candidate.param]
+                cost = max(candidate.flops, candidate.matrix.numel)
                 if key.is_named:
-                    work.append((candidate, (named_owners[spec.fqn],)))
+                    work.append(Work(candidate, ((self.named_owners[spec.fqn],),), cost))
                     continue
                 region = candidate.matrix.region
-                table = id(spec.layout.holders(region))
-                if table not in ranks_by_table:
+                table = (id(spec.layout.holders(region)), strategy is None)
+                if table not in teams_by_table:
                     positions = possible_owners(spec.layout, region)
-                    ranks_by_table[table] = tuple(key.mesh.ranks[p] for p in positions)
-                work.append((candidate, ranks_by_table[table]))
-        owners = iter(assign_owners(work))
+                    teams = dict.fromkeys(team_of(p, key.mesh, strategy) for p in positions)
+                    teams_by_table[table] = tuple(
+                        tuple(key.mesh.ranks[p] for p in team) for team in teams
+                    )
+                if strategy is not None:
+                    cost = team_flops(spec, candidate.matrix, strategy)
+                work.append(Work(candidate, teams_by_table[table], cost))
+        teams_of_work = iter(assign_owners(work))
         return {
-            key: [key.mesh.position_of(next(owners)) for _ in candidates]
+            key: [tuple(map(key.mesh.position_of, next(teams_of_work))) for _ in candidates]
             for key, candidates in self.groups.items()
         }
 
+    def _boxes(
+        self, candidate: Candidate, team: tuple[int, ...], strategy: Strategy
+    ) -> dict[int, Region]:
+        """Return the box that each position of a team orthogonalizes."""
+        if isinstance(strategy, Distributed):
+            layout = self.params[candidate.param].layout
+            return team_slabs(strategy, layout, candidate.matrix, team)
+        (owner,) = team
+        return {owner: candidate.matrix.region}
+
 
 def _bucket(key: GroupKey, choice: Choice, matrices: Sequence[OwnedMatrix]) -> Bucket:
-    fields = sorted((m.candidate.param, m.candidate.index, m.owner) for m in matrices)
+    is_distributed = isinstance(choice.strategy, Distributed)
+    assignments = [
+        Assignment(m.candidate.param, m.candidate.index, owner, box if is_distributed else None)
+        for m in matrices
+        for owner, box in m.boxes.items()
+    ]
     return Bucket(
         mesh=key.mesh,
         strategy=choice.strategy,
         wire_dtype=key.wire_dtype,
-        assignments=tuple(Assignment(*values) for values in fields),
+        assignments=tuple(sorted(assignments, key=lambda a: (a.param, a.matrix, a.owner))),
         seconds=choice.seconds,
         alternatives=choice.alternatives,
     )
@@ -259,8 +304,7 @@ def restrict(plan: Plan, rank_set: frozenset[int]) -> Plan:
         replace(
             plan.buckets[index],
             assignments=tuple(
-                Assignment(new_param[a.param], a.matrix, a.owner)
-                for a in plan.buckets[index].assignments
+                replace(a, param=new_param[a.param]) for a in plan.buckets[index].assignments
             ),
         )
         for index in indices

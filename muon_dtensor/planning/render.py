@@ -206,7 +206,7 @@ def _bucket_lines(
 ) -> list[str]:
     bucket = plan.buckets[index]
     owners = _count(len({a.owner for a in bucket.assignments}), "owner", "owners")
-    matrices = _count(len(bucket.assignments), "matrix", "matrices")
+    matrices = _count(bucket.num_matrices, "matrix", "matrices")
     lines = [
         f"{bucket.strategy.text}: {matrices} in {bucket.wire_dtype}, {owners}",
         f"  per rank at most {quantity(max(traffic.flops), 'FLOP')} "
@@ -219,6 +219,11 @@ def _bucket_lines(
                 f"  {phase}  {collective_text(bucket, hop.collective)}: "
                 f"{quantity(sum(sent), 'B')}, at most {quantity(max(sent), 'B')} a rank"
             )
+    if any(traffic.team_nbytes):
+        lines.append(
+            f"  iteration  all_to_all in teams: {quantity(sum(traffic.team_nbytes), 'B')}, "
+            f"at most {quantity(max(traffic.team_nbytes), 'B')} a rank"
+        )
     exchange, compute = prediction.exchange_seconds[index], prediction.compute_seconds[index]
     lines += [
         f"  predicted  {duration(exchange)} of exchange, {duration(compute)} of compute",
@@ -323,7 +328,7 @@ def explain(plan: Plan, fqn: str) -> str:
     for number, bucket in enumerate(plan.buckets):
         for assignment in bucket.assignments:
             if assignment.param == index:
-                region = plan.matrix(assignment).region
+                region = plan.region(assignment)
                 ends = zip(region.start, region.stop, strict=True)
                 box = f"[{', '.join(f'{first}:{last}' for first, last in ends)}]"
                 matrix_lines = tuple(_matrix_lines(plan, number, bucket, assignment))

@@ -92,7 +92,8 @@ class RankBucket:
     """One bucket on one rank; see Note [Three buffers].
 
     `stored`: this rank's pieces of all matrices of the bucket, whichever replica owns them.
-    `shards`: per parameter the box this rank stores. `owned`: the matrices it orthogonalizes.
+    `shards`: per parameter the box this rank stores. `owned`: the matrices it orthogonalizes, alone
+    or with a team, and `boxes` the part of each that it has then. `matrices`: all of the above.
     """
 
     bucket: Bucket
@@ -101,6 +102,7 @@ class RankBucket:
     shards: dict[int, Region]
     owned: tuple[Assignment, ...]
     matrices: dict[Assignment, Matrix]
+    boxes: dict[Assignment, Region]
     pieces: Packing
     unshard: tuple[RankCollective, ...]
     reshard: tuple[RankCollective, ...]
@@ -176,7 +178,8 @@ def rank_bucket(plan: Plan, bucket: Bucket, position: int) -> RankBucket:
             reshard.append(RankCollective(collective, mirrored[0].recv, mirrored[0].send))
         else:
             reshard.append(_rank_collective(view, collective, ()))
-    wholes = _pack([[(a, plan.matrix(a).region) for a in owned]])
+    boxes = {a: plan.region(a) for a in owned}
+    wholes = _pack([list(boxes.items())])
     pieces = unshard[0].send if unshard else wholes
     received = [pieces, *(collective.recv for collective in (*unshard, *reshard))]
     collectives = tuple(
@@ -192,6 +195,7 @@ def rank_bucket(plan: Plan, bucket: Bucket, position: int) -> RankBucket:
         shards={a.param: plan.spec(a).layout.region(position) for a, _ in stored},
         owned=owned,
         matrices={a: plan.matrix(a) for a in (*(a for a, _ in stored), *owned)},
+        boxes=boxes,
         pieces=pieces,
         unshard=collectives[: len(unshard)],
         reshard=collectives[len(unshard) :],

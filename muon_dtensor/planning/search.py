@@ -8,11 +8,12 @@ from muon_dtensor.planning.buckets import OVER_CAP
 from muon_dtensor.planning.memory import bucket_peak_nbytes
 from muon_dtensor.planning.plan import Alternative, Plan, PlanOptions
 from muon_dtensor.planning.simulate import simulate
-from muon_dtensor.planning.strategies import Strategy
+from muon_dtensor.planning.strategies import Distributed, Strategy
 from muon_dtensor.planning.traffic import plan_traffic
 
-STAGED_GAIN = 1.1
-"""How many times as fast as a direct exchange a staged one must be, because it sends more bytes."""
+REQUIRED_GAIN = {"owned_staged": 1.1, "distributed": 1.3}
+"""How many times as fast as the others a strategy of this kind must be: a staged exchange sends
+more bytes, and a distributed iteration rounds differently."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,13 @@ def search(keys: Sequence[GroupKey], options: PlanOptions, build: Build) -> dict
 
 
 def _weighted_seconds(mix: Strategies, build: Build) -> float:
-    """Return the seconds of a step of all groups, times STAGED_GAIN if any of them is staged."""
+    """Return the seconds of a step of all groups, times the largest gain that any of them needs."""
     seconds, _ = _simulated(build(mix))
-    return seconds * (STAGED_GAIN if any(s.is_staged for s in mix.values()) else 1.0)
+    return seconds * max(_required_gain(strategy) for strategy in mix.values())
+
+
+def _required_gain(strategy: Strategy) -> float:
+    return REQUIRED_GAIN.get(strategy.kind, 1.0)
 
 
 def _predict(
@@ -79,7 +84,8 @@ def _predict(
 ) -> tuple[Prices, tuple[Alternative, ...]]:
     """Return the seconds of each strategy that fits the memory cap, and those that do not fit."""
     simulated = {s: _simulated(build({key: s})) for s in _requested(key, options)}
-    min_nbytes = min(nbytes for _, nbytes in simulated.values())
+    exact = [n for s, (_, n) in simulated.items() if not isinstance(s, Distributed)]
+    min_nbytes = min(exact or [nbytes for _, nbytes in simulated.values()])
     limit = max(options.bucket_nbytes, OVER_CAP * min_nbytes)
     prices: Prices = {}
     too_large = []
@@ -95,17 +101,17 @@ def _predict(
 def _requested(key: GroupKey, options: PlanOptions) -> list[Strategy]:
     """Return the legal strategies of the kind that the user requests.
 
-    A matrix cut over fewer than two mesh dims cannot be staged. It is owned instead.
+    A matrix that has none is owned: one cut over fewer than two mesh dims cannot be staged.
     """
     if options.strategy == "auto":
         return list(key.strategies)
     same_kind = [s for s in key.strategies if s.kind == options.strategy]
-    return same_kind or [s for s in key.strategies if not s.is_staged]
+    return same_kind or [s for s in key.strategies if s.kind in ("owned", "local")]
 
 
 def _fastest(prices: Prices) -> Strategy:
-    """Return the fastest strategy; a staged one must be STAGED_GAIN times as fast as the others."""
-    weighted = {s: x * STAGED_GAIN if s.is_staged else x for s, x in prices.items()}
+    """Return the fastest strategy; see REQUIRED_GAIN."""
+    weighted = {s: x * _required_gain(s) for s, x in prices.items()}
     return min(weighted, key=weighted.__getitem__)
 
 
@@ -119,8 +125,9 @@ def _choice(strategy: Strategy, prices: Prices, too_large: tuple[Alternative, ..
         reason = f"{ratio:.2f} times as long"
         if ratio < 1:
             reason = "slower together with the other matrices"
-            if other.is_staged and ratio * STAGED_GAIN > 1:
-                reason = f"{ratio:.2f} times as long, and it sends more bytes"
+            if ratio * _required_gain(other) > 1:
+                drawback = "sends more bytes" if other.is_staged else "rounds differently"
+                reason = f"{ratio:.2f} times as long, and it {drawback}"
         alternatives.append(Alternative(other, seconds, reason))
     return Choice(strategy, prices[strategy], (*alternatives, *too_large))
 

@@ -6,6 +6,7 @@ Equal plans have equal text. `from_json` checks the plan that it reads.
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, Region
@@ -28,7 +29,7 @@ NOT_A_PLAN = (
     *(RecursionError, OverflowError),
 )
 
-FORMAT = 3
+FORMAT = 4
 """Version of the JSON text. It is part of the digest, so digests of different formats differ."""
 
 
@@ -67,6 +68,8 @@ def _param_to_json(spec: ParamSpec, mesh: int) -> dict[str, Any]:
         "num_iterations": spec.num_iterations,
         "wire_dtype": spec.wire_dtype,
     }
+    if not spec.can_distribute:
+        value["can_distribute"] = False
     if spec.moment_cuts is not None:
         value["moment_cuts"] = list(spec.moment_cuts)
     if spec.layout.bounds is not None:
@@ -88,10 +91,21 @@ def _bucket_to_json(bucket: Bucket, mesh: int) -> dict[str, Any]:
             [_strategy_to_json(a.strategy), a.seconds, a.reason] for a in bucket.alternatives
         ],
         "wire_dtype": bucket.wire_dtype,
-        "assignments": [[a.param, a.matrix, a.owner] for a in bucket.assignments],
+        "assignments": [_assignment_to_json(a) for a in bucket.assignments],
         "unshard": _collectives_to_json(bucket.unshard),
         "reshard": _collectives_to_json(bucket.reshard),
     }
+
+
+def _assignment_to_json(a: Assignment) -> list[Any]:
+    slab = [] if a.slab is None else [list(a.slab.start), list(a.slab.stop)]
+    return [a.param, a.matrix, a.owner, *slab]
+
+
+def _assignment_from_json(value: list[Any]) -> Assignment:
+    param, matrix, owner, *ends = value
+    slab = Region(*(tuple(end) for end in ends)) if ends else None
+    return Assignment(param, matrix, owner, slab)
 
 
 def _collectives_to_json(collectives: tuple[Collective, ...]) -> list[list[Any]]:
@@ -99,7 +113,7 @@ def _collectives_to_json(collectives: tuple[Collective, ...]) -> list[list[Any]]
 
 
 def _strategy_to_json(strategy: Strategy) -> dict[str, Any]:
-    values = {name: getattr(strategy, name) for name in strategy.__slots__}
+    values = {field.name: getattr(strategy, field.name) for field in fields(strategy)}
     return {"kind": type(strategy).__name__.lower(), **values}
 
 
@@ -109,15 +123,15 @@ def _strategy_from_json(value: dict[str, Any]) -> Strategy:
     }
     if not isinstance(value["kind"], str) or value["kind"] not in kinds:
         raise ValueError(f"unknown strategy {value['kind']!r} in the JSON text of a plan")
-    fields = {k: tuple(v) if k.endswith("_dims") else v for k, v in value.items() if k != "kind"}
-    for name, field in fields.items():
-        if name.startswith("is_") and type(field) is not bool:
+    values = {k: tuple(v) if k.endswith("_dims") else v for k, v in value.items() if k != "kind"}
+    for name, field in values.items():
+        if name.startswith(("is_", "shares_")) and type(field) is not bool:
             raise ValueError(f"{name} of a strategy must be true or false, got {field!r}")
         if name.endswith("_dims") and not all(isinstance(dim, str) for dim in field):
             raise ValueError(f"{name} of a strategy must be names of mesh dims, got {field!r}")
-        if name == "hops" and type(field) is not int:
-            raise ValueError(f"hops of a strategy must be 1 or 2, got {field!r}")
-    return kinds[value["kind"]](**fields)
+        if name in ("hops", "team_size") and type(field) is not int:
+            raise ValueError(f"{name} of a strategy must be an integer, got {field!r}")
+    return kinds[value["kind"]](**values)
 
 
 def from_json(text: str) -> Plan:
@@ -180,6 +194,7 @@ def _param_from_json(
         value["num_iterations"],
         value["wire_dtype"],
         tuple(value["moment_cuts"]) if "moment_cuts" in value else None,
+        value.get("can_distribute", True),
     )
 
 
@@ -188,7 +203,7 @@ def _bucket_from_json(value: dict[str, Any], meshes: list[MeshSpec]) -> Bucket:
         _mesh_at(meshes, value["mesh"]),
         _strategy_from_json(value["strategy"]),
         value["wire_dtype"],
-        tuple(Assignment(*triple) for triple in value["assignments"]),
+        tuple(map(_assignment_from_json, value["assignments"])),
         _seconds(value["seconds"]),
         tuple(
             Alternative(_strategy_from_json(strategy), _seconds(seconds), str(reason))

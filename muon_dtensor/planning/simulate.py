@@ -11,9 +11,10 @@ from itertools import groupby
 from typing import TypeVar
 
 from muon_dtensor.layout import Matrix, MeshSpec
-from muon_dtensor.planning.matrix_costs import ITEMSIZES, matrix_flops
+from muon_dtensor.planning.matrix_costs import ITEMSIZES, gram_itemsize, matrix_flops
 from muon_dtensor.planning.plan import Action, Assignment, Plan
 from muon_dtensor.planning.schedule import Apply, Compute, Fill, Hop, Program, Send, Wait, lower
+from muon_dtensor.planning.strategies import Distributed
 from muon_dtensor.planning.topology import Topology
 from muon_dtensor.planning.traffic import BucketTraffic
 
@@ -244,6 +245,9 @@ class _Simulator:
 
     def _orthogonalize(self, action: Action, cost: BucketTraffic) -> None:
         bucket, plan, topology = cost.bucket, self.plan, self.topology
+        if isinstance(bucket.strategy, Distributed):
+            self._orthogonalize_together(action, cost, bucket.strategy)
+            return
         seconds = [0.0] * bucket.mesh.num_ranks
 
         def price(matrix: Matrix, num_iterations: int) -> float:
@@ -256,6 +260,32 @@ class _Simulator:
             self._work_sequentially(action, total)
         else:
             self._work(action, total)
+
+    def _orthogonalize_together(
+        self, action: Action, cost: BucketTraffic, strategy: Distributed
+    ) -> None:
+        """Advance the members of each team together, and use their exchange lanes."""
+        bucket, mesh = cost.bucket, cost.bucket.mesh
+        compute, exchange = [0.0] * mesh.num_ranks, [0.0] * mesh.num_ranks
+        prices: dict[tuple[int, int, int], tuple[float, float]] = {}
+        for a in bucket.assignments:
+            matrix, num_iterations = self._size(a)
+            size = (matrix.rows, matrix.cols, num_iterations)
+            if size not in prices:
+                prices[size] = distributed_seconds(
+                    self.topology, mesh, strategy, size, bucket.wire_dtype
+                )
+            compute[a.owner] += prices[size][0]
+            exchange[a.owner] += prices[size][1]
+        self._work(action, [a + b for a, b in zip(compute, self._assembling(cost), strict=True)])
+        order = self._order(mesh)
+        owners = (a.owner for a in bucket.assignments)
+        teams = (mesh.team(p, strategy.team_dims, strategy.team_size) for p in owners)
+        for team in dict.fromkeys(teams):
+            stop = max(self.host[order[p]] for p in team) + max(exchange[p] for p in team)
+            for position in team:
+                self.host[order[position]] = stop
+        self._record(action, "compute", self.host, order, exchange)
 
     def _size(self, assignment: Assignment) -> tuple[Matrix, int]:
         return self.plan.matrix(assignment), self.plan.spec(assignment).num_iterations
@@ -321,3 +351,46 @@ def orthogonalize_seconds(
     """Return the seconds to orthogonalize one matrix on one rank."""
     flops = matrix_flops(matrix, num_iterations)
     return topology.matmul_seconds(flops, min(matrix.rows, matrix.cols), wire_dtype)
+
+
+def distributed_seconds(
+    topology: Topology,
+    mesh: MeshSpec,
+    strategy: Distributed,
+    size: tuple[int, int, int],
+    dtype: str,
+) -> tuple[float, float]:
+    """Return the seconds of (compute, exchange) of one matrix on the ranks of a team.
+
+    `size`: rows, cols and number of iterations. Products have the rate of a square one of as many
+    flops. The host multiplies slabs in float32, because its bfloat16 products round the Gram matrix
+    to bfloat16.
+    """
+    rows, cols, num_iterations = size
+    short, team_size = min(rows, cols), strategy.team_size
+    slab = -(-max(rows, cols) // team_size)
+    num_poly_rows = -(-short // team_size) if strategy.shares_polynomial else short
+    wide = "float32" if topology.cores is not None and dtype == "bfloat16" else dtype
+
+    def product(m: int, n: int, inner: int, dtype: str) -> float:
+        return topology.matmul_seconds(2 * m * n * inner, round((m * n * inner) ** (1 / 3)), dtype)
+
+    def exchanged(nbytes: float) -> float:
+        return topology.collective_overhead + topology.all_to_all_seconds(
+            mesh, strategy.team_dims, nbytes, team_size
+        )
+
+    compute = (
+        product(short, short, slab, wide)
+        + product(num_poly_rows, short, short, dtype)
+        + product(short, slab, short, dtype)
+    )
+    wire, gram = ITEMSIZES[dtype], gram_itemsize(dtype)
+    others = short * short * (team_size - 1) / team_size
+    num_gathers = 1 + strategy.shares_polynomial
+    exchange = exchanged(gram * others) + num_gathers * exchanged(wire * others)
+    # the sums, and the copies of what is gathered
+    compute += topology.memory_seconds((gram + num_gathers * wire) * short * short)
+    return num_iterations * compute, num_iterations * exchange + exchanged(
+        2 * gram * (team_size - 1)
+    )

@@ -62,7 +62,10 @@ class Owned:
     @property
     def text(self) -> str:
         """The strategy as text."""
-        text = f"{self.kind.split('_')[0]}{', one mesh dim at a time' * self.is_staged}"
+        return self._text(self.kind.split("_")[0])
+
+    def _text(self, kind: str) -> str:
+        text = f"{kind}{', one mesh dim at a time' * self.is_staged}"
         if not self.replica_dims:
             return text
         return f"{text}, shared by replicas in {self.hops} hop{'s' * (self.hops > 1)}"
@@ -81,7 +84,7 @@ class Owned:
 
     def reshard(self, dim_names: tuple[str, ...]) -> tuple[Collective, ...]:
         """Return the collectives that send the result back; `dim_names`: all dims of the mesh."""
-        if self.is_local:
+        if not self.unshard_dims and not self.replica_dims:
             return ()
         if self.hops == 1 and not self.is_staged:
             moved_dims = {*self.unshard_dims, *self.replica_dims}
@@ -92,8 +95,39 @@ class Owned:
         return (*to_holders, *to_replicas)
 
 
-Strategy = Owned
-STRATEGY_CLASSES: tuple[type[Strategy], ...] = (Owned,)
+@dataclass(frozen=True, slots=True)
+class Distributed(Owned):
+    """The ranks of a team orthogonalize the matrix together, each with a slab of its long side.
+
+    Slabs move between the ranks that store them and the members of the team as owned matrices do,
+    see `Owned`; without mesh dims each member already holds its slab. It is not bitwise: see
+    `algorithms.distributed_newton_schulz`.
+
+    `team_dims`, `team_size`: a team is this number of ranks with consecutive indices along these
+    mesh dims. `shares_polynomial`: each member computes some rows of the polynomial and sends them
+    to the others; otherwise every member computes all rows.
+    """
+
+    team_dims: tuple[str, ...] = ()
+    team_size: int = 2
+    shares_polynomial: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        return False
+
+    @property
+    def kind(self) -> str:
+        return "distributed"
+
+    @property
+    def text(self) -> str:
+        rows = "shared" if self.shares_polynomial else "repeated"
+        return f"{self._text('distributed')}, teams of {self.team_size}, polynomial {rows}"
+
+
+Strategy = Owned | Distributed
+STRATEGY_CLASSES: tuple[type[Strategy], ...] = (Owned, Distributed)
 """The members of the union `Strategy`. JSON names a class by its name in lower case."""
 
 

@@ -98,15 +98,21 @@ class Topology:
         return nbytes / self.memory_bandwidth
 
     def all_to_all_seconds(
-        self, mesh: MeshSpec, mesh_dims: tuple[str, ...], nbytes: float
+        self,
+        mesh: MeshSpec,
+        mesh_dims: tuple[str, ...],
+        nbytes: float,
+        team_size: int | None = None,
     ) -> float:
         """Return the seconds of an all-to-all; the busiest rank sends or receives `nbytes`.
+
+        It is among all ranks along `mesh_dims`, or among teams of `team_size` ranks.
 
         (p - 1) alpha + n beta, the pairwise exchange (Thakur, Rabenseifner & Gropp 2005,
         "Optimization of collective communication operations in MPICH", IJHPCA 19(1), section
         4.4). Transfers within the node and between nodes overlap, because they use different links.
         """
-        links = _links_of_group(self, mesh, mesh_dims)
+        links = _links_of_group(self, mesh, mesh_dims, team_size)
         if links.num_peers == 0:
             return 0.0
         latency = links.num_intra * links.intra.latency + links.num_inter * links.inter.latency
@@ -237,17 +243,20 @@ class _GroupLinks:
 
 
 @cache
-def _links_of_group(topology: Topology, mesh: MeshSpec, mesh_dims: tuple[str, ...]) -> _GroupLinks:
+def _links_of_group(
+    topology: Topology, mesh: MeshSpec, mesh_dims: tuple[str, ...], team_size: int | None = None
+) -> _GroupLinks:
     """Return the links of the rank at position 0 to its peers along these mesh dims."""
     link_of_dim = dict(topology.mesh_dims)
     dims = tuple(name for name in mesh_dims if mesh.sizes[name] > 1)
-    num_peers = mesh.num_ranks_along(dims) - 1
+    peers = mesh.peers(0, dims) if team_size is None else mesh.team(0, dims, team_size)
+    num_peers = len(peers) - 1
     if dims and all(name in link_of_dim for name in dims):
         links = [link_of_dim[name] for name in dims]
         link = Link(max(x.latency for x in links), min(x.bandwidth for x in links))
         return _GroupLinks(num_peers, link, 0, link)
     node = mesh.ranks[0] // topology.node_size
-    ranks = (mesh.ranks[peer] for peer in mesh.peers(0, dims))
+    ranks = (mesh.ranks[peer] for peer in peers)
     num_intra = sum(rank // topology.node_size == node for rank in ranks) - 1
     return _GroupLinks(
         num_intra, topology.within_node, num_peers - num_intra, topology.between_nodes

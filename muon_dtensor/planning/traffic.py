@@ -3,12 +3,19 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from muon_dtensor.layout import Layout
-from muon_dtensor.planning.matrix_costs import ITEMSIZES, matrix_flops
+from muon_dtensor.planning.matrix_costs import (
+    ITEMSIZES,
+    gram_itemsize,
+    matrix_flops,
+    rows_of_member,
+    slab_flops,
+)
 from muon_dtensor.planning.plan import Assignment, Bucket, Plan
 from muon_dtensor.planning.schedule import BufferSequence, Content, Hop, buffer_sequence
-from muon_dtensor.planning.strategies import Route
+from muon_dtensor.planning.strategies import Distributed, Route
 
 Numels = list[int]
 """Number of elements at each position of a mesh."""
@@ -21,7 +28,8 @@ class BucketTraffic:
     Numels count elements of the wire dtype. `buffers`: per numbered buffer, the elements that it
     holds. `self_sent`: per hop, the elements that a rank sends to itself. `stored`: elements of
     the bucket's matrices that a rank stores, in `num_stored` pieces. `num_parts`: number of pieces
-    from which a rank assembles the matrices that it owns.
+    from which a rank assembles the matrices that it owns. `team_nbytes`: bytes that a rank sends to
+    the other members of its teams while they orthogonalize.
     """
 
     bucket: Bucket
@@ -32,6 +40,7 @@ class BucketTraffic:
     stored: Numels
     num_stored: list[int]
     num_parts: list[int]
+    team_nbytes: list[int]
 
     @property
     def itemsize(self) -> int:
@@ -154,7 +163,7 @@ class _Sums:
         """Return the elements of the matrices that each position owns."""
         numels = [0] * self.num_positions
         for assignment in self.bucket.assignments:
-            numels[assignment.owner] += self.plan.matrix(assignment).numel
+            numels[assignment.owner] += self.plan.region(assignment).numel
         return numels
 
     def self_sent(self, sequence: BufferSequence) -> tuple[Numels, ...]:
@@ -183,10 +192,16 @@ def bucket_traffic(plan: Plan, bucket: Bucket) -> BucketTraffic:
     sums = _Sums(plan, bucket)
     sequence = buffer_sequence(bucket.strategy, bucket.mesh)
     contents = {content: sums.of(content) for content in dict.fromkeys(sequence.contents)}
-    flops, num_parts = [0] * bucket.mesh.num_ranks, [0] * bucket.mesh.num_ranks
+    flops, num_parts, team_nbytes = ([0] * bucket.mesh.num_ranks for _ in range(3))
     for a in bucket.assignments:
-        flops[a.owner] += matrix_flops(plan.matrix(a), plan.spec(a).num_iterations)
+        num_iterations = plan.spec(a).num_iterations
         num_parts[a.owner] += 0 if bucket.strategy.is_local else len(plan.holders(a))
+        if isinstance(bucket.strategy, Distributed):
+            member = _member_cost(plan, bucket, bucket.strategy, a)
+            flops[a.owner] += member.flops
+            team_nbytes[a.owner] += member.sent_nbytes
+        else:
+            flops[a.owner] += matrix_flops(plan.matrix(a), num_iterations)
     return BucketTraffic(
         bucket,
         sequence,
@@ -195,6 +210,40 @@ def bucket_traffic(plan: Plan, bucket: Bucket) -> BucketTraffic:
         sums.self_sent(sequence),
         *sums.stored(),
         num_parts,
+        team_nbytes,
+    )
+
+
+class _MemberCost(NamedTuple):
+    flops: int
+    sent_nbytes: int
+
+
+def _member_cost(
+    plan: Plan, bucket: Bucket, strategy: Distributed, assignment: Assignment
+) -> _MemberCost:
+    """Return what a member of a team computes and sends to the others for its slab.
+
+    Once the sums that give the scale; in each iteration the other members' rows of the Gram matrix,
+    then its own rows of the sum, and of the polynomial if that is shared.
+    """
+    matrix, num_iterations = plan.matrix(assignment), plan.spec(assignment).num_iterations
+    team = bucket.mesh.team(assignment.owner, strategy.team_dims, strategy.team_size)
+    short = min(matrix.rows, matrix.cols)
+    num_rows = len(rows_of_member(short, team.index(assignment.owner), len(team)))
+    others = len(team) - 1
+    gathered = num_rows * short * others * ITEMSIZES[bucket.wire_dtype]
+    num_gathers = 1 + strategy.shares_polynomial
+    summed = (short - num_rows) * short * gram_itemsize(bucket.wire_dtype)
+    scale_nbytes = 2 * gram_itemsize(bucket.wire_dtype)
+    return _MemberCost(
+        slab_flops(
+            short,
+            plan.region(assignment).numel // short,
+            num_rows if strategy.shares_polynomial else short,
+            num_iterations,
+        ),
+        num_iterations * (summed + num_gathers * gathered) + others * scale_nbytes,
     )
 
 

@@ -38,6 +38,28 @@ def all_to_all(
     return work
 
 
+class TeamGroup:
+    """The members of a team as a process group; see `algorithms.distributed_newton_schulz.Team`."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = group
+        self.index, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def exchange(self, send: Tensor, send_rows: Sequence[int], recv_rows: Sequence[int]) -> Tensor:
+        """Send rows of `send` to each member, in order, and return the rows received from each."""
+        width = send.size(1)
+        recv = send.new_empty((sum(recv_rows), width))
+        work = all_to_all(
+            send.reshape(-1),
+            recv.view(-1),
+            [width * count for count in send_rows],
+            [width * count for count in recv_rows],
+            self._group,
+        )
+        finish(work, timeout_of(self._group))
+        return recv
+
+
 def finish(work: Work | None, timeout: timedelta | None) -> None:
     """Wait for a collective. Raises RuntimeError after `timeout`."""
     assert work is not None, "async_op=True returns a Work"

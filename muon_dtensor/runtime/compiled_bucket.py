@@ -101,8 +101,8 @@ class CompiledBucket:
     def _parts(self) -> dict[Assignment, tuple[IndexedBox, ...]]:
         parts: dict[Assignment, list[IndexedBox]] = defaultdict(list)
         for index, slot in enumerate(self.local.wholes.slots):
-            matrix = self.local.matrices[slot.assignment]
-            parts[slot.assignment].append((index, box_of(slot.region, matrix.region)))
+            box = box_of(slot.region, self.local.boxes[slot.assignment])
+            parts[slot.assignment].append((index, box))
         return {assignment: tuple(boxes) for assignment, boxes in parts.items()}
 
     def _packing(self) -> tuple[list[PackingBatch], list[IndexedBox]]:

@@ -193,6 +193,7 @@ class LayoutCache:
         num_iterations: int,
         wire_dtype: torch.dtype,
         has_moments: bool = False,
+        can_distribute: bool = True,
     ) -> ParamSpec:
         """Return the spec of a parameter of Muon. Raises RefusalError if Muon cannot step it.
 
@@ -200,6 +201,7 @@ class LayoutCache:
             layout: of the tensor.
             flat_shape: the global shape of a tensor that is stored flat; None for others.
             has_moments: whether NorMuon steps it. Only a DTensor can hold a part of the moments.
+            can_distribute: see `ParamSpec`.
         """
         if not isinstance(tensor, DTensor) and not layout.cut_dims:
             _check_annotations(tensor, declaration)
@@ -218,6 +220,7 @@ class LayoutCache:
             num_iterations,
             dtype_name(wire_dtype),
             moments,
+            can_distribute and not has_moments,
         )
 
 

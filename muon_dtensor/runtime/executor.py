@@ -15,6 +15,8 @@ from muon_dtensor.algorithms.update import (
     write_directions,
 )
 from muon_dtensor.errors import StepFailedError
+from muon_dtensor.layout.matrices import slab_size
+from muon_dtensor.planning.matrix_costs import rows_of_member
 from muon_dtensor.planning.plan import Action, Assignment, Phase, Plan
 from muon_dtensor.planning.schedule import (
     Apply,
@@ -28,8 +30,9 @@ from muon_dtensor.planning.schedule import (
     Wait,
     lower,
 )
+from muon_dtensor.planning.strategies import Distributed
 from muon_dtensor.runtime.buffers import ExchangeBuffers, InFlight
-from muon_dtensor.runtime.collectives import barrier, issue
+from muon_dtensor.runtime.collectives import TeamGroup, barrier, issue
 from muon_dtensor.runtime.compiled_bucket import CompiledBucket
 from muon_dtensor.runtime.hyperparameters import MuonOptions
 from muon_dtensor.runtime.local_param import LocalParam
@@ -104,6 +107,9 @@ class Executor:
         for bucket in self._buckets.values():
             for collective in (*bucket.planned.unshard, *bucket.planned.reshard):
                 self._groups.connect(bucket.mesh, collective.mesh_dims)
+            strategy = bucket.planned.strategy
+            if isinstance(strategy, Distributed):
+                self._groups.connect(bucket.mesh, strategy.team_dims, strategy.team_size)
         self._moments.connect()
 
     def run(
@@ -305,6 +311,9 @@ class Executor:
         keep: Tensor | None,
     ) -> None:
         views = self._wholes(bucket, flight.buffer)
+        if isinstance(bucket.planned.strategy, Distributed):
+            self._orthogonalize_slabs(bucket, bucket.planned.strategy, flight, views, params)
+            return
         batches: list[tuple[MuonOptions, list[Assignment]]] = []
         for batch in bucket.batches:
             by_options: dict[MuonOptions, list[Assignment]] = defaultdict(list)
@@ -318,6 +327,41 @@ class Executor:
             self._orthogonalize_batch(
                 bucket, flight, views, options, params_of_batch, frees_buffer, keep
             )
+
+    def _orthogonalize_slabs(
+        self,
+        bucket: CompiledBucket,
+        strategy: Distributed,
+        flight: InFlight,
+        views: list[Tensor],
+        params: dict[int, LocalParam],
+    ) -> None:
+        """Replace slabs by those of the polar factors, in the buffer, together with the teams.
+
+        All members of a team take the matrices in the order of the plan.
+        """
+        if not bucket.local.owned:
+            return
+        team = TeamGroup(self._groups.over(bucket.mesh, strategy.team_dims, strategy.team_size))
+        for assignment in bucket.local.owned:
+            if not (local := params.get(assignment.param)):
+                continue
+            matrix, box = bucket.local.matrices[assignment], bucket.local.boxes[assignment]
+            parts = bucket.parts[assignment]
+            slab = assemble(views, parts, box.shape, flight.buffer).view(slab_size(matrix, box))
+            is_row_block = slab.size(0) < matrix.rows
+            short = min(matrix.rows, matrix.cols)
+            result = local.options.polar_slab(
+                slab.mT if is_row_block else slab,
+                bucket.dtype,
+                team,
+                [rows_of_member(short, index, team.size) for index in range(team.size)],
+                strategy.shares_polynomial,
+            )
+            copies = Copies()
+            update = result.mT if is_row_block else result
+            copies.disassemble(update.reshape(box.shape), views, parts)
+            copies.run()
 
     def _orthogonalize_batch(
         self,

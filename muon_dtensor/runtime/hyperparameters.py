@@ -1,6 +1,6 @@
 """The options of a param group that a step reads, as one value, and its orthogonalizer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from muon_dtensor.algorithms import newton_schulz, polar_express
-from muon_dtensor.algorithms.newton_schulz import IterationKernel
+from muon_dtensor.algorithms.distributed_newton_schulz import Team, distributed_newton_schulz
+from muon_dtensor.algorithms.newton_schulz import Coefficients, IterationKernel
 from muon_dtensor.algorithms.normuon import normalize_rows
+from muon_dtensor.algorithms.polar_express import polar_express_rows
 from muon_dtensor.algorithms.update import adjusted_lr
 from muon_dtensor.errors import GroupOptionError
 
@@ -130,4 +132,26 @@ class MuonOptions:
             dtype=dtype,
             body=self.body,
             overwrite=overwrite,
+        )
+
+    def polar_slab(
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        team: Team,
+        rows: Sequence[range],
+        shares_polynomial: bool,
+    ) -> Tensor:
+        """Return this member's slab of a polar factor; see `distributed_newton_schulz`."""
+        coefficients: Sequence[Coefficients] = [self.ns_coefficients] * self.ns_steps
+        if self.orthogonalizer == "polar_express":
+            coefficients = polar_express_rows(self.ns_steps)
+        return distributed_newton_schulz(
+            x,
+            coefficients,
+            team=team,
+            rows=rows,
+            shares_polynomial=shares_polynomial,
+            eps=self.eps,
+            dtype=dtype,
         )

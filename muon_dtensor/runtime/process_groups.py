@@ -51,7 +51,7 @@ class Groups:
     def __init__(self, device_meshes: Mapping[MeshSpec, DeviceMesh], rank: int) -> None:
         self._device_meshes = device_meshes
         self._rank = rank
-        self._known: dict[tuple[MeshSpec, tuple[str, ...]], ProcessGroup] = {}
+        self._known: dict[tuple[MeshSpec, tuple[str, ...], int | None], ProcessGroup] = {}
 
     def along_each_dim(self, mesh: MeshSpec) -> list[ProcessGroup]:
         """Return the groups of the mesh's own dims, which exist already."""
@@ -62,29 +62,42 @@ class Groups:
         """Return the device of a mesh's tensors."""
         return torch.device(self._device_meshes[mesh].device_type)
 
-    def over(self, mesh: MeshSpec, mesh_dims: tuple[str, ...]) -> ProcessGroup:
-        """Return the group of all ranks that differ from this one only along `mesh_dims`."""
-        key = (mesh, mesh_dims)
+    def over(
+        self, mesh: MeshSpec, mesh_dims: tuple[str, ...], team_size: int | None = None
+    ) -> ProcessGroup:
+        """Return the group of all ranks that differ from this one only along `mesh_dims`.
+
+        With `team_size` only those of its team, see `MeshSpec.team`.
+        """
+        key = (mesh, mesh_dims, team_size)
         group = self._known.get(key)
         if group is None:
-            group = self._known[key] = self._find(mesh, mesh_dims)
+            group = self._known[key] = self._find(mesh, mesh_dims, team_size)
         return group
 
-    def connect(self, mesh: MeshSpec, mesh_dims: tuple[str, ...]) -> None:
+    def connect(
+        self, mesh: MeshSpec, mesh_dims: tuple[str, ...], team_size: int | None = None
+    ) -> None:
         """Create this group if it does not exist, and connect its ranks unless they are connected.
 
         A collective of its ranks; see Note [Warm groups].
         """
-        group = self.over(mesh, mesh_dims)
+        group = self.over(mesh, mesh_dims, team_size)
         if group in _warm:
             return
         connect_ranks(group, self.device(mesh))
         _warm.add(group)
 
-    def _find(self, mesh: MeshSpec, mesh_dims: tuple[str, ...]) -> ProcessGroup:
+    def _find(
+        self, mesh: MeshSpec, mesh_dims: tuple[str, ...], team_size: int | None
+    ) -> ProcessGroup:
         """See Note [Own groups]."""
         position = mesh.position_of(self._rank)
-        ranks = tuple(mesh.ranks[peer] for peer in mesh.peers(position, mesh_dims))
+        if team_size is None:
+            peers = mesh.peers(position, mesh_dims)
+        else:
+            peers = mesh.team(position, mesh_dims, team_size)
+        ranks = tuple(mesh.ranks[peer] for peer in peers)
         long_dims = [name for name in mesh_dims if mesh.sizes[name] > 1] or mesh_dims[:1]
         if len(long_dims) == 1:
             index = mesh.dim_names.index(long_dims[0])

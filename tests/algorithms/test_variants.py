@@ -14,7 +14,7 @@ from muon_dtensor import GroupOptionError, Muon
 from muon_dtensor.algorithms.newton_schulz import KELLER_JORDAN
 from muon_dtensor.algorithms.normuon import normalize_rows
 from muon_dtensor.planning.normuon_state import reductions
-from muon_dtensor.planning.plan import STRATEGIES
+from muon_dtensor.planning.plan import EXACT_STRATEGIES
 from muon_dtensor.runtime import normuon_state
 from muon_dtensor.runtime.torch_private import local_part, with_shard
 from tests.support.cases import mesh_of, spread, tensors_like
@@ -100,7 +100,7 @@ def test_variants_of_experts(mesh_shape, placements, dtype):
 
 @pytest.mark.parametrize(
     "more",
-    [{"strategy": s} for s in STRATEGIES]
+    [{"strategy": s} for s in EXACT_STRATEGIES]
     + [{"bucket_mb": 1e-4, "strategy": "owned"}, {"exact": False, "strategy": "auto"}],
     ids=str,
 )

@@ -25,7 +25,7 @@ from muon_dtensor import GroupOptionError, Muon, StepFailedError
 from muon_dtensor.algorithms import kernels as bodies
 from muon_dtensor.algorithms import newton_schulz
 from muon_dtensor.optimizer import planned_step as prepared
-from muon_dtensor.planning.plan import STRATEGIES
+from muon_dtensor.planning.plan import EXACT_STRATEGIES
 from muon_dtensor.runtime.hyperparameters import MuonOptions
 from muon_dtensor.runtime.local_param import LocalParam
 from muon_dtensor.runtime.torch_private import on_host
@@ -361,7 +361,7 @@ def test_offload_momentum_has_no_effect_on_the_host():
     assert on_host(buffer) is buffer
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+@pytest.mark.parametrize("strategy", EXACT_STRATEGIES[1:])
 @pytest.mark.parametrize(
     ("mesh_shape", "placements"), [((2, 2), (R, S0)), ((2, 2), (S0, S1)), ((4,), (R,))], ids=str
 )

@@ -6,11 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, Region
-from muon_dtensor.planning.owners import Candidate, assign_owners, possible_owners
+from muon_dtensor.planning.owners import Candidate, Work, assign_owners, possible_owners
 
 
 def candidate(flops: int, index: int) -> Candidate:
     return Candidate(index, 0, Matrix(Region((0, 0), (1, 1)), 1, 1), flops, (f"w{index:02}", 0))
+
+
+def work(flops: int, index: int, ranks: tuple[int, ...]) -> Work:
+    return Work(candidate(flops, index), tuple((rank,) for rank in ranks), flops)
 
 
 def makespan(flops: list[int], owners: tuple[int, ...], num_ranks: int) -> int:
@@ -25,7 +29,8 @@ def makespan(flops: list[int], owners: tuple[int, ...], num_ranks: int) -> int:
 def test_the_makespan_is_within_grahams_bound(flops, num_ranks):
     """At most 4/3 - 1/(3 m) times the smallest makespan of all assignments."""
     ranks = tuple(range(num_ranks))
-    owners = assign_owners([(candidate(f, i), ranks) for i, f in enumerate(flops)])
+    teams = assign_owners([work(f, i, ranks) for i, f in enumerate(flops)])
+    owners = tuple(owner for (owner,) in teams)
     best = min(
         makespan(flops, assignment, num_ranks) for assignment in product(ranks, repeat=len(flops))
     )
@@ -33,14 +38,20 @@ def test_the_makespan_is_within_grahams_bound(flops, num_ranks):
 
 
 def test_only_allowed_ranks_own_and_their_loads_count():
-    work = [(candidate(5, 0), (2,)), (candidate(4, 1), (1, 2)), (candidate(3, 2), (1, 2))]
-    assert assign_owners(work) == (2, 1, 1)
+    works = [work(5, 0, (2,)), work(4, 1, (1, 2)), work(3, 2, (1, 2))]
+    assert assign_owners(works) == ((2,), (1,), (1,))
+
+
+def test_a_team_is_as_busy_as_its_busiest_member():
+    teams = ((0, 1), (2, 3))
+    works = [work(5, 0, (1,)), Work(candidate(8, 1), teams, 4), work(3, 2, (0, 2))]
+    assert assign_owners(works) == ((1,), (2, 3), (0,))
 
 
 def test_ties_are_broken_by_name_and_order_of_ranks():
-    work = [(candidate(5, i), (3, 1)) for i in range(4)]
-    assert assign_owners(work) == (3, 1, 3, 1)
-    assert assign_owners(work[::-1]) == (1, 3, 1, 3)
+    works = [work(5, i, (3, 1)) for i in range(4)]
+    assert assign_owners(works) == ((3,), (1,), (3,), (1,))
+    assert assign_owners(works[::-1]) == ((1,), (3,), (1,), (3,))
 
 
 def test_holders_of_larger_pieces_are_preferred():

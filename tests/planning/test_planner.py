@@ -26,7 +26,7 @@ from muon_dtensor.planning.render import families, quantity
 from muon_dtensor.planning.report import PlanReport, plan_report
 from muon_dtensor.planning.routes import rank_bucket
 from muon_dtensor.planning.serialize import digest, to_json
-from muon_dtensor.planning.strategies import Owned
+from muon_dtensor.planning.strategies import Distributed, Owned
 from tests.support.deadlines import run_program
 from tests.support.models import anchors, layered, llama3_70b, param_spec
 from tests.support.random_plans import random_params
@@ -411,7 +411,11 @@ def test_any_plan_routes_every_element_once(case):
     assert PlanReport.from_json(plan.to_json()) == plan
     cost = plan.cost
     assert sum(cost.sent_nbytes) == sum(cost.received_nbytes)
-    assert cost.redundancy == 1.0
+    repeats = any(
+        isinstance(b.strategy, Distributed) and not b.strategy.shares_polynomial
+        for b in plan.buckets
+    )
+    assert cost.redundancy > 1 if repeats else cost.redundancy == 1
     assert max(cost.peak_nbytes) >= cost.peak_buffer_nbytes
     for bucket, traffic in zip(plan.buckets, cost.buckets, strict=True):
         for position in range(bucket.mesh.num_ranks):

@@ -1,9 +1,11 @@
 """Events of each phase of a bucket, the buffers that they name, and the lifetimes of buffers."""
 
+from collections import defaultdict
+
 import pytest
 from hypothesis import given, settings
 
-from muon_dtensor.layout import MeshSpec
+from muon_dtensor.layout import MeshSpec, Region
 from muon_dtensor.planning.buckets import BufferBound, owned_matrix
 from muon_dtensor.planning.matrix_costs import ITEMSIZES
 from muon_dtensor.planning.memory import bucket_peak_nbytes
@@ -82,13 +84,16 @@ def test_the_buffer_bound_is_at_least_the_exact_peak(case):
     for traffic in report.traffic:
         bucket, sequence = traffic.bucket, traffic.sequence
         bound = BufferBound(live_sets(sequence))
+        boxes: dict[tuple[int, int], dict[int, Region]] = defaultdict(dict)
         for a in bucket.assignments:
+            boxes[a.param, a.matrix][a.owner] = report.plan.region(a)
+        for a in {(a.param, a.matrix): a for a in bucket.assignments}.values():
             spec = report.spec(a)
             candidate = Candidate(a.param, a.matrix, report.matrix(a), 1, (spec.fqn, a.matrix))
             bound.add(
                 owned_matrix(
                     candidate,
-                    a.owner,
+                    boxes[a.param, a.matrix],
                     spec.layout,
                     strategy=bucket.strategy,
                     sequence=sequence,

@@ -10,14 +10,14 @@ from muon_dtensor.layout import Layout, MeshSpec
 from muon_dtensor.layout.matrices import matrices_of
 from muon_dtensor.planning.check import check
 from muon_dtensor.planning.memory import bucket_peak_nbytes
-from muon_dtensor.planning.plan import STRATEGIES, ParamSpec, Phase, PlanOptions
+from muon_dtensor.planning.plan import EXACT_STRATEGIES, ParamSpec, Phase, PlanOptions
 from muon_dtensor.planning.presets import PRESETS
 from muon_dtensor.planning.report import plan_report
-from muon_dtensor.planning.search import STAGED_GAIN
+from muon_dtensor.planning.search import REQUIRED_GAIN
 from muon_dtensor.planning.simulate import simulate
 from tests.support.models import param_spec
 
-FORCED = [strategy for strategy in STRATEGIES if strategy != "auto"]
+FORCED = [strategy for strategy in EXACT_STRATEGIES if strategy != "auto"]
 
 
 @st.composite
@@ -62,7 +62,7 @@ def test_the_choice_is_never_slower_than_a_single_strategy(case):
     for strategy in FORCED:
         forced = plan_report(specs, options_with(options, strategy=strategy))
         if fits(forced):
-            gain = STAGED_GAIN if strategy == "owned_staged" else 1.0
+            gain = REQUIRED_GAIN["owned_staged"] if strategy == "owned_staged" else 1.0
             assert chosen <= gain * forced.prediction.seconds
 
 
@@ -99,5 +99,5 @@ def test_a_staged_exchange_must_be_faster_by_staged_gain():
     report = plan_report(specs)
     assert {bucket.strategy.kind for bucket in report.buckets} == {"owned"}
     staged = [a for a in report.buckets[0].alternatives if a.strategy.is_staged]
-    assert staged[0].seconds * STAGED_GAIN > report.buckets[0].seconds
+    assert staged[0].seconds * REQUIRED_GAIN["owned_staged"] > report.buckets[0].seconds
     assert report.cost.total_nbytes == report.cost.bound_nbytes

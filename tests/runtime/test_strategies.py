@@ -6,7 +6,7 @@ Ranks are threads here, and processes in `test_strategies_over_gloo`.
 import pytest
 from torch.distributed.tensor import Replicate, Shard
 
-from muon_dtensor.planning.plan import STRATEGIES
+from muon_dtensor.planning.plan import EXACT_STRATEGIES
 from tests.support.cases import (
     Case,
     compare_in_process,
@@ -24,13 +24,13 @@ def case(mesh_shape, shapes, placements, **kwargs) -> Case:
 
 @pytest.mark.parametrize(("mesh_shape", "placements"), LAYOUTS)
 @pytest.mark.parametrize("shapes", [EVEN, ODD], ids=["even", "odd"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", EXACT_STRATEGIES)
 def test_bitwise(strategy, shapes, mesh_shape, placements):
     outcomes = run(case(mesh_shape, shapes, placements, ours={"strategy": strategy}))
     hold_to_plan(outcomes)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", EXACT_STRATEGIES)
 @pytest.mark.parametrize(
     ("mesh_shape", "placements"),
     [((4,), (S1,)), ((2, 2), (R, S0)), ((2, 2), (S0, S1)), ((2, 2, 2), (S0, S1, S2))],
@@ -43,7 +43,7 @@ def test_experts(strategy, mesh_shape, placements):
 
 @pytest.mark.P1
 def test_strategies_over_gloo():
-    for strategy in STRATEGIES:
+    for strategy in EXACT_STRATEGIES:
         hard = case((2, 2, 2), ODD, (R, S0, S0), ours={"strategy": strategy})
         outcomes = run_processes(8, compare_in_process, hard)
         hold_to_plan(outcomes)

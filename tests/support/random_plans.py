@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from muon_dtensor.layout import Layout, MeshSpec
 from muon_dtensor.layout.matrices import matrices_of
-from muon_dtensor.planning.plan import STRATEGIES, ParamSpec, PlanOptions
+from muon_dtensor.planning.plan import EXACT_STRATEGIES, STRATEGIES, ParamSpec, PlanOptions
 from muon_dtensor.planning.presets import PRESETS
 
 
@@ -25,8 +25,8 @@ def random_params(draw) -> tuple[list[ParamSpec], PlanOptions]:
         layout = Layout(mesh, shape, tuple(map(tuple, cuts)))
         specs.append(ParamSpec(f"p{index}", layout, "float32", matrices_of(shape)))
     cap = draw(st.sampled_from([1, 50, 400, 10**9]))
-    strategy = draw(st.sampled_from(STRATEGIES))
     exact = draw(st.booleans())
+    strategy = draw(st.sampled_from(EXACT_STRATEGIES if exact else STRATEGIES))
     prefetch_count = draw(st.integers(0, 3))
     topology = PRESETS[draw(st.sampled_from(sorted(PRESETS)))]
     options = PlanOptions(cap, prefetch_count, strategy=strategy, exact=exact, topology=topology)

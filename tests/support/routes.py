@@ -30,8 +30,7 @@ def check_routes(plan: Plan) -> None:
                                 f"pieces that position {peer} does not expect"
                             )
         for position, local in enumerate(rank_buckets):
-            for assignment in local.owned:
-                region = local.matrices[assignment].region
+            for assignment, region in local.boxes.items():
                 _check_tiling(local.wholes, region, assignment, number, position)
             for assignment, region in local.stored:
                 _check_tiling(local.results, region, assignment, number, position)

@@ -1,0 +1,191 @@
+"""Teams of ranks that orthogonalize a matrix together: legal teams, slabs, and team sizes."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from muon_dtensor.layout import Layout, Matrix, MeshSpec, Region
+from muon_dtensor.layout.matrices import is_slab, slabs_of
+from muon_dtensor.planning.matrix_costs import slab_flops
+from muon_dtensor.planning.owners import Candidate
+from muon_dtensor.planning.plan import ParamSpec, PlanOptions
+from muon_dtensor.planning.search import GroupKey
+from muon_dtensor.planning.simulate import distributed_seconds, orthogonalize_seconds
+from muon_dtensor.planning.strategies import Distributed, Owned, Strategy, strategies_for
+
+MAX_TEAM_SIZE = 64
+"""The most ranks of a team. Every member stores the Gram matrix, and the ranks of a team wait for
+each other three times in each iteration."""
+
+
+def distributed_strategies(spec: ParamSpec, matrix: Matrix) -> Iterator[Distributed]:
+    """Yield the legal `Distributed` strategies of a non-empty matrix."""
+    if not spec.can_distribute:
+        return
+    layout, region = spec.layout, matrix.region
+    owned = [s for s in strategies_for(layout, region) if not s.is_staged]
+    unshard_dims, replica_dims = owned[0].unshard_dims, owned[0].replica_dims
+    used = {*unshard_dims, *replica_dims}
+    all_dims = tuple(name for name in layout.mesh.dim_names if name in used)
+    for team_dims in dict.fromkeys((unshard_dims, all_dims)):
+        count = layout.mesh.num_ranks_along(team_dims)
+        for size in range(2, min(count, MAX_TEAM_SIZE) + 1):
+            if count % size or not slabs_of(matrix, size):
+                continue
+            moves: Iterable[Owned] = owned
+            if team_dims == unshard_dims and size == count and holds_slabs(layout, matrix, size):
+                moves = [Owned((), replica_dims)]
+            for move in moves:
+                for shares_polynomial in (True, False):
+                    yield Distributed(
+                        move.unshard_dims,
+                        replica_dims,
+                        move.hops,
+                        team_dims=team_dims,
+                        team_size=size,
+                        shares_polynomial=shares_polynomial,
+                    )
+
+
+def holds_slabs(layout: Layout, matrix: Matrix, count: int) -> bool:
+    """Whether each replica stores the matrix as `count` slabs on different ranks."""
+    holders = layout.holders(matrix.region)
+    return len(holders) == count and all(is_slab(matrix, piece) for piece in holders.values())
+
+
+def team_slabs(
+    strategy: Distributed, layout: Layout, matrix: Matrix, team: Sequence[int]
+) -> dict[int, Region]:
+    """Return {position: its slab} for the positions of a team.
+
+    A member keeps the slab that it stores. Otherwise it takes the one of which it stores most.
+    """
+    if not strategy.unshard_dims and holds_slabs(layout, matrix, len(team)):
+        holders = layout.holders(matrix.region)
+        return {position: holders[layout.home(position)] for position in team}
+    free = list(team)
+    stored = {position: layout.region(position) for position in team}
+    slabs: dict[int, Region] = {}
+    for slab in slabs_of(matrix, len(team)):
+        member = max(free, key=lambda position: stored[position].intersect(slab).numel)
+        free.remove(member)
+        slabs[member] = slab
+    return dict(sorted(slabs.items()))
+
+
+def team_of(position: int, mesh: MeshSpec, strategy: Distributed | None) -> tuple[int, ...]:
+    """Return the positions of the team of a position; itself alone without a strategy."""
+    if strategy is None:
+        return (position,)
+    return mesh.team(position, strategy.team_dims, strategy.team_size)
+
+
+def team_flops(spec: ParamSpec, matrix: Matrix, strategy: Distributed) -> int:
+    """Return the flops of the busiest member of a team for one matrix."""
+    short, long = sorted((matrix.rows, matrix.cols))
+    slab = -(-long // strategy.team_size)
+    num_rows = -(-short // strategy.team_size) if strategy.shares_polynomial else short
+    return slab_flops(short, slab, num_rows, spec.num_iterations)
+
+
+@dataclass(frozen=True, slots=True)
+class TeamOption:
+    """A strategy of the matrices of one size, with the seconds of one matrix on its ranks."""
+
+    strategy: Strategy
+    seconds: float
+
+    @property
+    def num_ranks(self) -> int:
+        return self.strategy.team_size if isinstance(self.strategy, Distributed) else 1
+
+
+def team_options(spec: ParamSpec, matrix: Matrix, options: PlanOptions) -> list[TeamOption]:
+    """Return how one rank or a team can orthogonalize a matrix, the fastest way for each size."""
+    topology = options.topology
+    owned = strategies_for(spec.layout, matrix.region)[0]
+    seconds = orthogonalize_seconds(topology, matrix, spec.num_iterations, spec.wire_dtype)
+    fastest = {1: TeamOption(owned, seconds)}
+    size = (matrix.rows, matrix.cols, spec.num_iterations)
+    for strategy in distributed_strategies(spec, matrix):
+        parts = distributed_seconds(topology, spec.layout.mesh, strategy, size, spec.wire_dtype)
+        option = TeamOption(strategy, sum(parts))
+        best = fastest.get(option.num_ranks)
+        if best is None or option.seconds < best.seconds:
+            fastest[option.num_ranks] = option
+    return list(fastest.values())
+
+
+def allot(sizes: Sequence[tuple[int, Sequence[TeamOption]]], num_ranks: int) -> list[TeamOption]:
+    """Return the option of each size of matrix that makes the step shortest.
+
+    A step takes at least the longest matrix, and the mean over `num_ranks` of the seconds that all
+    ranks spend. For each limit on the first, every size takes the option that costs the least
+    seconds of all its ranks; the best limit is the one with the smallest larger of the two (Turek,
+    Wolf & Yu 1992, "Approximate algorithms for scheduling parallelizable tasks", SPAA, section 3).
+
+    `sizes`: (number of matrices, options) of each.
+    """
+    best: list[TeamOption] = []
+    best_seconds = math.inf
+    limits = sorted({option.seconds for _, options in sizes for option in options}, reverse=True)
+    for limit in limits:
+        chosen = []
+        for _, options in sizes:
+            if possible := [option for option in options if option.seconds <= limit]:
+                chosen.append(min(possible, key=lambda o: (o.num_ranks * o.seconds, o.num_ranks)))
+        if len(chosen) < len(sizes):
+            break
+        longest = max(option.seconds for option in chosen)
+        total = sum(
+            count * option.num_ranks * option.seconds
+            for (count, _), option in zip(sizes, chosen, strict=True)
+        )
+        if (seconds := max(longest, total / num_ranks)) < best_seconds:
+            best, best_seconds = chosen, seconds
+    return best
+
+
+def with_teams(
+    params: Sequence[ParamSpec],
+    groups: Mapping[GroupKey, list[Candidate]],
+    options: PlanOptions,
+) -> dict[GroupKey, list[Candidate]]:
+    """Return the groups of one set of ranks, with `Distributed` strategies of allotted team sizes.
+
+    Matrices of a group that get different teams, or none, are in groups of their own afterwards.
+    With strategy="distributed" every matrix gets the fastest team.
+    """
+    options_by_table: dict[tuple[int, ...], list[TeamOption]] = {}
+    split: dict[tuple[GroupKey, tuple[TeamOption, ...]], list[Candidate]] = {}
+    for key, candidates in groups.items():
+        for candidate in candidates:
+            spec, matrix = params[candidate.param], candidate.matrix
+            holders = id(spec.layout.holders(matrix.region))
+            size = (matrix.rows, matrix.cols, spec.num_iterations)
+            table = (holders, *size, spec.can_distribute)
+            if key.is_named:
+                split.setdefault((key, ()), []).append(candidate)
+                continue
+            if table not in options_by_table:
+                options_by_table[table] = team_options(spec, matrix, options)
+            split.setdefault((key, tuple(options_by_table[table])), []).append(candidate)
+    sizes = [(len(members), choices) for (_, choices), members in split.items() if choices]
+    if options.strategy == "distributed":
+        allotted = [min(c[1:] or c, key=lambda option: option.seconds) for _, c in sizes]
+    else:
+        allotted = allot(sizes, len(next(iter(groups)).mesh.rank_set))
+    chosen = iter(allotted)
+    result: dict[GroupKey, list[Candidate]] = {}
+    for (key, choices), members in split.items():
+        strategy = next(chosen).strategy if choices else None
+        if isinstance(strategy, Distributed):
+            spec, matrix = params[members[0].param], members[0].matrix
+            same_team = (
+                s
+                for s in distributed_strategies(spec, matrix)
+                if replace(strategy, hops=s.hops) == s
+            )
+            key = replace(key, strategies=(*key.strategies, *same_team))
+        result.setdefault(key, []).extend(members)
+    return result
