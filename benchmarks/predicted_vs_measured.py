@@ -58,7 +58,7 @@ class Config:
     models: tuple[str, ...] = ()
     """Default: all except the largest."""
     strategies: tuple[str, ...] = ("owned", "owned_staged")
-    """auto: the planner chooses."""
+    """auto: the planner chooses; distributed: of the models with fewer matrices than ranks."""
     ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     rounds: int = 9
     topology: str = ""
@@ -117,6 +117,7 @@ def optimizer_of(
         params,
         ns_dtype=getattr(torch, config.ns_dtype),
         strategy=strategy,
+        exact=strategy != "distributed",
         topology=topology,
     )
 

@@ -41,7 +41,7 @@ class Row:
 
     `seconds` of a step; `orthogonalize_seconds`, `elementwise_seconds` and `exposed_seconds` of the
     busiest rank. `float32_seconds`: with the iteration in float32. `one_replica_seconds`: if every
-    replica repeats the work.
+    replica repeats the work. `in_teams_seconds`: with exact=False.
     """
 
     model: str
@@ -58,6 +58,7 @@ class Row:
     strategies: str
     one_replica_seconds: float
     float32_seconds: float
+    in_teams_seconds: float
 
 
 def mesh_of(model: str, ranks: int) -> MeshSpec:
@@ -105,6 +106,7 @@ def row(job: tuple[str, int, str]) -> Row:
     plan = plan_report(params, options)
     float32_params = [replace(spec, wire_dtype="float32") for spec in params]
     float32 = plan_report(float32_params, options)
+    in_teams = plan_report(params, replace(options, exact=False))
     orthogonalize, elementwise = lanes(plan)
     cost, seconds = plan.cost, plan.prediction.seconds
     kinds = {bucket.strategy.kind for bucket in plan.buckets}
@@ -123,6 +125,7 @@ def row(job: tuple[str, int, str]) -> Row:
         strategies=", ".join(sorted(kinds)),
         one_replica_seconds=method_cost("1d-owner", params, options).seconds,
         float32_seconds=float32.prediction.seconds,
+        in_teams_seconds=in_teams.prediction.seconds,
     )
 
 
@@ -130,7 +133,8 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
     """Yield the lines of a table for each model."""
     head = (
         f"{'ranks':>6} {'step ms':>9} {'matmul':>9} {'pointwise':>9} {'exposed':>9} {'slowest':>8} "
-        f"{'MB sent':>9} {'peak GB':>8} {'replicas repeat':>15} {'float32':>9}"
+        f"{'MB sent':>9} {'peak GB':>8} {'replicas repeat':>15} {'float32':>9} "
+        f"{'in teams':>9}"
     )
     for model in dict.fromkeys(r.model for r in rows):
         model_rows = [r for r in rows if r.model == model]
@@ -142,7 +146,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
                 f"{1e3 * r.elementwise_seconds:>9.1f} {1e3 * r.exposed_seconds:>9.1f} "
                 f"{r.imbalance:>7.2f}x {r.sent_nbytes / 1e6:>9.1f} {r.peak_nbytes / 1e9:>8.2f} "
                 f"{1e3 * r.one_replica_seconds:>15.1f} "
-                f"{1e3 * r.float32_seconds:>9.1f}"
+                f"{1e3 * r.float32_seconds:>9.1f} {1e3 * r.in_teams_seconds:>9.1f}"
             )
 
 

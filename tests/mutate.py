@@ -298,8 +298,8 @@ FAULTS = [
         ),
         (
             "results are applied immediately",
-            "            while len(resharding) > min(prefetch_count, 1):",
-            "            while len(resharding) > 0:",
+            "        while len(resharding) > num_pending:",
+            "        while len(resharding) > 0:",
         ),
     ),
     *in_files(
@@ -360,17 +360,60 @@ FAULTS = [
         ),
     ),
     *in_files(
+        "algorithms/distributed_newton_schulz.py",
+        "distributed",
+        (
+            "Gram matrices are summed in the wire dtype",
+            "    received = team.exchange(_gram(x, wide),",
+            "    received = team.exchange(_gram(x, wide).to(x.dtype),",
+        ),
+        (
+            "a zero slab counts with its own scale",
+            "scale / power_of_two(largest_of_each).to(wide)).clamp(max=1)",
+            "scale / power_of_two(largest_of_each).to(wide))",
+        ),
+        (
+            "each member scales its slab by its own largest element",
+            "    scale = power_of_two(largest_of_each.amax()).to(wide)",
+            "    scale = own_scale",
+        ),
+        (
+            "every member computes the first rows of the polynomial",
+            "    own = slice(rows[team.index].start, rows[team.index].stop)",
+            "    own = slice(0, len(rows[team.index]))",
+        ),
+    ),
+    *in_files(
+        "planning/teams.py",
+        "distributed teams",
+        (
+            "slabs are taken in the order of the team",
+            "        member = max(free, key=lambda position: stored[position].intersect(slab).numel)",
+            "        member = free[0]",
+        ),
+        (
+            "shards that are slabs are exchanged all the same",
+            "            if team_dims == unshard_dims and size == count and holds_slabs(layout, matrix, size):",
+            "            if False:",
+        ),
+        (
+            "teams are as large as possible",
+            "        if (seconds := _makespan(tasks, num_ranks)) < best_seconds:",
+            "        if (seconds := _makespan(tasks, num_ranks)) < math.inf:",
+        ),
+    ),
+    *in_files(
         "planning/owners.py",
         "planner layouts_bitwise::matrices",
         (
             "the smallest matrix goes first",
-            "key=lambda i: (-costs[i], work[i][0].name)",
-            "key=lambda i: (costs[i], work[i][0].name)",
+            "key=lambda i: (-work[i].cost, work[i].candidate.name)",
+            "key=lambda i: (work[i].cost, work[i].candidate.name)",
         ),
         (
             "loads are not counted",
-            "        loads[owner] = loads.get(owner, 0) + costs[index]",
-            "        loads[owner] = loads.get(owner, 0)",
+            "            loads[rank] += work[index].cost",
+            "            loads[rank] += 0",
         ),
         (
             "an owner holds none of the matrix",

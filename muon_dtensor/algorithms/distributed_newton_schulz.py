@@ -41,23 +41,23 @@ def distributed_newton_schulz(
     rows: Sequence[range],
     shares_polynomial: bool,
     eps: float = EPS,
-    dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """Return this member's slab of the approximate polar factor, in `dtype`.
+    """Return this member's slab of the approximate polar factor.
 
-    The iterations are those of `newton_schulz.iterate`, with the same scaling and the same norm.
-    The result differs from that of one rank by the rounding of other sums; its error is the same,
-    see Note [Sum in float32]. All members call this with slabs of one matrix.
+    Overwrites `x`; the result may be `x`. The iterations are those of `newton_schulz.iterate`, with
+    the same scaling and the same norm. The result differs from that of one rank by the rounding of
+    other sums; its error is the same, see Note [Sum in float32]. All members call this with slabs
+    of one matrix.
 
     Args:
-        x: `[short, slab]`, the columns of this member; it may have none.
+        x: `[short, slab]`, the columns of this member; it may have none. Its dtype is that of the
+            iteration and of the result.
         coefficients: the (a, b, c) of each iteration.
         team: exchanges with the other members.
         rows: the rows of the Gram matrix that each member sums.
         shares_polynomial: each member computes the polynomial for its rows and sends them to the
             others; otherwise every member computes all rows.
         eps: the smallest divisor.
-        dtype: the dtype of the iteration and of the result.
     """
     if torch.is_autocast_enabled(x.device.type):  # would iterate in its own dtype
         with torch.autocast(x.device.type, enabled=False):
@@ -68,9 +68,9 @@ def distributed_newton_schulz(
                 rows=rows,
                 shares_polynomial=shares_polynomial,
                 eps=eps,
-                dtype=dtype,
             )
-    x = _normalized(x.to(dtype), team, eps)
+    _normalize(x, team, eps)
+    result = torch.empty_like(x)
     own = slice(rows[team.index].start, rows[team.index].stop)
     for a, b, c in coefficients:
         gram = _gathered(_summed_rows(x, team, rows), team, rows)
@@ -81,23 +81,26 @@ def distributed_newton_schulz(
         else:
             polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
             del gram
-        x = torch.addmm(x, polynomial, x, beta=a)
+        torch.addmm(x, polynomial, x, beta=a, out=result)
+        del polynomial
+        x, result = result, x
     return x
 
 
-def _normalized(x: Tensor, team: Team, eps: float) -> Tensor:
+def _normalize(x: Tensor, team: Team, eps: float) -> None:
     """Divide the matrix by its Frobenius norm; see `newton_schulz.iterate`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     largest = x.abs().amax().to(wide) if x.numel() else x.new_zeros((), dtype=wide)
     own_scale = power_of_two(largest).to(wide)
-    square = (x.to(wide) * own_scale).square().sum()
+    x.mul_(own_scale.to(x.dtype))
+    square = torch.linalg.vector_norm(x, dtype=wide).square()
     sums = torch.stack([largest, square]).expand(team.size, 2)
     largest_of_each, squares = team.exchange(sums, [1] * team.size, [1] * team.size).unbind(1)
     scale = power_of_two(largest_of_each.amax()).to(wide)
     # a zero slab has scale 1, which may be far below that of the matrix; its sum is 0 all the same
     ratios = (scale / power_of_two(largest_of_each).to(wide)).clamp(max=1)
     norm = (squares * ratios.square()).sum().sqrt().to(x.dtype)
-    return (x * scale.to(x.dtype)).div_(norm.clamp(min=max(eps, 1e-30)))
+    x.mul_(ratios[team.index].to(x.dtype)).div_(norm.clamp(min=max(eps, 1e-30)))
 
 
 def _summed_rows(x: Tensor, team: Team, rows: Sequence[range]) -> Tensor:

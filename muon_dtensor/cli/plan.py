@@ -43,8 +43,8 @@ def plan(
         topology: a preset (h100-ib-400, h100-nvlink, h200, a100-ib-200, gloo-local) or a JSON file
             from `muon-dtensor calibrate`.
         ranks: number of ranks; the sizes of the mesh must multiply to it.
-        strategy: auto, or one strategy for all matrices: owned, owned_staged.
-        exact: --no-exact allows strategies that round differently.
+        strategy: auto, or one strategy for all matrices: owned, owned_staged, distributed.
+        exact: --no-exact allows several ranks to orthogonalize one matrix; rounds differently.
         bucket_mb: maximum MiB of exchange buffers per bucket and rank.
         prefetch_count: number of buckets in flight while another bucket is orthogonalized.
         explain: name of a parameter; prints its plan instead of the table.

@@ -101,8 +101,10 @@ class Muon(Optimizer):
             callable from [*batch, rows, cols] to the same shape. In a param group a callable is
             called "custom".
         strategy: how the shards of a matrix are collected: "auto" selects the strategy with the
-            least predicted time on `topology`; "owned" or "owned_staged" sets it for all matrices.
-        exact: False allows `kernels` that round differently.
+            least predicted time on `topology`; "owned", "owned_staged" or, with exact=False,
+            "distributed" sets it for all matrices that it is legal for.
+        exact: False allows `kernels` that round differently, and that several ranks orthogonalize
+            one matrix together where this is predicted to be 1.3 times as fast.
         topology: costs of the machine: a preset of `planning.presets` (default: "gloo-local" on
             the CPU, "h100-ib-400" on GPUs), or a file written by `muon-dtensor calibrate`.
         momentum_dtype: dtype of the stored momentum, bfloat16 or float32; default: the dtype of its

@@ -29,12 +29,13 @@ class OwnedMatrix:
     """A candidate with its owners and the bytes that it adds to numbered buffers.
 
     `boxes`: {position: the box that it orthogonalizes}, one or those of a team. `loads`: (buffer,
-    place, bytes); bytes of matrices at the same place of a buffer add up.
+    place, bytes); bytes of matrices at the same place of a buffer add up. `nbytes`: of the matrix.
     """
 
     candidate: Candidate
     boxes: Mapping[int, Region]
     loads: tuple[tuple[int, int, int], ...]
+    nbytes: int
 
 
 class BufferBound:
@@ -98,7 +99,7 @@ def owned_matrix(
                 numels[layout.replica_offset(owner) + along] = numel
         for place, numel in numels.items():
             loads.append((buffer, place, content.copies * itemsize * numel))
-    return OwnedMatrix(candidate, boxes, tuple(loads))
+    return OwnedMatrix(candidate, boxes, tuple(loads), itemsize * matrix.numel)
 
 
 def form_buckets(
@@ -152,7 +153,7 @@ def _split_round(
     matrices: Sequence[OwnedMatrix], empty: BufferBound, cap_nbytes: int
 ) -> tuple[tuple[OwnedMatrix, ...], ...]:
     """Return consecutive runs under the cap, or OVER_CAP times what the largest matrix needs."""
-    largest = max(empty.of([matrix]).nbytes for matrix in matrices)
+    largest = max(max(empty.of([matrix]).nbytes, matrix.nbytes) for matrix in matrices)
     limit = cap_nbytes if largest <= cap_nbytes else OVER_CAP * largest
     runs: list[list[OwnedMatrix]] = []
     bound = empty.of([])

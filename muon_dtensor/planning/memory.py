@@ -170,19 +170,22 @@ def _orthogonalizing(plan: Plan, traffic: BucketTraffic) -> dict[int, int]:
 def _distributing(plan: Plan, traffic: BucketTraffic, strategy: Distributed) -> dict[int, int]:
     """Return the bytes of a team's iteration, which takes one matrix after the other.
 
-    At the sum of the Gram matrix there are two matrices in the dtype of the sum, this rank's part
-    and the rows it receives, the slab, and the Gram matrix and polynomial of the iteration before.
-    At the polynomial there are the slab, its copy and three Gram matrices in the wire dtype.
+    At any time there are two slabs; one that is a single piece stays in the buffer and is not
+    counted again. The most in addition: this rank's part of the Gram matrix and the rows that it
+    receives, in the dtype of the sum; or the rows that it sends to all members, what it receives,
+    and its own rows. On a host a narrow slab is multiplied in float32.
     """
     itemsize, gram = traffic.itemsize, gram_itemsize(traffic.bucket.wire_dtype)
+    is_host = plan.options.topology.cores is not None
     nbytes: dict[int, int] = defaultdict(int)
     for a in traffic.bucket.assignments:
-        matrix = plan.matrix(a)
+        matrix, numel = plan.matrix(a), plan.region(a).numel
         short = min(matrix.rows, matrix.cols)
-        slab = itemsize * plan.region(a).numel
-        nbytes[a.owner] = max(
-            nbytes[a.owner],
-            slab + 2 * gram * short * short,
-            2 * slab + 3 * itemsize * short * short,
-        )
+        num_rows = -(-short // strategy.team_size)
+        slabs = itemsize * numel * (1 + (len(plan.holders(a)) > 1))
+        summed = 2 * gram * short * short
+        if is_host and itemsize < gram:
+            summed = max(summed, gram * (numel + short * short))
+        gathered = itemsize * short * (num_rows * (strategy.team_size + 1) + short)
+        nbytes[a.owner] = max(nbytes[a.owner], slabs + max(summed, gathered))
     return nbytes

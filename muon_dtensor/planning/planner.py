@@ -19,7 +19,7 @@ from muon_dtensor.planning.plan import Action, Assignment, Bucket, ParamSpec, Pl
 from muon_dtensor.planning.schedule import buffer_sequence, live_sets, schedule
 from muon_dtensor.planning.search import Choice, GroupKey, Strategies, search
 from muon_dtensor.planning.strategies import Distributed, Strategy, can_own, strategies_for
-from muon_dtensor.planning.teams import team_flops, team_of, team_slabs, with_teams
+from muon_dtensor.planning.teams import team_of, team_seconds, team_slabs, with_teams
 
 
 def plan_update(
@@ -51,14 +51,30 @@ def plan_update(
     buckets: list[Bucket] = []
     actions: list[Action] = []
     for rank_set in sorted(by_ranks, key=_rank_set_order):
-        groups = by_ranks[rank_set]
-        if options.can_distribute:
-            groups = with_teams(params, groups, options)
-        builder = _Builder(params, groups, options, owners)
-        choices = search(tuple(groups), options, builder.plan)
+        builder, choices = _search(params, by_ranks[rank_set], options, owners)
         waves = builder.waves(choices, buckets)
         actions += schedule(buckets, waves, options.prefetch_count)
     return Plan(params, tuple(buckets), tuple(actions), options)
+
+
+def _search(
+    params: tuple[ParamSpec, ...],
+    groups: Mapping[GroupKey, list[Candidate]],
+    options: PlanOptions,
+    owners: Mapping[str, int],
+) -> tuple["_Builder", Mapping[GroupKey, Choice]]:
+    """Return the strategy of each group of matrices on one set of ranks, and their builder.
+
+    Matrices that could be distributed are in groups of their own; unless any of them is in the end,
+    all matrices that can share a bucket are in one group.
+    """
+    if options.can_distribute:
+        builder = _Builder(params, with_teams(params, groups, options), options, owners)
+        choices = search(tuple(builder.groups), options, builder.plan)
+        if any(isinstance(choice.strategy, Distributed) for choice in choices.values()):
+            return builder, choices
+    builder = _Builder(params, groups, options, owners)
+    return builder, search(tuple(groups), options, builder.plan)
 
 
 def _rank_set_order(rank_set: frozenset[int]) -> tuple[int, list[int]]:
@@ -138,6 +154,9 @@ class _Builder:
 
         Meshes of exactly the same ranks share loads. Other meshes do not, because a rank knows only
         the plans of its own meshes. Groups without a strategy count as owned.
+
+        The cost of a matrix is its flops; predicted seconds if matrices are distributed, because
+        then a rank may have many small ones where another has one slab of a large one.
         """
         distributed = {k: s for k, s in strategies.items() if isinstance(s, Distributed)}
         teams = self._teams.get(frozenset(distributed))
@@ -153,6 +172,9 @@ class _Builder:
             for candidate in candidates:
                 spec = self.params[candidate.param]
                 cost = max(candidate.flops, candidate.matrix.numel)
+                if distributed:
+                    seconds = team_seconds(spec, candidate.matrix, strategy, self.options)
+                    cost = round(1e9 * seconds)
                 if key.is_named:
                     work.append(Work(candidate, ((self.named_owners[spec.fqn],),), cost))
                     continue
@@ -164,8 +186,6 @@ class _Builder:
                     teams_by_table[table] = tuple(
                         tuple(key.mesh.ranks[p] for p in team) for team in teams
                     )
-                if strategy is not None:
-                    cost = team_flops(spec, candidate.matrix, strategy)
                 work.append(Work(candidate, teams_by_table[table], cost))
         teams_of_work = iter(assign_owners(work))
         return {

@@ -21,7 +21,8 @@ def _gpu(
     their nominal one-way bandwidth. Latencies are those of NCCL's tuner for the Simple protocol on
     a ring, 3.4 us over NVLink and 14 us over a network (NCCL, src/graph/tuning.cc, hwLat), divided
     by the number of messages in flight. That number and the shares are order-of-magnitude
-    assumptions.
+    assumptions. `tensor_overhead` is what a whole step takes on the host per parameter, measured
+    with the arithmetic left out (benchmarks/results/host.json), so it is rather too high.
     """
     in_flight = 8
 
@@ -35,7 +36,7 @@ def _gpu(
         between_nodes=Link(14e-6 / in_flight, 0.75 * network),
         matmul=(("bfloat16", rates(bfloat16)), ("float32", rates(float32))),
         memory_bandwidth=0.8 * memory,
-        tensor_overhead=20e-6,
+        tensor_overhead=5e-6,
         collective_overhead=40e-6,
         step_overhead=1e-3,
     )

@@ -276,7 +276,8 @@ def schedule(
     At most `prefetch_count + 1` unshards are unfinished at a time. While a wave is orthogonalized,
     the unshards of the next `prefetch_count` buckets and the reshard of the previous bucket are in
     flight. With `prefetch_count` 0 no collective is in flight during compute. `waves`: indices of
-    buckets; the owners of one wave orthogonalize at the same time.
+    buckets; the owners of one wave orthogonalize at the same time. So do the owners of several
+    waves if they all differ: results are not awaited before the last of these waves.
     """
     actions: list[Action] = []
     order = [bucket for wave in waves for bucket in wave]
@@ -289,8 +290,19 @@ def schedule(
             actions.append(Action(Phase.UNSHARD, order[num_issued]))
             num_issued += 1
 
+    busy: set[int] = set()
     done = 0
     for wave in waves:
+        owners = {a.owner for bucket in wave for a in buckets[bucket].assignments}
+        # the last reshard overlaps with the compute of this wave
+        num_pending = min(prefetch_count, 1)
+        if prefetch_count and busy.isdisjoint(owners):
+            num_pending = len(resharding)
+            busy |= owners
+        else:
+            busy = owners
+        while len(resharding) > num_pending:
+            actions.append(Action(Phase.APPLY, resharding.pop(0)))
         for bucket in wave:
             issue_up_to(done + 1 + prefetch_count)
             if buckets[bucket].unshard:
@@ -301,7 +313,5 @@ def schedule(
             if buckets[bucket].reshard:
                 actions.append(Action(Phase.RESHARD, bucket))
             resharding.append(bucket)
-            while len(resharding) > min(prefetch_count, 1):
-                actions.append(Action(Phase.APPLY, resharding.pop(0)))
     actions += [Action(Phase.APPLY, bucket) for bucket in resharding]
     return tuple(actions)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, Region
 from muon_dtensor.layout.matrices import is_slab, slabs_of
-from muon_dtensor.planning.matrix_costs import slab_flops
 from muon_dtensor.planning.owners import Candidate
 from muon_dtensor.planning.plan import ParamSpec, PlanOptions
 from muon_dtensor.planning.search import GroupKey
@@ -80,12 +79,16 @@ def team_of(position: int, mesh: MeshSpec, strategy: Distributed | None) -> tupl
     return mesh.team(position, strategy.team_dims, strategy.team_size)
 
 
-def team_flops(spec: ParamSpec, matrix: Matrix, strategy: Distributed) -> int:
-    """Return the flops of the busiest member of a team for one matrix."""
-    short, long = sorted((matrix.rows, matrix.cols))
-    slab = -(-long // strategy.team_size)
-    num_rows = -(-short // strategy.team_size) if strategy.shares_polynomial else short
-    return slab_flops(short, slab, num_rows, spec.num_iterations)
+def team_seconds(
+    spec: ParamSpec, matrix: Matrix, strategy: Distributed | None, options: PlanOptions
+) -> float:
+    """Return the seconds that each member of a team works on a matrix; None: one rank alone."""
+    topology, layout = options.topology, spec.layout
+    if strategy is None:
+        seconds = orthogonalize_seconds(topology, matrix, spec.num_iterations, spec.wire_dtype)
+        return seconds + topology.tensor_overhead * len(layout.holders(matrix.region))
+    size = (matrix.rows, matrix.cols, spec.num_iterations)
+    return sum(distributed_seconds(topology, layout.mesh, strategy, size, spec.wire_dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +105,10 @@ class TeamOption:
 
 def team_options(spec: ParamSpec, matrix: Matrix, options: PlanOptions) -> list[TeamOption]:
     """Return how one rank or a team can orthogonalize a matrix, the fastest way for each size."""
-    topology = options.topology
     owned = strategies_for(spec.layout, matrix.region)[0]
-    seconds = orthogonalize_seconds(topology, matrix, spec.num_iterations, spec.wire_dtype)
-    fastest = {1: TeamOption(owned, seconds)}
-    size = (matrix.rows, matrix.cols, spec.num_iterations)
+    fastest = {1: TeamOption(owned, team_seconds(spec, matrix, None, options))}
     for strategy in distributed_strategies(spec, matrix):
-        parts = distributed_seconds(topology, spec.layout.mesh, strategy, size, spec.wire_dtype)
-        option = TeamOption(strategy, sum(parts))
+        option = TeamOption(strategy, team_seconds(spec, matrix, strategy, options))
         best = fastest.get(option.num_ranks)
         if best is None or option.seconds < best.seconds:
             fastest[option.num_ranks] = option
@@ -119,10 +118,9 @@ def team_options(spec: ParamSpec, matrix: Matrix, options: PlanOptions) -> list[
 def allot(sizes: Sequence[tuple[int, Sequence[TeamOption]]], num_ranks: int) -> list[TeamOption]:
     """Return the option of each size of matrix that makes the step shortest.
 
-    A step takes at least the longest matrix, and the mean over `num_ranks` of the seconds that all
-    ranks spend. For each limit on the first, every size takes the option that costs the least
-    seconds of all its ranks; the best limit is the one with the smallest larger of the two (Turek,
-    Wolf & Yu 1992, "Approximate algorithms for scheduling parallelizable tasks", SPAA, section 3).
+    For each limit on the seconds of a matrix, every size takes the option within the limit that
+    costs the least seconds of all its ranks; the best limit has the smallest makespan (Turek, Wolf
+    & Yu 1992, "Approximate algorithms for scheduling parallelizable tasks", SPAA, section 3).
 
     `sizes`: (number of matrices, options) of each.
     """
@@ -132,18 +130,34 @@ def allot(sizes: Sequence[tuple[int, Sequence[TeamOption]]], num_ranks: int) -> 
     for limit in limits:
         chosen = []
         for _, options in sizes:
-            if possible := [option for option in options if option.seconds <= limit]:
+            possible = [o for o in options if o.seconds <= limit and o.num_ranks <= num_ranks]
+            if possible:
                 chosen.append(min(possible, key=lambda o: (o.num_ranks * o.seconds, o.num_ranks)))
         if len(chosen) < len(sizes):
             break
-        longest = max(option.seconds for option in chosen)
-        total = sum(
-            count * option.num_ranks * option.seconds
-            for (count, _), option in zip(sizes, chosen, strict=True)
-        )
-        if (seconds := max(longest, total / num_ranks)) < best_seconds:
+        tasks = [(count, option) for (count, _), option in zip(sizes, chosen, strict=True)]
+        if (seconds := _makespan(tasks, num_ranks)) < best_seconds:
             best, best_seconds = chosen, seconds
     return best
+
+
+def _makespan(tasks: Sequence[tuple[int, TeamOption]], num_ranks: int) -> float:
+    """Return the seconds in which ranks finish (count, option) tasks, the longest tasks first."""
+    free = {0.0: num_ranks}  # seconds of work so far -> number of ranks
+    for count, option in sorted(tasks, key=lambda task: -task[1].seconds):
+        while count:
+            load = min(free)
+            num_placed = min(count, free[load] // option.num_ranks)
+            busy = num_placed * option.num_ranks
+            rest = free.pop(load) - busy
+            if num_placed:
+                later = load + option.seconds
+                free[later] = free.get(later, 0) + busy
+                count -= num_placed
+            if rest:  # too few for a team: they wait for others
+                waits = min(free, default=load) if rest < option.num_ranks else load
+                free[waits] = free.get(waits, 0) + rest
+    return max(free)
 
 
 def with_teams(

@@ -353,7 +353,6 @@ class Executor:
             short = min(matrix.rows, matrix.cols)
             result = local.options.polar_slab(
                 slab.mT if is_row_block else slab,
-                bucket.dtype,
                 team,
                 [rows_of_member(short, index, team.size) for index in range(team.size)],
                 strategy.shares_polynomial,

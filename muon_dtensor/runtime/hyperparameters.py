@@ -135,12 +135,7 @@ class MuonOptions:
         )
 
     def polar_slab(
-        self,
-        x: Tensor,
-        dtype: torch.dtype,
-        team: Team,
-        rows: Sequence[range],
-        shares_polynomial: bool,
+        self, x: Tensor, team: Team, rows: Sequence[range], shares_polynomial: bool
     ) -> Tensor:
         """Return this member's slab of a polar factor; see `distributed_newton_schulz`."""
         coefficients: Sequence[Coefficients] = [self.ns_coefficients] * self.ns_steps
@@ -153,5 +148,4 @@ class MuonOptions:
             rows=rows,
             shares_polynomial=shares_polynomial,
             eps=self.eps,
-            dtype=dtype,
         )

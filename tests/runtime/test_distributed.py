@@ -18,7 +18,7 @@ from muon_dtensor.planning.strategies import Distributed
 from muon_dtensor.planning.topology import Link, Topology
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.layouts import LAYOUTS
-from tests.support.meter import counting, counting_flops, installed
+from tests.support.meter import counting, counting_flops, installed, peak_nbytes_of
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads
 
@@ -174,7 +174,7 @@ def test_bfloat16_is_as_accurate_as_on_one_rank(placement, num_ranks):
     exact = on_one_rank(run, torch.float32)  # 1e-6 from float64, where bfloat16 is 1e-2 away
     one_rank = errors(on_one_rank(run, torch.bfloat16), exact)
     for together, alone in zip(errors(results[0].updates, exact), one_rank, strict=True):
-        assert together < 1.1 * alone
+        assert together < 1.04 * alone  # with Gram matrices summed in bfloat16: up to 1.15
 
 
 def test_polar_express():
@@ -232,6 +232,28 @@ def test_a_zero_slab_and_a_zero_matrix():
 def test_distributed_needs_exact_false():
     with pytest.raises(ValueError, match="exact=False"):
         Muon([nn.Parameter(torch.zeros(2, 2))], strategy="distributed")
+
+
+def peak(placements: tuple, dtype: torch.dtype, topology: Topology) -> tuple[int, int]:
+    """Return (measured, planned) bytes of a step on this rank."""
+    mesh = mesh_of((4,))
+    param = nn.Parameter(spread(torch.zeros(128, 512), mesh, placements))
+    param.grad = spread(torch.ones(128, 512), mesh, placements)
+    optimizer = Muon(
+        [param], strategy="distributed", exact=False, ns_dtype=dtype, topology=topology
+    )
+    planned = optimizer.plan.cost.peak_nbytes[dist.get_rank()]
+    return peak_nbytes_of(optimizer, enough=planned), planned
+
+
+@pytest.mark.P1
+@pytest.mark.parametrize("placements", [(R,), (S0,)], ids=["replicate", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("topology", [LARGE_TEAMS, PAIRS], ids=["large", "pairs"])
+def test_the_planned_memory_is_what_a_step_takes(topology, dtype, placements):
+    on_host = replace(topology, cores=2.0)
+    for measured, planned in run_processes(4, peak, placements, dtype, on_host):
+        assert 0.99 * planned < measured <= planned
 
 
 @pytest.mark.P1
