@@ -39,7 +39,7 @@ from muon_dtensor.planning.report import PlanReport
 from muon_dtensor.runtime import consistency, executor
 from muon_dtensor.runtime.hyperparameters import MuonOptions
 from muon_dtensor.runtime.torch_private import local_part
-from tests.support.meter import peak_nbytes_of
+from tests.support.meter import counting, installed, peak_nbytes_of
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
 Shape = tuple[int, ...]
@@ -256,27 +256,11 @@ def needed(params: list[nn.Parameter], plan: PlanReport) -> Callable[[], Any]:
 
 def sent_by(step: Callable[[], Any]) -> tuple[float, int]:
     """Return (bytes that a step sends to other ranks, mean over ranks; number of exchanges)."""
-    sent, count = 0, 0
-    original = dist.all_to_all_single
-
-    def counted(
-        recv: Tensor,
-        send: Tensor,
-        recv_splits: list[int] | None = None,
-        send_splits: list[int] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        nonlocal sent, count
-        if send_splits is None:  # the consistency check
-            return original(recv, send, **kwargs)
-        to_self = send_splits[dist.get_rank(kwargs["group"])]
-        sent += (sum(send_splits) - to_self) * send.element_size()
-        count += 1
-        return original(recv, send, recv_splits, send_splits, **kwargs)
-
-    with mock.patch.object(dist, "all_to_all_single", counted):
+    issue = mock.Mock(wraps=executor.issue)
+    with installed(), counting() as count, mock.patch.object(executor, "issue", issue):
         step()
-    return _reduced(sent, dist.ReduceOp.SUM) / dist.get_world_size(), count
+    sent = _reduced(count.sent_nbytes, dist.ReduceOp.SUM) / dist.get_world_size()
+    return sent, issue.call_count
 
 
 def loopback_by(step: Callable[[], Any], repeats: int = 20) -> float:

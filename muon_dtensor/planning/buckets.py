@@ -98,7 +98,7 @@ def owned_matrix(
                 along = mesh.offset_of(mesh.index_along(owner, content.done), content.done)
                 numels[layout.replica_offset(owner) + along] = numel
         for place, numel in numels.items():
-            loads.append((buffer, place, content.copies * itemsize * numel))
+            loads.append((buffer, place, itemsize * numel))
     return OwnedMatrix(candidate, boxes, tuple(loads), itemsize * matrix.numel)
 
 

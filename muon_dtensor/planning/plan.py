@@ -126,8 +126,10 @@ class Phase(StrEnum):
     """Owners orthogonalize their matrices."""
     RESHARD = "R"
     """Issue the first collective that sends the results back."""
+    PASS_ON = "P"
+    """Wait for it, and issue the second one, if there is one: to replicas, or the next stage."""
     APPLY = "A"
-    """Wait for it, run the other collectives, decay and update the local shards."""
+    """Wait for the last one issued, run the others, decay and update the local shards."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from muon_dtensor.planning.normuon_state import reductions
 from muon_dtensor.planning.plan import Alternative, Assignment, Bucket, ParamSpec, Plan
 from muon_dtensor.planning.presets import PRESETS
 from muon_dtensor.planning.simulate import Prediction
-from muon_dtensor.planning.strategies import AllToAll
+from muon_dtensor.planning.strategies import AllGather, Collective
 from muon_dtensor.planning.topology import Topology
 from muon_dtensor.planning.traffic import BucketTraffic, bucket_traffic
 
@@ -232,10 +232,11 @@ def _bucket_lines(
     return lines
 
 
-def collective_text(bucket: Bucket, collective: AllToAll) -> str:
+def collective_text(bucket: Bucket, collective: Collective) -> str:
     """Return a collective with its mesh dims: `all_to_all to owner over dp=4 x tp=2`."""
+    name = "all_gather" if isinstance(collective, AllGather) else "all_to_all"
     route = collective.route.replace("_", " ")
-    return f"all_to_all {route} over {dims_text(bucket, collective.mesh_dims)}"
+    return f"{name} {route} over {dims_text(bucket, collective.mesh_dims)}"
 
 
 def dims_text(bucket: Bucket, mesh_dims: Sequence[str]) -> str:

@@ -14,16 +14,15 @@ Note [Three buffers]
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import assert_never
 
 from muon_dtensor.layout import Matrix, Region
 from muon_dtensor.planning.matrix_costs import ITEMSIZES
 from muon_dtensor.planning.plan import Assignment, Bucket, Plan, PlanOptions
 from muon_dtensor.planning.schedule import BufferSequence, Hop, buffer_sequence
-from muon_dtensor.planning.strategies import Collective, Route
+from muon_dtensor.planning.strategies import AllGather, Collective, Route
 
 Piece = tuple[Assignment, Region]
 
@@ -47,7 +46,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Packing:
-    """The slots of a flat buffer, grouped by source or destination, peers in rank order."""
+    """Slots of a flat buffer, grouped by source or destination, peers in rank order."""
 
     by_peer: tuple[tuple[Slot, ...], ...]
 
@@ -64,6 +63,11 @@ class Packing:
     def numel(self) -> int:
         return sum(self.numels)
 
+    @cached_property
+    def intervals(self) -> tuple[tuple[int, int], ...]:
+        """The elements of each peer in the buffer, which are adjacent."""
+        return tuple((s[0].offset, s[-1].stop) if s else (0, 0) for s in self.by_peer)
+
 
 @dataclass(frozen=True, slots=True)
 class Move:
@@ -79,12 +83,14 @@ class RankCollective:
     """A collective on one rank: the packings it sends and receives.
 
     `moves`: copies that fill the send buffer from the previous buffer; empty if it is that buffer.
+    `shares_slots`: whether several peers are sent the same slots of the send buffer.
     """
 
     collective: Collective
     send: Packing
     recv: Packing
     moves: tuple[Move, ...] = ()
+    shares_slots: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,9 @@ class RankBucket:
         numels = [self.pieces.numel] * len(self.sequence.contents)
         for hop in self.sequence.hops:
             collective = self.collective(hop)
-            numels[hop.send], numels[hop.recv] = collective.send.numel, collective.recv.numel
+            numels[hop.recv] = collective.recv.numel
+            if hop.repacks:
+                numels[hop.send] = collective.send.numel
         return tuple(numels)
 
     @cached_property
@@ -170,16 +178,16 @@ def rank_bucket(plan: Plan, bucket: Bucket, position: int) -> RankBucket:
     sequence = buffer_sequence(bucket.strategy, bucket.mesh)
     unshard: list[RankCollective] = []
     for index, collective in enumerate(bucket.unshard):
-        unshard.append(_rank_collective(view, collective, bucket.unshard[:index]))
+        unshard.append(_to_owner(view, collective, bucket.unshard[:index]))
+    boxes = {a: plan.region(a) for a in owned}
+    wholes = unshard[-1].recv if unshard else _pack([list(boxes.items())])
     reshard: list[RankCollective] = []
     for collective in bucket.reshard:
         mirrored = [c for c in unshard if c.collective.mesh_dims == collective.mesh_dims]
-        if collective.route is Route.TO_HOLDERS and mirrored:
+        if mirrored and collective.route is Route.TO_HOLDERS:
             reshard.append(RankCollective(collective, mirrored[0].recv, mirrored[0].send))
         else:
-            reshard.append(_rank_collective(view, collective, ()))
-    boxes = {a: plan.region(a) for a in owned}
-    wholes = _pack([list(boxes.items())])
+            reshard.append(_to_replicas(view, collective, reshard[-1].recv if reshard else wholes))
     pieces = unshard[0].send if unshard else wholes
     received = [pieces, *(collective.recv for collective in (*unshard, *reshard))]
     collectives = tuple(
@@ -218,37 +226,18 @@ class _RankView:
         return self.plan.holders(assignment).get(layout.home(position))
 
 
-def _rank_collective(
+def _to_owner(
     view: _RankView, collective: Collective, before: Sequence[Collective]
 ) -> RankCollective:
-    """`before`: the collectives that have moved the pieces before this one."""
-    plan, position = view.plan, view.position
-    peers = view.bucket.mesh.peers(position, collective.mesh_dims)
-    match collective.route:
-        case Route.TO_OWNER:
-            done = tuple(name for c in before for name in c.mesh_dims)
-            send, recv = _to_owner(view, collective.mesh_dims, done, peers)
-        case Route.TO_HOLDERS:
-            send, recv = _held_by(view, peers), _owned_by(view.stored, peers)
-        case Route.TO_REPLICAS:
-            recv = [_owned_in_replica_of(peer, plan, view.stored) for peer in peers]
-            send = [_owned_in_replica_of(position, plan, view.stored)] * len(peers)
-        case _:
-            assert_never(collective.route)
-    return RankCollective(collective, _pack(send), _pack(recv))
-
-
-def _to_owner(
-    view: _RankView, dims: tuple[str, ...], done: tuple[str, ...], peers: Sequence[int]
-) -> tuple[list[list[Piece]], list[list[Piece]]]:
-    """The pieces a rank sends and receives when they move along `dims`, after moves along `done`.
+    """A collective that moves pieces along its dims, after those in `before`.
 
     After a move along some dims a piece has its owner's coordinates along these, and its holder's
     along all others.
     """
-    mesh, position = view.bucket.mesh, view.position
-    send: dict[int, list[Piece]] = {peer: [] for peer in peers}
-    recv: dict[int, list[Piece]] = {peer: [] for peer in peers}
+    mesh, position, dims = view.bucket.mesh, view.position, collective.mesh_dims
+    done = tuple(name for c in before for name in c.mesh_dims)
+    send: dict[int, list[Piece]] = {peer: [] for peer in mesh.peers(position, dims)}
+    recv: dict[int, list[Piece]] = {peer: [] for peer in send}
     for assignment in view.bucket.assignments:
         layout = view.plan.spec(assignment).layout
         if layout.replica_offset(assignment.owner) != layout.replica_offset(position):
@@ -257,7 +246,35 @@ def _to_owner(
         send[target] += [(assignment, box) for _, box in _pieces_after(view, assignment, done)]
         for home, box in _pieces_after(view, assignment, (*done, *dims)):
             recv[mesh.moved(position, dims, to=home)].append((assignment, box))
-    return list(send.values()), list(recv.values())
+    return RankCollective(collective, _pack(list(send.values())), _pack(list(recv.values())))
+
+
+def _to_replicas(view: _RankView, collective: Collective, source: Packing) -> RankCollective:
+    """A collective that sends results to the holders in all replicas, from the slots of `source`.
+
+    The owner sends them, or, after a first hop, the ranks that hold them in the owner's replica.
+    """
+    mesh, position = view.bucket.mesh, view.position
+    peers = mesh.peers(position, collective.mesh_dims)
+    slots_of: dict[int, list[Slot]] = defaultdict(list)
+    homes: dict[Assignment, dict[Region, int]] = {}
+    for slot in source.slots:
+        a = slot.assignment
+        if a not in homes:
+            homes[a] = {box: home for home, box in view.plan.holders(a).items()}
+        slots_of[homes[a][slot.region]].append(slot)
+    replica_dims = view.bucket.strategy.replica_dims
+    send = [tuple(slots_of[mesh.moved(peer, replica_dims, to=0)]) for peer in peers]
+    recv: dict[int, list[Piece]] = {peer: [] for peer in peers}
+    for a, box in view.stored:
+        recv[mesh.moved(position, collective.mesh_dims, to=a.owner)].append((a, box))
+    if isinstance(collective, AllGather) and view.bucket.unshard:
+        # a holder has its pieces in the order of their owners
+        dims = view.bucket.unshard[0].mesh_dims
+        for peer, pieces in recv.items():
+            pieces.sort(key=lambda piece: mesh.ranks[mesh.moved(peer, dims, to=piece[0].owner)])
+    packed = _pack(list(recv.values()))
+    return RankCollective(collective, Packing(tuple(send)), packed, shares_slots=True)
 
 
 def _pieces_after(
@@ -271,33 +288,6 @@ def _pieces_after(
     base = home - mesh.offset_of(mesh.index_along(home, done), done)
     homes = sorted(base + mesh.offset_of(i, done) for i in range(mesh.num_ranks_along(done)))
     return [(home, holders[home]) for home in homes if home in holders]
-
-
-def _owned_by(pieces: Iterable[Piece], peers: Sequence[int]) -> list[list[Piece]]:
-    """Per peer, the pieces whose matrix it owns."""
-    owned: dict[int, list[Piece]] = {peer: [] for peer in peers}
-    for assignment, region in pieces:
-        if assignment.owner in owned:
-            owned[assignment.owner].append((assignment, region))
-    return list(owned.values())
-
-
-def _held_by(view: _RankView, peers: Sequence[int]) -> list[list[Piece]]:
-    """Per peer, the pieces it stores of the matrices this rank owns."""
-    return [
-        [(a, box) for a in view.owned if (box := view.stored_by(a, peer)) is not None]
-        for peer in peers
-    ]
-
-
-def _owned_in_replica_of(position: int, plan: Plan, pieces: Iterable[Piece]) -> list[Piece]:
-    """The pieces whose matrix is owned in the replica of this position."""
-    owned = []
-    for assignment, region in pieces:
-        layout = plan.spec(assignment).layout
-        if layout.replica_offset(assignment.owner) == layout.replica_offset(position):
-            owned.append((assignment, region))
-    return owned
 
 
 def _pack(by_peer: Sequence[Sequence[Piece]]) -> Packing:

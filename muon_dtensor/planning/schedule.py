@@ -3,14 +3,15 @@
 Note [Numbered buffers]
     The exchange buffers of a bucket are numbered in the order in which they are filled. Number 0
     holds the packed pieces. A collective receives into the next number. If it cannot send the
-    buffer that was filled before, its send buffer has a number too. Number `wholes` holds the
-    matrices that are orthogonalized in place, the last number holds the results to apply. A buffer
-    is live from the first to the last event that names it. The executor, buffer placement, memory
-    accounting and the simulation all use the same events.
+    buffer that was filled before, its send buffer has a number too. Results for several replicas
+    are sent from one place. Number `wholes` holds the matrices that are orthogonalized in place,
+    the last number holds the results to apply. A buffer is live from the first to the last event
+    that names it. The executor, buffer placement, memory accounting and the simulation all use the
+    same events.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from muon_dtensor.layout import MeshSpec
 from muon_dtensor.planning.plan import Action, Bucket, Phase
@@ -22,7 +23,7 @@ class Hop:
     """One collective between numbered buffers; `index` counts the collectives of the bucket.
 
     `source`: the buffer that was filled before. It is the send buffer itself, or the send buffer is
-    filled from it.
+    filled from it. `copies`: number of ranks to which each element is sent.
     """
 
     index: int
@@ -30,6 +31,7 @@ class Hop:
     source: int
     send: int
     recv: int
+    copies: int = 1
 
     @property
     def repacks(self) -> bool:
@@ -39,7 +41,7 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a buffer holds, `copies` times.
+    """What a buffer holds.
 
     `done`: mesh dims along which the pieces of the matrices owned in this rank's replica have been
     sent towards their owners. It is empty before the first exchange and has all unshard dims at the
@@ -47,7 +49,6 @@ class Content:
     """
 
     done: tuple[str, ...] | None
-    copies: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +74,14 @@ def buffer_sequence(strategy: Strategy, mesh: MeshSpec) -> BufferSequence:
     contents = [Content(())]
     hops: list[Hop] = []
 
-    def add_hop(collective: Collective, received: Content, sent: Content | None = None) -> None:
+    def add_hop(
+        collective: Collective, received: Content, sent: Content | None = None, copies: int = 1
+    ) -> None:
         """`sent`: content of a separate send buffer, if there is one."""
         source = len(contents) - 1
         contents.extend([sent, received] if sent else [received])
         send, recv = (source + 1, source + 2) if sent else (source, source + 1)
-        hops.append(Hop(len(hops), collective, source, send, recv))
+        hops.append(Hop(len(hops), collective, source, send, recv, copies))
 
     done: tuple[str, ...] = ()
     before: dict[tuple[str, ...], Content] = {}
@@ -94,7 +97,7 @@ def buffer_sequence(strategy: Strategy, mesh: MeshSpec) -> BufferSequence:
             sent = contents[-1] if index else None
             add_hop(collective, before[collective.mesh_dims], sent)
         else:
-            add_hop(collective, Content(None), replace(contents[-1], copies=copies))
+            add_hop(collective, Content(None), copies=copies)
     return BufferSequence(
         tuple(contents), tuple(hops[:num_unshard]), tuple(hops[num_unshard:]), wholes
     )
@@ -202,8 +205,12 @@ def lower_phase(phase: Phase, sequence: BufferSequence) -> tuple[Event, ...]:
             return (Compute(sequence.wholes),)
         case Phase.RESHARD:
             return send(sequence.reshard[0])
+        case Phase.PASS_ON:
+            received, passed_on, *_ = sequence.reshard
+            return (Wait(received), *send(passed_on))
         case Phase.APPLY:
-            return (*finish(sequence.reshard), Apply(sequence.results))
+            unfinished = sequence.reshard[len(sequence.reshard) > 1 :]
+            return (*finish(unfinished), Apply(sequence.results))
 
 
 def lower(schedule: Sequence[Action], sequences: Mapping[int, BufferSequence]) -> Program:
@@ -220,12 +227,14 @@ def lower(schedule: Sequence[Action], sequences: Mapping[int, BufferSequence]) -
 
 def phases_of(sequence: BufferSequence) -> tuple[Phase, ...]:
     """Return the phases of a bucket, in order."""
-    phases = [Phase.UNSHARD, Phase.ORTHOGONALIZE, Phase.APPLY]
-    if sequence.reshard:
-        phases.insert(2, Phase.RESHARD)
-    if sequence.unshard:
-        phases.insert(1, Phase.WAIT)
-    return tuple(phases)
+    return (
+        Phase.UNSHARD,
+        *[Phase.WAIT] * (len(sequence.unshard) > 0),
+        Phase.ORTHOGONALIZE,
+        *[Phase.RESHARD] * (len(sequence.reshard) > 0),
+        *[Phase.PASS_ON] * (len(sequence.reshard) > 1),
+        Phase.APPLY,
+    )
 
 
 def live_sets(sequence: BufferSequence) -> tuple[tuple[int, ...], ...]:
@@ -274,15 +283,35 @@ def schedule(
     """Return the order of phases; it is the same on every rank, so that collectives match.
 
     At most `prefetch_count + 1` unshards are unfinished at a time. While a wave is orthogonalized,
-    the unshards of the next `prefetch_count` buckets and the reshard of the previous bucket are in
-    flight. With `prefetch_count` 0 no collective is in flight during compute. `waves`: indices of
-    buckets; the owners of one wave orthogonalize at the same time. So do the owners of several
-    waves if they all differ: results are not awaited before the last of these waves.
+    the unshards of the next `prefetch_count` buckets, the first hop of the reshard of the previous
+    bucket and the second hop of the one before are in flight. With `prefetch_count` 0 no collective
+    is in flight during compute. `waves`: indices of buckets; the owners of one wave orthogonalize
+    at the same time. So do the owners of several waves if they all differ: results are not awaited
+    before the last of these waves.
     """
     actions: list[Action] = []
     order = [bucket for wave in waves for bucket in wave]
     num_issued = 0
     resharding: list[int] = []
+    passed_on: list[int] = []
+
+    def finish_reshards(num_pending: int) -> None:
+        """Apply results, except of the last `num_pending` buckets and one in its second hop."""
+        before = passed_on.copy()
+        while len(resharding) > num_pending:
+            bucket = resharding.pop(0)
+            if len(buckets[bucket].reshard) < 2:
+                actions.append(Action(Phase.APPLY, bucket))
+                continue
+            actions.append(Action(Phase.PASS_ON, bucket))
+            apply_passed_on()
+            passed_on.append(bucket)
+        if passed_on == before:
+            apply_passed_on()
+
+    def apply_passed_on() -> None:
+        actions.extend(Action(Phase.APPLY, bucket) for bucket in passed_on)
+        passed_on.clear()
 
     def issue_up_to(count: int) -> None:
         nonlocal num_issued
@@ -294,15 +323,13 @@ def schedule(
     done = 0
     for wave in waves:
         owners = {a.owner for bucket in wave for a in buckets[bucket].assignments}
-        # the last reshard overlaps with the compute of this wave
-        num_pending = min(prefetch_count, 1)
         if prefetch_count and busy.isdisjoint(owners):
-            num_pending = len(resharding)
             busy |= owners
         else:
             busy = owners
-        while len(resharding) > num_pending:
-            actions.append(Action(Phase.APPLY, resharding.pop(0)))
+            finish_reshards(min(prefetch_count, 1))  # the last one overlaps with this wave
+        if prefetch_count == 0:
+            apply_passed_on()
         for bucket in wave:
             issue_up_to(done + 1 + prefetch_count)
             if buckets[bucket].unshard:
@@ -313,5 +340,6 @@ def schedule(
             if buckets[bucket].reshard:
                 actions.append(Action(Phase.RESHARD, bucket))
             resharding.append(bucket)
-    actions += [Action(Phase.APPLY, bucket) for bucket in resharding]
+    finish_reshards(0)
+    apply_passed_on()
     return tuple(actions)

@@ -109,7 +109,7 @@ def _assignment_from_json(value: list[Any]) -> Assignment:
 
 
 def _collectives_to_json(collectives: tuple[Collective, ...]) -> list[list[Any]]:
-    return [[list(c.mesh_dims), c.route.value] for c in collectives]
+    return [[type(c).__name__, list(c.mesh_dims), c.route.value] for c in collectives]
 
 
 def _strategy_to_json(strategy: Strategy) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from muon_dtensor.layout import Matrix, MeshSpec
 from muon_dtensor.planning.matrix_costs import ITEMSIZES, gram_itemsize, matrix_flops
 from muon_dtensor.planning.plan import Action, Assignment, Plan
 from muon_dtensor.planning.schedule import Apply, Compute, Fill, Hop, Program, Send, Wait, lower
-from muon_dtensor.planning.strategies import Distributed
+from muon_dtensor.planning.strategies import AllGather, Collective, Distributed
 from muon_dtensor.planning.topology import Topology
 from muon_dtensor.planning.traffic import BucketTraffic
 
@@ -201,12 +201,9 @@ class _Simulator:
         arrivals = self.arrivals.setdefault(action.bucket, [0.0] * len(self.ranks))
         durations = [0.0] * len(order)
         for group in self._groups_of(mesh, mesh_dims):
-            nbytes = float(max(max(sent[p], received[p]) for p in group))
-            if topology.cores is not None:
-                # While only one rank still exchanges, it can use all cores.
-                mean = sum(sent[p] for p in group) / len(group)
-                nbytes = max(mean, nbytes * min(1.0, topology.cores / len(group)))
-            seconds = topology.all_to_all_seconds(mesh, mesh_dims, nbytes)
+            seconds = self._exchange_seconds(
+                mesh, hop.collective, [sent[p] for p in group], [received[p] for p in group]
+            )
             start = max(max(self.host[order[p]], self.wire[order[p]]) for p in group)
             for position in group:
                 index = order[position]
@@ -216,6 +213,21 @@ class _Simulator:
                     self.host[index] = start + seconds
         self.exchange[action.bucket] += max(durations, default=0.0)
         self._record(action, "exchange", self.wire, order, durations)
+
+    def _exchange_seconds(
+        self, mesh: MeshSpec, collective: Collective, sent: Sequence[int], received: Sequence[int]
+    ) -> float:
+        """Return the seconds of a collective, from the bytes of each rank of the group."""
+        topology, mesh_dims = self.topology, collective.mesh_dims
+        nbytes = float(max(*sent, *received))
+        if topology.cores is not None:
+            # While only one rank still exchanges, it can use all cores.
+            mean = sum(sent) / len(sent)
+            nbytes = max(mean, nbytes * min(1.0, topology.cores / len(sent)))
+        elif isinstance(collective, AllGather):
+            part = max(received) // max(1, len(received) - 1)
+            return topology.all_gather_seconds(mesh, mesh_dims, part)
+        return topology.all_to_all_seconds(mesh, mesh_dims, nbytes)
 
     def _wait(self, bucket: int) -> None:
         arrivals = self.arrivals.pop(bucket, None)

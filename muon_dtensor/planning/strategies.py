@@ -7,7 +7,7 @@ from muon_dtensor.layout import Layout, Region
 
 
 class Route(StrEnum):
-    """Which pieces an all-to-all carries, with senders and receivers."""
+    """Which pieces a collective carries, with senders and receivers."""
 
     TO_OWNER = "to_owner"
     """Every holder in the owner's replica sends its piece of the direction to the owner."""
@@ -25,7 +25,18 @@ class AllToAll:
     route: Route
 
 
-Collective = AllToAll
+@dataclass(frozen=True, slots=True)
+class AllGather:
+    """An uneven all-gather among the ranks that differ along `mesh_dims` only.
+
+    Each rank sends all that it has to all others; gloo cannot do this and runs an all-to-all.
+    """
+
+    mesh_dims: tuple[str, ...]
+    route: Route = Route.TO_REPLICAS
+
+
+Collective = AllToAll | AllGather
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +97,12 @@ class Owned:
         """Return the collectives that send the result back; `dim_names`: all dims of the mesh."""
         if not self.unshard_dims and not self.replica_dims:
             return ()
-        if self.hops == 1 and not self.is_staged:
+        if self.unshard_dims and self.hops == 1 and not self.is_staged:
             moved_dims = {*self.unshard_dims, *self.replica_dims}
             ordered_dims = tuple(name for name in dim_names if name in moved_dims)
             return (AllToAll(ordered_dims, Route.TO_HOLDERS),)
         to_holders = (AllToAll(dims, Route.TO_HOLDERS) for dims in reversed(self.stages))
-        to_replicas = (AllToAll(self.replica_dims, Route.TO_REPLICAS),) if self.replica_dims else ()
+        to_replicas = (AllGather(self.replica_dims),) if self.replica_dims else ()
         return (*to_holders, *to_replicas)
 
 

@@ -58,7 +58,7 @@ class BucketTraffic:
 
     def sent_nbytes(self, hop: Hop) -> list[int]:
         """Return the bytes that each position sends to other ranks in a collective."""
-        return self._exchanged_nbytes(self.buffers[hop.send], hop)
+        return self._exchanged_nbytes([hop.copies * n for n in self.buffers[hop.send]], hop)
 
     def received_nbytes(self, hop: Hop) -> list[int]:
         """Return the bytes that each position receives from other ranks in a collective."""
@@ -157,7 +157,7 @@ class _Sums:
             numels = self.owned()
         else:
             numels = self.after_stages(content.done)
-        return [content.copies * numel for numel in numels] if content.copies > 1 else numels
+        return numels
 
     def owned(self) -> Numels:
         """Return the elements of the matrices that each position owns."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from muon_dtensor.planning.routes import RankCollective
+from muon_dtensor.planning.strategies import AllGather
 from muon_dtensor.runtime.torch_private import timeout_of
 
 T = TypeVar("T")
@@ -17,7 +18,63 @@ T = TypeVar("T")
 
 def issue(rank_collective: RankCollective, send: Tensor, recv: Tensor, group: ProcessGroup) -> Work:
     """Start a collective between flat buffers; both must stay alive until its `wait()`."""
+    if rank_collective.shares_slots:
+        is_gather = isinstance(rank_collective.collective, AllGather)
+        outputs = list(torch.split(recv, list(rank_collective.recv.numels)))
+        inputs = [send[first:last] for first, last in rank_collective.send.intervals]
+        return _send_to_several(outputs, inputs, group, everything=send if is_gather else None)
     return all_to_all(send, recv, rank_collective.send.numels, rank_collective.recv.numels, group)
+
+
+def _send_to_several(
+    outputs: list[Tensor], inputs: list[Tensor], group: ProcessGroup, everything: Tensor | None
+) -> Work:
+    """Start an exchange whose inputs may share memory; `everything`: the one input of a gather.
+
+    gloo's own collectives would copy the input for each rank, or refuse parts of several sizes.
+    """
+    if dist.get_backend(group) == "gloo":
+        return _Messages(outputs, inputs, group)
+    work: Work | None
+    if everything is not None:
+        work = dist.all_gather(outputs, everything, group=group, async_op=True)
+    else:
+        work = dist.all_to_all(outputs, inputs, group=group, async_op=True)
+    assert work is not None, "async_op=True returns a Work"
+    return work
+
+
+class _Messages(Work):
+    """One message from each rank of a group to each other rank, in flight."""
+
+    def __init__(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], group: ProcessGroup
+    ) -> None:
+        super().__init__()
+        size, rank = dist.get_world_size(group), dist.get_rank(group)
+        outputs[rank].copy_(inputs[rank])
+        others = [(rank + step) % size for step in range(1, size)]  # to a different rank each
+        self._works = [
+            dist.irecv(outputs[peer], group=group, group_src=peer, tag=_TAG)
+            for peer in others
+            if outputs[peer].numel()
+        ]
+        self._works += [
+            dist.isend(inputs[peer], group=group, group_dst=peer, tag=_TAG)
+            for peer in others
+            if inputs[peer].numel()
+        ]
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Wait for all messages. Raises RuntimeError after `timeout`; 0: that of the group."""
+        for work in self._works:
+            assert work is not None, "this rank is in the group"
+            work.wait(timeout)
+        return True
+
+
+_TAG = 0x6D75
+"""Tells these messages from others in the same group."""
 
 
 def all_to_all(

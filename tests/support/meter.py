@@ -22,6 +22,9 @@ from muon_dtensor.runtime.torch_private import local_part
 
 _local = threading.local()
 _all_to_all_single = dist.all_to_all_single
+_all_to_all = dist.all_to_all
+_all_gather = dist.all_gather
+_isend = dist.isend
 _newton_schulz = muon_options.newton_schulz
 
 
@@ -49,6 +52,30 @@ def _counted_all_to_all(
         assert len(input) == sum(input_splits), "the splits cover the send buffer"
         assert len(output) == sum(output_splits), "the splits cover the receive buffer"
     return _all_to_all_single(output, input, output_splits, input_splits, **kwargs)
+
+
+def _counted_list_all_to_all(
+    outputs: list[Tensor], inputs: list[Tensor], *, group: Any, **kwargs: Any
+) -> Any:
+    count: Count | None = getattr(_local, "count", None)
+    if count is not None:
+        others = [t for rank, t in enumerate(inputs) if rank != dist.get_rank(group)]
+        count.sent_nbytes += sum(t.numel() * t.element_size() for t in others)
+    return _all_to_all(outputs, inputs, group=group, **kwargs)
+
+
+def _counted_isend(tensor: Tensor, **kwargs: Any) -> Any:
+    count: Count | None = getattr(_local, "count", None)
+    if count is not None:
+        count.sent_nbytes += tensor.numel() * tensor.element_size()
+    return _isend(tensor, **kwargs)
+
+
+def _counted_all_gather(outputs: list[Tensor], input: Tensor, *, group: Any, **kwargs: Any) -> Any:
+    count: Count | None = getattr(_local, "count", None)
+    if count is not None:
+        count.sent_nbytes += (len(outputs) - 1) * input.numel() * input.element_size()
+    return _all_gather(outputs, input, group=group, **kwargs)
 
 
 def _counted_newton_schulz(x: Tensor, **kwargs: Any) -> Tensor:
@@ -81,6 +108,9 @@ def installed() -> Iterator[None]:
     """Wrap torch's all-to-all and our Newton-Schulz for all threads of this process."""
     with (
         mock.patch.object(dist, "all_to_all_single", _counted_all_to_all),
+        mock.patch.object(dist, "all_to_all", _counted_list_all_to_all),
+        mock.patch.object(dist, "all_gather", _counted_all_gather),
+        mock.patch.object(dist, "isend", _counted_isend),
         mock.patch.object(muon_options, "newton_schulz", _counted_newton_schulz),
     ):
         yield
