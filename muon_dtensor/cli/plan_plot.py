@@ -19,6 +19,7 @@ COLORS = {
     Phase.WAIT: "#9ecae9",
     Phase.ORTHOGONALIZE: "#e45756",
     Phase.RESHARD: "#72b7b2",
+    Phase.PASS_ON: "#b2dbd5",
     Phase.APPLY: "#f2b949",
 }
 LABELS = {Phase.APPLY: "apply, with later hops", Phase.WAIT: "wait, with later hops"}

@@ -161,7 +161,7 @@ def test_bytes_of_row_moments_are_counted():
 def test_bytes_and_seconds():
     for metrics, planned in run_processes(4, bytes_and_seconds, ((2, 2), (R, S0))):
         assert metrics["sent_nbytes"] == planned > 0
-        phases = {"unshard", "wait", "orthogonalize", "reshard", "apply"}
+        phases = {"unshard", "wait", "orthogonalize", "reshard", "pass_on", "apply"}
         assert {key for key in metrics if key.startswith("seconds/")} == {
             f"seconds/{phase}" for phase in phases
         }

@@ -165,7 +165,7 @@ class TestDebugMode:
         """
         ranks = [spans for spans, _ in run_processes(4, train_with_trace, False, str(tmp_path))]
         for spans in ranks:
-            assert {span.phase for span in spans} == set(Phase)
+            assert {span.phase for span in spans} == {*Phase} - {Phase.PASS_ON}  # no second hop
             assert [span.step for span in spans] == sorted(span.step for span in spans)
         computes = [s for spans in ranks for s in spans if s.phase is Phase.ORTHOGONALIZE]
         num_buckets = len({span.bucket for span in computes})
