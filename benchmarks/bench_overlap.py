@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 from benchmarks.common import layered, parameters, provenance
@@ -55,6 +56,10 @@ class Config:
     dim: int = 384
     bucket_mb: float = 4.0
     """Small, so that several buckets can overlap."""
+    only: str = ""
+    """Run the comparisons with this text in their title."""
+    tokens: int = 256
+    """Tokens of a rank in each iteration with FSDP2."""
     rounds: int = 9
     json: Path | None = None
     worker: bool = False
@@ -214,7 +219,67 @@ def comparisons(config: Config) -> dict[str, dict[str, Callable[[], Any]]]:
             "while exchanges are in flight": joint.step,
             "afterwards": sequential_step,
         },
+        "an iteration with FSDP2": {
+            "with a step": iteration(config, flat),
+            "last results behind the next forward": iteration(config, flat, is_behind=True),
+            "without a step": iteration(config, flat, has_step=False),
+        },
     }
+
+
+def iteration(
+    config: Config, mesh: DeviceMesh, *, has_step: bool = True, is_behind: bool = False
+) -> Callable[[], Any]:
+    """Return a forward, a backward and a step of linear layers that `fully_shard` shards.
+
+    `is_behind`: the last results are awaited and applied just before the last layer runs. This is
+    the most that a step behind the next forward can gain. It is no training: the layers before use
+    old weights.
+    """
+    shapes = [shape for _ in range(config.layers) for shape in layered(1, config.dim)]
+    layers = [nn.Linear(cols, rows, bias=False) for rows, cols in shapes]
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    tokens = [torch.randn(config.tokens, layer.in_features) for layer in layers]
+    params = [layer.weight for layer in layers]
+    optimizer = Muon(params, lr=0.0, bucket_mb=config.bucket_mb, strategy="owned")
+
+    def forward_and_backward() -> None:
+        # every layer has inputs of its own size, and the gradient of one reaches the layer before
+        carried = torch.zeros((), requires_grad=True)
+        for layer, batch in zip(layers, tokens, strict=True):
+            carried = layer(batch + carried).mean()
+        carried.backward()
+
+    def whole() -> None:
+        forward_and_backward()
+        optimizer.step()
+
+    if not has_step:
+        return forward_and_backward
+    whole()
+    if is_behind:
+        _apply_last_results_before(layers[-1], optimizer)
+    return whole
+
+
+def _apply_last_results_before(layer: nn.Module, optimizer: Muon) -> None:
+    executor = optimizer._planned_step.executor
+    *actions, (action, events) = executor._program
+    executor._program = tuple(actions)
+    walk, pending = executor._walk, []
+
+    def walk_most(params: Any, *rest: Any) -> None:
+        walk(params, *rest)
+        pending.append(params)
+
+    def apply_last(*_: Any) -> None:
+        if pending:
+            bucket = executor._buckets[action.bucket]
+            executor._act(action, events, bucket, pending.pop(), None)
+
+    executor._walk = walk_most
+    layer.register_forward_pre_hook(apply_last)
 
 
 def _one_bucket(shapes: list[tuple[int, ...]], mesh: DeviceMesh) -> Callable[[], Any]:
@@ -229,6 +294,8 @@ def work(config: Config) -> None:
     dist.init_process_group("gloo")
     results: dict[str, Any] = {}
     for title, bodies in comparisons(config).items():
+        if config.only not in title:
+            continue
         readings = readings_in_turns(bodies, torch.device("cpu"), config.rounds)
         reference = next(iter(bodies))
         rows = {}
