@@ -29,7 +29,8 @@ class AllToAll:
 class AllGather:
     """An uneven all-gather among the ranks that differ along `mesh_dims` only.
 
-    Each rank sends all that it has to all others; gloo cannot do this and runs an all-to-all.
+    Each rank sends all that it has to all others. gloo cannot gather parts of several sizes: there
+    each rank sends a message to each other rank.
     """
 
     mesh_dims: tuple[str, ...]

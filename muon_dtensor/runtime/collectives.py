@@ -33,7 +33,7 @@ def _send_to_several(
 
     gloo's own collectives would copy the input for each rank, or refuse parts of several sizes.
     """
-    if dist.get_backend(group) == "gloo":
+    if f"{outputs[0].device.type}:gloo" in dist.get_backend_config(group).split(","):
         return _Messages(outputs, inputs, group)
     work: Work | None
     if everything is not None:

@@ -1,6 +1,7 @@
 """Real processes over gloo: FSDP2 and TP models, counted bytes, buffers, errors."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from muon_dtensor import Muon
 from muon_dtensor.runtime.torch_private import local_part
 from tests.support.cases import Case, Oracle, compare_in_process, mesh_of, spread, tensors_like
 from tests.support.pool import run_processes
+from tests.support.torchrun import forked_torchrun
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
 HARD = ((13, 7), (8, 16), (16, 8), (3, 2), (1, 9), (0, 4), (5, 3, 8))
@@ -281,3 +283,32 @@ def test_bytes_at_the_dispatcher_are_the_bytes_of_the_plan():
     for sent, planned, names in run_processes(4, exchanged_rows):
         assert sent == planned > 0
         assert names == ["comparison", "c10d::alltoall_base_", "c10d::alltoall_base_"]
+
+
+DEFAULT_BACKEND = """
+import torch.distributed as dist
+from torch.distributed.tensor import Replicate, Shard
+from muon_dtensor.cli.shutdown import destroy_process_group
+from tests.support.cases import Case, compare_in_process
+from tests.support.layouts import ODD
+
+dist.init_process_group()
+for shape, placements in (((4,), (Replicate(),)), ((2, 2), (Replicate(), Shard(0)))):
+    for strategy in ("owned", "owned_staged"):
+        params = tuple((shape, placements) for shape in ODD)
+        outcome = compare_in_process(Case(shape, params, num_steps=2, ours={"strategy": strategy}))
+        assert outcome.differences == [], outcome.differences
+        assert outcome.sent_nbytes == outcome.planned_sent_nbytes
+print("equal")
+dist.barrier()
+destroy_process_group()
+"""
+
+
+@pytest.mark.P1
+def test_the_default_backend(tmp_path):
+    """torch calls it "undefined"."""
+    script = tmp_path / "backend.py"
+    script.write_text(DEFAULT_BACKEND)
+    output = forked_torchrun(script, 4, PYTHONPATH=str(Path(__file__).parents[2]))
+    assert output.count("equal") == 4
