@@ -156,7 +156,7 @@ def survivors_of(when: str, how: int) -> list[Report]:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda s: s.name)
-@pytest.mark.parametrize("when", ["AGREEMENT", "UNSHARD", "ORTHOGONALIZE", "RESHARD"])
+@pytest.mark.parametrize("when", ["AGREEMENT", "UNSHARD", "ORTHOGONALIZE", "RESHARD", "PASS_ON"])
 def test_the_others_raise_when_a_rank_is_lost(when, how):
     for report in survivors_of(when, how):
         if when == "AGREEMENT":
@@ -168,7 +168,7 @@ def test_the_others_raise_when_a_rank_is_lost(when, how):
             continue
         assert report.error == "StepFailedError", report
         # ranks of the other replica raise only when results are sent back
-        phases = "WRA" if when == "UNSHARD" else "A"
+        phases = "WRPA" if when == "UNSHARD" else "PA"
         assert any(f"failed in phase {letter}0 (" in report.text for letter in phases), report
         assert "failed halfway" in report.saving
         assert "Load the last checkpoint" in report.saving
