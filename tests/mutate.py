@@ -280,7 +280,12 @@ FAULTS = [
     ),
     *in_files(
         "planning/schedule.py",
-        "buffer_placement gloo memory::buffers_stay_under_the_cap planner",
+        "schedule buffer_placement gloo memory::buffers_stay_under_the_cap planner",
+        (
+            "the second hop is awaited before the next compute",
+            "        if passed_on == before:",
+            "        if True:",
+        ),
         (
             "a buffer's life ends an event early",
             "            life.last = index\n",
@@ -315,6 +320,11 @@ FAULTS = [
     *in_files(
         "planning/routes.py",
         "gloo planner strategies::bitwise strategies::strategies_over_gloo",
+        (
+            "results of replicas are received in the order of matrices",
+            "            pieces.sort(key=lambda piece: mesh.ranks[mesh.moved(peer, dims, to=piece[0].owner)])",
+            "            pieces.sort(key=lambda piece: 0)",
+        ),
         (
             "runs are merged though their sources do not touch",
             "if last and last.source + last.numel == offset:",

@@ -10,7 +10,7 @@ from muon_dtensor.planning.buckets import BufferBound, owned_matrix
 from muon_dtensor.planning.matrix_costs import ITEMSIZES
 from muon_dtensor.planning.memory import bucket_peak_nbytes
 from muon_dtensor.planning.owners import Candidate
-from muon_dtensor.planning.plan import Action, Phase
+from muon_dtensor.planning.plan import Action, Assignment, Bucket, Phase
 from muon_dtensor.planning.report import plan_report
 from muon_dtensor.planning.schedule import (
     Compute,
@@ -24,6 +24,7 @@ from muon_dtensor.planning.schedule import (
     live_sets,
     lower,
     phases_of,
+    schedule,
 )
 from muon_dtensor.planning.strategies import Owned
 from tests.support.random_plans import random_params
@@ -102,3 +103,26 @@ def test_the_buffer_bound_is_at_least_the_exact_peak(case):
                 )
             )
         assert bound.nbytes >= bucket_peak_nbytes(traffic)
+
+
+def tokens(strategy: Owned, owners: list[int], prefetch_count: int) -> str:
+    """The schedule of one bucket for each owner, each a wave of its own."""
+    buckets = [Bucket(MESH, strategy, "bfloat16", (Assignment(0, 0, o),)) for o in owners]
+    waves = [[index] for index in range(len(buckets))]
+    return " ".join(map(str, schedule(buckets, waves, prefetch_count)))
+
+
+def test_the_second_hop_is_in_flight_during_the_next_compute():
+    two_hops = Owned(("a", "b"), ("r",), hops=2)
+    assert tokens(two_hops, [0, 0, 0, 0], 1) == (
+        "U0 U1 W0 O0 R0 U2 W1 O1 R1 P0 U3 W2 O2 R2 P1 A0 W3 O3 R3 P2 A1 P3 A2 A3"
+    )
+    assert tokens(two_hops, [0, 0], 0) == "U0 W0 O0 R0 P0 A0 U1 W1 O1 R1 P1 A1"
+
+
+def test_waves_of_other_owners_do_not_wait_for_results():
+    direct = Owned(("a", "b"))
+    assert tokens(direct, [0, 1, 2, 0], 1) == (
+        "U0 U1 W0 O0 R0 U2 W1 O1 R1 U3 W2 O2 R2 A0 A1 W3 O3 R3 A2 A3"
+    )
+    assert tokens(direct, [0, 0, 0], 1) == "U0 U1 W0 O0 R0 U2 W1 O1 R1 A0 W2 O2 R2 A1 A2"
