@@ -13,6 +13,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from muon_dtensor import Muon
 from muon_dtensor.algorithms import kernels, newton_schulz
+from muon_dtensor.algorithms.distributed_newton_schulz import distributed_newton_schulz
+from muon_dtensor.algorithms.newton_schulz import KELLER_JORDAN
+from muon_dtensor.runtime.collectives import TeamGroup
 from tests.support.cases import tensors_like
 
 pytestmark = [
@@ -169,3 +172,24 @@ def test_the_iteration_on_a_gpu_is_close_to_that_on_the_host(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     result = newton_schulz(x.cuda(), dtype=torch.float32).cpu()
     torch.testing.assert_close(result, newton_schulz(x, dtype=torch.float32), atol=2e-3, rtol=2e-3)
+
+
+def test_a_team_sums_in_float32_without_waiting():
+    """A team of one rank: the products, exchanges and scaling of a slab on the device."""
+    (x,) = tensors_like([(128, 512)], 3)
+    x = x.cuda().bfloat16()
+    world = dist.group.WORLD
+    assert world is not None
+    team = TeamGroup(world)
+    coefficients = [KELLER_JORDAN] * 5
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        slab = distributed_newton_schulz(
+            x.clone(), coefficients, team=team, rows=[range(128)], shares_polynomial=True
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = newton_schulz(x.cpu().float(), dtype=torch.float32)
+    alone = newton_schulz(x).cpu().float()
+    error, error_alone = ((result - expected).norm() for result in (slab.cpu().float(), alone))
+    assert error < 1.1 * error_alone

@@ -172,6 +172,9 @@ def cases_on(mesh: Any) -> dict[str, Case]:
         "fsdp x tp, staged": lambda: step_counts(
             on_mesh(mesh), check_replicas=False, strategy="owned_staged"
         ),
+        "fsdp x tp, in teams": lambda: step_counts(
+            on_mesh(mesh), check_replicas=False, strategy="distributed", exact=False
+        ),
         "fsdp x tp, cautious": lambda: step_counts(
             on_mesh(mesh), check_replicas=False, cautious_weight_decay=True
         ),
