@@ -1,6 +1,6 @@
 """Calls of torch.distributed: one function for each collective."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -19,27 +19,29 @@ T = TypeVar("T")
 def issue(rank_collective: RankCollective, send: Tensor, recv: Tensor, group: ProcessGroup) -> Work:
     """Start a collective between flat buffers; both must stay alive until its `wait()`."""
     if rank_collective.shares_slots:
-        is_gather = isinstance(rank_collective.collective, AllGather)
-        outputs = list(torch.split(recv, list(rank_collective.recv.numels)))
-        inputs = [send[first:last] for first, last in rank_collective.send.intervals]
-        return _send_to_several(outputs, inputs, group, everything=send if is_gather else None)
+        return _send_to_several(rank_collective, send, recv, group)
     return all_to_all(send, recv, rank_collective.send.numels, rank_collective.recv.numels, group)
 
 
 def _send_to_several(
-    outputs: list[Tensor], inputs: list[Tensor], group: ProcessGroup, everything: Tensor | None
+    rank_collective: RankCollective, send: Tensor, recv: Tensor, group: ProcessGroup
 ) -> Work:
-    """Start an exchange whose inputs may share memory; `everything`: the one input of a gather.
+    """Start an exchange in which several ranks are sent the same elements.
 
-    gloo's own collectives would copy the input for each rank, or refuse parts of several sizes.
+    gloo's own collectives would copy them for each rank, or refuse parts of several sizes.
     """
+    numels = rank_collective.recv.numels
+    outputs = list(torch.split(recv, list(numels)))
+    inputs = [send[first:last] for first, last in rank_collective.send.intervals]
     if f"{outputs[0].device.type}:gloo" in dist.get_backend_config(group).split(","):
         return _Messages(outputs, inputs, group)
     work: Work | None
-    if everything is not None:
-        work = dist.all_gather(outputs, everything, group=group, async_op=True)
-    else:
+    if not isinstance(rank_collective.collective, AllGather):
         work = dist.all_to_all(outputs, inputs, group=group, async_op=True)
+    elif len(set(numels)) == 1:  # the list form would gather into memory of its own, and copy
+        work = all_gather_single()(recv, send, group=group, async_op=True)
+    else:
+        work = dist.all_gather(outputs, send, group=group, async_op=True)
     assert work is not None, "async_op=True returns a Work"
     return work
 
@@ -168,9 +170,15 @@ def all_reduce_sum(values: Tensor, group: ProcessGroup) -> None:
 
 def all_gather_parts(gathered: Tensor, part: Tensor, group: ProcessGroup) -> None:
     """Gather the parts of all ranks, concatenated along dim 0; one shape, contiguous."""
-    # torch 2.13 renamed it and warns about the old name
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(gathered, part, group=group)
+    all_gather_single()(gathered, part, group=group)
+
+
+def all_gather_single() -> Callable[..., Work | None]:
+    """Return the all-gather between flat tensors; torch 2.13 has renamed it."""
+    gather: Callable[..., Work | None] = (
+        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    )
+    return gather
 
 
 def all_gather_values(value: object, group: ProcessGroup) -> list[object]:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from muon_dtensor.runtime import collectives
 from muon_dtensor.runtime import hyperparameters as muon_options
 from muon_dtensor.runtime.torch_private import local_part
 
@@ -25,6 +26,8 @@ _all_to_all_single = dist.all_to_all_single
 _all_to_all = dist.all_to_all
 _all_gather = dist.all_gather
 _isend = dist.isend
+_SINGLE = collectives.all_gather_single().__name__
+_all_gather_single = getattr(dist, _SINGLE)
 _newton_schulz = muon_options.newton_schulz
 
 
@@ -78,6 +81,13 @@ def _counted_all_gather(outputs: list[Tensor], input: Tensor, *, group: Any, **k
     return _all_gather(outputs, input, group=group, **kwargs)
 
 
+def _counted_all_gather_single(output: Tensor, input: Tensor, *, group: Any, **kwargs: Any) -> Any:
+    count: Count | None = getattr(_local, "count", None)
+    if count is not None:
+        count.sent_nbytes += (dist.get_world_size(group) - 1) * input.numel() * input.element_size()
+    return _all_gather_single(output, input, group=group, **kwargs)
+
+
 def _counted_newton_schulz(x: Tensor, **kwargs: Any) -> Tensor:
     count: Count | None = getattr(_local, "count", None)
     if count is not None:
@@ -110,6 +120,7 @@ def installed() -> Iterator[None]:
         mock.patch.object(dist, "all_to_all_single", _counted_all_to_all),
         mock.patch.object(dist, "all_to_all", _counted_list_all_to_all),
         mock.patch.object(dist, "all_gather", _counted_all_gather),
+        mock.patch.object(dist, _SINGLE, _counted_all_gather_single),
         mock.patch.object(dist, "isend", _counted_isend),
         mock.patch.object(muon_options, "newton_schulz", _counted_newton_schulz),
     ):
