@@ -106,7 +106,7 @@ LARGE = (option(1, 8.0), option(2, 5.0), option(4, 3.0))
         ([(1, LARGE)], 1, [1]),
         ([(1, LARGE)], 2, [2]),
         ([(1, LARGE)], 4, [4]),
-        ([(2, LARGE)], 4, [2]),  # 5 s at once, against two teams of 4 one after the other: 6 s
+        ([(2, LARGE)], 4, [2]),  # 5 s side by side, against two teams of 4 one after the other: 6 s
         ([(4, LARGE)], 4, [1]),
         ([(1, LARGE), (3, (option(1, 1.0),))], 4, [4, 1]),
         ([(1, LARGE), (8, (option(1, 4.0),))], 4, [4, 1]),  # 3 + 8 s, against 12 s
