@@ -109,12 +109,7 @@ class MeshSpec:
 
         They are in order of global rank, as in a process group (torch sorts its ranks).
         """
-        base = position - self.offset_of(self.index_along(position, mesh_dims), mesh_dims)
-        peers = (
-            base + self.offset_of(index, mesh_dims)
-            for index in range(self.num_ranks_along(mesh_dims))
-        )
-        return tuple(sorted(peers, key=self.ranks.__getitem__))
+        return self.team(position, mesh_dims, self.num_ranks_along(mesh_dims))
 
     def team(self, position: int, mesh_dims: tuple[str, ...], size: int) -> tuple[int, ...]:
         """Return the `size` positions with consecutive indices along `mesh_dims` around this one.

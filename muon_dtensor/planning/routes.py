@@ -174,7 +174,7 @@ def rank_bucket(plan: Plan, bucket: Bucket, position: int) -> RankBucket:
         if region is not None:
             stored.append((assignment, region))
     owned = tuple(a for a in bucket.assignments if a.owner == position)
-    view = _RankView(plan, bucket, position, tuple(stored), owned)
+    view = _RankView(plan, bucket, position, tuple(stored))
     sequence = buffer_sequence(bucket.strategy, bucket.mesh)
     unshard: list[RankCollective] = []
     for index, collective in enumerate(bucket.unshard):
@@ -212,18 +212,12 @@ def rank_bucket(plan: Plan, bucket: Bucket, position: int) -> RankBucket:
 
 @dataclass(frozen=True, slots=True)
 class _RankView:
-    """One position, the pieces of a bucket's matrices it stores, and the matrices it owns."""
+    """One position, and the pieces of a bucket's matrices that it stores."""
 
     plan: Plan
     bucket: Bucket
     position: int
     stored: tuple[Piece, ...]
-    owned: tuple[Assignment, ...]
-
-    def stored_by(self, assignment: Assignment, position: int) -> Region | None:
-        """The region of a matrix that another position stores."""
-        layout = self.plan.spec(assignment).layout
-        return self.plan.holders(assignment).get(layout.home(position))
 
 
 def _to_owner(

@@ -276,7 +276,7 @@ class _Simulator:
     def _orthogonalize_together(
         self, action: Action, cost: BucketTraffic, strategy: Distributed
     ) -> None:
-        """Advance the members of each team together, and use their exchange lanes."""
+        """Advance the members of each team together; they wait for every exchange inside."""
         bucket, mesh = cost.bucket, cost.bucket.mesh
         compute, exchange = [0.0] * mesh.num_ranks, [0.0] * mesh.num_ranks
         prices: dict[tuple[int, int, int], tuple[float, float]] = {}

@@ -249,7 +249,7 @@ def _links_of_group(
     """Return the links of the rank at position 0 to its peers along these mesh dims."""
     link_of_dim = dict(topology.mesh_dims)
     dims = tuple(name for name in mesh_dims if mesh.sizes[name] > 1)
-    peers = mesh.peers(0, dims) if team_size is None else mesh.team(0, dims, team_size)
+    peers = mesh.team(0, dims, team_size or mesh.num_ranks_along(dims))
     num_peers = len(peers) - 1
     if dims and all(name in link_of_dim for name in dims):
         links = [link_of_dim[name] for name in dims]

@@ -93,10 +93,8 @@ class Groups:
     ) -> ProcessGroup:
         """See Note [Own groups]."""
         position = mesh.position_of(self._rank)
-        if team_size is None:
-            peers = mesh.peers(position, mesh_dims)
-        else:
-            peers = mesh.team(position, mesh_dims, team_size)
+        size = team_size or mesh.num_ranks_along(mesh_dims)
+        peers = mesh.team(position, mesh_dims, size)
         ranks = tuple(mesh.ranks[peer] for peer in peers)
         long_dims = [name for name in mesh_dims if mesh.sizes[name] > 1] or mesh_dims[:1]
         if len(long_dims) == 1:

@@ -3,6 +3,7 @@
 Ranks are threads here, and processes in `test_over_gloo`.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 
 from muon_dtensor import Muon
+from muon_dtensor.algorithms import newton_schulz
 from muon_dtensor.algorithms.polar_express import polar_express_rows
 from muon_dtensor.planning.presets import PRESETS
 from muon_dtensor.planning.strategies import Distributed
@@ -50,6 +52,8 @@ class Run:
     shapes: tuple[tuple[int, ...], ...] = SHAPES
     dtype: torch.dtype = torch.float32
     group: tuple[tuple[str, object], ...] = ()
+    gathers: bool = False
+    """Whether torch can gather these shards: even ones."""
 
     @property
     def num_ranks(self) -> int:
@@ -58,7 +62,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """`updates`: full tensors, if torch can gather them. `distances`: of the local shards from the
+    """`updates`: full tensors, if the run gathers them. `distances`: of the local shards from the
     updates of one rank, relative to the whole matrix."""
 
     updates: list[Tensor]
@@ -96,7 +100,7 @@ def step(run: Run) -> Result:
         distances.append(float(distance / expected.norm()) if expected.numel() else 0.0)
     strategies = [b.strategy for b in optimizer.plan.buckets if isinstance(b.strategy, Distributed)]
     return Result(
-        [p.detach().full_tensor() for p in params] if len(run.mesh_shape) == 1 else [],
+        [p.detach().full_tensor() for p in params] if run.gathers else [],
         distances,
         {strategy.team_size for strategy in strategies},
         {strategy.shares_polynomial for strategy in strategies},
@@ -165,13 +169,31 @@ def test_a_team_is_the_ranks_of_a_node():
     assert result.team_sizes == {4}
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4, 8])
-@pytest.mark.parametrize("placement", [R, S0, S1], ids=["replicate", "rows", "cols"])
-def test_bfloat16_is_as_accurate_as_on_one_rank(placement, num_ranks):
+def in_float64(run: Run) -> list[Tensor]:
+    """Return the updates of zero weights at lr = 1: -sqrt(max(1, rows / cols)) times the factor."""
+    return [
+        -math.sqrt(max(1, grad.size(0) / grad.size(1)))
+        * newton_schulz(grad.double(), dtype=torch.float64)
+        for grad in tensors_like(run.shapes, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mesh_shape", "placements"),
+    [
+        *[((n,), (placement,)) for n in (2, 4, 8) for placement in (R, S0, S1)],
+        ((2, 2), (R, S0)),
+        ((2, 2), (S0, S1)),
+        ((2, 2), (S0, S0)),
+        ((2, 2, 2), (R, S0, S1)),
+    ],
+    ids=str,
+)
+def test_bfloat16_is_as_accurate_as_on_one_rank(mesh_shape, placements):
     shapes = ((96, 320), (320, 96), (128, 128))
-    run = Run((num_ranks,), (placement,), LARGE_TEAMS, shapes, torch.bfloat16)
+    run = Run(mesh_shape, placements, LARGE_TEAMS, shapes, torch.bfloat16, gathers=True)
     results = threads(run)
-    exact = on_one_rank(run, torch.float32)  # 1e-6 from float64, where bfloat16 is 1e-2 away
+    exact = in_float64(run)
     one_rank = errors(on_one_rank(run, torch.bfloat16), exact)
     for together, alone in zip(errors(results[0].updates, exact), one_rank, strict=True):
         assert together < 1.04 * alone  # with Gram matrices summed in bfloat16: up to 1.15
