@@ -75,7 +75,7 @@ class Config:
     baselines: tuple[str, ...] = ("naive", "floor", "needed")
     """naive (every rank gathers and orthogonalizes every matrix), floor (only each rank's share of
     the iteration), needed (see the function), torch (torch.optim.Muon on DTensors), muonium (if
-    installed), adamw."""
+    installed), adamw, shard_momentum (our step with this option)."""
     layers: int = 4
     dim: int = 192
     rounds: int = 9
@@ -193,6 +193,8 @@ def steps_of(name: str, layout: str, shapes: list[Shape], plan: PlanReport) -> C
         optimizer = torch.optim.Muon(params, lr=0.0)
     elif name == "adamw":
         optimizer = torch.optim.AdamW(params, lr=0.0, foreach=True)
+    elif name == "shard_momentum":
+        optimizer = Muon(params, lr=0.0, shard_momentum=True)
     elif name == "muonium":
         from muonium import Muon as Muonium
 

@@ -148,7 +148,7 @@ class _Bench:
                     params[item], wires[item], matrix_slices[item], decay=-1.0, matrix_lr=0.0
                 )
 
-        element_nbytes = packed_nbytes(4, 2, stored=1, pieces=1) + applied_nbytes(4, 2, stored=1)
+        element_nbytes = packed_nbytes(4, 2, momenta=1, pieces=1) + applied_nbytes(4, 2, stored=1)
         return num * side * side * element_nbytes / self.seconds(body)
 
     def link(self, group: ProcessGroup) -> tuple[Link, float]:

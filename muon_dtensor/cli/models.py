@@ -1,7 +1,7 @@
 """Weight shapes of published models, with sources, sharded as torchtitan shards them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from muon_dtensor.layout import Layout, MeshSpec
 from muon_dtensor.layout.matrices import matrices_of
@@ -98,7 +98,7 @@ MODELS: dict[str, tuple[Kind, ...]] = {
 """By model, the weights that Muon steps. AdamW steps embeddings, heads, norms and biases."""
 
 
-def specs_of(model: str, mesh: MeshSpec) -> list[ParamSpec]:
+def specs_of(model: str, mesh: MeshSpec, *, shard_momentum: bool = False) -> list[ParamSpec]:
     """Return the Muon parameters of a model in `MODELS` on a mesh with torchtitan's dim names.
 
     tp cuts dim 0 ("col") or dim 1 ("row") of a matrix, the FSDP dims cut dim 0 after tp, and ep
@@ -112,7 +112,8 @@ def specs_of(model: str, mesh: MeshSpec) -> list[ParamSpec]:
             f"models by name have no mesh dims {', '.join(unknown)}, only "
             f"{', '.join(sorted(supported))}"
         )
-    return list(_specs(MODELS[model], mesh))
+    specs = _specs(MODELS[model], mesh)
+    return [replace(spec, shards_momentum=shard_momentum) for spec in specs]
 
 
 def _specs(kinds: tuple[Kind, ...], mesh: MeshSpec) -> Iterator[ParamSpec]:

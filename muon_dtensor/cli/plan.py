@@ -24,6 +24,7 @@ def plan(
     exact: bool = True,
     bucket_mb: float = 256,
     prefetch_count: int = 1,
+    shard_momentum: bool = False,
     explain: str | None = None,
     compare: str | None = None,
     plot: Path | None = None,
@@ -47,6 +48,7 @@ def plan(
         exact: --no-exact allows several ranks to orthogonalize one matrix; rounds differently.
         bucket_mb: maximum MiB of exchange buffers per bucket and rank.
         prefetch_count: number of buckets in flight while another bucket is orthogonalized.
+        shard_momentum: cut the momentum over the ranks that replicate its parameter.
         explain: name of a parameter; prints its plan instead of the table.
         compare: methods to compare, separated by commas: naive,1d-owner,ours.
         plot: image file for the timeline, loads and bytes.
@@ -75,9 +77,10 @@ def plan(
             # imported here: it needs torch, which models by name do not
             from muon_dtensor.cli.user_model import plan_of_factory
 
-            report = plan_of_factory(model, sizes, options)
+            report = plan_of_factory(model, sizes, options, shard_momentum=shard_momentum)
         else:
-            report = plan_report(specs_of(model, MeshSpec.of(**sizes)), options)
+            specs = specs_of(model, MeshSpec.of(**sizes), shard_momentum=shard_momentum)
+            report = plan_report(specs, options)
         if compare is not None:
             methods = dict.fromkeys(name.strip() for name in compare.split(","))
             baselines = {m: method_cost(m, report.params, options) for m in methods if m != "ours"}

@@ -22,7 +22,9 @@ FSDP_MESHES = (("dp_shard",), ("dp_replicate", "dp_shard"))
 """Meshes that `fully_shard` accepts; it reads mesh dims by position, not by name."""
 
 
-def plan_of_factory(path: str, sizes: Mapping[str, int], options: PlanOptions) -> PlanReport:
+def plan_of_factory(
+    path: str, sizes: Mapping[str, int], options: PlanOptions, *, shard_momentum: bool = False
+) -> PlanReport:
     """Return the plan for the model or param groups of `pkg.mod:fn`, built as rank 0 of the mesh.
 
     A function with required arguments is called as `fn(mesh)`. It returns a model sharded over the
@@ -53,6 +55,7 @@ def plan_of_factory(path: str, sizes: Mapping[str, int], options: PlanOptions) -
                 exact=options.exact,
                 topology=options.topology,
                 prefetch_count=options.prefetch_count,
+                shard_momentum=shard_momentum,
             )
         except TypeError as error:
             raise ValueError(f"{path} returns {type(built).__name__}: {error}") from error

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from muon_dtensor.layout import Layout, MeshSpec, Region
 from muon_dtensor.runtime.collectives import all_to_all, gather_from_mesh
-from muon_dtensor.runtime.dtensors import describe_layout, describe_mesh
+from muon_dtensor.runtime.dtensors import describe_layout, describe_mesh, from_shard
 from muon_dtensor.runtime.packing import box_of, view_box
 from muon_dtensor.runtime.process_groups import Groups
 from muon_dtensor.runtime.torch_private import local_part, this_rank
@@ -90,15 +90,8 @@ def cut_like(full_tensor: Tensor, param: DTensor) -> DTensor:
     from fully_shard (torch 2.13).
     """
     layout = describe_layout(param, describe_mesh(param.device_mesh))
-    shard: DTensor = DTensor.from_local(
-        local_shard(full_tensor, layout).to(local_part(param).device),
-        param.device_mesh,
-        param.placements,
-        run_check=False,
-        shape=param.shape,
-        stride=torch.empty(param.shape, device="meta").stride(),
-    )
-    return shard
+    shard = local_shard(full_tensor, layout).to(local_part(param).device)
+    return from_shard(shard, param.device_mesh, param.placements, param.shape)
 
 
 def with_offsets(tensor: DTensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Layouts: which mesh dims cut which tensor dim, in which order."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from math import prod
 
 from muon_dtensor.layout.mesh import MeshSpec
 from muon_dtensor.layout.region import Region
@@ -38,6 +39,31 @@ class Layout:
             self._check_bounds(self.bounds)
             if self.bounds == self._chunk_bounds:
                 object.__setattr__(self, "bounds", None)
+
+    @cached_property
+    def over_replicas(self) -> "Layout":
+        """This layout with each shard cut further over the replica dims, into disjoint shards.
+
+        All replica dims cut one tensor dim: the one that leaves the smallest largest shard, of
+        these one that they divide with the dims that cut it already, of these the first. It is this
+        layout if nothing is replicated, or if `bounds` are given, which the replicas cannot share.
+        """
+        if not self.replica_dims or self.bounds is not None or not self.shape:
+            return self
+
+        def cut(tensor_dim: int) -> Layout:
+            cuts = list(self.cuts)
+            cuts[tensor_dim] = (*cuts[tensor_dim], *self.replica_dims)
+            return replace(self, cuts=tuple(cuts))
+
+        def order(tensor_dim: int) -> tuple[int, bool]:
+            layout = cut(tensor_dim)
+            sizes = [max(b - a for a, b in pairwise(bounds)) for bounds in layout._bounds]
+            dims = layout.cuts[tensor_dim]
+            count = self.mesh.num_ranks_along(dims)
+            return prod(sizes), len(dims) > 1 and self.shape[tensor_dim] % count > 0
+
+        return cut(min(range(len(self.shape)), key=order))
 
     def _check_bounds(self, bounds: tuple[tuple[int, ...], ...]) -> None:
         if len(bounds) != len(self.shape):

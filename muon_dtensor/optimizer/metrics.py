@@ -11,7 +11,7 @@ from muon_dtensor.algorithms.update import adjusted_lr
 from muon_dtensor.layout import Layout
 from muon_dtensor.optimizer.params import Entry, ParameterTable
 from muon_dtensor.planning.normuon_state import reductions
-from muon_dtensor.planning.plan import Assignment, Bucket
+from muon_dtensor.planning.plan import Assignment, Bucket, ParamSpec
 from muon_dtensor.planning.report import PlanReport
 from muon_dtensor.runtime.process_groups import Groups
 from muon_dtensor.runtime.torch_private import local_part, this_rank
@@ -32,10 +32,15 @@ class Measurement:
     """
 
     def __init__(
-        self, plan: PlanReport, table: ParameterTable, number: int, trace: Trace | None
+        self,
+        plan: PlanReport,
+        table: ParameterTable,
+        specs: Mapping[Tensor, ParamSpec],
+        number: int,
+        trace: Trace | None,
     ) -> None:
         """`number`: index of the measurement, selects the sampled matrix. `trace`: the user's."""
-        self._plan, self._table = plan, table
+        self._plan, self._table, self._param_specs = plan, table, specs
         self._before = {
             entry.name: local_part(entry.param).detach().clone() for entry in table.entries
         }
@@ -102,6 +107,12 @@ class Measurement:
             first = entry.group_index * len(SUMMED)
             row[first : first + len(parts)] = torch.stack(parts)
             row[first + len(parts)] = local_part(entry.param).numel()
+            spec = self._param_specs.get(entry.param)
+            if spec is not None and spec.gathered_dims:  # its momentum has another layout
+                of_momentum = torch.zeros_like(row)
+                index = first + SUMMED.index("momentum")
+                of_momentum[index], row[index] = row[index].clone(), 0
+                values.append((spec.momentum_layout, of_momentum))
             values.append((self._table.layout(entry), row))
         if self._sample is not None:
             mesh = self._sample[0].mesh

@@ -111,6 +111,9 @@ class Muon(Optimizer):
             parameter. The average is computed in the gradient's dtype, and rounded once.
         offload_momentum: store the momentum in pinned host memory, and copy each bucket's to the
             GPU when the bucket is processed. No effect for parameters on the host.
+        shard_momentum: cut the momentum over the ranks that replicate its parameter, as ZeRO-1 does
+            (Rajbhandari et al. 2020, arXiv:1910.02054, section 5.1). Each rank stores and updates
+            its part, as a DTensor. The step stays bitwise; it sends more bytes, see the plan.
         compile: run the iteration through torch.compile; rounds differently.
         kernels: "torch"; with exact=False "auto" or "symmetric": see `algorithms.kernels`.
         capturable: let a CUDA graph capture the step, after one step outside of it. An lr that is a
@@ -181,6 +184,7 @@ class Muon(Optimizer):
         topology: str | Path | Topology | None = None,
         momentum_dtype: torch.dtype | None = None,
         offload_momentum: bool = False,
+        shard_momentum: bool = False,
         compile: bool = False,
         kernels: Literal["torch", "auto", "symmetric"] = "torch",
         capturable: bool = False,
@@ -463,7 +467,7 @@ class Muon(Optimizer):
         loaded_dicts: list[Mapping[str, Any]] = []
 
         def check(_: Optimizer, loaded: dict[str, Any]) -> None:
-            check_loaded(loaded, self.param_groups)
+            check_loaded(loaded, self.param_groups, self._planned_step.specs)
             loaded_dicts.append(loaded)
 
         hook = self.register_load_state_dict_pre_hook(check)  # runs after the user's hooks

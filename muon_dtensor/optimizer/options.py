@@ -194,6 +194,7 @@ OPTIONS: dict[str, Option] = {
         Option("topology", None, str | None, checked_elsewhere),
         Option("momentum_dtype", None, DType | None, one_of(None, *_BFLOAT16_OR_FLOAT32)),
         Option("offload_momentum", False, bool, boolean),
+        Option("shard_momentum", False, bool, boolean),
         Option("compile", False, bool, boolean),
         Option("kernels", "torch", Literal[KERNELS], checked_elsewhere),
         Option("metrics_every", 0, int, _metrics_every),

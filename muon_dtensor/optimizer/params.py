@@ -83,13 +83,19 @@ class ParameterTable:
         self.layout_cache = LayoutCache(None if plain.rule is None else plain.rule.mesh)
 
     def specs(
-        self, wire_dtype: torch.dtype, *, mesh: DeviceMesh | None, exchange: bool
+        self,
+        wire_dtype: torch.dtype,
+        *,
+        mesh: DeviceMesh | None,
+        shard_momentum: bool,
+        exchange: bool,
     ) -> list[ParamSpec]:
         """Return the planner's description of all parameters of Muon.
 
         Args:
             wire_dtype: dtype of the iteration and of everything that is sent.
             mesh: the mesh that must hold all parameters.
+            shard_momentum: see `Muon`.
             exchange: whether all ranks exchange the shapes of new plain tensors now, including
                 ranks that have none.
 
@@ -110,7 +116,7 @@ class ParameterTable:
             if entry.name in refused:
                 continue
             try:
-                spec = self._param_spec(entry, wire_dtype)
+                spec = self._param_spec(entry, wire_dtype, shard_momentum=shard_momentum)
             except RefusalError as refusal:
                 observed = placed(entry.param)
                 problems.append(Problem(entry.name, observed, refusal.reason, refusal.remedy))
@@ -131,7 +137,9 @@ class ParameterTable:
             raise PlanError(problems, num_params=len(self.entries))
         return specs
 
-    def _param_spec(self, entry: Entry, wire_dtype: torch.dtype) -> ParamSpec:
+    def _param_spec(
+        self, entry: Entry, wire_dtype: torch.dtype, *, shard_momentum: bool
+    ) -> ParamSpec:
         """Return the planner's description of one parameter of Muon. Raises RefusalError."""
         return self.layout_cache.param(
             entry.name,
@@ -143,6 +151,7 @@ class ParameterTable:
             wire_dtype=wire_dtype,
             has_moments=entry.group["normuon_beta"] is not None,
             can_distribute=entry.group["orthogonalizer"] != "custom",
+            shards_momentum=shard_momentum,
         )
 
     def check_steppable(self) -> None:

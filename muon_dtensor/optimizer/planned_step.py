@@ -30,7 +30,6 @@ from muon_dtensor.optimizer.params import ParameterTable, can_train
 from muon_dtensor.optimizer.settings import Settings
 from muon_dtensor.optimizer.state import drop_stale, make_state
 from muon_dtensor.planning.check import check
-from muon_dtensor.planning.normuon_state import moment_layout
 from muon_dtensor.planning.report import plan_report
 from muon_dtensor.runtime.consistency import Agreement
 from muon_dtensor.runtime.executor import Executor
@@ -93,7 +92,7 @@ class PlannedStep:
                 raise GroupOptionError(
                     "normuon_beta needs a plan, but your distributed_config is hand-written"
                 )
-        for name in ("offload_momentum", "metrics_every"):
+        for name in ("offload_momentum", "shard_momentum", "metrics_every"):
             if config.uses_custom_transport and getattr(settings, name):
                 raise GroupOptionError(
                     f"{name} needs a plan, but your distributed_config is hand-written"
@@ -105,7 +104,12 @@ class PlannedStep:
             specs = []
             self._owners = self._custom_transport_owners(before)
         else:
-            specs = table.specs(settings.ns_dtype, mesh=config.mesh, exchange=exchange)
+            specs = table.specs(
+                settings.ns_dtype,
+                mesh=config.mesh,
+                shard_momentum=settings.shard_momentum,
+                exchange=exchange,
+            )
             self._owners = table.owners(config, specs)
         on_gpu = any(is_accelerator(entry.param.device) for entry in table.muon)
         options = settings.plan_options(
@@ -117,6 +121,7 @@ class PlannedStep:
         self.report = plan_report(specs, options, self._owners, adamw_numels)
         self.plan = self.report.plan
         check(self.plan)
+        self.specs = dict(zip((entry.param for entry in table.muon), specs, strict=False))
         self._warn_of_owners(before)
         rank = this_rank()
         self._process_groups = process_groups = Groups(table.layout_cache.device_meshes, rank)
@@ -205,17 +210,17 @@ class PlannedStep:
     def make_state(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
         """Add missing state, and convert state in another dtype or on another device."""
         settings = self._settings
-        specs = {spec.fqn: spec for spec in self.plan.params}
         for entry in self.table.entries:
-            spec = specs.get(entry.name)
-            moments = spec and spec.moment_cuts is not None and moment_layout(spec)
+            spec = self.specs.get(entry.param)
+            meshes = self.table.layout_cache.device_meshes
             make_state(
                 state[entry.param],
                 entry.param,
                 entry.group["algorithm"],
                 settings.momentum_dtype,
                 offload_momentum=settings.offload_momentum,
-                moments=moments or None,
+                spec=spec,
+                mesh=None if spec is None else meshes.get(spec.layout.mesh),
             )
 
     def measured_step(
@@ -227,7 +232,7 @@ class PlannedStep:
         fault: Exception | None,
     ) -> dict[str, float]:
         """Step, and return the metrics. `number`, `trace`: see `Measurement`; `fault`: `step`."""
-        measurement = Measurement(self.report, self.table, number, trace)
+        measurement = Measurement(self.report, self.table, self.specs, number, trace)
         with self.executor.observed(measurement.trace, measurement.observe):
             grads = self.step(state, needs_second_sweep, is_measured=True, fault=fault)
         self._settings.wait_for_momentum()

@@ -42,6 +42,7 @@ class Settings:
     metrics_every: int
     check_replicas: bool
     deferred_checks: bool | None
+    shard_momentum: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):

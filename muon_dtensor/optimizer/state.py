@@ -6,13 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from muon_dtensor.algorithms.adamw import step_tensor
 from muon_dtensor.errors import CheckpointError
 from muon_dtensor.layout import Layout
 from muon_dtensor.optimizer.options import DECLARED, complete_loaded, declarations_differ, validate
-from muon_dtensor.runtime.dtensors import placed
+from muon_dtensor.planning.normuon_state import moment_layout
+from muon_dtensor.planning.plan import ParamSpec
+from muon_dtensor.runtime.dtensors import describe_mesh, from_shard, placed, placements_of
 from muon_dtensor.runtime.normuon_state import zeros_with_layout
+from muon_dtensor.runtime.packing import box_of, view_box
 from muon_dtensor.runtime.torch_private import (
     cast,
     local_part,
@@ -36,15 +41,18 @@ def make_state(
     momentum_dtype: torch.dtype | None = None,
     *,
     offload_momentum: bool = False,
-    moments: Layout | None = None,
+    spec: ParamSpec | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> None:
     """Add the missing state of a parameter, before its first step, so that all ranks save its keys.
 
     Muon keeps `momentum_buffer`, AdamW `step`, `exp_avg` and `exp_avg_sq`: tensors of the
     parameter's shape, dtype and placements (the momentum has the gradients' dtype, if `grad_dtype`
-    of the parameter names another one). NorMuon also keeps `row_second_moment`, in float32, with
-    layout `moments`. A momentum is cast to `momentum_dtype`, and moved to the host if
-    `offload_momentum`; torch's `load_state_dict` restores it with the parameter's dtype and device.
+    of the parameter names another one). If `spec` cuts the momentum further it is a DTensor on
+    `mesh`, and one that is placed like the parameter is cut. NorMuon also keeps
+    `row_second_moment`, in float32, with the layout of `spec`. A momentum is cast to
+    `momentum_dtype`, and moved to the host if `offload_momentum`; torch's `load_state_dict`
+    restores it with the parameter's dtype and device.
 
     Raises CheckpointError if loaded row moments have another layout.
     """
@@ -52,12 +60,14 @@ def make_state(
         if "momentum_buffer" not in state:
             dtype = momentum_dtype or grad_dtype_of(param) or param.dtype
             state["momentum_buffer"] = zeros_like(param, dtype)
+        if spec is not None and spec.gathered_dims and mesh is not None:
+            state["momentum_buffer"] = _cut_further(state["momentum_buffer"], spec, mesh)
         if momentum_dtype is not None:
             state["momentum_buffer"] = cast(state["momentum_buffer"], momentum_dtype)
         if offload_momentum:
             state["momentum_buffer"] = on_host(state["momentum_buffer"])
-        if moments is not None:
-            zeros = zeros_with_layout(param, moments, this_rank())
+        if spec is not None and spec.moment_cuts is not None:
+            zeros = zeros_with_layout(param, moment_layout(spec), this_rank())
             row_moments = state.setdefault(MOMENTS, zeros)
             if not _is_placed_as(row_moments, zeros):
                 raise CheckpointError(
@@ -71,6 +81,17 @@ def make_state(
         state["exp_avg_sq"] = zeros_like(param)
 
 
+def _cut_further(momentum: Tensor, spec: ParamSpec, mesh: DeviceMesh) -> Tensor:
+    """Return this rank's part of a momentum that is placed like its parameter; others as it is."""
+    if _has_layout(momentum, spec.momentum_layout):
+        return momentum
+    position = spec.layout.mesh.position_of(this_rank())
+    part = spec.momentum_layout.region(position)
+    shard = view_box(local_part(momentum), box_of(part, spec.layout.region(position)))
+    layout = spec.momentum_layout
+    return from_shard(shard.clone(), mesh, placements_of(layout), layout.shape)
+
+
 def drop_stale(state: MutableMapping[str, Any], group: Mapping[str, Any]) -> None:
     """Drop state of the algorithm, or of NorMuon, that the group of a parameter used before."""
     for key in _ALL_KEYS - _keys_of(group):
@@ -82,7 +103,11 @@ def grad_dtype_of(param: Tensor) -> torch.dtype | None:
     return getattr(param, "grad_dtype", None) if param.is_leaf else None
 
 
-def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+def check_loaded(
+    state_dict: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    specs: Mapping[Tensor, ParamSpec],
+) -> None:
     """Raise if a state dict does not fit these param groups, before anything is loaded.
 
     State dicts of torch's Muon and AdamW may lack state, since those optimizers make it in their
@@ -146,7 +171,12 @@ def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, An
                     f"{loaded['algorithm']} does not use: another optimizer wrote it.{hint}"
                 )
             for key in saved_state.keys() & SHARDED_LIKE_PARAM:
-                if not _is_placed_as(saved_state[key], param):
+                is_cut_momentum = (
+                    key == "momentum_buffer"
+                    and param in specs
+                    and _has_layout(saved_state[key], specs[param].momentum_layout)
+                )
+                if not is_cut_momentum and not _is_placed_as(saved_state[key], param):
                     raise CheckpointError(
                         f"'{key}' of {name} is {placed(saved_state[key])}, the parameter "
                         f"{placed(param)}. Load with torch.distributed.checkpoint, which reshards."
@@ -239,6 +269,14 @@ def _keys_of(group: Mapping[str, Any]) -> set[str]:
     if group["algorithm"] == "adamw":
         return {"step", "exp_avg", "exp_avg_sq"}
     return {"momentum_buffer"} | ({MOMENTS} if group["normuon_beta"] is not None else set())
+
+
+def _has_layout(value: Tensor, layout: Layout) -> bool:
+    """Whether a state tensor is a DTensor of this layout."""
+    if not isinstance(value, DTensor) or value.shape != layout.shape:
+        return False
+    mesh = describe_mesh(value.device_mesh)
+    return mesh == layout.mesh and value.placements == placements_of(layout)
 
 
 def _is_placed_as(value: Tensor, param: Tensor) -> bool:

@@ -4,8 +4,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from muon_dtensor.layout import Layout, Region
+from muon_dtensor.layout import Region
 from muon_dtensor.planning.owners import Candidate
+from muon_dtensor.planning.plan import ParamSpec
 from muon_dtensor.planning.schedule import BufferSequence
 from muon_dtensor.planning.strategies import Strategy
 
@@ -73,23 +74,24 @@ class BufferBound:
 def owned_matrix(
     candidate: Candidate,
     boxes: Mapping[int, Region],
-    layout: Layout,
+    spec: ParamSpec,
     *,
     strategy: Strategy,
     sequence: BufferSequence,
     itemsize: int,
 ) -> OwnedMatrix:
     """Return a matrix with the bytes it adds to each buffer; `itemsize`: of the wire dtype."""
-    mesh, matrix = layout.mesh, candidate.matrix
-    holders = layout.holders(matrix.region)
+    layout, matrix = spec.momentum_layout, candidate.matrix
+    mesh, holders = layout.mesh, layout.holders(matrix.region)
     piece_numel = layout.largest_part(matrix.region)
     # A matrix with several holders counts its largest piece at one place that stands for all homes.
-    home = 0 if len(holders) > 1 else next(iter(holders))
+    home = 0 if len(holders) > 1 else mesh.moved(next(iter(holders)), spec.gathered_dims, to=0)
+    num_gathered = mesh.num_ranks_along(spec.gathered_dims)
     loads = []
     for buffer, content in enumerate(sequence.contents):
         numels: dict[int, int] = {}
         if content.done is None:
-            numels[home] = piece_numel
+            numels[home] = min(matrix.numel, num_gathered * piece_numel)
         elif set(content.done) >= set(strategy.unshard_dims):
             numels = {position: box.numel for position, box in boxes.items()}
         else:

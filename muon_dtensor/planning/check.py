@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from muon_dtensor.layout import Region
 from muon_dtensor.planning.plan import Assignment, Bucket, ParamSpec, Phase, Plan
 from muon_dtensor.planning.schedule import buffer_sequence, phases_of
-from muon_dtensor.planning.strategies import Distributed, Strategy, can_own, strategies_for
+from muon_dtensor.planning.strategies import Distributed, Strategy, can_own
 from muon_dtensor.planning.teams import distributed_strategies, team_of, team_slabs
 
 
@@ -96,7 +96,7 @@ def _bucket_problems(plan: Plan, bucket: Bucket) -> list[str]:
             problems.append(f"{spec.fqn}: {bucket.strategy} is not legal for its layout")
         elif not 0 <= assignment.owner < bucket.mesh.num_ranks:
             problems.append(f"{spec.fqn}: owner {assignment.owner} is not on mesh {bucket.mesh}")
-        elif not can_own(layout, matrix.region, assignment.owner):
+        elif not can_own(spec.momentum_layout, matrix.region, assignment.owner):
             problems.append(f"{spec.fqn}: matrix {assignment.matrix} cannot be sent to its owner")
     if isinstance(bucket.strategy, Distributed) and not problems:
         problems += _team_problems(plan, bucket, bucket.strategy)
@@ -108,7 +108,7 @@ def _is_legal(plan: Plan, strategy: Strategy, assignment: Assignment) -> bool:
     if isinstance(strategy, Distributed):
         return plan.options.can_distribute and strategy in distributed_strategies(spec, matrix)
     whole = assignment.slab is None
-    return whole and strategy in strategies_for(spec.layout, matrix.region)
+    return whole and strategy in spec.strategies(matrix.region)
 
 
 def _team_problems(plan: Plan, bucket: Bucket, strategy: Distributed) -> list[str]:
@@ -120,7 +120,7 @@ def _team_problems(plan: Plan, bucket: Bucket, strategy: Distributed) -> list[st
     for (param, index), boxes in slabs.items():
         spec = plan.params[param]
         team = team_of(boxes[0][0], bucket.mesh, strategy)
-        expected = team_slabs(strategy, spec.layout, spec.matrices[index], team)
+        expected = team_slabs(strategy, spec.momentum_layout, spec.matrices[index], team)
         if sorted(boxes, key=lambda box: box[0]) != list(expected.items()):
             problems.append(f"{spec.fqn}: matrix {index} is not cut into the slabs of one team")
     return problems

@@ -80,7 +80,7 @@ def bound_nbytes(plan: Plan) -> int:
         for matrix in spec.matrices:
             if matrix.numel == 0:
                 continue
-            num_holders = len(spec.layout.holders(matrix.region))
+            num_holders = len(spec.momentum_layout.holders(matrix.region))
             missing_numel = matrix.numel * (1 - 1 / num_holders)
             replica_numel = matrix.numel * (len(spec.layout.replica_offsets) - 1)
             total += itemsize * (2 * missing_numel + replica_numel)

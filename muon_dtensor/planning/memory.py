@@ -106,9 +106,10 @@ def _applying(plan: Plan, traffic: BucketTraffic) -> dict[int, int]:
             continue
         counted.add((id(holders), is_tall))
         for home, piece in holders.items():
+            first = spec.layout.home(home)
+            nbytes = (traffic.itemsize if is_tall else 8) * piece.numel
             for offset in spec.layout.replica_offsets:
-                nbytes = (traffic.itemsize if is_tall else 8) * piece.numel
-                largest[home + offset] = max(largest[home + offset], nbytes)
+                largest[first + offset] = max(largest[first + offset], nbytes)
     return largest
 
 
@@ -125,7 +126,7 @@ def _packing(plan: Plan, traffic: BucketTraffic) -> dict[int, int]:
         spec, holders = plan.spec(a), plan.holders(a)
         size = ITEMSIZES.get(spec.dtype, 4)
         widest = max(widest, size)
-        offset = spec.layout.replica_offset(a.owner)
+        offset = spec.momentum_layout.replica_offset(a.owner)
         key = (id(holders), offset, spec.dtype)
         if key in counted:
             continue

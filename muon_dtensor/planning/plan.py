@@ -10,7 +10,7 @@ from functools import cached_property
 
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, Region
 from muon_dtensor.planning.presets import PRESETS
-from muon_dtensor.planning.strategies import Collective, Strategy
+from muon_dtensor.planning.strategies import Collective, Strategy, strategies_for
 from muon_dtensor.planning.topology import Topology
 
 
@@ -23,6 +23,7 @@ class ParamSpec:
     `moment_cuts`: mesh dims that cut NorMuon's row second moments, see `planning.normuon_state`;
     None without NorMuon. `can_distribute`: whether several ranks can orthogonalize one matrix
     together; False for a user's orthogonalizer, which needs whole matrices, and for NorMuon.
+    `shards_momentum`: whether the momentum is cut over the ranks that replicate the parameter.
     """
 
     fqn: str
@@ -33,6 +34,7 @@ class ParamSpec:
     wire_dtype: str = "bfloat16"
     moment_cuts: tuple[str, ...] | None = None
     can_distribute: bool = True
+    shards_momentum: bool = False
 
     def __post_init__(self) -> None:
         if not all(type(text) is str for text in (self.fqn, self.dtype, self.wire_dtype)):
@@ -41,8 +43,9 @@ class ParamSpec:
             raise ValueError(
                 f"moment_cuts must be empty or the cuts of tensor dim 0, got {self.moment_cuts}"
             )
-        if type(self.can_distribute) is not bool:
-            raise ValueError(f"can_distribute must be True or False, got {self.can_distribute!r}")
+        for name in ("can_distribute", "shards_momentum"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if type(self.num_iterations) is not int or self.num_iterations < 0:
             raise ValueError(
                 f"num_iterations must be an integer of at least 0, got {self.num_iterations}"
@@ -51,6 +54,24 @@ class ParamSpec:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.layout.shape
+
+    @property
+    def momentum_layout(self) -> Layout:
+        """The layout of the momentum, and so of the pieces that owners collect."""
+        return self.layout.over_replicas if self.shards_momentum else self.layout
+
+    @property
+    def gathered_dims(self) -> tuple[str, ...]:
+        """Mesh dims that cut the momentum and replicate the parameter.
+
+        Each rank receives its pieces of the result, and an all-gather over these dims gives it
+        those of the other replicas.
+        """
+        return self.layout.replica_dims if self.momentum_layout is not self.layout else ()
+
+    def strategies(self, region: Region) -> tuple[Strategy, ...]:
+        """Return `strategies_for` a non-empty matrix of this parameter, or a slab of one."""
+        return strategies_for(self.momentum_layout, region, self.gathered_dims)
 
 
 EXACT_STRATEGIES = ("auto", "owned", "owned_staged")
@@ -228,8 +249,11 @@ class Plan:
         return assignment.slab or self.matrix(assignment).region
 
     def holders(self, assignment: Assignment) -> dict[int, Region]:
-        """Return {home: its piece of the matrix or slab}; see `Layout.holders`."""
-        return self.spec(assignment).layout.holders(self.region(assignment))
+        """Return {home: its piece of the matrix or slab}; see `Layout.holders`.
+
+        The pieces are those of the momentum.
+        """
+        return self.spec(assignment).momentum_layout.holders(self.region(assignment))
 
     @cached_property
     def meshes(self) -> tuple[MeshSpec, ...]:

@@ -18,7 +18,7 @@ from muon_dtensor.planning.owners import (
 from muon_dtensor.planning.plan import Action, Assignment, Bucket, ParamSpec, Plan, PlanOptions
 from muon_dtensor.planning.schedule import buffer_sequence, live_sets, schedule
 from muon_dtensor.planning.search import Choice, GroupKey, Strategies, search
-from muon_dtensor.planning.strategies import Distributed, Strategy, can_own, strategies_for
+from muon_dtensor.planning.strategies import Distributed, Strategy, can_own
 from muon_dtensor.planning.teams import team_of, team_seconds, team_slabs, with_teams
 
 
@@ -129,7 +129,7 @@ class _Builder:
                 owned_matrix(
                     candidate,
                     self._boxes(candidate, team, choice.strategy),
-                    self.params[candidate.param].layout,
+                    self.params[candidate.param],
                     strategy=choice.strategy,
                     sequence=sequence,
                     itemsize=ITEMSIZES[key.wire_dtype],
@@ -179,9 +179,10 @@ class _Builder:
                     work.append(Work(candidate, ((self.named_owners[spec.fqn],),), cost))
                     continue
                 region = candidate.matrix.region
-                table = (id(spec.layout.holders(region)), strategy is None)
+                layout = spec.momentum_layout
+                table = (id(layout.holders(region)), strategy is None)
                 if table not in teams_by_table:
-                    positions = possible_owners(spec.layout, region)
+                    positions = possible_owners(layout, region)
                     teams = dict.fromkeys(team_of(p, key.mesh, strategy) for p in positions)
                     teams_by_table[table] = tuple(
                         tuple(key.mesh.ranks[p] for p in team) for team in teams
@@ -198,7 +199,7 @@ class _Builder:
     ) -> dict[int, Region]:
         """Return the box that each position of a team orthogonalizes."""
         if isinstance(strategy, Distributed):
-            layout = self.params[candidate.param].layout
+            layout = self.params[candidate.param].momentum_layout
             return team_slabs(strategy, layout, candidate.matrix, team)
         (owner,) = team
         return {owner: candidate.matrix.region}
@@ -263,7 +264,7 @@ def _matrices_for_named_owner(spec: ParamSpec, rank: int) -> set[int]:
     Matrices stored on one rank are not among them: they stay there. Raises AssignmentError if there
     are other matrices and none of them can be sent to the named owner.
     """
-    layout = spec.layout
+    layout = spec.momentum_layout
     positions_of = {
         i: possible_owners(layout, m.region) for i, m in enumerate(spec.matrices) if m.numel
     }
@@ -289,7 +290,7 @@ def _groups_by_ranks(
     strategies_by_table: dict[int, tuple[Strategy, ...]] = {}
     keys: dict[tuple[object, ...], GroupKey] = {}
     for param, spec in enumerate(params):
-        layout = spec.layout
+        layout = spec.momentum_layout
         named_matrices: set[int] = set()
         if spec.fqn in named_owners:
             named_matrices = _matrices_for_named_owner(spec, named_owners[spec.fqn])
@@ -298,7 +299,7 @@ def _groups_by_ranks(
                 continue
             table = id(layout.holders(matrix.region))
             if table not in strategies_by_table:
-                strategies_by_table[table] = strategies_for(layout, matrix.region)
+                strategies_by_table[table] = spec.strategies(matrix.region)
             strategies = strategies_by_table[table]
             fields = (layout.mesh, spec.wire_dtype, strategies, index in named_matrices)
             if fields not in keys:

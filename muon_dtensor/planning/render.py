@@ -151,6 +151,8 @@ def summary(
         "work space",
         f"predicted {duration(prediction.seconds)} a step on {machine(plan.options.topology)}",
     ]
+    if any(spec.gathered_dims for spec in plan.params):
+        lines.append(_momentum_text(plan))
     for reduction in reductions(plan):
         sizes = " x ".join(f"{name}={reduction.mesh.sizes[name]}" for name in reduction.mesh_dims)
         lines.append(
@@ -167,6 +169,21 @@ def summary(
         lines.append(f"schedule of {len(plan.schedule)} actions{remark}")
     lines.append(f"digest {digest[:16]}")
     return "\n".join(lines)
+
+
+def _momentum_text(plan: Plan) -> str:
+    """Return a line about momenta that are cut over replicas."""
+
+    def most_elements(layouts: Iterable[Layout]) -> int:
+        totals: Counter[int] = Counter()
+        for layout, count in Counter(layouts).items():
+            for position, rank in enumerate(layout.mesh.ranks):
+                totals[rank] += count * layout.region(position).numel
+        return max(totals.values(), default=0)
+
+    cut = most_elements(spec.momentum_layout for spec in plan.params)
+    stored = most_elements(spec.layout for spec in plan.params)
+    return f"momentum cut over replicas: at most {cut:,} elements a rank, of weights {stored:,}"
 
 
 def _count(number: int, singular: str, plural: str) -> str:
@@ -324,6 +341,7 @@ def explain(plan: Plan, fqn: str) -> str:
     lines = [
         f"{fqn}  {shape_text(spec)} {spec.dtype} on {spec.layout.mesh}",
         f"  stored: {cuts_text(spec.layout)}",
+        *([f"  momentum: {cuts_text(spec.momentum_layout)}"] if spec.gathered_dims else []),
     ]
     equal: dict[tuple[str, ...], list[tuple[str, int]]] = {}
     for number, bucket in enumerate(plan.buckets):
@@ -345,14 +363,14 @@ def explain(plan: Plan, fqn: str) -> str:
             lines.append(f"  {len(boxes)} matrices {boxes[0]} to {boxes[-1]} in {place}")
             lines.append(f"    each {pieces}, {flops}; owned by {owners}")
         lines += details
-    if len(lines) == 2:
+    if not equal:
         lines.append("  no elements, nothing to do")
     return "\n".join(lines)
 
 
 def _matrix_lines(plan: Plan, number: int, bucket: Bucket, assignment: Assignment) -> Iterator[str]:
     """Yield the bucket, pieces, flops, bytes sent and strategy of one matrix."""
-    layout, holders = plan.spec(assignment).layout, plan.holders(assignment)
+    layout, holders = plan.spec(assignment).momentum_layout, plan.holders(assignment)
     traffic = bucket_traffic(plan, replace(bucket, assignments=(assignment,)))
     yield f"bucket {number}, {bucket.strategy.text}"
     replicas = _count(len(layout.replica_offsets), "replica", "replicas")

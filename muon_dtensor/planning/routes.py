@@ -97,15 +97,17 @@ class RankCollective:
 class RankBucket:
     """One bucket on one rank; see Note [Three buffers].
 
-    `stored`: this rank's pieces of all matrices of the bucket, whichever replica owns them.
-    `shards`: per parameter the box this rank stores. `owned`: the matrices it orthogonalizes, alone
+    `momenta`: the pieces of all matrices of the bucket whose momentum this rank stores, whichever
+    replica owns them. `shards`: per parameter the box of it that this rank stores, and
+    `momentum_shards` that of its momentum. `owned`: the matrices it orthogonalizes, alone
     or with a team, and `boxes` the part of each that it has then. `matrices`: all of the above.
     """
 
     bucket: Bucket
     sequence: BufferSequence
-    stored: tuple[Piece, ...]
+    momenta: tuple[Piece, ...]
     shards: dict[int, Region]
+    momentum_shards: dict[int, Region]
     owned: tuple[Assignment, ...]
     matrices: dict[Assignment, Matrix]
     boxes: dict[Assignment, Region]
@@ -138,13 +140,13 @@ class RankBucket:
 
     @cached_property
     def momentum_regions(self) -> tuple[tuple[int, Region], ...]:
-        """Per parameter the stored pieces; the shard itself if they are all of it."""
+        """Per parameter the pieces of its momentum; its whole shard if they are all of it."""
         by_param: dict[int, list[Region]] = defaultdict(list)
-        for assignment, region in self.stored:
+        for assignment, region in self.momenta:
             by_param[assignment.param].append(region)
         result: list[tuple[int, Region]] = []
         for param, regions in by_param.items():
-            shard = self.shards[param]
+            shard = self.momentum_shards[param]
             if sum(region.numel for region in regions) == shard.numel:
                 regions = [shard]
             result += [(param, region) for region in regions]
@@ -167,14 +169,14 @@ class RankBucket:
 
 def rank_bucket(plan: Plan, bucket: Bucket, position: int) -> RankBucket:
     """The part of the rank at this position in a bucket of its mesh."""
-    stored = []
+    momenta = []
     for assignment in bucket.assignments:
-        layout = plan.spec(assignment).layout
+        layout = plan.spec(assignment).momentum_layout
         region = plan.holders(assignment).get(layout.home(position))
         if region is not None:
-            stored.append((assignment, region))
+            momenta.append((assignment, region))
     owned = tuple(a for a in bucket.assignments if a.owner == position)
-    view = _RankView(plan, bucket, position, tuple(stored))
+    view = _RankView(plan, bucket, position)
     sequence = buffer_sequence(bucket.strategy, bucket.mesh)
     unshard: list[RankCollective] = []
     for index, collective in enumerate(bucket.unshard):
@@ -196,13 +198,17 @@ def rank_bucket(plan: Plan, bucket: Bucket, position: int) -> RankBucket:
             sequence.hops, received, (*unshard, *reshard), strict=False
         )
     )
+    stored = [*(a for a, _ in momenta), *(slot.assignment for slot in received[-1].slots)]
     return RankBucket(
         bucket=bucket,
         sequence=sequence,
-        stored=tuple(stored),
-        shards={a.param: plan.spec(a).layout.region(position) for a, _ in stored},
+        momenta=tuple(momenta),
+        shards={a.param: plan.spec(a).layout.region(position) for a in stored},
+        momentum_shards={
+            a.param: plan.spec(a).momentum_layout.region(position) for a, _ in momenta
+        },
         owned=owned,
-        matrices={a: plan.matrix(a) for a in (*(a for a, _ in stored), *owned)},
+        matrices={a: plan.matrix(a) for a in (*stored, *owned)},
         boxes=boxes,
         pieces=pieces,
         unshard=collectives[: len(unshard)],
@@ -212,12 +218,11 @@ def rank_bucket(plan: Plan, bucket: Bucket, position: int) -> RankBucket:
 
 @dataclass(frozen=True, slots=True)
 class _RankView:
-    """One position, and the pieces of a bucket's matrices that it stores."""
+    """One position in a bucket of a plan."""
 
     plan: Plan
     bucket: Bucket
     position: int
-    stored: tuple[Piece, ...]
 
 
 def _to_owner(
@@ -233,7 +238,7 @@ def _to_owner(
     send: dict[int, list[Piece]] = {peer: [] for peer in mesh.peers(position, dims)}
     recv: dict[int, list[Piece]] = {peer: [] for peer in send}
     for assignment in view.bucket.assignments:
-        layout = view.plan.spec(assignment).layout
+        layout = view.plan.spec(assignment).momentum_layout
         if layout.replica_offset(assignment.owner) != layout.replica_offset(position):
             continue
         target = mesh.moved(position, dims, to=assignment.owner)
@@ -247,21 +252,28 @@ def _to_replicas(view: _RankView, collective: Collective, source: Packing) -> Ra
     """A collective that sends results to the holders in all replicas, from the slots of `source`.
 
     The owner sends them, or, after a first hop, the ranks that hold them in the owner's replica.
+    Pieces of a momentum that is cut over the replicas are each sent by the only rank that holds it.
     """
     mesh, position = view.bucket.mesh, view.position
     peers = mesh.peers(position, collective.mesh_dims)
     slots_of: dict[int, list[Slot]] = defaultdict(list)
     homes: dict[Assignment, dict[Region, int]] = {}
+    replica_dims = view.bucket.strategy.replica_dims
     for slot in source.slots:
         a = slot.assignment
         if a not in homes:
             homes[a] = {box: home for home, box in view.plan.holders(a).items()}
-        slots_of[homes[a][slot.region]].append(slot)
-    replica_dims = view.bucket.strategy.replica_dims
+        home = homes[a][slot.region]
+        slots_of[mesh.moved(home, replica_dims, to=0)].append(slot)
     send = [tuple(slots_of[mesh.moved(peer, replica_dims, to=0)]) for peer in peers]
     recv: dict[int, list[Piece]] = {peer: [] for peer in peers}
-    for a, box in view.stored:
-        recv[mesh.moved(position, collective.mesh_dims, to=a.owner)].append((a, box))
+    for a in view.bucket.assignments:
+        holders, spec = view.plan.holders(a), view.plan.spec(a)
+        for home in mesh.peers(spec.layout.home(position), spec.gathered_dims):
+            if home in holders:
+                owner_side = mesh.moved(position, collective.mesh_dims, to=a.owner)
+                sender = home if spec.gathered_dims else owner_side
+                recv[sender].append((a, holders[home]))
     if isinstance(collective, AllGather) and view.bucket.unshard:
         # a holder has its pieces in the order of their owners
         dims = view.bucket.unshard[0].mesh_dims
@@ -275,7 +287,7 @@ def _pieces_after(
     view: _RankView, assignment: Assignment, done: tuple[str, ...]
 ) -> list[tuple[int, Region]]:
     """The pieces of a matrix on this rank after moves along `done`, each with its home."""
-    mesh, layout = view.bucket.mesh, view.plan.spec(assignment).layout
+    mesh, layout = view.bucket.mesh, view.plan.spec(assignment).momentum_layout
     if mesh.index_along(view.position, done) != mesh.index_along(assignment.owner, done):
         return []
     holders, home = view.plan.holders(assignment), layout.home(view.position)

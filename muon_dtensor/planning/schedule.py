@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from muon_dtensor.layout import MeshSpec
 from muon_dtensor.planning.plan import Action, Bucket, Phase
-from muon_dtensor.planning.strategies import Collective, Strategy
+from muon_dtensor.planning.strategies import Collective, Route, Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def buffer_sequence(strategy: Strategy, mesh: MeshSpec) -> BufferSequence:
     num_unshard, wholes = len(hops), len(contents) - 1
     copies = mesh.num_ranks_along(strategy.replica_dims)
     for index, collective in enumerate(strategy.reshard(mesh.dim_names)):
-        if collective.mesh_dims in before:
+        if collective.route is Route.TO_HOLDERS and collective.mesh_dims in before:
             sent = contents[-1] if index else None
             add_hop(collective, before[collective.mesh_dims], sent)
         else:

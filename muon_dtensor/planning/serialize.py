@@ -70,6 +70,8 @@ def _param_to_json(spec: ParamSpec, mesh: int) -> dict[str, Any]:
     }
     if not spec.can_distribute:
         value["can_distribute"] = False
+    if spec.shards_momentum:
+        value["shards_momentum"] = True
     if spec.moment_cuts is not None:
         value["moment_cuts"] = list(spec.moment_cuts)
     if spec.layout.bounds is not None:
@@ -195,6 +197,7 @@ def _param_from_json(
         value["wire_dtype"],
         tuple(value["moment_cuts"]) if "moment_cuts" in value else None,
         value.get("can_distribute", True),
+        value.get("shards_momentum", False),
     )
 
 

@@ -239,8 +239,10 @@ class _Simulator:
         overhead, size = self.topology.tensor_overhead, self._param_itemsize(cost)
         memory, itemsize = self.topology.memory_seconds, cost.itemsize
         return [
-            overhead * num + memory(packed_nbytes(size, itemsize, stored=stored, pieces=pieces))
-            for num, stored, pieces in zip(cost.num_stored, cost.stored, cost.pieces, strict=True)
+            overhead * num + memory(packed_nbytes(size, itemsize, momenta=momenta, pieces=pieces))
+            for num, momenta, pieces in zip(
+                cost.num_momenta, cost.momenta, cost.pieces, strict=True
+            )
         ]
 
     def _applying(self, cost: BucketTraffic) -> list[float]:
@@ -324,14 +326,14 @@ class _Simulator:
         self.host = [stop] * len(self.host)
 
 
-def packed_nbytes(itemsize: int, wire_itemsize: int, *, stored: int, pieces: int) -> int:
+def packed_nbytes(itemsize: int, wire_itemsize: int, *, momenta: int, pieces: int) -> int:
     """Return the bytes that packing reads and writes.
 
-    The momentum update reads two values and writes one for each of `stored` elements. For each of
+    The momentum update reads two values and writes one for each of `momenta` elements. For each of
     `pieces` elements, the direction reads two values and writes one, and the cast reads that one
     and writes the wire dtype.
     """
-    return 3 * itemsize * stored + (4 * itemsize + wire_itemsize) * pieces
+    return 3 * itemsize * momenta + (4 * itemsize + wire_itemsize) * pieces
 
 
 def applied_nbytes(itemsize: int, wire_itemsize: int, *, stored: int) -> int:

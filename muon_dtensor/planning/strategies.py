@@ -47,11 +47,12 @@ class Owned:
     Without mesh dims the owner is the only rank that stores any of it, and nothing is sent.
 
     `unshard_dims`: mesh dims over which its pieces are spread; empty if each replica is on one
-    rank. `replica_dims`: mesh dims over which the pieces are replicated. `hops`: 1 = the owner
-    sends results to all holders directly, 2 = to the holders in its own replica, which send them to
-    the other replicas. `is_staged`: pieces are sent over one mesh dim at a time, the innermost
-    first, in smaller groups, and results in the reverse order; otherwise over all dims in one
-    exchange.
+    rank. `replica_dims`: mesh dims over which results are replicated; the pieces are too, or they
+    are cut over these dims (see `ParamSpec.gathered_dims`). `hops`: 1 = the owner sends results to
+    all holders directly, 2 = to the holders in its own replica, or of the pieces that are cut,
+    which send them to the other replicas. `is_staged`: pieces are sent over one mesh dim at a time,
+    the innermost first, in smaller groups, and results in the reverse order; otherwise over all
+    dims in one exchange.
     """
 
     unshard_dims: tuple[str, ...] = ()
@@ -80,6 +81,8 @@ class Owned:
         text = f"{kind}{', one mesh dim at a time' * self.is_staged}"
         if not self.replica_dims:
             return text
+        if set(self.replica_dims) <= set(self.unshard_dims):
+            return f"{text}, results gathered by replicas"
         return f"{text}, shared by replicas in {self.hops} hop{'s' * (self.hops > 1)}"
 
     @property
@@ -143,10 +146,18 @@ STRATEGY_CLASSES: tuple[type[Strategy], ...] = (Owned, Distributed)
 """The members of the union `Strategy`. JSON names a class by its name in lower case."""
 
 
-def strategies_for(layout: Layout, matrix: Region) -> tuple[Strategy, ...]:
-    """Return the legal strategies for a non-empty matrix, fewest collectives first."""
-    unshard_dims, replica_dims = _unshard_dims(layout, matrix), layout.replica_dims
-    strategies = [Owned(unshard_dims, replica_dims)]
+def strategies_for(
+    layout: Layout, matrix: Region, gathered_dims: tuple[str, ...] = ()
+) -> tuple[Strategy, ...]:
+    """Return the legal strategies for a non-empty matrix, fewest collectives first.
+
+    `layout`: of the momentum. `gathered_dims`: see `ParamSpec.gathered_dims`.
+    """
+    unshard_dims = _unshard_dims(layout, matrix)
+    replica_dims = gathered_dims or layout.replica_dims
+    strategies = []
+    if not unshard_dims or not gathered_dims:
+        strategies.append(Owned(unshard_dims, replica_dims))
     if unshard_dims and replica_dims:
         strategies.append(Owned(unshard_dims, replica_dims, hops=2))
     if len(unshard_dims) > 1:

@@ -10,7 +10,7 @@ from muon_dtensor.planning.owners import Candidate
 from muon_dtensor.planning.plan import ParamSpec, PlanOptions
 from muon_dtensor.planning.search import GroupKey
 from muon_dtensor.planning.simulate import distributed_seconds, orthogonalize_seconds
-from muon_dtensor.planning.strategies import Distributed, Owned, Strategy, strategies_for
+from muon_dtensor.planning.strategies import Distributed, Owned, Strategy
 
 MAX_TEAM_SIZE = 64
 """The most ranks of a team. Every member stores the Gram matrix, and the ranks of a team wait for
@@ -21,8 +21,8 @@ def distributed_strategies(spec: ParamSpec, matrix: Matrix) -> Iterator[Distribu
     """Yield the legal `Distributed` strategies of a non-empty matrix."""
     if not spec.can_distribute:
         return
-    layout, region = spec.layout, matrix.region
-    owned = [s for s in strategies_for(layout, region) if not s.is_staged]
+    layout = spec.momentum_layout
+    owned = [s for s in spec.strategies(matrix.region) if not s.is_staged]
     unshard_dims, replica_dims = owned[0].unshard_dims, owned[0].replica_dims
     used = {*unshard_dims, *replica_dims}
     all_dims = tuple(name for name in layout.mesh.dim_names if name in used)
@@ -83,7 +83,7 @@ def team_seconds(
     spec: ParamSpec, matrix: Matrix, strategy: Distributed | None, options: PlanOptions
 ) -> float:
     """Return the seconds that each member of a team works on a matrix; None: one rank alone."""
-    topology, layout = options.topology, spec.layout
+    topology, layout = options.topology, spec.momentum_layout
     if strategy is None:
         seconds = orthogonalize_seconds(topology, matrix, spec.num_iterations, spec.wire_dtype)
         return seconds + topology.tensor_overhead * len(layout.holders(matrix.region))
@@ -105,7 +105,7 @@ class TeamOption:
 
 def team_options(spec: ParamSpec, matrix: Matrix, options: PlanOptions) -> list[TeamOption]:
     """Return how one rank or a team can orthogonalize a matrix, the fastest way for each size."""
-    owned = strategies_for(spec.layout, matrix.region)[0]
+    owned = spec.strategies(matrix.region)[0]
     fastest = {1: TeamOption(owned, team_seconds(spec, matrix, None, options))}
     for strategy in distributed_strategies(spec, matrix):
         option = TeamOption(strategy, team_seconds(spec, matrix, strategy, options))
@@ -175,7 +175,7 @@ def with_teams(
     for key, candidates in groups.items():
         for candidate in candidates:
             spec, matrix = params[candidate.param], candidate.matrix
-            holders = id(spec.layout.holders(matrix.region))
+            holders = id(spec.momentum_layout.holders(matrix.region))
             size = (matrix.rows, matrix.cols, spec.num_iterations)
             table = (holders, *size, spec.can_distribute)
             if key.is_named:

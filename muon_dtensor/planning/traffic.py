@@ -13,7 +13,7 @@ from muon_dtensor.planning.matrix_costs import (
     rows_of_member,
     slab_flops,
 )
-from muon_dtensor.planning.plan import Assignment, Bucket, Plan
+from muon_dtensor.planning.plan import Assignment, Bucket, ParamSpec, Plan
 from muon_dtensor.planning.schedule import BufferSequence, Content, Hop, buffer_sequence
 from muon_dtensor.planning.strategies import Distributed, Route
 
@@ -27,7 +27,8 @@ class BucketTraffic:
 
     Numels count elements of the wire dtype. `buffers`: per numbered buffer, the elements that it
     holds. `self_sent`: per hop, the elements that a rank sends to itself. `stored`: elements of
-    the bucket's matrices that a rank stores, in `num_stored` pieces. `num_parts`: number of pieces
+    the bucket's matrices that a rank stores, in `num_stored` pieces; `momenta`, `num_momenta`: the
+    same of their momenta. `num_parts`: number of pieces
     from which a rank assembles the matrices that it owns. `team_nbytes`: bytes that a rank sends to
     the other members of its teams while they orthogonalize.
     """
@@ -39,6 +40,8 @@ class BucketTraffic:
     self_sent: tuple[Numels, ...]
     stored: Numels
     num_stored: list[int]
+    momenta: Numels
+    num_momenta: list[int]
     num_parts: list[int]
     team_nbytes: list[int]
 
@@ -94,25 +97,37 @@ class _Sums:
     def tables(
         self, key: Callable[[Layout, Assignment], int]
     ) -> Iterator[tuple[Layout, Assignment, int, int]]:
-        """Yield (layout, an example, key, count) for matrices with equal holders and equal key."""
+        """Yield (layout, an example, key, count) for matrices with equal holders and equal key.
+
+        Layouts and holders are those of momenta.
+        """
         plan = self.plan
 
         def full_key(a: Assignment) -> Hashable:
-            return (id(plan.holders(a)), key(plan.spec(a).layout, a))
+            return (id(plan.holders(a)), key(plan.spec(a).momentum_layout, a))
 
         for a, count in _distinct(self.bucket.assignments, full_key):
-            layout = plan.spec(a).layout
+            layout = plan.spec(a).momentum_layout
             yield layout, a, key(layout, a), count
 
     def stored(self) -> tuple[Numels, list[int]]:
         """Return the elements that each position stores of all matrices, and in how many pieces."""
+        return self._over_replicas(lambda spec: spec.layout)
+
+    def momenta(self) -> tuple[Numels, list[int]]:
+        """Return the same of their momenta."""
+        return self._over_replicas(lambda spec: spec.momentum_layout)
+
+    def _over_replicas(self, layout_of: Callable[[ParamSpec], Layout]) -> tuple[Numels, list[int]]:
+        """Return the elements of pieces, and their number, on all ranks that replicate them."""
         numels, nums = [0] * self.num_positions, [0] * self.num_positions
-        for layout, assignment, _, count in self.tables(lambda *_: 0):
+        for _, assignment, _, count in self.tables(lambda *_: 0):
+            layout = layout_of(self.plan.spec(assignment))
             for home, piece in self.plan.holders(assignment).items():
-                numel = count * piece.numel
+                numel, first = count * piece.numel, layout.home(home)
                 for offset in layout.replica_offsets:
-                    numels[home + offset] += numel
-                    nums[home + offset] += count
+                    numels[first + offset] += numel
+                    nums[first + offset] += count
         return numels, nums
 
     def after_stages(self, done: tuple[str, ...]) -> Numels:
@@ -142,7 +157,7 @@ class _Sums:
                     start = home - mesh.offset_of(mesh.index_along(home, done), done)
                     pieces[mesh.index_along(home, dims)].append((start, piece.numel))
             owner = assignment.owner
-            layout = self.plan.spec(assignment).layout
+            layout = self.plan.spec(assignment).momentum_layout
             offset = layout.replica_offset(owner)
             offset += mesh.offset_of(mesh.index_along(owner, done), done)
             for start, numel in pieces.get(mesh.index_along(owner, dims), ()):
@@ -169,7 +184,7 @@ class _Sums:
     def self_sent(self, sequence: BufferSequence) -> tuple[Numels, ...]:
         """Return the elements that each position sends to itself, for each hop."""
         self_sent: list[Numels] = []
-        by_dims: dict[tuple[str, ...], Numels] = {}
+        by_dims: dict[tuple[str, ...], Numels] = {}  # of exchanges with the owners
         done: tuple[str, ...] = ()
         for hop in sequence.unshard:
             dims = hop.collective.mesh_dims
@@ -177,13 +192,12 @@ class _Sums:
             self_sent.append(by_dims[dims])
             done = (*done, *dims)
         for hop in sequence.reshard:
-            dims = hop.collective.mesh_dims
-            if dims not in by_dims:
-                # A rank sends itself its piece: as an owner to the holders of all replicas, or as a
-                # holder to its replicas.
-                is_direct = hop.collective.route is Route.TO_HOLDERS
-                by_dims[dims] = self_sent[0] if is_direct and self_sent else self.of(Content(()))
-            self_sent.append(by_dims[dims])
+            # A rank sends itself its piece: as an owner to the holders of all replicas, or as a
+            # holder to its replicas.
+            if hop.collective.route is Route.TO_REPLICAS:
+                self_sent.append(self.of(Content(())))
+            else:
+                self_sent.append(by_dims.get(hop.collective.mesh_dims, self_sent[0]))
         return tuple(self_sent)
 
 
@@ -209,6 +223,7 @@ def bucket_traffic(plan: Plan, bucket: Bucket) -> BucketTraffic:
         tuple(contents[content] for content in sequence.contents),
         sums.self_sent(sequence),
         *sums.stored(),
+        *sums.momenta(),
         num_parts,
         team_nbytes,
     )

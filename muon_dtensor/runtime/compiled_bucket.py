@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from muon_dtensor.algorithms.update import MatrixSlice
-from muon_dtensor.layout import Matrix
+from muon_dtensor.layout import Matrix, Region
 from muon_dtensor.planning.plan import DEVICE_BATCH_NUMEL, Action, Assignment, Phase, Plan
 from muon_dtensor.planning.routes import Slot, rank_bucket
 from muon_dtensor.runtime.packing import Box, IndexedBox, box_of, from_matrix, view_box
@@ -20,26 +20,39 @@ and the copies take longer than the launch."""
 
 @dataclass(frozen=True, slots=True)
 class CompiledSlot:
-    """A slot of a buffer with its two indexers.
+    """A slot of a buffer with its indexers.
 
-    `in_shard`: its box in the local shard of parameter `param`. `in_matrix`: where its elements
-    lie in the matrix.
+    `in_shard`, `in_momentum`: its box in the local shard of parameter `param`, and in that of its
+    momentum if that is cut further. `in_matrix`: where its elements lie in the matrix.
     """
 
     param: int
     numel: int
     in_shard: Box | None
+    in_momentum: Box | None
     in_matrix: MatrixSlice
 
 
 @dataclass(frozen=True, slots=True)
+class MomentumBox:
+    """A box whose momentum is updated: in the local shard of `param`, and in that of its momentum.
+
+    Both are the same unless the momentum is cut further.
+    """
+
+    param: int
+    in_shard: Box | None
+    in_momentum: Box | None
+
+
+@dataclass(frozen=True, slots=True)
 class PackingBatch:
-    """Boxes of local shards whose momentum is updated, then slots that are filled, by index.
+    """Boxes whose momentum is updated, then slots that are filled, by index.
 
     The slots of one tuple are filled by one call.
     """
 
-    momenta: tuple[IndexedBox, ...]
+    momenta: tuple[MomentumBox, ...]
     slots: tuple[tuple[int, ...], ...]
 
 
@@ -50,7 +63,7 @@ class CompiledBucket:
     `pieces`, `results`: the slots of the first and of the last buffer.
     `parts`: per owned matrix, the slots of its parts, by index, and their boxes in it.
     `packing`: batches that fill the first buffer.
-    `momentum_only`: boxes of shards whose momentum is updated, with no slot in the first buffer.
+    `momentum_only`: boxes whose momentum is updated, with no slot in the first buffer.
     `applying`: batches of results, by index.
     """
 
@@ -95,8 +108,14 @@ class CompiledBucket:
             param,
             slot.region.numel,
             in_shard=box_of(slot.region, self.local.shards[param]),
+            in_momentum=self._in_momentum(param, slot.region),
             in_matrix=MatrixSlice(matrix.rows, matrix.cols, start, is_transposed, positions),
         )
+
+    def _in_momentum(self, param: int, region: Region) -> Box | None:
+        """Return a box of the momentum; None for all of it, and for results outside of it."""
+        shard = self.local.momentum_shards.get(param)
+        return None if shard is None or not shard.covers(region) else box_of(region, shard)
 
     def _parts(self) -> dict[Assignment, tuple[IndexedBox, ...]]:
         parts: dict[Assignment, list[IndexedBox]] = defaultdict(list)
@@ -105,13 +124,14 @@ class CompiledBucket:
             parts[slot.assignment].append((index, box))
         return {assignment: tuple(boxes) for assignment, boxes in parts.items()}
 
-    def _packing(self) -> tuple[list[PackingBatch], list[IndexedBox]]:
+    def _packing(self) -> tuple[list[PackingBatch], list[MomentumBox]]:
         slots_of: dict[int, list[int]] = defaultdict(list)
         for index, piece in enumerate(self.pieces):
             slots_of[piece.param].append(index)
-        boxes_of: dict[int, list[IndexedBox]] = defaultdict(list)
+        boxes_of: dict[int, list[MomentumBox]] = defaultdict(list)
         for param, region in self.local.momentum_regions:
-            boxes_of[param].append((param, box_of(region, self.local.shards[param])))
+            in_shard = box_of(region, self.local.shards[param])
+            boxes_of[param].append(MomentumBox(param, in_shard, self._in_momentum(param, region)))
         sizes = [piece.numel for piece in self.pieces]
         params = list(slots_of)
         numels = [sum(sizes[index] for index in slots_of[param]) for param in params]

@@ -82,6 +82,34 @@ def _cut_order(
     return tuple(order)
 
 
+def placements_of(layout: Layout) -> tuple[Placement, ...]:
+    """Inverse of `describe_layout`: the placements of a layout without bounds on its own mesh."""
+    names, sizes = layout.mesh.dim_names, layout.mesh.sizes
+    placements: list[Placement] = [Replicate() for _ in names]
+    for tensor_dim, dims in enumerate(layout.cuts):
+        for order, name in enumerate(dims):
+            index = names.index(name)
+            factor = prod(sizes[d] for d in dims[:order] if names.index(d) > index)
+            strided = StridedShard(tensor_dim, split_factor=factor)
+            placements[index] = Shard(tensor_dim) if factor == 1 else strided
+    return tuple(placements)
+
+
+def from_shard(
+    shard: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]
+) -> DTensor:
+    """Return the row-major DTensor of this global shape with this rank's shard; no collective."""
+    tensor: DTensor = DTensor.from_local(
+        shard,
+        mesh,
+        placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+    return tensor
+
+
 class LayoutCache:
     """Describes parameters and caches the results; equal meshes and layouts are one object."""
 
@@ -194,6 +222,7 @@ class LayoutCache:
         wire_dtype: torch.dtype,
         has_moments: bool = False,
         can_distribute: bool = True,
+        shards_momentum: bool = False,
     ) -> ParamSpec:
         """Return the spec of a parameter of Muon. Raises RefusalError if Muon cannot step it.
 
@@ -201,7 +230,8 @@ class LayoutCache:
             layout: of the tensor.
             flat_shape: the global shape of a tensor that is stored flat; None for others.
             has_moments: whether NorMuon steps it. Only a DTensor can hold a part of the moments.
-            can_distribute: see `ParamSpec`.
+            can_distribute, shards_momentum: see `ParamSpec`. The momentum of a plain tensor that is
+                cut over ranks is not a DTensor, and stays whole.
         """
         if not isinstance(tensor, DTensor) and not layout.cut_dims:
             _check_annotations(tensor, declaration)
@@ -221,6 +251,7 @@ class LayoutCache:
             dtype_name(wire_dtype),
             moments,
             can_distribute and not has_moments,
+            shards_momentum and (isinstance(tensor, DTensor) or not layout.cut_dims),
         )
 
 

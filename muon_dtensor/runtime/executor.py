@@ -33,13 +33,12 @@ from muon_dtensor.planning.schedule import (
 from muon_dtensor.planning.strategies import Distributed
 from muon_dtensor.runtime.buffers import ExchangeBuffers, InFlight
 from muon_dtensor.runtime.collectives import TeamGroup, barrier, issue
-from muon_dtensor.runtime.compiled_bucket import CompiledBucket
+from muon_dtensor.runtime.compiled_bucket import CompiledBucket, MomentumBox
 from muon_dtensor.runtime.hyperparameters import MuonOptions
 from muon_dtensor.runtime.local_param import LocalParam
 from muon_dtensor.runtime.normuon_state import RowSecondMoments
 from muon_dtensor.runtime.packing import (
     Copies,
-    IndexedBox,
     assemble,
     from_matrix,
     repack,
@@ -232,7 +231,7 @@ class Executor:
         """Copy offloaded momenta of a bucket to the device, and back afterwards."""
         offloaded = {
             index: params[index]
-            for index in bucket.local.shards
+            for index in bucket.local.momentum_shards
             if index in params and params[index].is_momentum_offloaded
         }
         if not offloaded:
@@ -271,20 +270,20 @@ class Executor:
                 key = local.options.momentum, local.options.nesterov
                 targets, momenta, grads = groups.setdefault(key, ([], [], []))
                 targets.append(views[index])
-                momenta.append(view_box(local.momentum_buffer, slot.in_shard))
+                momenta.append(view_box(local.momentum_buffer, slot.in_momentum))
                 grads.append(view_box(local.grad, slot.in_shard))
         for (momentum, nesterov), lists in groups.items():
             write_directions(*lists, momentum, nesterov)
 
     def _update_momenta(
-        self, boxes: Sequence[IndexedBox], params: dict[int, LocalParam], keep: Tensor | None
+        self, boxes: Sequence[MomentumBox], params: dict[int, LocalParam], keep: Tensor | None
     ) -> None:
         groups: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-        for param, box in boxes:
-            if local := params.get(param):
+        for box in boxes:
+            if local := params.get(box.param):
                 momenta, grads = groups.setdefault(local.options.momentum, ([], []))
-                momenta.append(view_box(local.momentum_buffer, box))
-                grads.append(view_box(local.grad, box))
+                momenta.append(view_box(local.momentum_buffer, box.in_momentum))
+                grads.append(view_box(local.grad, box.in_shard))
         for momentum, (momenta, grads) in groups.items():
             update_momentum(momenta, grads, momentum, keep)
 

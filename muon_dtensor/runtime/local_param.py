@@ -11,6 +11,7 @@ from muon_dtensor.runtime.hyperparameters import MuonOptions
 class LocalParam:
     """This rank's shards of one parameter that has a gradient: tensors of one shape.
 
+    The shard of the momentum may be a part of that, see `ParamSpec.shards_momentum`.
     `moments`: the row second moments of NorMuon, if the options have its beta.
     """
 

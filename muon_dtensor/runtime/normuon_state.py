@@ -14,7 +14,7 @@ from muon_dtensor.layout import Layout
 from muon_dtensor.planning.normuon_state import Reduction, moment_slice, reductions
 from muon_dtensor.planning.plan import Assignment, Plan
 from muon_dtensor.runtime.collectives import all_reduce_sum
-from muon_dtensor.runtime.dtensors import describe_mesh
+from muon_dtensor.runtime.dtensors import describe_mesh, from_shard
 from muon_dtensor.runtime.process_groups import Groups
 from muon_dtensor.runtime.torch_private import local_part
 
@@ -36,16 +36,7 @@ def zeros_with_layout(param: Tensor, layout: Layout, rank: int) -> Tensor:
         placement if name in layout.cuts[0] else Replicate()
         for name, placement in zip(names, param.placements, strict=True)
     ]
-    strides = torch.empty(layout.shape, device="meta").stride()
-    moments: DTensor = DTensor.from_local(
-        zeros,
-        param.device_mesh,
-        placements,
-        run_check=False,
-        shape=torch.Size(layout.shape),
-        stride=strides,
-    )
-    return moments
+    return from_shard(zeros, param.device_mesh, placements, layout.shape)
 
 
 class RowSecondMoments:

@@ -70,6 +70,7 @@ WRONG = {
     "topology": "x",
     "momentum_dtype": torch.float16,
     "offload_momentum": 1,
+    "shard_momentum": 1,
     "compile": 1,
     "kernels": "x",
     "metrics_every": -1,

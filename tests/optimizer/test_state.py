@@ -8,11 +8,19 @@ from torch import nn
 
 from muon_dtensor import CheckpointError
 from muon_dtensor.layout import Layout, MeshSpec
+from muon_dtensor.layout.matrices import matrices_of
 from muon_dtensor.optimizer.options import DEFAULTS
 from muon_dtensor.optimizer.state import MOMENTS, drop_stale, make_state
+from muon_dtensor.planning.plan import ParamSpec
 
-ROWS = Layout(MeshSpec.of(), (4,), ((),))
-"""One second moment for each row of a parameter with four rows."""
+SPEC = ParamSpec(
+    "w",
+    Layout(MeshSpec.of(), (4, 3), ((), ())),
+    "bfloat16",
+    matrices_of((4, 3)),
+    moment_cuts=(),
+)
+"""A parameter that NorMuon steps."""
 
 
 def state_of(algorithm: str, **options: Any) -> dict[str, Any]:
@@ -37,9 +45,9 @@ def test_the_momentum_has_the_dtype_of_the_option_else_of_the_gradient():
 
 
 def test_normuon_keeps_a_float32_moment_for_each_row():
-    state = state_of("muon", moments=ROWS)
+    state = state_of("muon", spec=SPEC)
     assert state.keys() == {"momentum_buffer", MOMENTS}
-    assert (state[MOMENTS].shape, state[MOMENTS].dtype) == ((4,), torch.float32)
+    assert (state[MOMENTS].shape, state[MOMENTS].dtype) == ((1, 4), torch.float32)
 
 
 def test_adamw_keeps_a_step_and_two_moments():
@@ -62,7 +70,7 @@ def test_existing_state_stays():
 def test_moments_of_another_layout_raise():
     state: dict[str, Any] = {MOMENTS: torch.zeros(5)}
     with pytest.raises(CheckpointError, match="row moments of a parameter"):
-        make_state(state, nn.Parameter(torch.ones(4, 3)), "muon", moments=ROWS)
+        make_state(state, nn.Parameter(torch.ones(4, 3)), "muon", spec=SPEC)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +83,6 @@ def test_moments_of_another_layout_raise():
     ids=["muon", "normuon", "adamw"],
 )
 def test_state_of_another_algorithm_is_dropped(group, keys):
-    state = {**state_of("muon", moments=ROWS), **state_of("adamw"), "of the user": 1}
+    state = {**state_of("muon", spec=SPEC), **state_of("adamw"), "of the user": 1}
     drop_stale(state, {**DEFAULTS, **group})
     assert state.keys() == keys | {"of the user"}

@@ -9,7 +9,7 @@ import pytest
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, Region
 from muon_dtensor.layout.matrices import matrices_of
 from muon_dtensor.planning.check import check, problem_of_matrices
-from muon_dtensor.planning.plan import ParamSpec, Plan, PlanOptions
+from muon_dtensor.planning.plan import Assignment, ParamSpec, Plan, PlanOptions
 from muon_dtensor.planning.planner import plan_update
 from muon_dtensor.planning.routes import Packing, RankBucket, rank_bucket
 from muon_dtensor.planning.strategies import can_own
@@ -122,8 +122,11 @@ def test_a_matrix_whose_pieces_overlap_raises():
 def test_results_for_matrices_that_a_rank_does_not_store_raise():
     plan = exchanged_plan(strategy="owned")
 
-    def store_nothing(local: RankBucket) -> RankBucket:
-        return replace(local, stored=())
+    def receive_of_others(local: RankBucket) -> RankBucket:
+        changed = replace(local)
+        other = replace(local.results.slots[0], assignment=Assignment(99, 0, 0))
+        changed.__dict__["results"] = Packing((*local.results.by_peer, (other,)))
+        return changed
 
-    message = check_routes_message(plan, 3, store_nothing)
+    message = check_routes_message(plan, 3, receive_of_others)
     assert "position 3 receives results of matrices that it does not store" in message

@@ -96,7 +96,7 @@ def test_the_buffer_bound_is_at_least_the_exact_peak(case):
                 owned_matrix(
                     candidate,
                     boxes[a.param, a.matrix],
-                    spec.layout,
+                    spec,
                     strategy=bucket.strategy,
                     sequence=sequence,
                     itemsize=ITEMSIZES[bucket.wire_dtype],

@@ -23,7 +23,16 @@ def random_params(draw) -> tuple[list[ParamSpec], PlanOptions]:
             if where >= 0:
                 cuts[where].append(name)
         layout = Layout(mesh, shape, tuple(map(tuple, cuts)))
-        specs.append(ParamSpec(f"p{index}", layout, "float32", matrices_of(shape)))
+        shards_momentum = draw(st.booleans())
+        specs.append(
+            ParamSpec(
+                f"p{index}",
+                layout,
+                "float32",
+                matrices_of(shape),
+                shards_momentum=shards_momentum,
+            )
+        )
     cap = draw(st.sampled_from([1, 50, 400, 10**9]))
     exact = draw(st.booleans())
     strategy = draw(st.sampled_from(EXACT_STRATEGIES if exact else STRATEGIES))

@@ -32,9 +32,14 @@ def check_routes(plan: Plan) -> None:
         for position, local in enumerate(rank_buckets):
             for assignment, region in local.boxes.items():
                 _check_tiling(local.wholes, region, assignment, number, position)
-            for assignment, region in local.stored:
-                _check_tiling(local.results, region, assignment, number, position)
-            if {s.assignment for s in local.results.slots} - {a for a, _ in local.stored}:
+            stored = set()
+            for assignment in bucket.assignments:
+                spec, box = plan.spec(assignment), plan.region(assignment)
+                region = box.intersect(spec.layout.region(position))
+                if region.numel:
+                    stored.add(assignment)
+                    _check_tiling(local.results, region, assignment, number, position)
+            if {s.assignment for s in local.results.slots} - stored:
                 raise ValueError(
                     f"bucket {number}: position {position} receives results of matrices that it "
                     "does not store"

@@ -317,6 +317,7 @@ OTHER: dict[str, Any] = {
     "topology": "h100-ib-400",
     "momentum_dtype": "bfloat16",
     "offload_momentum": True,
+    "shard_momentum": True,
     "compile": True,
     "kernels": "auto",
     "metrics_every": 3,
