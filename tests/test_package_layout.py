@@ -18,7 +18,7 @@ LEVELS = (
     ("runtime",),
     ("distributed_config",),
     ("optimizer",),
-    ("clipping", "config_file", "grouping", "qk_clip"),
+    ("clipping", "config_file", "grouping", "islands", "qk_clip"),
     ("integrations", "cli"),
     ("__init__",),
 )
@@ -29,7 +29,9 @@ MAY_IMPORT_PUBLIC_NAMES = ("integrations", "cli")
 """Folders that import public names from `muon_dtensor` itself, as users do."""
 
 STDLIB_ONLY = ("errors", "layout", "planning")
-USE_TORCH_DISTRIBUTED = ("runtime", "distributed_config", "config_file", "cli", "integrations")
+USE_TORCH_DISTRIBUTED = (
+    *("runtime", "distributed_config", "config_file", "cli", "integrations", "islands"),
+)
 ONLY_TYPES = (
     *("torch.distributed", "torch.distributed.device_mesh", "torch.distributed.tensor"),
     "torch.distributed.checkpoint.state_dict",

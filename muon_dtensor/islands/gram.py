@@ -45,7 +45,7 @@ def limb_products(tensors: Sequence[Tensor], largest: Sequence[float]) -> Tensor
             as zero.
     """
     n = len(tensors)
-    sums = torch.zeros(3, n, n, dtype=torch.int64)
+    sums = torch.zeros(3, n, n, dtype=torch.int64, device=tensors[0].device)
     flat = [tensor.reshape(-1) for tensor in tensors]
     for start in range(0, flat[0].numel(), CHUNK):
         limbs = []
@@ -58,7 +58,7 @@ def limb_products(tensors: Sequence[Tensor], largest: Sequence[float]) -> Tensor
         high, low = (torch.stack(part) for part in zip(*limbs, strict=True))
         crossed = high @ low.T
         products = torch.stack([high @ high.T, crossed + crossed.T, low @ low.T])
-        sums += products.to(torch.int64).cpu()
+        sums += products.to(torch.int64)
     return sums
 
 

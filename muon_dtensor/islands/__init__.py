@@ -1,0 +1,29 @@
+"""Training across slow links: islands train alone, and combine their updates now and then."""
+
+from muon_dtensor.islands.diloco import DiLoCo
+from muon_dtensor.islands.exchange import MeshIslands
+from muon_dtensor.islands.rules import (
+    Bulyan,
+    GeometricMedian,
+    Krum,
+    Mean,
+    Median,
+    MultiKrum,
+    NearestNeighbourMixing,
+    Rule,
+    TrimmedMean,
+)
+
+__all__ = [
+    "Bulyan",
+    "DiLoCo",
+    "GeometricMedian",
+    "Krum",
+    "Mean",
+    "Median",
+    "MeshIslands",
+    "MultiKrum",
+    "NearestNeighbourMixing",
+    "Rule",
+    "TrimmedMean",
+]
