@@ -2,6 +2,7 @@
 
 from muon_dtensor.islands.diloco import DiLoCo
 from muon_dtensor.islands.exchange import MeshIslands
+from muon_dtensor.islands.gradients import GradientSync, sync_gradients
 from muon_dtensor.islands.rules import (
     Bulyan,
     GeometricMedian,
@@ -18,6 +19,7 @@ __all__ = [
     "Bulyan",
     "DiLoCo",
     "GeometricMedian",
+    "GradientSync",
     "Krum",
     "Mean",
     "Median",
@@ -26,4 +28,5 @@ __all__ = [
     "NearestNeighbourMixing",
     "Rule",
     "TrimmedMean",
+    "sync_gradients",
 ]

@@ -42,13 +42,19 @@ from muon_dtensor.islands.exchange import (
     check_plans,
     digest_of,
     short_digest,
-    wire_cost,
 )
 from muon_dtensor.islands.gram import gram_of, limb_products
 from muon_dtensor.islands.rules import Mean, Median, Rule, rule_of
 from muon_dtensor.islands.wires import rows_and_cols, wire_of
 from muon_dtensor.layout import Layout, MeshSpec
-from muon_dtensor.planning.outer import OuterParam, OuterPlan, OuterRoute, best_route, fragments_of
+from muon_dtensor.planning.outer import (
+    OuterParam,
+    OuterPlan,
+    OuterRoute,
+    WireCost,
+    best_route,
+    fragments_of,
+)
 from muon_dtensor.runtime.dtensors import LayoutCache
 from muon_dtensor.runtime.process_groups import Groups
 from muon_dtensor.runtime.torch_private import local_part, this_rank, with_shard
@@ -202,7 +208,7 @@ class DiLoCo:
     def _plan(
         self, steps: int, fragments: int, route: str | None, *, uses_feedback: bool
     ) -> OuterPlan:
-        cost, n = wire_cost(self._wire), self._islands.size
+        cost, n = WireCost.of(self._wire.text), self._islands.size
         can_spread = isinstance(self._rule, CAN_SPREAD) and self._wire.is_elementwise
         best = best_route(cost, n, can_spread=can_spread)
         chosen = best if route is None else OuterRoute(route)

@@ -5,7 +5,7 @@ maxima and the Gram matrix of a rule, see `islands.rules`.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,17 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from muon_dtensor.errors import PlanMismatchError
 from muon_dtensor.islands.gram import gram_of, limb_products
 from muon_dtensor.islands.rules import Rule, combine
-from muon_dtensor.islands.wires import (
-    TOP_K_CHUNK,
-    Float,
-    Integer,
-    TopK,
-    Wire,
-    expanded,
-    flat,
-    row_maxima,
-    unflattened,
-)
+from muon_dtensor.islands.wires import Integer, Wire, expanded, flat, row_maxima, unflattened
 from muon_dtensor.layout import Layout, MeshSpec
 from muon_dtensor.planning.outer import HEADER_NBYTES, OuterRoute, WireCost, padded
 from muon_dtensor.runtime.collectives import all_gather_values, all_reduce_max, finish
@@ -67,23 +57,6 @@ class MeshIslands:
             )
         self.group: ProcessGroup = mesh.get_group()
         self.size, self.index = mesh.size(), mesh.get_local_rank()
-
-
-def wire_cost(wire: Wire) -> WireCost:
-    """Return the bytes of a wire, as the plan counts them.
-
-    Integers below 8 bits return results as int8: a mean of few values has more levels than they.
-    """
-    match wire:
-        case Integer(bits=bits):
-            return WireCost(wire.text, bits, max(bits, 8), has_scales=True)
-        case Float(dtype=dtype):
-            return WireCost(wire.text, 8 * dtype.itemsize, 8 * dtype.itemsize)
-        case TopK():
-            nbytes = wire.nbytes(1)
-            return WireCost(wire.text, 0, 0, chunk=TOP_K_CHUNK, chunk_nbytes=nbytes)
-        case _:
-            raise AssertionError(f"unknown wire {wire}")
 
 
 @dataclass(frozen=True)
@@ -148,6 +121,7 @@ class InFlight:
     works: list[Work] = field(default_factory=list)
     buffers: list[Tensor] = field(default_factory=list)
     sent_nbytes: int = 0
+    headers: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -165,6 +139,14 @@ class Combined:
     problem: str = ""
 
 
+CHECKS = {
+    "plan": "follow another outer plan",
+    "number": "are in another round",
+    "base": "hold other base values, or were sent other values in an earlier round",
+}
+"""By field of the header, what an island does where its value differs."""
+
+
 class Exchange:
     """Combines tensors over the islands, for tensors of fixed shapes and layouts.
 
@@ -180,12 +162,21 @@ class Exchange:
         rule: Rule,
         wire: Wire,
         route: OuterRoute,
+        checks: Mapping[str, str] | None = None,
+        checks_sizes: bool = False,
     ) -> None:
-        """`layouts`: of each tensor within the island. `groups`: their process groups."""
+        """Args:
+        layouts: of each tensor within the island.
+        groups: their process groups.
+        checks: by field of the header, what an island does where its value differs.
+        checks_sizes: compare headers before anything else is sent, since sizes may differ.
+        """
         self._islands, self._layouts, self._groups = islands, list(layouts), groups
         self._rule, self._wire, self._route = rule, wire, route
+        self._checks = CHECKS if checks is None else checks
+        self._checks_sizes = checks_sizes
         self._rank = this_rank()
-        self._cost = wire_cost(wire)
+        self._cost = WireCost.of(wire.text)
         self._returns: Wire = wire
         if isinstance(wire, Integer) and wire.bits != self._cost.return_bits:
             self._returns = Integer(self._cost.return_bits)
@@ -209,7 +200,11 @@ class Exchange:
         parts = [header.encoded(device), *(scale.view(torch.uint8) for scale in scales)]
         vector, scale_of = flat(tensors), self._expanded(scales, tensors)
         flight = InFlight(header, list(tensors), [], [], [])
-        self._gather(torch.cat(parts), flight.messages, flight)
+        if self._checks_sizes:
+            self._gather(parts.pop(0), flight.headers, flight)
+            self._wait(flight)
+            self._check([Header.decoded(message) for message in flight.headers])
+        self._gather(torch.cat(parts or [vector[:0].view(torch.uint8)]), flight.messages, flight)
         if self._route is OuterRoute.SPREAD:
             multiple = self._islands.size * self._cost.part
             vector = _pad(vector, multiple)
@@ -230,9 +225,10 @@ class Exchange:
         Raises PlanMismatchError if islands differ in plan, base or round, on all of them.
         """
         self._wait(flight)
-        headers = [Header.decoded(message[:HEADER_NBYTES]) for message in flight.messages]
+        headers = [Header.decoded(m[:HEADER_NBYTES]) for m in flight.headers or flight.messages]
         self._check(headers)
-        scales = [self._split_scales(m[HEADER_NBYTES:], flight.tensors) for m in flight.messages]
+        start = 0 if flight.headers else HEADER_NBYTES
+        scales = [self._split_scales(m[start:], flight.tensors) for m in flight.messages]
         if self._route is OuterRoute.SPREAD:
             return self._finish_spread(flight, headers, scales)
         numel = sum(t.numel() for t in flight.tensors)
@@ -315,17 +311,13 @@ class Exchange:
 
     def _check(self, headers: list[Header]) -> None:
         """Raise PlanMismatchError if the headers of the islands differ."""
-        for name, what in (
-            ("plan", "follow another outer plan"),
-            ("number", "are in another round"),
-            ("base", "hold other base values, or were sent other values in an earlier round"),
-        ):
+        for name, what in self._checks.items():
             values = [getattr(header, name) for header in headers]
             most = max(values, key=lambda value: (values.count(value), -values.index(value)))
             if differing := [i for i, value in enumerate(values) if value != most]:
                 raise PlanMismatchError(
                     f"Islands {differing} of {len(headers)} {what} than the majority. Nothing was "
-                    "changed. Load one checkpoint on all islands."
+                    "changed. Give all islands equal options, and load one checkpoint on all."
                 )
 
     def _largest(self, values: Sequence[Tensor]) -> Tensor:

@@ -15,6 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from muon_dtensor.planning.outer import FLOAT_BITS, INTEGER_BITS, TOP_K_CHUNK, WireCost
+
 
 @dataclass(frozen=True)
 class Wire(ABC):
@@ -114,11 +116,6 @@ class Integer(Wire):
         return signed * (scales * (STEEPNESS[self.bits] / n))
 
 
-TOP_K_CHUNK = 4096
-"""Elements among which a top-k wire chooses, as in SparseLoCo (Sarfi, Thérien, Lidin & Belilovsky
-2025, arXiv:2508.15706); an index in a chunk has 2 bytes."""
-
-
 @dataclass(frozen=True)
 class TopK(Wire):
     """The largest elements of each chunk of 4096 of this rank's shard, exact; all others are 0.
@@ -169,36 +166,15 @@ def _aligned(codes: Tensor) -> Tensor:
     return codes if codes.storage_offset() % 8 == 0 and codes.is_contiguous() else codes.clone()
 
 
-NAMED: dict[str, Wire] = {
-    wire.text: wire
-    for wire in (
-        Float(torch.float32),
-        Float(torch.bfloat16),
-        Float(torch.float16),
-        Integer(8),
-        Integer(4),
-        Integer(2),
-    )
-}
-"""Wires by name."""
-
-
 def wire_of(name: str) -> Wire:
     """Return a wire by its name: float32, bfloat16, float16, int8, int4, int2, or topk:RATIO.
 
     Raises ValueError for another name, or a ratio that is not above 0 and at most 1.
     """
-    if isinstance(name, str) and name.startswith("topk:"):
-        try:
-            ratio = float(name.removeprefix("topk:"))
-        except ValueError:
-            ratio = math.nan
-        return TopK(ratio)
-    if name not in NAMED:
-        raise ValueError(
-            f"wire must be one of {', '.join(NAMED)}, or topk:RATIO such as topk:0.01; got {name!r}"
-        )
-    return NAMED[name]
+    WireCost.of(str(name))
+    if name in FLOAT_BITS:
+        return Float(getattr(torch, name))
+    return Integer(INTEGER_BITS[name]) if name in INTEGER_BITS else TopK(float(name[5:]))
 
 
 def row_maxima(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ A pure function of shapes and options, as the plan of a step is.
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -17,6 +18,14 @@ HEADER_NBYTES = 64
 """Bytes that every rank sends to its counterparts before each exchange, beside row scales."""
 
 SCALE_NBYTES = 4
+
+FLOAT_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
+INTEGER_BITS = {"int8": 8, "int4": 4, "int2": 2}
+"""Bits of an element by the name of a wire."""
+
+TOP_K_CHUNK = 4096
+"""Elements among which a top-k wire chooses, as in SparseLoCo (Sarfi, Thérien, Lidin & Belilovsky
+2025, arXiv:2508.15706). A value has 4 bytes, and its index in the chunk 2."""
 
 
 class OuterRoute(StrEnum):
@@ -61,6 +70,29 @@ class WireCost(NamedTuple):
         if self.chunk:
             return -(-numel // self.chunk) * self.chunk_nbytes
         return -(-numel * self.bits // 8)
+
+    @classmethod
+    def of(cls, name: str) -> "WireCost":
+        """Return the cost of a wire by its name, see `islands.wires.wire_of`. Raises ValueError.
+
+        Integers below 8 bits return results as int8: a mean of few values has more levels.
+        """
+        if name in FLOAT_BITS:
+            return cls(name, FLOAT_BITS[name], FLOAT_BITS[name])
+        if name in INTEGER_BITS:
+            bits = INTEGER_BITS[name]
+            return cls(name, bits, max(bits, 8), has_scales=True)
+        kind, _, ratio = name.partition(":")
+        try:
+            if kind == "topk" and 0 < float(ratio) <= 1:
+                nbytes = 6 * math.ceil(float(ratio) * TOP_K_CHUNK)
+                return cls(name, 0, 0, chunk=TOP_K_CHUNK, chunk_nbytes=nbytes)
+        except ValueError:
+            pass
+        raise ValueError(
+            f"wire must be one of {', '.join((*FLOAT_BITS, *INTEGER_BITS))}, or topk:RATIO with a "
+            f"ratio above 0 and up to 1; got {name!r}"
+        )
 
     @property
     def part(self) -> int:
