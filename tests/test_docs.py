@@ -153,6 +153,10 @@ def with_other_state() -> Scope:
     }
 
 
+def on_islands() -> Scope:
+    return {"model": Model(), "fully_shard": fully_shard}
+
+
 PAGES: dict[str, tuple[int, list[Callable[[], Scope] | None]]] = {
     "install.md": (1, [dict]),
     "from_adamw.md": (1, [coming_from_adamw, None, None, None, None]),
@@ -161,6 +165,7 @@ PAGES: dict[str, tuple[int, list[Callable[[], Scope] | None]]] = {
     "plans.md": (1, [dict] * 3),
     "debugging.md": (1, [with_a_loop, with_a_loop]),
     "integrations.md": (4, [with_checkpoints, with_other_state]),
+    "islands.md": (4, [on_islands, None]),
     "architecture.md": (1, [dict]),
 }
 """Per page the number of ranks, and the scope of each block; None: that of the block before."""

@@ -1,7 +1,9 @@
 """`muon-dtensor plan`: prints the plan of a step on a cluster, without a process group or GPU."""
 
 import difflib
+import re
 import sys
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
@@ -10,7 +12,15 @@ from muon_dtensor.cli.models import specs_of
 from muon_dtensor.cli.plan_plot import plot_plan
 from muon_dtensor.cli.plan_table import print_comparison, print_plan
 from muon_dtensor.layout import MeshSpec
-from muon_dtensor.planning.plan import PlanOptions
+from muon_dtensor.planning.outer import (
+    OuterParam,
+    OuterPlan,
+    WireCost,
+    best_route,
+    fragments_of,
+    outer_sizes,
+)
+from muon_dtensor.planning.plan import ParamSpec, PlanOptions
 from muon_dtensor.planning.presets import topology_of
 from muon_dtensor.planning.report import PlanReport, plan_report
 
@@ -25,6 +35,14 @@ def plan(
     bucket_mb: float = 256,
     prefetch_count: int = 1,
     shard_momentum: bool = False,
+    islands: int = 1,
+    sync_every: int = 30,
+    wire: str = "float32",
+    robust: bool = False,
+    fragments: int = 1,
+    delay: int = 0,
+    link: str | None = None,
+    step_seconds: float | None = None,
     explain: str | None = None,
     compare: str | None = None,
     plot: Path | None = None,
@@ -49,6 +67,15 @@ def plan(
         bucket_mb: maximum MiB of exchange buffers per bucket and rank.
         prefetch_count: number of buckets in flight while another bucket is orthogonalized.
         shard_momentum: cut the momentum over the ranks that replicate its parameter.
+        islands: number of islands, each with its own mesh of these sizes. Above 1, also prints the
+            plan of their synchronizations (the matrices of Muon only).
+        sync_every: inner steps between two synchronizations; see `islands.DiLoCo`.
+        wire: float32, bfloat16, float16, int8, int4, int2, or topk:RATIO.
+        robust: whether the rule tolerates wrong updates: every rank then receives all of them.
+        fragments: parts of the model that are synchronized in turn.
+        delay: steps between sending an update and applying the result.
+        link: bits per second that an island can send, such as 1gbit or 50mbit.
+        step_seconds: of an inner step, forward and backward included.
         explain: name of a parameter; prints its plan instead of the table.
         compare: methods to compare, separated by commas: naive,1d-owner,ours.
         plot: image file for the timeline, loads and bytes.
@@ -94,6 +121,18 @@ def plan(
             similar = difflib.get_close_matches(explain, fqns, n=1)
             hint = f"; did you mean {similar[0]!r}?" if similar else ""
             raise ValueError(f"no parameter {explain!r}{hint}")
+        if islands > 1:
+            outer = outer_plan(
+                report.params,
+                islands,
+                sync_every=sync_every,
+                wire=wire,
+                is_robust=robust,
+                fragments=fragments,
+                delay=delay,
+            )
+            bits = None if link is None else bits_per_second(link)
+            print(f"\n{outer.summary(bits, step_seconds)}")
         if plot is not None:
             plot_plan(report, plot)
         if json is not None:
@@ -102,6 +141,50 @@ def plan(
         print(f"muon-dtensor plan: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def outer_plan(
+    specs: Sequence[ParamSpec],
+    islands: int,
+    *,
+    sync_every: int,
+    wire: str,
+    is_robust: bool,
+    fragments: int,
+    delay: int,
+) -> OuterPlan:
+    """Return the plan of the synchronizations of some islands. Raises ValueError."""
+    if sync_every < 1 or not 1 <= fragments <= sync_every or not 0 <= delay < sync_every:
+        raise ValueError(
+            f"--sync-every is 1 or more, --fragments 1 to it, --delay below it; got {sync_every}, "
+            f"{fragments}, {delay}"
+        )
+    cost = WireCost.of(wire)
+    sizes = {spec.layout: outer_sizes(spec.layout) for spec in specs}
+    return OuterPlan(
+        tuple(OuterParam(spec.fqn, *sizes[spec.layout]) for spec in specs),
+        islands,
+        fragments_of([spec.fqn for spec in specs], fragments),
+        sync_every,
+        delay,
+        cost,
+        best_route(cost, islands, can_spread=not is_robust),
+        "a robust rule" if is_robust else "mean",
+        copies=3 if wire != "float32" else 2,
+    )
+
+
+def bits_per_second(text: str) -> float:
+    """Return the number in a text such as `1gbit` or `50 Mbit/s`. Raises ValueError."""
+    match = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)bit(/s|ps)?", text.strip().lower())
+    factors = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+    try:
+        value = float(match[1]) * factors[match[2]] if match else 0.0
+    except ValueError:
+        value = 0.0
+    if value <= 0:
+        raise ValueError(f"--link is a number above 0 with its unit, as in 1gbit; got {text!r}")
+    return value
 
 
 def sizes_of(text: str, ranks: int | None = None) -> dict[str, int]:

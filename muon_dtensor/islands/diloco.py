@@ -45,7 +45,7 @@ from muon_dtensor.islands.exchange import (
 )
 from muon_dtensor.islands.gram import gram_of, limb_products
 from muon_dtensor.islands.rules import Mean, Median, Rule, rule_of
-from muon_dtensor.islands.wires import rows_and_cols, wire_of
+from muon_dtensor.islands.wires import wire_of
 from muon_dtensor.layout import Layout, MeshSpec
 from muon_dtensor.planning.outer import (
     OuterParam,
@@ -54,6 +54,7 @@ from muon_dtensor.planning.outer import (
     WireCost,
     best_route,
     fragments_of,
+    outer_sizes,
 )
 from muon_dtensor.runtime.dtensors import LayoutCache
 from muon_dtensor.runtime.process_groups import Groups
@@ -529,18 +530,13 @@ def _outer_param(name: str, layout: Layout, mesh: MeshSpec) -> OuterParam:
 
     On a smaller mesh the parameter is replicated over the other dims of `mesh`.
     """
-    shapes = []
-    for position in range(mesh.num_ranks):
-        index = layout.mesh.index_along(0, layout.mesh.dim_names)
-        if set(layout.mesh.dim_names) <= set(mesh.dim_names):
-            index = mesh.index_along(position, layout.mesh.dim_names)
-        shapes.append(layout.region(layout.mesh.offset_of(index, layout.mesh.dim_names)).shape)
-    sizes = [rows_and_cols(torch.empty(shape, device="meta")) for shape in shapes]
-    return OuterParam(
-        name,
-        tuple(rows * cols for rows, cols in sizes),
-        tuple(rows for rows, _ in sizes),
-    )
+    numels, rows = outer_sizes(layout)
+    dims = layout.mesh.dim_names
+    positions = [0] * mesh.num_ranks
+    if set(dims) <= set(mesh.dim_names):
+        indices = (mesh.index_along(position, dims) for position in range(mesh.num_ranks))
+        positions = [layout.mesh.offset_of(index, dims) for index in indices]
+    return OuterParam(name, tuple(numels[p] for p in positions), tuple(rows[p] for p in positions))
 
 
 def _check_options(

@@ -126,12 +126,6 @@ class TopK(Wire):
     is_elementwise: ClassVar[bool] = False
     ratio: float
 
-    def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
-            raise ValueError(
-                f"the ratio of a top-k wire must be above 0, up to 1; got {self.ratio}"
-            )
-
     @property
     def text(self) -> str:
         return f"topk:{self.ratio:g}"

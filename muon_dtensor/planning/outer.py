@@ -12,6 +12,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
 
+from muon_dtensor.layout import Layout
 from muon_dtensor.planning.render import duration, quantity
 
 HEADER_NBYTES = 64
@@ -224,7 +225,7 @@ class OuterPlan:
                 if step_seconds is not None:
                     hidden = self.delay * step_seconds
                     exposed = max(0.0, 8 * nbytes / link_bits - hidden)
-                    line += f", {duration(exposed)} of it not behind {self.delay} steps"
+                    line += f", {duration(exposed)} of it exposed"
             lines.append(line)
         ratio = self.island_nbytes / self.every_step_nbytes if self.every_step_nbytes else 0.0
         lines.append(
@@ -256,6 +257,13 @@ _ROUTES = {
     OuterRoute.SPREAD: "all_to_all, each combines a part, all_gather",
     OuterRoute.EVERYONE: "all_gather, everyone combines",
 }
+
+
+def outer_sizes(layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the elements and the rows of each rank's shard of a tensor, see `OuterParam`."""
+    shapes = [layout.region(position).shape for position in range(layout.mesh.num_ranks)]
+    rows = [math.prod(shape[:-1]) if len(shape) > 1 else 1 for shape in shapes]
+    return tuple(map(math.prod, shapes)), tuple(rows)
 
 
 def padded(numel: int, multiple: int) -> int:

@@ -10,7 +10,7 @@ from matplotlib import image
 
 from muon_dtensor.cli.baseline_costs import METHODS, method_cost
 from muon_dtensor.cli.models import MODELS, specs_of
-from muon_dtensor.cli.plan import plan, sizes_of
+from muon_dtensor.cli.plan import bits_per_second, plan, sizes_of
 from muon_dtensor.cli.plan_plot import plotted_ranks
 from muon_dtensor.layout import MeshSpec
 from muon_dtensor.planning.plan import PlanOptions
@@ -78,6 +78,12 @@ def test_explain_json_and_diff(tmp_path, capsys):
         ({"mesh": "dp_shard=99999999"}, "plans are made for up to"),
         ({"topology": "h900"}, "no topology 'h900'"),
         ({"strategy": "fast"}, "strategy must be one of"),
+        ({"islands": 2, "wire": "int3"}, "wire must be one of float32"),
+        ({"islands": 2, "sync_every": 0}, "--sync-every is 1 or more"),
+        ({"islands": 2, "fragments": 31}, "--fragments 1 to it"),
+        ({"islands": 2, "fragments": 30, "model": "gpt2"}, "fragments=30, but the parameters have"),
+        ({"islands": 2, "link": "1xbit"}, "--link is a number above 0 with its unit"),
+        ({"islands": 2, "link": "0 Gbit/s"}, "--link is a number above 0 with its unit"),
         ({"strategy": "gathered"}, "strategy must be one of auto, owned, owned_staged"),
         (
             {"explain": "layers.0.atention.wq.weight"},
@@ -241,6 +247,35 @@ def test_a_model_or_flag_that_cannot_be_planned_is_reported_on_one_line(argument
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_islands_are_planned_too(capsys):
+    options = {"islands": 4, "wire": "int8", "fragments": 4, "delay": 5, "link": "1gbit"}
+    assert plan("llama3-8b", "dp_shard=8", step_seconds=15.0, **options) == 0
+    text = capsys.readouterr().out
+    assert "4 islands of 8 ranks: every 30 steps, 224 parameters in 4 fragments, mean" in text
+    # 6.98e9 elements; int8 there and back, 3/4 of them each; and scales
+    assert "sent 10.5 GB an island in 30 steps" in text
+    assert "computes 100 % of the time" in text
+    assert plan("gpt2", "dp_shard=2", islands=3, robust=True) == 0
+    assert "all_gather, everyone combines" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "bits"), [("1gbit", 1e9), ("50 Mbit/s", 5e7), ("0.5kbps", None), ("800 kbit", 8e5)]
+)
+def test_bits_per_second(text, bits):
+    if bits is None:
+        with pytest.raises(ValueError, match="--link"):
+            bits_per_second(text)
+    else:
+        assert bits_per_second(text) == bits
+
+
+def test_shard_momentum_is_planned(capsys):
+    assert plan("llama3-8b", "dp_replicate=2,dp_shard=8", shard_momentum=True) == 0
+    text = capsys.readouterr().out
+    assert "results gathered by replicas" in text
 
 
 def test_a_mesh_size_of_minus_1_is_computed_from_ranks():
