@@ -14,6 +14,7 @@ from muon_dtensor.islands.rules import (
     Rule,
     TrimmedMean,
 )
+from muon_dtensor.islands.torchft import TorchFT
 
 __all__ = [
     "Bulyan",
@@ -27,6 +28,7 @@ __all__ = [
     "MultiKrum",
     "NearestNeighbourMixing",
     "Rule",
+    "TorchFT",
     "TrimmedMean",
     "sync_gradients",
 ]

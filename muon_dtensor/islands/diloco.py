@@ -116,8 +116,8 @@ class DiLoCo:
 
     Args:
         optimizer: any optimizer of torch; all its parameters that require gradients take part.
-        islands: a mesh of one dim, `mesh["island"]`, or another object with `size`, `index` and
-            `group`.
+        islands: a mesh of one dim, `mesh["island"]`, or `torchft.TorchFT` for islands that come and
+            go.
         sync_every: inner steps between two rounds of a fragment; or a timedelta, after which an
             island sends what it has done: slower islands then do fewer steps. With a timedelta the
             updates are weighted by their steps, or by `add_tokens`, and there is one fragment.
@@ -131,6 +131,9 @@ class DiLoCo:
         clip: largest L2 norm of an island's update over the whole fragment; None for no limit.
         noise_multiplier: standard deviation of the Gaussian noise on the sum of the updates,
             divided by `clip`; each island adds its share.
+        max_staleness: rounds that an island may have missed so that its own late work still counts
+            when it returns, with weight (1 + rounds)^(-1/2) (Xie, Koyejo & Gupta 2019,
+            arXiv:1903.03934, section 5.2, polynomial with a = 1/2). Older work is dropped.
         seed: of the noise.
         route: "spread" or "everyone", see `OuterRoute`; None: the one that sends fewer bytes. Rules
             that tolerate wrong updates use "everyone".
@@ -156,15 +159,19 @@ class DiLoCo:
         reduce: str | Rule = "mean",
         clip: float | None = None,
         noise_multiplier: float = 0.0,
+        max_staleness: int = 0,
         seed: int = 0,
         route: str | None = None,
     ) -> None:
-        self._islands = MeshIslands(islands) if isinstance(islands, DeviceMesh) else islands
+        members = MeshIslands(islands) if isinstance(islands, DeviceMesh) else islands
+        self._islands = members
         self._rule, self._wire = rule_of(reduce), wire_of(wire)
         self._period = sync_every if isinstance(sync_every, timedelta) else None
         steps = 0 if isinstance(sync_every, timedelta) else sync_every
         _check_options(steps, self._period, lr, momentum, fragments, delay, clip, noise_multiplier)
-        self._rule.check(self._islands.size)
+        if type(max_staleness) is not int or max_staleness < 0:
+            raise ValueError(f"max_staleness must be 0 rounds or more, got {max_staleness!r}")
+        self._max_staleness = max_staleness
         self._lr, self._momentum, self._delay = lr, momentum, delay
         self._clip, self._noise, self._seed = clip, noise_multiplier, seed
         uses_feedback = feedback and wire != "float32"
@@ -172,12 +179,14 @@ class DiLoCo:
         self._cache = LayoutCache()
         self._layouts = [self._layout(shard.param) for shard in self._shards]
         self._groups = Groups(self._cache.device_meshes, this_rank())
-        self.plan = self._plan(steps, fragments, route, uses_feedback=uses_feedback)
-        if self.plan.warning:
-            logger.warning("%s", self.plan.warning)
-        options = (self.plan.digest, lr, momentum, clip, noise_multiplier, seed, str(self._period))
-        check_plans(self._islands, str(options))
-        self._digest = short_digest(str(options))
+        self._fragments, self._user_route, self._uses_feedback = fragments, route, uses_feedback
+        self._steps = steps
+        self._plans: dict[int, OuterPlan] = {}
+        self.plan = self._plan()
+        options = (lr, momentum, clip, noise_multiplier, seed, max_staleness, str(self._period))
+        self._options = str(options)
+        if isinstance(members, MeshIslands):
+            check_plans(members, f"{self.plan.digest} {self._options}")
         self._exchanges = [
             Exchange(
                 self._islands,
@@ -197,6 +206,7 @@ class DiLoCo:
         self._counts_tokens = False
         self._started = time.monotonic()
         self._metrics = dict.fromkeys(_METRICS, 0.0)
+        members.register(self._heal, self._healing_state)
         optimizer.register_step_post_hook(self._after_step)
 
     def _layout(self, param: Tensor) -> Layout:
@@ -206,10 +216,18 @@ class DiLoCo:
         mesh = self._cache.plain_mesh
         return Layout(mesh, tuple(param.shape), ((),) * param.ndim)
 
-    def _plan(
-        self, steps: int, fragments: int, route: str | None, *, uses_feedback: bool
-    ) -> OuterPlan:
-        cost, n = WireCost.of(self._wire.text), self._islands.size
+    def _plan(self) -> OuterPlan:
+        """Return the plan for the present number of islands. Raises ValueError."""
+        n = self._islands.size
+        if n not in self._plans:
+            self._rule.check(n)
+            self._plans[n] = self._make_plan(n)
+            if self._plans[n].warning:
+                logger.warning("%s", self._plans[n].warning)
+        return self._plans[n]
+
+    def _make_plan(self, n: int) -> OuterPlan:
+        cost, route = WireCost.of(self._wire.text), self._user_route
         can_spread = isinstance(self._rule, CAN_SPREAD) and self._wire.is_elementwise
         best = best_route(cost, n, can_spread=can_spread)
         chosen = best if route is None else OuterRoute(route)
@@ -226,14 +244,14 @@ class DiLoCo:
         return OuterPlan(
             params,
             n,
-            fragments_of([shard.name for shard in self._shards], fragments),
-            steps,
+            fragments_of([shard.name for shard in self._shards], self._fragments),
+            self._steps,
             self._delay,
             cost,
             chosen,
             self._rule.text,
             self._rule.warning(n),
-            copies=2 + uses_feedback,
+            copies=2 + self._uses_feedback,
         )
 
     def add_tokens(self, count: float) -> None:
@@ -250,7 +268,8 @@ class DiLoCo:
         `rounds`: of all fragments. `failed`: of them, those that changed nothing. `accepted`,
         `dropped`: updates of islands. `sent_nbytes`: by this rank. `seconds_waited`: for exchanges.
         `islands`: that took part in the last round. `update_norm`: of the combined update on this
-        rank in the last round.
+        rank in the last round. `late_accepted`, `late_dropped`: how often this island was away, and
+        its late work counted or not.
         """
         return dict(self._metrics)
 
@@ -268,11 +287,45 @@ class DiLoCo:
         fragment_due = self._due()
         if fragment_due is None:
             return
-        if fragment_due in self._pending:
-            self._finish(fragment_due)
+        if fragment_due in self._pending or self._islands.is_elastic:
+            self.finish()
+        if not self._begin():
+            return
+        if self._islands.is_elastic:  # it may have loaded the state of another island
+            now_due = None if self._period is not None else self.plan.at(self._num_steps)
+            fragment_due = fragment_due if now_due is None else now_due
         self._start(fragment_due)
         if self._delay == 0:
             self._finish(fragment_due)
+
+    def _begin(self) -> bool:
+        """Begin a round; return False if there is none, equally on all ranks of this island."""
+        if not self._islands.is_elastic:
+            return True
+        problem = ""
+        try:
+            self._islands.begin()
+        except (RuntimeError, TimeoutError) as error:
+            problem = str(error)
+        flag = torch.tensor([float(bool(problem))], device=self._device)
+        values = [(layout, flag) for layout in self._layouts]
+        if bool(sharded_sum(values, self._groups, this_rank(), take_largest=True).any()):
+            self._fail(problem or "another rank of this island found no quorum")
+            return False
+        try:
+            self.plan = self._plan()
+        except ValueError as error:
+            self._islands.commit(str(error))
+            self._fail(str(error))
+            return False
+        for exchange in self._exchanges:
+            exchange.route = self.plan.route
+        return True
+
+    def _fail(self, problem: str) -> None:
+        self._metrics["rounds"] += 1
+        self._metrics["failed"] += 1
+        logger.warning("a round of islands failed and changed nothing: %s", problem)
 
     def _due(self) -> int | None:
         """Return the fragment whose round starts now, or None."""
@@ -316,7 +369,8 @@ class DiLoCo:
         work, self._work[fragment] = self._work[fragment], 0.0
         is_weighted = self._period is not None or self._counts_tokens
         weight = max(work, 1e-9) if is_weighted else 1.0
-        header = Header(self._digest, base, self._rounds[fragment], weight, finite=True)
+        plan = short_digest(f"{self.plan.digest} {self._options}")
+        header = Header(plan, base, self._rounds[fragment], weight, finite=True)
         flight = self._exchanges[fragment].start(updates, header)
         errors = [a - b for a, b in zip(updates, flight.arrived, strict=True)]
         self._pending[fragment] = Pending(flight, sent, errors, work)
@@ -376,12 +430,18 @@ class DiLoCo:
         before = time.monotonic()
         combined = self._exchanges[fragment].finish(pending.flight)
         self._metrics["seconds_waited"] += time.monotonic() - before
-        self._count(combined)
-        self._rounds[fragment] += 1
+        counts = self._islands.commit(combined.problem)
+        self._metrics["sent_nbytes"] += combined.sent_nbytes
+        if self._islands.is_elastic and not counts:
+            self._work[fragment] += pending.work
+            self._fail(combined.problem or "too few islands, or another rank has no result")
+            return
+        self._rounds[fragment] += 1  # of a mesh also if the rule has no result: all islands agree
         if combined.update is None:
             self._work[fragment] += pending.work
-            logger.warning("a round of islands failed and changed nothing: %s", combined.problem)
+            self._fail(combined.problem)
             return
+        self._count(combined, combined.update)
         is_own_finite = combined.finite[self._islands.index]
         shards = self._of(fragment)
         for shard, update, sent, error in zip(
@@ -412,16 +472,41 @@ class DiLoCo:
             step = update + shard.velocity * self._momentum
         shard.base.sub_(step * self._lr)
 
-    def _count(self, combined: Combined) -> None:
+    def _count(self, combined: Combined, update: Sequence[Tensor]) -> None:
         metrics = self._metrics
         metrics["rounds"] += 1
-        metrics["failed"] += combined.update is None
         metrics["accepted"] += sum(combined.finite)
         metrics["dropped"] += combined.finite.count(False)
-        metrics["sent_nbytes"] += combined.sent_nbytes
         metrics["islands"] = float(len(combined.finite))
-        if combined.update is not None:
-            metrics["update_norm"] = float(sum(u.square().sum() for u in combined.update)) ** 0.5
+        metrics["update_norm"] = float(sum(u.square().sum() for u in update)) ** 0.5
+
+    def _healing_state(self) -> dict[str, Any]:
+        """Return what an island that was away needs: this rank's shards, as plain tensors."""
+        return {
+            "base": [shard.base.clone() for shard in self._shards],
+            "velocity": [shard.velocity.clone() for shard in self._shards],
+            "rounds": list(self._rounds),
+            "steps": self._num_steps,
+        }
+
+    @torch.no_grad()
+    def _heal(self, state: Mapping[str, Any]) -> None:
+        """Take over the state of another island, and go on from there with late work of its own."""
+        staleness = max(a - b for a, b in zip(state["rounds"], self._rounds, strict=True))
+        is_late = staleness > 0
+        counts = staleness <= self._max_staleness
+        factor = (1 + staleness) ** -0.5 if counts else 0.0
+        for shard, base, velocity in zip(
+            self._shards, state["base"], state["velocity"], strict=True
+        ):
+            work = shard.local.float() - shard.base.to(shard.local.dtype).float()
+            shard.base.copy_(base)
+            shard.velocity.copy_(velocity)
+            shard.local.copy_(shard.base + factor * work if factor else shard.base)
+        self._rounds = list(state["rounds"])
+        self._num_steps = state["steps"]
+        self._metrics["late_accepted"] += is_late and counts
+        self._metrics["late_dropped"] += is_late and not counts
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for `torch.distributed.checkpoint`: DTensors placed as the parameters.
@@ -499,6 +584,8 @@ class DiLoCo:
         self._pending.clear()
         sent = state_dict.get("sent", {}).get(island, {})
         for fragment, age in state_dict.get("in_flight", {}).items():
+            if not self._begin():
+                continue
             shards = self._of(int(fragment))
             values = [local_part(sent[shard.name]).float().clone() for shard in shards]
             self._start(int(fragment), values)
@@ -507,7 +594,7 @@ class DiLoCo:
 
 _METRICS = (
     *("rounds", "failed", "accepted", "dropped", "sent_nbytes", "seconds_waited", "islands"),
-    "update_norm",
+    *("update_norm", "late_accepted", "late_dropped"),
 )
 
 

@@ -5,9 +5,9 @@ maxima and the Gram matrix of a rule, see `islands.rules`.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,26 +28,39 @@ from muon_dtensor.runtime.totals import sharded_sum
 
 
 class Islands(Protocol):
-    """The islands that exchange updates, seen from one rank: its counterparts on all of them."""
+    """The islands that exchange updates, seen from one rank: its counterparts on all of them.
 
-    @property
-    def size(self) -> int:
-        """The number of islands."""
-        ...
+    `size`: number of islands in this round. `index`: of this island among them. `is_elastic`:
+    whether islands come and go, so that a failed exchange is no error.
+    """
 
-    @property
-    def index(self) -> int:
-        """The number of this island, from 0."""
-        ...
+    is_elastic: bool
+    size: int
+    index: int
 
-    @property
-    def group(self) -> ProcessGroup:
-        """The process group of the counterparts, in the order of the islands."""
-        ...
+    def begin(self) -> None:
+        """Begin a round: find its islands. An island that was away loads the state of another."""
+
+    def commit(self, problem: str) -> bool:
+        """End a round: return whether its result counts. `problem`: why this rank has none."""
+
+    def gather(self, received: list[Tensor], sent: Tensor) -> Work:
+        """Start an all-gather of tensors of equal size."""
+
+    def exchange(self, received: Tensor, sent: Tensor) -> Work:
+        """Start an all-to-all of equal parts."""
+
+    def wait(self, work: Work) -> None:
+        """Wait for a collective. Raises RuntimeError if an island does not answer."""
+
+    def register(self, load: Callable[[Any], None], save: Callable[[], Any]) -> None:
+        """Name the functions that give an island that was away the state of another one."""
 
 
 class MeshIslands:
     """The islands along a mesh dim: they neither come nor go."""
+
+    is_elastic = False
 
     def __init__(self, mesh: DeviceMesh) -> None:
         """`mesh`: of one dim, such as `mesh["island"]`. Raises ValueError for another mesh."""
@@ -57,6 +70,32 @@ class MeshIslands:
             )
         self.group: ProcessGroup = mesh.get_group()
         self.size, self.index = mesh.size(), mesh.get_local_rank()
+
+    def begin(self) -> None:
+        """See `Islands`."""
+
+    def commit(self, problem: str) -> bool:
+        """See `Islands`."""
+        return not problem
+
+    def gather(self, received: list[Tensor], sent: Tensor) -> Work:
+        """See `Islands`."""
+        work: Work | None = dist.all_gather(received, sent, group=self.group, async_op=True)
+        assert work is not None, "async_op=True returns a Work"
+        return work
+
+    def exchange(self, received: Tensor, sent: Tensor) -> Work:
+        """See `Islands`."""
+        work: Work | None = dist.all_to_all_single(received, sent, group=self.group, async_op=True)
+        assert work is not None, "async_op=True returns a Work"
+        return work
+
+    def wait(self, work: Work) -> None:
+        """See `Islands`."""
+        finish(work, timeout_of(self.group))
+
+    def register(self, load: Callable[[Any], None], save: Callable[[], Any]) -> None:
+        """See `Islands`."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +161,7 @@ class InFlight:
     buffers: list[Tensor] = field(default_factory=list)
     sent_nbytes: int = 0
     headers: list[Tensor] = field(default_factory=list)
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -172,7 +212,7 @@ class Exchange:
         checks_sizes: compare headers before anything else is sent, since sizes may differ.
         """
         self._islands, self._layouts, self._groups = islands, list(layouts), groups
-        self._rule, self._wire, self._route = rule, wire, route
+        self._rule, self._wire, self.route = rule, wire, route
         self._checks = CHECKS if checks is None else checks
         self._checks_sizes = checks_sizes
         self._rank = this_rank()
@@ -205,7 +245,7 @@ class Exchange:
             self._wait(flight)
             self._check([Header.decoded(message) for message in flight.headers])
         self._gather(torch.cat(parts or [vector[:0].view(torch.uint8)]), flight.messages, flight)
-        if self._route is OuterRoute.SPREAD:
+        if self.route is OuterRoute.SPREAD:
             multiple = self._islands.size * self._cost.part
             vector = _pad(vector, multiple)
             scale_of = None if scale_of is None else _pad(scale_of, multiple, 1.0)
@@ -213,7 +253,7 @@ class Exchange:
         numel = sum(t.numel() for t in tensors)
         own = self._wire.decode(codes, len(vector), scale_of)[:numel]
         flight.arrived = unflattened(own, flight.tensors)
-        if self._route is OuterRoute.SPREAD:
+        if self.route is OuterRoute.SPREAD:
             self._exchange(codes, flight)
         else:
             self._gather(codes, flight.payloads, flight)
@@ -224,12 +264,13 @@ class Exchange:
 
         Raises PlanMismatchError if islands differ in plan, base or round, on all of them.
         """
-        self._wait(flight)
+        if problem := self._problem(flight):
+            return Combined(None, [], [], flight.sent_nbytes, problem)
         headers = [Header.decoded(m[:HEADER_NBYTES]) for m in flight.headers or flight.messages]
         self._check(headers)
         start = 0 if flight.headers else HEADER_NBYTES
         scales = [self._split_scales(m[start:], flight.tensors) for m in flight.messages]
-        if self._route is OuterRoute.SPREAD:
+        if self.route is OuterRoute.SPREAD:
             return self._finish_spread(flight, headers, scales)
         numel = sum(t.numel() for t in flight.tensors)
         updates = [
@@ -289,7 +330,8 @@ class Exchange:
         codes = self._returns.encode(combined.update[0], None if largest is None else largest[part])
         results: list[Tensor] = []
         self._gather(codes, results, flight)
-        self._wait(flight)
+        if problem := self._problem(flight):
+            return Combined(None, finite, combined.weights, flight.sent_nbytes, problem)
         vector = self._returns.decode(torch.cat(results), n * length, largest)[:numel]
         update = unflattened(vector, flight.tensors)
         return Combined(update, finite, combined.weights, flight.sent_nbytes)
@@ -353,9 +395,7 @@ class Exchange:
         target += received.view(n, -1).unbind() if len(codes) else [received] * n
         if not len(codes):
             return
-        work = dist.all_gather(list(target), codes, group=self._islands.group, async_op=True)
-        assert work is not None, "async_op=True returns a Work"
-        flight.works.append(work)
+        self._begin(flight, lambda: self._islands.gather(list(target), codes))
         flight.buffers += [codes, received]
         flight.sent_nbytes += (n - 1) * len(codes)
 
@@ -366,21 +406,44 @@ class Exchange:
         flight.payloads += received.view(n, -1).unbind() if len(codes) else [received] * n
         if not len(codes):
             return
-        work = dist.all_to_all_single(received, codes, group=self._islands.group, async_op=True)
-        assert work is not None, "async_op=True returns a Work"
-        flight.works.append(work)
+        self._begin(flight, lambda: self._islands.exchange(received, codes))
         flight.buffers += [codes, received]
         flight.sent_nbytes += (n - 1) * (len(codes) // n)
 
+    def _begin(self, flight: InFlight, issue: Callable[[], Work]) -> None:
+        """Start a collective; between islands that come and go an error ends the round only."""
+        if not self._islands.is_elastic:
+            flight.works.append(issue())
+        elif not flight.problem:
+            try:
+                flight.works.append(issue())
+            except RuntimeError as error:
+                flight.problem = str(error)
+
     def _wait(self, flight: InFlight) -> None:
-        timeout = timeout_of(self._islands.group)
         for work in flight.works:
-            finish(work, timeout)
+            self._islands.wait(work)
         flight.works.clear()
         flight.buffers.clear()
 
+    def _problem(self, flight: InFlight) -> str:
+        """Wait for the exchange, and return why it failed, equally on all ranks of this island."""
+        if not self._islands.is_elastic:
+            self._wait(flight)
+            return ""
+        if not flight.problem:
+            try:
+                self._wait(flight)
+            except RuntimeError as error:
+                flight.problem = str(error)
+        device = flight.tensors[0].device if flight.tensors else torch.device("cpu")
+        failed = torch.tensor([float(bool(flight.problem))], device=device)
+        if bool(self._largest([failed] * len(flight.tensors))[0]):
+            return flight.problem or "another rank of this island could not exchange its update"
+        return ""
 
-def check_plans(islands: Islands, digest: str) -> None:
+
+def check_plans(islands: MeshIslands, digest: str) -> None:
     """Raise PlanMismatchError on all islands if their outer plans differ. A collective."""
     digests = all_gather_values(digest, islands.group)
     if differing := [i for i, other in enumerate(digests) if other != digests[0]]:

@@ -17,7 +17,6 @@ from muon_dtensor.islands.diloco import CAN_SPREAD
 from muon_dtensor.islands.exchange import (
     Exchange,
     Header,
-    Islands,
     MeshIslands,
     check_plans,
     short_digest,
@@ -37,7 +36,9 @@ ROW = 1024
 class GradientSync:
     """Gradients that are combined over islands; made by `sync_gradients`."""
 
-    def __init__(self, islands: Islands, *, wire: str, feedback: bool, reduce: str | Rule) -> None:
+    def __init__(
+        self, islands: MeshIslands, *, wire: str, feedback: bool, reduce: str | Rule
+    ) -> None:
         self._islands, self._rule, self._wire = islands, rule_of(reduce), wire_of(wire)
         self._rule.check(islands.size)
         self._uses_feedback = feedback and wire != "float32"
@@ -115,7 +116,7 @@ CHECKS = {
 
 def sync_gradients(
     model: nn.Module,
-    islands: DeviceMesh | Islands,
+    islands: DeviceMesh,
     *,
     wire: str = "float32",
     feedback: bool = True,
@@ -133,8 +134,10 @@ def sync_gradients(
 
     Args:
         model: after `fully_shard`, or in DistributedDataParallel over the ranks of one island.
-        islands: `mesh["island"]`, or another object with `size`, `index` and `group`.
-        wire, reduce: see `DiLoCo`.
+        islands: `mesh["island"]`.
+        wire: format of what is sent, see `DiLoCo`.
+        feedback: add what the wire lost to the next gradient.
+        reduce: a rule or its name, see `DiLoCo`.
 
     Raises:
         ValueError: the model is neither FSDP2's nor DDP's; an option is out of range, or the rule
@@ -142,7 +145,7 @@ def sync_gradients(
         PlanMismatchError: islands differ in options. The backward raises it if they differ in the
             parameters that have a gradient.
     """
-    members = MeshIslands(islands) if isinstance(islands, DeviceMesh) else islands
+    members = MeshIslands(islands)
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not sharded and not isinstance(model, DistributedDataParallel):
         raise ValueError(
