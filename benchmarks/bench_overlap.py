@@ -8,13 +8,11 @@ limited rate (`tc ... tbf`). Without them it prints the reason and measures noth
 
 import json
 import os
-import shutil
 import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 from benchmarks.common import layered, parameters, provenance
+from benchmarks.namespaces import ADDRESS, LINK, nodes, sent_nbytes, skip_reason
 from muon_dtensor import Muon, create_dtensor_config
 from muon_dtensor.cli.baselines import naive_step
 from muon_dtensor.cli.calibrate_worker import readings_in_turns
@@ -39,7 +38,6 @@ from muon_dtensor.planning.topology import Link, Topology
 
 R, S0 = Replicate(), Shard(0)
 NODES, RANKS_PER_NODE = 2, 2
-LINK, ADDRESS = "muonlink{}", "10.77.0.{}"
 DEADLINE_SECONDS = 550
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
@@ -66,41 +64,6 @@ class Config:
     """Set by the launcher for each rank."""
 
 
-@contextmanager
-def nodes(rate: str) -> Iterator[list[str]]:
-    """Create two network namespaces with a slow link between them, and yield their names."""
-    names = [f"muon-node{i}-{os.getpid()}" for i in range(NODES)]
-    with ExitStack() as stack:
-        for name in names:
-            _ip("netns", "add", name)
-            stack.callback(_ip, "netns", "del", name)
-        ends = [f"mdt{os.getpid()}{i}"[-15:] for i in range(NODES)]
-        _ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
-        for index, (name, end) in enumerate(zip(names, ends, strict=True)):
-            link = LINK.format(index)
-            _ip("link", "set", end, "netns", name, "name", link)
-            inside = ("-n", name)
-            _ip(*inside, "addr", "add", ADDRESS.format(index + 1) + "/24", "dev", link)
-            _ip(*inside, "link", "set", link, "up")
-            _ip(*inside, "link", "set", "lo", "up")
-            limit = ("tbf", "rate", rate, "burst", "256kb", "latency", "100ms")
-            command = ["tc", *inside, "qdisc", "add", "dev", link, "root", *limit]
-            subprocess.run(command, check=True)
-        yield names
-
-
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True)
-
-
-def skip_reason() -> str:
-    """Return the reason why this machine cannot create the nodes; empty if it can."""
-    if os.geteuid() != 0:
-        return "making network namespaces needs root"
-    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
-    return f"{', '.join(missing)} of iproute2 not found" if missing else ""
-
-
 def launch(config: Config) -> int:
     """Run all ranks in their namespaces. Returns 0 if all exit with 0."""
     if reason := skip_reason():
@@ -120,7 +83,7 @@ def launch(config: Config) -> int:
                 "WORLD_SIZE": str(world_size),
                 "MASTER_ADDR": ADDRESS.format(1),
                 "MASTER_PORT": str(port),
-                "GLOO_SOCKET_IFNAME": LINK.format(node),
+                "GLOO_SOCKET_IFNAME": LINK,
                 "OMP_NUM_THREADS": "1",
             }
             command = ["ip", "netns", "exec", names[node], sys.executable, "-m"]
@@ -141,13 +104,11 @@ def naive(params: list[nn.Parameter]) -> Callable[[], Any]:
 
 def link_megabytes(step: Callable[[], Any]) -> float:
     """Return the megabytes that a step sends over the link, both directions."""
-    node = dist.get_rank() // RANKS_PER_NODE
-    counter = Path(f"/sys/class/net/{LINK.format(node)}/statistics/tx_bytes")
     dist.barrier()
-    before = int(counter.read_text())
+    before = sent_nbytes()
     step()
     dist.barrier()
-    sent = torch.tensor((int(counter.read_text()) - before) / RANKS_PER_NODE)
+    sent = torch.tensor((sent_nbytes() - before) / RANKS_PER_NODE)
     dist.all_reduce(sent)
     return float(sent) / 1e6
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_overlap
+from benchmarks import bench_overlap, bench_wan
+from benchmarks.namespaces import skip_reason
 from tests.support.deadlines import run_program
 
 pytestmark = pytest.mark.P1
@@ -86,7 +87,7 @@ def test_bench_iteration(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(bench_overlap.skip_reason()), reason=bench_overlap.skip_reason())
+@pytest.mark.skipif(bool(skip_reason()), reason=skip_reason())
 def test_bench_overlap_between_two_nodes(tmp_path):
     arguments = ("--layers", "2", "--dim", "64", "--rounds", "3", "--bucket-mb", "0.1")
     results = results_of(tmp_path / "overlap.json", "-m", "benchmarks.bench_overlap", *arguments)
@@ -95,9 +96,20 @@ def test_bench_overlap_between_two_nodes(tmp_path):
     assert hsdp["no replica sharing"]["link_mb"] < 0.1 * hsdp["prefetch 1"]["link_mb"]
 
 
-def test_bench_overlap_is_skipped_without_root(monkeypatch, capsys):
+@pytest.mark.P1
+@pytest.mark.skipif(bool(skip_reason()), reason=skip_reason())
+def test_bench_wan_sends_what_the_plan_says(tmp_path):
+    arguments = ("--rate", "100mbit", "--steps", "10", "--seconds", "1", "--sync-every", "5")
+    module = ("-m", "benchmarks.bench_wan", *arguments, "--only", "DiLoCo float32")
+    row, delayed = results_of(tmp_path / "wan.json", *module)["rows"]
+    assert row["planned"] <= row["megabytes"] <= 1.07 * row["planned"]
+    assert delayed["loss_tokens"] > 0
+
+
+@pytest.mark.parametrize("benchmark", [bench_overlap, bench_wan])
+def test_benchmarks_of_links_are_skipped_without_root(benchmark, monkeypatch, capsys):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert bench_overlap.launch(bench_overlap.Config()) == 0
+    assert benchmark.launch(benchmark.Config()) == 0
     assert "skipped: making network namespaces needs root" in capsys.readouterr().out
 
 

@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 import pickle
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 import muon_dtensor
 from muon_dtensor import GroupOptionError, Muon, PlanError
 from tests.support.cases import mesh_of, tensors_like
+from tests.support.deadlines import run_program
 from tests.support.threads import run_threads
 
 PUBLIC = {
@@ -51,6 +53,17 @@ GROUP_KEYS = {
 def test_exported_names():
     assert set(muon_dtensor.__all__) == set(dir(muon_dtensor)) == PUBLIC
     assert all(getattr(muon_dtensor, name).__doc__ for name in PUBLIC)
+
+
+def test_who_does_not_use_islands_does_not_import_them():
+    program = (
+        "import sys, torch, muon_dtensor\n"
+        "muon_dtensor.Muon([torch.nn.Parameter(torch.ones(2, 2))])\n"
+        "names = [n for n in sys.modules if n.startswith(('muon_dtensor.islands', 'torchft'))]\n"
+        "assert not names, names"
+    )
+    done = run_program([sys.executable, "-c", program], 60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_signature_begins_with_that_of_torch_s_muon():

@@ -273,6 +273,25 @@ class DiLoCo:
         """
         return dict(self._metrics)
 
+    def epsilon(self, delta: float = 1e-5) -> float:
+        """Return epsilon of (epsilon, delta) differential privacy of one island's data so far.
+
+        By the RDP accountant of Opacus (extra `privacy`): every round of every fragment is a
+        Gaussian mechanism in which all islands take part. Infinite without noise.
+
+        Raises ValueError if there is no `clip`.
+        """
+        if self._clip is None:
+            raise ValueError("epsilon needs clip and noise_multiplier")
+        num_rounds = sum(self._rounds)
+        if self._noise == 0:
+            return float("inf") if num_rounds else 0.0
+        from opacus.accountants import RDPAccountant  # an extra, rarely needed
+
+        accountant = RDPAccountant()
+        accountant.history = [(self._noise, 1.0, num_rounds)] if num_rounds else []
+        return float(accountant.get_epsilon(delta)) if num_rounds else 0.0
+
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
         """Count an inner step, apply results that are due, and start a round if one is due."""

@@ -387,6 +387,30 @@ def test_noise_has_the_planned_variance_and_differs_between_islands():
     assert moved <= 0.5 + 1e-5
 
 
+def test_epsilon_is_that_of_opacus():
+    accountants = pytest.importorskip("opacus.accountants")
+
+    def body(run: Run) -> float:
+        params, optimizer, outer, island = built(run)
+        assert outer.epsilon() == 0
+        train(run, params, optimizer, island, range(9))
+        return outer.epsilon(1e-5)
+
+    expected = accountants.RDPAccountant()
+    for _ in range(3):
+        expected.step(noise_multiplier=2.0, sample_rate=1.0)
+    options = {"clip": 1.0, "noise_multiplier": 2.0}
+    for epsilon in run_threads(2, body, Run(2, outer=options)):
+        assert epsilon == pytest.approx(expected.get_epsilon(1e-5))
+    assert run_threads(1, body, Run(1, outer={"clip": 1.0})) == [math.inf]
+
+    def without_clip(run: Run) -> None:
+        with pytest.raises(ValueError, match="epsilon needs clip"):
+            built(run)[2].epsilon()
+
+    run_threads(1, without_clip, Run(1))
+
+
 def test_clipping_keeps_the_direction():
     clipped = Run(2, num_steps=3, outer={"clip": 0.01})
     (found, *_), *_ = run_threads(2, result, clipped)
@@ -493,6 +517,31 @@ def test_an_island_with_another_base_is_named():
 
     for message in run_threads(4, body, Run(4)):
         assert "Islands [2] of 4 hold other base values" in message
+
+
+def test_an_island_that_sends_different_values_is_found_in_the_next_round():
+    """Island 2 sends island 0 other values than the others: from then on island 0 differs."""
+
+    def body(run: Run) -> str:
+        params, optimizer, outer, island = built(run)
+        exchange = outer._exchanges[0]
+        finish = exchange.finish
+
+        def changed(flight):
+            exchange._wait(flight)
+            if island == 0 and outer._rounds[0] == 0:
+                flight.payloads[2].view(torch.float32)[0] += 1
+            return finish(flight)
+
+        exchange.finish = changed
+        with pytest.raises(PlanMismatchError) as error:
+            train(run, params, optimizer, island, range(6))
+        assert outer.metrics()["rounds"] == 1
+        return str(error.value)
+
+    run = Run(4, outer={"route": "everyone"})
+    for message in run_threads(4, body, run):
+        assert "Islands [0] of 4 hold other base values, or were sent other values" in message
 
 
 def test_an_island_in_another_round_is_named():

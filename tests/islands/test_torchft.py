@@ -73,7 +73,7 @@ class Run:
         self.islands: list[Island] = []
         self._count = 0
 
-    def launch(self, number: int, fault: tuple[int, str] | None = None) -> Island:
+    def launch(self, number: int, fault: tuple[int, str, str] | None = None) -> Island:
         port = free_port()
         processes, logs = [], []
         self._count += 1
@@ -85,7 +85,7 @@ class Run:
                 "port": port,
                 "lighthouse": self.lighthouse.address(),
                 "log": str(logs[-1]),
-                "fault": fault if rank == 0 or fault is None or fault[1] == "stop" else None,
+                "fault": fault if rank == 0 or (fault and fault[1] == "SIGSTOP") else None,
                 "outer": self.outer,
             }
             command = [sys.executable, "-m", "tests.support.torchft_island", json.dumps(job)]
@@ -142,7 +142,7 @@ def complete(*islands: Island) -> bool:
 def test_an_island_dies_in_a_phase_of_a_round_and_returns(run, phase):
     islands = run()
     first, second = islands.launch(0), islands.launch(1)
-    third = islands.launch(2, fault=(2, phase))
+    third = islands.launch(2, fault=(2, "SIGKILL", phase))
     islands.wait(lambda: third.processes[0].poll() is not None)
     third.kill()
     at_death = max(first.round, second.round)
@@ -157,10 +157,14 @@ def test_an_island_dies_in_a_phase_of_a_round_and_returns(run, phase):
     assert changed[0] > at_death, "it begins where the others are"
 
 
-def test_an_island_that_hangs_returns_with_its_late_work(run):
+@pytest.mark.parametrize(
+    "phase",
+    ["start", *(pytest.param(p, marks=pytest.mark.P2) for p in ("begin", "finish", "commit"))],
+)
+def test_an_island_that_hangs_returns_with_its_late_work(run, phase):
     islands = run(max_staleness=10**6)
     first, second = islands.launch(0), islands.launch(1)
-    third = islands.launch(2, fault=(2, "stop"))
+    third = islands.launch(2, fault=(2, "SIGSTOP", phase))
     islands.wait(lambda: min(first.round, second.round) >= 6)
     for process in third.processes:  # it stops in round 2 only, and loads a later one
         process.send_signal(signal.SIGCONT)

@@ -35,8 +35,8 @@ SYNC_EVERY = 2
 class Job:
     """What one rank does.
 
-    `fault`: (round, phase): this rank kills itself in a phase of that round: "begin", "start",
-    "finish" or "commit"; "stop" stops it instead, before "start". `log`: a file.
+    `fault`: (round, signal, phase): this rank sends itself SIGKILL or SIGSTOP in a phase of that
+    round: "begin", "start", "finish" or "commit". `log`: a file.
     """
 
     island: int
@@ -46,7 +46,7 @@ class Job:
     log: str
     islands: int = 3
     ranks: int = 2
-    fault: tuple[int, str] | None = None
+    fault: tuple[int, str, str] | None = None
     outer: dict[str, Any] = field(default_factory=dict)
 
 
@@ -107,12 +107,12 @@ def plant(job: Job, outer: DiLoCo) -> None:
     """Let this rank die, or stop, in a phase of a round."""
     if job.fault is None:
         return
-    number, phase = job.fault
+    number, name_of_signal, phase = job.fault
 
     def before(function: Any) -> Any:
         def body(*args: Any, **kwargs: Any) -> Any:
             if outer._rounds[0] == number:
-                os.kill(os.getpid(), signal.SIGSTOP if phase == "stop" else signal.SIGKILL)
+                os.kill(os.getpid(), getattr(signal, name_of_signal))
                 time.sleep(0.01)
             return function(*args, **kwargs)
 
@@ -121,7 +121,6 @@ def plant(job: Job, outer: DiLoCo) -> None:
     names = {
         "begin": (outer._islands, "begin"),
         "start": (outer._exchanges[0], "start"),
-        "stop": (outer._exchanges[0], "start"),
         "finish": (outer._exchanges[0], "finish"),
         "commit": (outer._islands, "commit"),
     }
