@@ -337,6 +337,86 @@ FAULTS = [
         ),
     ),
     *in_files(
+        "islands/rules.py",
+        "rules diloco",
+        (
+            "trimmed mean drops only the largest",
+            "ascending[self.f : len(rows) - self.f]",
+            "ascending[: len(rows) - self.f]",
+        ),
+        (
+            "Krum counts an island as its own neighbour",
+            "others = sorted(distances[i][j] for j in candidates if j != i)",
+            "others = sorted(distances[i][j] for j in candidates)",
+        ),
+        (
+            "an update that is not finite is near",
+            "            else INFINITY\n",
+            "            else 0.0\n",
+        ),
+    ),
+    *in_files(
+        "islands/gram.py",
+        "rules",
+        (
+            "the low limbs are not multiplied",
+            "torch.stack([high @ high.T, crossed + crossed.T, low @ low.T])",
+            "torch.stack([high @ high.T, 0 * crossed, 0 * crossed])",
+        ),
+    ),
+    *in_files(
+        "islands/wires.py",
+        "wires",
+        (
+            "small integers are packed over each other",
+            "            result |= column << (index * self.bits)",
+            "            result |= column",
+        ),
+        (
+            "a top-k wire sends the first elements",
+            "indices = chunks.abs().nan_to_num(math.inf).topk(self.per_chunk, dim=1).indices",
+            "indices = torch.arange(self.per_chunk).expand(len(chunks), -1)",
+        ),
+    ),
+    *in_files(
+        "islands/exchange.py",
+        "diloco",
+        (
+            "scales of rows that are cut stay local",
+            "            if dims and wire.needs_scales:",
+            "            if False:",
+        ),
+        (
+            "base values are not compared",
+            '    "base": "hold other base values, or were sent other values in an earlier round",\n',
+            "",
+        ),
+    ),
+    *in_files(
+        "islands/diloco.py",
+        "diloco",
+        (
+            "what a wire loses is forgotten",
+            "                update += shard.error\n",
+            "                update += 0\n",
+        ),
+        (
+            "a delayed result erases what was learned meanwhile",
+            "            if is_own_finite and pending.age:",
+            "            if False:",
+        ),
+        (
+            "outer momentum is not Nesterov's",
+            "            step = update + shard.velocity * self._momentum",
+            "            step = shard.velocity",
+        ),
+        (
+            "noise is not divided among the islands",
+            "        scale = self._noise * self._clip / self._islands.size**0.5",
+            "        scale = self._noise * self._clip",
+        ),
+    ),
+    *in_files(
         "planning/routes.py",
         "shard_momentum",
         (

@@ -13,12 +13,11 @@ from muon_dtensor.cli.plan_plot import plot_plan
 from muon_dtensor.cli.plan_table import print_comparison, print_plan
 from muon_dtensor.layout import MeshSpec
 from muon_dtensor.planning.outer import (
-    OuterParam,
     OuterPlan,
     WireCost,
     best_route,
     fragments_of,
-    outer_sizes,
+    outer_params,
 )
 from muon_dtensor.planning.plan import ParamSpec, PlanOptions
 from muon_dtensor.planning.presets import topology_of
@@ -160,9 +159,8 @@ def outer_plan(
             f"{fragments}, {delay}"
         )
     cost = WireCost.of(wire)
-    sizes = {spec.layout: outer_sizes(spec.layout) for spec in specs}
     return OuterPlan(
-        tuple(OuterParam(spec.fqn, *sizes[spec.layout]) for spec in specs),
+        outer_params([(spec.fqn, spec.layout) for spec in specs]),
         islands,
         fragments_of([spec.fqn for spec in specs], fragments),
         sync_every,

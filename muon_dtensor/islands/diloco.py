@@ -46,15 +46,14 @@ from muon_dtensor.islands.exchange import (
 from muon_dtensor.islands.gram import gram_of, limb_products
 from muon_dtensor.islands.rules import Mean, Median, Rule, rule_of
 from muon_dtensor.islands.wires import wire_of
-from muon_dtensor.layout import Layout, MeshSpec
+from muon_dtensor.layout import Layout
 from muon_dtensor.planning.outer import (
-    OuterParam,
     OuterPlan,
     OuterRoute,
     WireCost,
     best_route,
     fragments_of,
-    outer_sizes,
+    outer_params,
 )
 from muon_dtensor.runtime.dtensors import LayoutCache
 from muon_dtensor.runtime.process_groups import Groups
@@ -236,15 +235,12 @@ class DiLoCo:
                 f"route='spread' lets each rank combine a part for all others: {self._rule.text} "
                 f"with {self._wire.text} needs route='everyone'"
             )
-        largest = max((x.mesh for x in self._layouts), key=lambda mesh: mesh.num_ranks)
-        params = tuple(
-            _outer_param(shard.name, layout, largest)
-            for shard, layout in zip(self._shards, self._layouts, strict=True)
-        )
+        names = [shard.name for shard in self._shards]
+        params = outer_params(list(zip(names, self._layouts, strict=True)))
         return OuterPlan(
             params,
             n,
-            fragments_of([shard.name for shard in self._shards], self._fragments),
+            fragments_of(names, self._fragments),
             self._steps,
             self._delay,
             cost,
@@ -629,20 +625,6 @@ def _shards(optimizer: Optimizer, *, uses_feedback: bool) -> Iterator[Shard]:
             base = local_part(param).detach().float().clone()
             error = torch.zeros_like(base) if uses_feedback else None
             yield Shard(name or f"param.{number - 1}", param, base, torch.zeros_like(base), error)
-
-
-def _outer_param(name: str, layout: Layout, mesh: MeshSpec) -> OuterParam:
-    """Return the sizes of a parameter's shards on all ranks of the largest mesh of an island.
-
-    On a smaller mesh the parameter is replicated over the other dims of `mesh`.
-    """
-    numels, rows = outer_sizes(layout)
-    dims = layout.mesh.dim_names
-    positions = [0] * mesh.num_ranks
-    if set(dims) <= set(mesh.dim_names):
-        indices = (mesh.index_along(position, dims) for position in range(mesh.num_ranks))
-        positions = [layout.mesh.offset_of(index, dims) for index in indices]
-    return OuterParam(name, tuple(numels[p] for p in positions), tuple(rows[p] for p in positions))
 
 
 def _check_options(

@@ -121,7 +121,8 @@ class PlannedStep:
         self.report = plan_report(specs, options, self._owners, adamw_numels)
         self.plan = self.report.plan
         check(self.plan)
-        self.specs = dict(zip((entry.param for entry in table.muon), specs, strict=False))
+        params = [entry.param for entry in table.muon] if specs else []
+        self.specs = dict(zip(params, specs, strict=True))
         self._warn_of_owners(before)
         rank = this_rank()
         self._process_groups = process_groups = Groups(table.layout_cache.device_meshes, rank)

@@ -6,13 +6,14 @@ A pure function of shapes and options, as the plan of a step is.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
 
-from muon_dtensor.layout import Layout
+from muon_dtensor.layout import Layout, MeshSpec
 from muon_dtensor.planning.render import duration, quantity
 
 HEADER_NBYTES = 64
@@ -49,7 +50,6 @@ class OuterParam:
     fqn: str
     numels: tuple[int, ...]
     rows: tuple[int, ...]
-    itemsize: int = 4
 
 
 class WireCost(NamedTuple):
@@ -83,13 +83,10 @@ class WireCost(NamedTuple):
         if name in INTEGER_BITS:
             bits = INTEGER_BITS[name]
             return cls(name, bits, max(bits, 8), has_scales=True)
-        kind, _, ratio = name.partition(":")
-        try:
-            if kind == "topk" and 0 < float(ratio) <= 1:
-                nbytes = 6 * math.ceil(float(ratio) * TOP_K_CHUNK)
-                return cls(name, 0, 0, chunk=TOP_K_CHUNK, chunk_nbytes=nbytes)
-        except ValueError:
-            pass
+        match = re.fullmatch(r"topk:([0-9]*\.?[0-9]+(?:e-[0-9]+)?)", name)
+        if match and 0 < float(match[1]) <= 1:
+            nbytes = 6 * math.ceil(float(match[1]) * TOP_K_CHUNK)
+            return cls(name, 0, 0, chunk=TOP_K_CHUNK, chunk_nbytes=nbytes)
         raise ValueError(
             f"wire must be one of {', '.join((*FLOAT_BITS, *INTEGER_BITS))}, or topk:RATIO with a "
             f"ratio above 0 and up to 1; got {name!r}"
@@ -259,11 +256,30 @@ _ROUTES = {
 }
 
 
-def outer_sizes(layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the elements and the rows of each rank's shard of a tensor, see `OuterParam`."""
-    shapes = [layout.region(position).shape for position in range(layout.mesh.num_ranks)]
-    rows = [math.prod(shape[:-1]) if len(shape) > 1 else 1 for shape in shapes]
-    return tuple(map(math.prod, shapes)), tuple(rows)
+def outer_params(tensors: Sequence[tuple[str, Layout]]) -> tuple[OuterParam, ...]:
+    """Return the parameters of a plan from their names and layouts within an island.
+
+    Ranks are those of the largest mesh. On a smaller mesh a parameter is replicated over the other
+    dims; one whose mesh has other dims counts as replicated over all ranks.
+    """
+    meshes = (layout.mesh for _, layout in tensors)
+    mesh = max(meshes, key=lambda mesh: mesh.num_ranks, default=MeshSpec((), (), (0,)))
+    sizes: dict[Layout, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    for _, layout in tensors:
+        if layout not in sizes:
+            shapes = [layout.region(position).shape for position in _positions(layout, mesh)]
+            rows = [math.prod(shape[:-1]) if len(shape) > 1 else 1 for shape in shapes]
+            sizes[layout] = tuple(map(math.prod, shapes)), tuple(rows)
+    return tuple(OuterParam(name, *sizes[layout]) for name, layout in tensors)
+
+
+def _positions(layout: Layout, mesh: MeshSpec) -> list[int]:
+    """Return the position on the layout's own mesh of each position of a larger mesh."""
+    dims = layout.mesh.dim_names
+    if not set(dims) <= set(mesh.dim_names):
+        return [0] * mesh.num_ranks
+    indices = (mesh.index_along(position, dims) for position in range(mesh.num_ranks))
+    return [layout.mesh.offset_of(index, dims) for index in indices]
 
 
 def padded(numel: int, multiple: int) -> int:

@@ -138,7 +138,10 @@ def complete(*islands: Island) -> bool:
     return all(i.lines() and i.lines()[-1]["islands"] == 3 for i in islands)
 
 
-@pytest.mark.parametrize("phase", ["begin", "start", "finish", "commit"])
+@pytest.mark.parametrize(
+    "phase",
+    ["start", "finish", *(pytest.param(p, marks=pytest.mark.P2) for p in ("begin", "commit"))],
+)
 def test_an_island_dies_in_a_phase_of_a_round_and_returns(run, phase):
     islands = run()
     first, second = islands.launch(0), islands.launch(1)

@@ -13,7 +13,7 @@ from muon_dtensor.planning.outer import (
     WireCost,
     best_route,
     fragments_of,
-    outer_sizes,
+    outer_params,
 )
 
 PARAMS = tuple(OuterParam(f"layers.{i}.w", (100, 60), (10, 6)) for i in range(4))
@@ -100,11 +100,18 @@ def test_unknown_wires_raise(name):
         WireCost.of(name)
 
 
-def test_sizes_of_shards():
-    layout = Layout(MeshSpec.of(dp=3, tp=2), (7, 4), (("dp",), ("tp",)))
-    assert outer_sizes(layout) == ((6, 6, 6, 6, 2, 2), (3, 3, 3, 3, 1, 1))
-    vector = Layout(MeshSpec.of(dp=2), (5,), (("dp",),))
-    assert outer_sizes(vector) == ((3, 2), (1, 1))
+def test_sizes_of_shards_on_the_ranks_of_the_largest_mesh():
+    mesh = MeshSpec.of(dp=3, tp=2)
+    matrix = Layout(mesh, (7, 4), (("dp",), ("tp",)))
+    vector = Layout(MeshSpec.of(dp=3), (5,), (("dp",),))
+    plain = Layout(MeshSpec((), (), (4,)), (2, 5), ((), ()))
+    found = outer_params([("matrix", matrix), ("vector", vector), ("plain", plain)])
+    assert found == (
+        OuterParam("matrix", (6, 6, 6, 6, 2, 2), (3, 3, 3, 3, 1, 1)),
+        OuterParam("vector", (2, 2, 2, 2, 1, 1), (1,) * 6),
+        OuterParam("plain", (10,) * 6, (2,) * 6),
+    )
+    assert outer_params([]) == ()
 
 
 def test_seconds_on_a_link():

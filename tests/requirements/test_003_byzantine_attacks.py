@@ -28,7 +28,10 @@ def loss(rule: str | Rule, attack: str | None, seed: int) -> float:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("attack", ["sign flip", "x 1000", "noise"])
+@pytest.mark.parametrize(
+    "attack",
+    ["sign flip", *(pytest.param(a, marks=pytest.mark.P2) for a in ("x 1000", "noise"))],
+)
 class TestAttacks:
     """Sign flips times 4, scaling by 1000, and noise of 40 standard deviations."""
 
@@ -41,6 +44,7 @@ class TestAttacks:
 
 @pytest.mark.parametrize("seed", SEEDS)
 class TestOthers:
+    @pytest.mark.P2
     def test_zero_gradient_attack(self, seed):
         """Lazy islands delay the others; only Krum may choose one of them."""
         no_attack = loss("mean", None, seed)

@@ -91,7 +91,10 @@ class TestLossAtEqualTokens:
     """K = 4 islands, against one island alone and the gradients of every step."""
 
     @pytest.mark.P1
-    @pytest.mark.parametrize("sync_every", [5, 15, 30])
+    @pytest.mark.parametrize(
+        "sync_every",
+        [15, *(pytest.param(h, marks=pytest.mark.P2) for h in (5, 30))],
+    )
     def test_between_alone_and_every_step(self, sync_every):
         training = {"steps": 240}
         every_step = loss_of(Training(**training, outer="every step"))
@@ -100,7 +103,10 @@ class TestLossAtEqualTokens:
         assert every_step < muloco < alone
 
     @pytest.mark.P1
-    @pytest.mark.parametrize("wire", ["bfloat16", "int8", "int4", "int2"])
+    @pytest.mark.parametrize(
+        "wire",
+        ["int8", "int2", *(pytest.param(w, marks=pytest.mark.P2) for w in ("bfloat16", "int4"))],
+    )
     def test_wires_lose_less_than_2_percent(self, wire):
         training = {"steps": 240, "sync_every": 15}
         exact = loss_of(Training(**training))

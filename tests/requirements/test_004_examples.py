@@ -124,8 +124,9 @@ def test_debug_mode_runs_one_rank_at_a_time(tmp_path):
 
 def test_every_example_is_run_and_documents_its_command():
     names = {row.values[0]: row.values[1] for row in ROWS} | {"debug_mode": 4}
+    names |= {"islands": 4, "private": 2}  # by islands/test_examples
     in_test_stacks = {row.values[0] for row in test_stacks.ROWS}
-    not_run = {"common", "train_gpt"} | in_test_stacks
+    not_run = {"common", "train_gpt", "islands_torchft"} | in_test_stacks
     assert {path.stem for path in EXAMPLES.glob("*.py")} == names.keys() | not_run
     for name, num_ranks in names.items():
         line = f"torchrun --nproc-per-node {num_ranks} examples/{name}.py"
