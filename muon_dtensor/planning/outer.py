@@ -310,7 +310,7 @@ def fragments_of(fqns: Sequence[str], count: int) -> tuple[tuple[int, ...], ...]
         numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
         block = ".".join(parts[: numbers[0] + 1]) if numbers and count > 1 else ""
         blocks.setdefault(block, []).append(index)
-    if len(blocks) < count:
+    if len(blocks) < count and (fqns or count > 1):
         raise ValueError(
             f"fragments={count}, but the parameters have {len(blocks)} blocks of layers: use at "
             f"most {len(blocks)}"

@@ -29,6 +29,7 @@ from muon_dtensor.islands import (
     TrimmedMean,
 )
 from muon_dtensor.planning.outer import OuterRoute
+from muon_dtensor.runtime.dtensors import describe_layout, describe_mesh
 from tests.support.cases import spread, tensors_like
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads
@@ -256,6 +257,73 @@ def test_bitwise_the_same_on_every_inner_layout(rule, wire):
         for weights, _, _, difference in run_threads(run.num_ranks, result, run):
             assert all(map(torch.equal, weights, expected))
             assert difference == 0
+
+
+ODD = ((1, 9), (0, 4), (3, 2), (5,), (2, 3, 4), (1,))
+
+
+def odd_shards(sizes: tuple, names: tuple, placements: tuple, outer: dict) -> list:
+    """Train tensors with uneven and empty shards; return this rank's shards and their boxes."""
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+    inner = mesh[tuple(name for name in names if name != "island")]
+    params = [
+        nn.Parameter(spread(w, inner, placed(placements, w.ndim))) for w in tensors_like(ODD, 0)
+    ]
+    frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+    optimizer = torch.optim.SGD([*params, frozen], lr=0.1)
+    DiLoCo(optimizer, mesh["island"], sync_every=2, **outer)
+    for step in range(4):
+        grads = tensors_like(ODD, 10 * mesh["island"].get_local_rank() + step)
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = spread(grad, param.device_mesh, param.placements)
+        optimizer.step()
+    results = []
+    for param in params:
+        layout = describe_layout(param.detach(), describe_mesh(param.device_mesh))
+        region = layout.region(layout.mesh.position_of(dist.get_rank()))
+        box = tuple(slice(a, b) for a, b in zip(region.start, region.stop, strict=True))
+        results.append((param.detach().to_local(), box))
+    return results
+
+
+@pytest.mark.parametrize(
+    ("sizes", "names", "placements"),
+    [
+        ((3, 4), ("island", "dp"), (S0,)),
+        ((4, 3), ("dp", "island"), (S1,)),
+        ((2, 3, 2), ("dp", "island", "tp"), (S0, S1)),
+        ((3, 2, 2, 2), ("island", "r", "dp", "tp"), (R, S0, S0)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "outer",
+    [{}, {"wire": "int4"}, {"reduce": "geometric_median", "wire": "int8"}, {"clip": 0.1}],
+    ids=str,
+)
+def test_uneven_and_empty_shards_on_any_mesh(outer, sizes, names, placements):
+    whole, *_ = run_threads(3, odd_shards, (3, 1), ("island", "dp"), (R,), outer)
+    num_ranks = torch.Size(sizes).numel()
+    for shards in run_threads(num_ranks, odd_shards, sizes, names, placements, outer):
+        for (shard, box), (full, _) in zip(shards, whole, strict=True):
+            assert torch.equal(shard, full[box])
+
+
+def nothing_to_exchange() -> list[float]:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("island",))
+    rounds = []
+    for param in (nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.ones(2))):
+        param.requires_grad = param.numel() == 0
+        optimizer = torch.optim.SGD([param], lr=0.1)
+        outer = DiLoCo(optimizer, mesh["island"], sync_every=1)
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+        rounds.append(outer.metrics()["rounds"])
+    return rounds
+
+
+def test_islands_without_elements_or_trainable_parameters():
+    assert run_threads(2, nothing_to_exchange) == [[1.0, 1.0]] * 2
 
 
 @pytest.mark.parametrize(
