@@ -122,7 +122,10 @@ def apply_updates(
     cautious: bool = False,
     keep: Tensor | None = None,
 ) -> None:
-    """Call `apply_update` for several pieces with one decay and one learning rate."""
+    """Call `apply_update` for several pieces with one decay and one learning rate.
+
+    Where `keep` is False the polar factors must be zeros.
+    """
     one_by_one = any(map(_rounds_by_place, params, polar_factors))
     if one_by_one or cautious or isinstance(decay, Tensor) or isinstance(matrix_lr, Tensor):
         for param, polar_factor, place in zip(params, polar_factors, places, strict=True):
@@ -137,17 +140,19 @@ def apply_updates(
             )
         return
     is_host = params[0].device.type == "cpu"  # its foreach rounds the decay to a narrow dtype first
-    updated: Sequence[Tensor] = params
-    if keep is not None:
+    dtype = params[0].dtype
+    if keep is not None and dtype.itemsize < 4:  # a masked decay is a tensor, which rounds as well
         updated = [p * decay for p in params] if is_host else torch._foreach_mul(params, decay)
-    elif decay != 1 and is_host:
-        for param in params:
-            param.mul_(decay)
-    elif decay != 1:
-        torch._foreach_mul_(params, decay)
-    torch._foreach_add_(list(updated), polar_factors, alpha=-matrix_lr)
-    if keep is not None:
+        torch._foreach_add_(updated, polar_factors, alpha=-matrix_lr)
         _assign_if(keep, params, updated)
+        return
+    factor = decay if keep is None else torch.where(keep, decay, keep.to(dtype))
+    if decay != 1 and is_host:
+        for param in params:
+            param.mul_(factor)
+    elif decay != 1:
+        torch._foreach_mul_(params, factor)
+    torch._foreach_add_(params, polar_factors, alpha=-matrix_lr)
 
 
 def apply_update(

@@ -114,7 +114,7 @@ class DiLoCo:
     All ranks construct it together, with equal parameters on all islands.
 
     Args:
-        optimizer: any optimizer of torch; all its parameters that require gradients take part.
+        optimizer: any optimizer of torch; all its parameters that require gradients now take part.
         islands: a mesh of one dim, `mesh["island"]`, or `torchft.TorchFT` for islands that come and
             go.
         sync_every: inner steps between two rounds of a fragment; or a timedelta, after which an
@@ -229,6 +229,8 @@ class DiLoCo:
         cost, route = WireCost.of(self._wire.text), self._user_route
         can_spread = isinstance(self._rule, CAN_SPREAD) and self._wire.is_elementwise
         best = best_route(cost, n, can_spread=can_spread)
+        if route not in (None, *OuterRoute):
+            raise ValueError(f"route must be None, 'spread' or 'everyone', got {route!r}")
         chosen = best if route is None else OuterRoute(route)
         if chosen is OuterRoute.SPREAD and not can_spread:
             raise ValueError(

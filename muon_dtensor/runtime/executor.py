@@ -465,6 +465,8 @@ class Executor:
         keep: Tensor | None,
     ) -> None:
         """Apply decay and updates to the local shards."""
+        if keep is not None:
+            buffer.masked_fill_(~keep, 0)
         views = self._buffers.views(
             bucket.index, bucket.sequence.results, buffer, bucket.local.results
         )

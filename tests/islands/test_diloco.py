@@ -541,7 +541,7 @@ def test_tokens_weigh_updates():
         ({"clip": 0.0}, "clip must be above 0"),
         ({"noise_multiplier": 1.0}, "clip must be set if there is noise_multiplier"),
         ({"route": "spread", "wire": "topk:0.1"}, "needs route='everyone'"),
-        ({"route": "x"}, "x"),
+        ({"route": "x"}, "route must be None, 'spread' or 'everyone', got 'x'"),
     ],
     ids=str,
 )
