@@ -54,6 +54,15 @@ def in_files(file: str, tests: str, *faults: tuple[str, str, str]) -> list[Fault
 FAULTS = [
     *in_files(
         "runtime/executor.py",
+        "consistency::a_masked_step_changes_nothing_and_raises_later",
+        (
+            "results of a masked step are not zeroed",
+            "            buffer.masked_fill_(~keep, 0)",
+            "            buffer = buffer",
+        ),
+    ),
+    *in_files(
+        "runtime/executor.py",
         "layouts_bitwise::matrices gloo config misuse speed_options",
         (
             "momenta of matrices owned elsewhere are not updated",
@@ -874,7 +883,7 @@ FAULTS = [
             "    alpha = float(torch.tensor(alpha, dtype=param.dtype))\n    numel",
             "    numel",
         ),
-        ("no decay", "            param.mul_(decay)", "            pass"),
+        ("no decay", "            param.mul_(factor)", "            pass"),
         (
             "the learning rate of tall matrices is clamped",
             "return lr * math.sqrt(rows / cols)",
@@ -889,6 +898,11 @@ FAULTS = [
             "the mask does not reach updates of narrow dtypes",
             "        param.copy_(torch.where(keep, updated, param))",
             "        param.copy_(updated)",
+        ),
+        (
+            "the mask does not reach the decay of wide dtypes",
+            "factor = decay if keep is None else torch.where(keep, decay, keep.to(dtype))",
+            "factor = decay",
         ),
         (
             "the mask does not reach lists of tensors",
