@@ -19,6 +19,7 @@ Note [A round]
 """
 
 import logging
+import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,8 @@ class DiLoCo:
         max_staleness: rounds that an island may have missed so that its own late work still counts
             when it returns, with weight (1 + rounds)^(-1/2) (Xie, Koyejo & Gupta 2019,
             arXiv:1903.03934, section 5.2, polynomial with a = 1/2). Older work is dropped.
-        seed: of the noise.
+        seed: of the noise; None: a secret one of each island. Whoever knows a seed can subtract the
+            noise, so a number is for tests.
         route: "spread" or "everyone", see `OuterRoute`; None: the one that sends fewer bytes. Rules
             that tolerate wrong updates use "everyone".
 
@@ -159,7 +161,7 @@ class DiLoCo:
         clip: float | None = None,
         noise_multiplier: float = 0.0,
         max_staleness: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
         route: str | None = None,
     ) -> None:
         members = MeshIslands(islands) if isinstance(islands, DeviceMesh) else islands
@@ -172,7 +174,7 @@ class DiLoCo:
             raise ValueError(f"max_staleness must be 0 rounds or more, got {max_staleness!r}")
         self._max_staleness = max_staleness
         self._lr, self._momentum, self._delay = lr, momentum, delay
-        self._clip, self._noise, self._seed = clip, noise_multiplier, seed
+        self._clip, self._noise = clip, noise_multiplier
         uses_feedback = feedback and wire != "float32"
         self._shards = list(_shards(optimizer, uses_feedback=uses_feedback))
         self._cache = LayoutCache()
@@ -186,6 +188,7 @@ class DiLoCo:
         self._options = str(options)
         if isinstance(members, MeshIslands):
             check_plans(members, f"{self.plan.digest} {self._options}")
+        self._seed = self._secret() if seed is None and noise_multiplier else seed
         self._exchanges = [
             Exchange(
                 self._islands,
@@ -207,6 +210,12 @@ class DiLoCo:
         self._metrics = dict.fromkeys(_METRICS, 0.0)
         members.register(self._heal, self._healing_state)
         optimizer.register_step_post_hook(self._after_step)
+
+    def _secret(self) -> int:
+        """Return a random number, equal on all ranks of this island. A collective of them."""
+        number = torch.tensor(float(secrets.randbits(50)), dtype=torch.float64, device=self._device)
+        values = [(layout, number) for layout in self._layouts]
+        return int(sharded_sum(values, self._groups, this_rank(), take_largest=True))
 
     def _layout(self, param: Tensor) -> Layout:
         """Return the layout of a parameter within its island; plain tensors are local."""

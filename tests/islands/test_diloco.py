@@ -455,6 +455,18 @@ def test_noise_has_the_planned_variance_and_differs_between_islands():
     assert moved <= 0.5 + 1e-5
 
 
+def test_the_noise_of_an_island_is_secret_and_equal_on_its_replicas():
+    options = {"sync_every": 1, "clip": 0.5, "noise_multiplier": 3.0, "lr": 1.0, "momentum": 0.0}
+    run = Run(2, (2,), (R,), num_steps=1, outer=options)
+    first, second = run_threads(4, result, run), run_threads(4, result, run)
+    for weights, *_ in first:
+        assert all(map(torch.equal, weights, first[0][0])), "replicas and islands stay equal"
+    assert not torch.equal(first[0][0][0], second[0][0][0]), "another secret in another run"
+    known = Run(2, (2,), (R,), num_steps=1, outer={**options, "seed": 3})
+    (a, *_), (b, *_) = run_threads(4, result, known)[0], run_threads(4, result, known)[0]
+    assert all(map(torch.equal, a, b))
+
+
 def test_epsilon_is_that_of_opacus():
     accountants = pytest.importorskip("opacus.accountants")
 
