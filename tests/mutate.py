@@ -901,8 +901,8 @@ FAULTS = [
         ),
         (
             "the mask does not reach the decay of wide dtypes",
-            "factor = decay if keep is None else torch.where(keep, decay, keep.to(dtype))",
-            "factor = decay",
+            "factor = torch.where(keep, decay, torch.ones_like(keep, dtype=dtype))",
+            "factor = torch.where(keep, decay, keep.to(dtype))",
         ),
         (
             "the mask does not reach lists of tensors",

@@ -146,7 +146,9 @@ def apply_updates(
         torch._foreach_add_(updated, polar_factors, alpha=-matrix_lr)
         _assign_if(keep, params, updated)
         return
-    factor = decay if keep is None else torch.where(keep, decay, keep.to(dtype))
+    factor: float | Tensor = decay
+    if keep is not None:
+        factor = torch.where(keep, decay, torch.ones_like(keep, dtype=dtype))
     if decay != 1 and is_host:
         for param in params:
             param.mul_(factor)

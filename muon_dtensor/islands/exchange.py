@@ -18,7 +18,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from muon_dtensor.errors import PlanMismatchError
 from muon_dtensor.islands.gram import gram_of, limb_products
 from muon_dtensor.islands.rules import Rule, combine
-from muon_dtensor.islands.wires import Integer, Wire, expanded, flat, row_maxima, unflattened
+from muon_dtensor.islands.wires import (
+    Integer,
+    Wire,
+    expanded,
+    flat,
+    row_maxima,
+    rows_and_cols,
+    unflattened,
+)
 from muon_dtensor.layout import Layout, MeshSpec
 from muon_dtensor.planning.outer import HEADER_NBYTES, OuterRoute, WireCost, padded
 from muon_dtensor.runtime.collectives import all_gather_values, all_reduce_max, finish
@@ -383,7 +391,7 @@ class Exchange:
         if not self._wire.needs_scales:
             return []
         scales = codes.clone().view(torch.float32)
-        return list(torch.split(scales, [len(row_maxima(t)) for t in tensors]))
+        return list(torch.split(scales, [rows_and_cols(t)[0] for t in tensors]))
 
     def _expanded(self, scales: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
         return expanded(scales, tensors) if self._wire.needs_scales else None
