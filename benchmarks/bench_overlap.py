@@ -7,10 +7,7 @@ limited rate (`tc ... tbf`). Without them it prints the reason and measures noth
 """
 
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 from benchmarks.common import layered, parameters, provenance
-from benchmarks.namespaces import ADDRESS, LINK, nodes, sent_nbytes, skip_reason
+from benchmarks.namespaces import launch, sent_nbytes
 from muon_dtensor import Muon, create_dtensor_config
 from muon_dtensor.cli.baselines import naive_step
 from muon_dtensor.cli.calibrate_worker import readings_in_turns
@@ -62,38 +59,6 @@ class Config:
     json: Path | None = None
     worker: bool = False
     """Set by the launcher for each rank."""
-
-
-def launch(config: Config) -> int:
-    """Run all ranks in their namespaces. Returns 0 if all exit with 0."""
-    if reason := skip_reason():
-        print(f"skipped: {reason}")
-        return 0
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    world_size = NODES * RANKS_PER_NODE
-    with nodes(config.rate) as names:
-        processes = []
-        for rank in range(world_size):
-            node = rank // RANKS_PER_NODE
-            env = {
-                **os.environ,
-                "RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": ADDRESS.format(1),
-                "MASTER_PORT": str(port),
-                "GLOO_SOCKET_IFNAME": LINK,
-                "OMP_NUM_THREADS": "1",
-            }
-            command = ["ip", "netns", "exec", names[node], sys.executable, "-m"]
-            command += ["benchmarks.bench_overlap", *sys.argv[1:], "--worker"]
-            processes.append(subprocess.Popen(command, env=env))
-        try:
-            return max(abs(p.wait(DEADLINE_SECONDS)) for p in processes)
-        finally:
-            for process in processes:
-                process.kill()
 
 
 def naive(params: list[nn.Parameter]) -> Callable[[], Any]:
@@ -304,7 +269,9 @@ def main() -> None:
     if config.worker:
         work(config)
     else:
-        sys.exit(launch(config))
+        sys.exit(
+            launch("benchmarks.bench_overlap", config.rate, NODES, RANKS_PER_NODE, DEADLINE_SECONDS)
+        )
 
 
 if __name__ == "__main__":

@@ -8,9 +8,6 @@ Python's documentation.
 """
 
 import json
-import os
-import socket
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -28,7 +25,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from benchmarks.common import provenance
-from benchmarks.namespaces import ADDRESS, LINK, nodes, sent_nbytes, skip_reason
+from benchmarks.namespaces import launch, sent_nbytes
 from muon_dtensor import Muon, create_dtensor_config
 from muon_dtensor.cli.shutdown import destroy_process_group
 from muon_dtensor.islands import DiLoCo
@@ -228,43 +225,13 @@ def show(rows: list[Row], config: Config) -> None:
         config.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def launch(config: Config) -> int:
-    """Run all ranks in their namespaces. Returns 0 if all exit with 0."""
-    if reason := skip_reason():
-        print(f"skipped: {reason}")
-        return 0
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    with nodes(config.rate, config.islands) as names:
-        processes = []
-        for rank, name in enumerate(names):
-            env = {
-                **os.environ,
-                "RANK": str(rank),
-                "WORLD_SIZE": str(config.islands),
-                "MASTER_ADDR": ADDRESS.format(1),
-                "MASTER_PORT": str(port),
-                "GLOO_SOCKET_IFNAME": LINK,
-                "OMP_NUM_THREADS": "1",
-            }
-            command = ["ip", "netns", "exec", name, sys.executable, "-m", "benchmarks.bench_wan"]
-            command += [*sys.argv[1:], "--worker"]
-            processes.append(subprocess.Popen(command, env=env))
-        try:
-            return max(abs(p.wait(1200)) for p in processes)
-        finally:
-            for process in processes:
-                process.kill()
-
-
 def main() -> None:
     """Launch the islands, or run one."""
     config = tyro.cli(Config, description=__doc__)
     if config.worker:
         work(config)
         return
-    sys.exit(launch(config))
+    sys.exit(launch("benchmarks.bench_wan", config.rate, config.islands, 1, 1200))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -56,3 +58,36 @@ def skip_reason() -> str:
 def sent_nbytes() -> int:
     """Return the bytes that this node has sent over its link, headers included."""
     return int(Path(f"/sys/class/net/{LINK}/statistics/tx_bytes").read_text())
+
+
+def launch(module: str, rate: str, count: int, ranks_per_node: int, seconds: float) -> int:
+    """Run a module with `--worker` as all ranks, in nodes. Returns 0 if all exit with 0.
+
+    Prints why, and returns 0, where the nodes cannot be created.
+    """
+    if reason := skip_reason():
+        print(f"skipped: {reason}")
+        return 0
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    with nodes(rate, count) as names:
+        processes = []
+        for rank in range(count * ranks_per_node):
+            env = {
+                **os.environ,
+                "RANK": str(rank),
+                "WORLD_SIZE": str(count * ranks_per_node),
+                "MASTER_ADDR": ADDRESS.format(1),
+                "MASTER_PORT": str(port),
+                "GLOO_SOCKET_IFNAME": LINK,
+                "OMP_NUM_THREADS": "1",
+            }
+            command = ["ip", "netns", "exec", names[rank // ranks_per_node], sys.executable, "-m"]
+            command += [module, *sys.argv[1:], "--worker"]
+            processes.append(subprocess.Popen(command, env=env))
+        try:
+            return max(abs(p.wait(seconds)) for p in processes)
+        finally:
+            for process in processes:
+                process.kill()

@@ -396,6 +396,11 @@ FAULTS = [
             "            if False:",
         ),
         (
+            "an overflow of the wire is not noticed",
+            "float(not own.isfinite().all())",
+            "float(not vector.isfinite().all())",
+        ),
+        (
             "base values are not compared",
             '    "base": "hold other base values, or were sent other values in an earlier round",\n',
             "",

@@ -40,12 +40,12 @@ from muon_dtensor.islands.exchange import (
     InFlight,
     Islands,
     MeshIslands,
+    OwnIsland,
     check_plans,
     digest_of,
     short_digest,
 )
-from muon_dtensor.islands.gram import gram_of, limb_products
-from muon_dtensor.islands.rules import Mean, Median, Rule, rule_of
+from muon_dtensor.islands.rules import INFINITY, Mean, Median, Rule, rule_of
 from muon_dtensor.islands.wires import wire_of
 from muon_dtensor.layout import Layout
 from muon_dtensor.planning.outer import (
@@ -59,7 +59,6 @@ from muon_dtensor.planning.outer import (
 from muon_dtensor.runtime.dtensors import LayoutCache
 from muon_dtensor.runtime.process_groups import Groups
 from muon_dtensor.runtime.torch_private import local_part, this_rank, with_shard
-from muon_dtensor.runtime.totals import sharded_sum
 
 logger = logging.getLogger("muon_dtensor")
 
@@ -134,8 +133,8 @@ class DiLoCo:
         max_staleness: rounds that an island may have missed so that its own late work still counts
             when it returns, with weight (1 + rounds)^(-1/2) (Xie, Koyejo & Gupta 2019,
             arXiv:1903.03934, section 5.2, polynomial with a = 1/2). Older work is dropped.
-        seed: of the noise; None: a secret one of each island. Whoever knows a seed can subtract the
-            noise, so a number is for tests.
+        seed: of the noise; None: a secret one of each island. With a known seed anyone can
+            subtract the noise, so a number is for tests.
         route: "spread" or "everyone", see `OuterRoute`; None: the one that sends fewer bytes. Rules
             that tolerate wrong updates use "everyone".
 
@@ -179,7 +178,8 @@ class DiLoCo:
         self._shards = list(_shards(optimizer, uses_feedback=uses_feedback))
         self._cache = LayoutCache()
         self._layouts = [self._layout(shard.param) for shard in self._shards]
-        self._groups = Groups(self._cache.device_meshes, this_rank())
+        groups = Groups(self._cache.device_meshes, this_rank())
+        self._own = OwnIsland(self._layouts, groups)
         self._fragments, self._user_route, self._uses_feedback = fragments, route, uses_feedback
         self._steps = steps
         self._plans: dict[int, OuterPlan] = {}
@@ -193,7 +193,7 @@ class DiLoCo:
             Exchange(
                 self._islands,
                 [self._layouts[i] for i in fragment],
-                self._groups,
+                groups,
                 rule=self._rule,
                 wire=self._wire,
                 route=self.plan.route,
@@ -213,9 +213,7 @@ class DiLoCo:
 
     def _secret(self) -> int:
         """Return a random number, equal on all ranks of this island. A collective of them."""
-        number = torch.tensor(float(secrets.randbits(50)), dtype=torch.float64, device=self._device)
-        values = [(layout, number) for layout in self._layouts]
-        return int(sharded_sum(values, self._groups, this_rank(), take_largest=True))
+        return int(self._own.maximum(float(secrets.randbits(50)), self._device))
 
     def _layout(self, param: Tensor) -> Layout:
         """Return the layout of a parameter within its island; plain tensors are local."""
@@ -333,9 +331,7 @@ class DiLoCo:
             self._islands.begin()
         except (RuntimeError, TimeoutError) as error:
             problem = str(error)
-        flag = torch.tensor([float(bool(problem))], device=self._device)
-        values = [(layout, flag) for layout in self._layouts]
-        if bool(sharded_sum(values, self._groups, this_rank(), take_largest=True).any()):
+        if self._own.maximum(float(bool(problem)), self._device):
             self._fail(problem or "another rank of this island found no quorum")
             return False
         try:
@@ -358,10 +354,7 @@ class DiLoCo:
         if self._period is None:
             return self.plan.at(self._num_steps)
         elapsed = time.monotonic() - self._started >= self._period.total_seconds()
-        flag = torch.tensor([float(elapsed)], device=self._device)
-        values = [(layout, flag) for layout in self._layouts]
-        is_due = sharded_sum(values, self._groups, this_rank(), take_largest=True)
-        if not bool(is_due.any()):
+        if not self._own.maximum(float(elapsed), self._device):
             return None
         self._started = time.monotonic()
         return 0
@@ -405,7 +398,11 @@ class DiLoCo:
         """Clip an update to norm `clip` over all its shards, and add this island's noise."""
         if self._clip is None:
             return
-        norm = self._norm(fragment, updates)
+        own = self._exchanges[fragment].own
+        (largest,) = own.largest([updates])
+        if largest == INFINITY:
+            return  # not finite: the exchange reports it
+        norm = own.gram([updates], [largest])[0][0] ** 0.5
         factor = min(1.0, self._clip / norm) if norm > 0 else 1.0
         for update in updates:
             update *= factor
@@ -421,34 +418,6 @@ class DiLoCo:
             generator = torch.Generator(update.device).manual_seed(short_digest(str(key)))
             noise = torch.randn(update.shape, generator=generator, device=update.device)
             update += scale * noise
-
-    def _norm(self, fragment: int, updates: Sequence[Tensor]) -> float:
-        """Return the L2 norm of an update over all shards, the same on every inner layout."""
-        layouts = [self._layouts[i] for i in self.plan.fragments[fragment]]
-        largest = sharded_sum(
-            [
-                (
-                    layout,
-                    u.abs().amax().double() if u.numel() else u.new_zeros((), dtype=torch.float64),
-                )
-                for layout, u in zip(layouts, updates, strict=True)
-            ],
-            self._groups,
-            this_rank(),
-            take_largest=True,
-        )
-        limit = float(largest)
-        if not limit < float("inf"):
-            return 0.0  # not finite: the exchange reports it
-        sums = sharded_sum(
-            [
-                (layout, limb_products([u], [limit]))
-                for layout, u in zip(layouts, updates, strict=True)
-            ],
-            self._groups,
-            this_rank(),
-        )
-        return float(gram_of(sums, [limit])[0][0] ** 0.5)
 
     def _finish(self, fragment: int) -> None:
         """Wait for a round, and apply its result."""

@@ -6,7 +6,7 @@ maxima and the Gram matrix of a rule, see `islands.rules`.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,8 +16,8 @@ from torch.distributed import ProcessGroup, Work
 from torch.distributed.device_mesh import DeviceMesh
 
 from muon_dtensor.errors import PlanMismatchError
-from muon_dtensor.islands.gram import gram_of, limb_products
-from muon_dtensor.islands.rules import Rule, combine
+from muon_dtensor.islands.gram import gram_of, largest_element, limb_products
+from muon_dtensor.islands.rules import INFINITY, Matrix, Rule, combine
 from muon_dtensor.islands.wires import (
     Integer,
     Wire,
@@ -176,15 +176,50 @@ class InFlight:
 class Combined:
     """The result of an exchange. `update`: None if the rule could not combine the updates.
 
-    `finite`: per island, whether its update is. `weights`: of the islands. `problem`: why there is
-    no update.
+    `finite`: per island, whether its update is. `problem`: why there is no update.
     """
 
     update: list[Tensor] | None
     finite: list[bool]
-    weights: list[float]
     sent_nbytes: int
     problem: str = ""
+
+
+class OwnIsland:
+    """Reductions over the ranks of this island, of tensors with these layouts.
+
+    Collectives of all its ranks. The results are equal on all of them, and on every layout.
+    """
+
+    def __init__(self, layouts: Sequence[Layout], groups: Groups) -> None:
+        self.layouts, self._groups, self._rank = list(layouts), groups, this_rank()
+
+    def maximum(self, value: float, device: torch.device) -> float:
+        """Return the largest value of any rank; 0 without tensors."""
+        number = torch.tensor(value, dtype=torch.float64, device=device)
+        return float(self._reduced([number] * len(self.layouts), take_largest=True))
+
+    def largest(self, updates: Sequence[Sequence[Tensor]]) -> list[float]:
+        """Return the `largest_element` of each update, over all its tensors and shards."""
+        if not self.layouts:
+            return [0.0] * len(updates)
+        values = [
+            torch.stack([largest_element(t) for t in tensors])
+            for tensors in zip(*updates, strict=True)
+        ]
+        numbers: list[float] = self._reduced(values, take_largest=True).tolist()
+        return numbers
+
+    def gram(self, updates: Sequence[Sequence[Tensor]], largest: Sequence[float]) -> Matrix:
+        """Return the inner products of updates, [n, n]. `largest`: see `gram.limb_products`."""
+        if not self.layouts:
+            return [[0.0] * len(updates) for _ in updates]
+        sums = [limb_products(tensors, largest) for tensors in zip(*updates, strict=True)]
+        return gram_of(self._reduced(sums), largest)
+
+    def _reduced(self, values: Sequence[Tensor], *, take_largest: bool = False) -> Tensor:
+        pairs = list(zip(self.layouts, values, strict=True))
+        return sharded_sum(pairs, self._groups, self._rank, take_largest=take_largest)
 
 
 CHECKS = {
@@ -213,23 +248,20 @@ class Exchange:
         checks: Mapping[str, str] | None = None,
         checks_sizes: bool = False,
     ) -> None:
-        """Args:
-        layouts: of each tensor within the island.
-        groups: their process groups.
-        checks: by field of the header, what an island does where its value differs.
-        checks_sizes: compare headers before anything else is sent, since sizes may differ.
+        """`layouts`: of each tensor within the island. `groups`: their process groups. `checks`: by
+        field of the header, what an island does where its value differs. `checks_sizes`: compare
+        headers before anything else is sent, since sizes may differ.
         """
-        self._islands, self._layouts, self._groups = islands, list(layouts), groups
+        self._islands, self.own, self._groups = islands, OwnIsland(layouts, groups), groups
         self._rule, self._wire, self.route = rule, wire, route
         self._checks = CHECKS if checks is None else checks
         self._checks_sizes = checks_sizes
-        self._rank = this_rank()
         self._cost = WireCost.of(wire.text)
         self._returns: Wire = wire
         if isinstance(wire, Integer) and wire.bits != self._cost.return_bits:
             self._returns = Integer(self._cost.return_bits)
         self._cut_rows: dict[tuple[MeshSpec, tuple[str, ...]], list[int]] = {}
-        for index, layout in enumerate(self._layouts):
+        for index, layout in enumerate(layouts):
             dims = [d for d in layout.cuts[-1] if layout.mesh.sizes[d] > 1] if layout.cuts else []
             if dims and wire.needs_scales:
                 self._cut_rows.setdefault((layout.mesh, tuple(dims)), []).append(index)
@@ -237,22 +269,11 @@ class Exchange:
     def start(self, tensors: Sequence[Tensor], header: Header) -> InFlight:
         """Send an update: float32 shards, one per layout. `header.finite` is set here.
 
-        The update is not finite if any shard on any rank of the island is not.
+        The update is not finite if any shard on any rank of the island is not, as others decode it:
+        float16 has a largest value.
         """
-        device = tensors[0].device if tensors else torch.device("cpu")
-        is_finite = all(bool(t.isfinite().all()) for t in tensors)
-        flag = torch.tensor([float(not is_finite)], device=device)
-        bad = self._largest([flag] * len(tensors))
-        header = Header(header.plan, header.base, header.number, header.weight, not bool(bad[0]))
         scales = self._scales(tensors) if self._wire.needs_scales else []
-        parts = [header.encoded(device), *(scale.view(torch.uint8) for scale in scales)]
         vector, scale_of = flat(tensors), self._expanded(scales, tensors)
-        flight = InFlight(header, list(tensors), [], [], [])
-        if self._checks_sizes:
-            self._gather(parts.pop(0), flight.headers, flight)
-            self._wait(flight)
-            self._check([Header.decoded(message) for message in flight.headers])
-        self._gather(torch.cat(parts or [vector[:0].view(torch.uint8)]), flight.messages, flight)
         if self.route is OuterRoute.SPREAD:
             multiple = self._islands.size * self._cost.part
             vector = _pad(vector, multiple)
@@ -260,7 +281,15 @@ class Exchange:
         codes = self._wire.encode(vector, scale_of)
         numel = sum(t.numel() for t in tensors)
         own = self._wire.decode(codes, len(vector), scale_of)[:numel]
-        flight.arrived = unflattened(own, flight.tensors)
+        not_finite = self.own.maximum(float(not own.isfinite().all()), vector.device)
+        header = replace(header, finite=not not_finite)
+        parts = [header.encoded(vector.device), *(scale.view(torch.uint8) for scale in scales)]
+        flight = InFlight(header, list(tensors), unflattened(own, tensors), [], [])
+        if self._checks_sizes:
+            self._gather(parts.pop(0), flight.headers, flight)
+            self._wait(flight)
+            self._check([Header.decoded(message) for message in flight.headers])
+        self._gather(torch.cat(parts or [vector[:0].view(torch.uint8)]), flight.messages, flight)
         if self.route is OuterRoute.SPREAD:
             self._exchange(codes, flight)
         else:
@@ -273,7 +302,7 @@ class Exchange:
         Raises PlanMismatchError if islands differ in plan, base or round, on all of them.
         """
         if problem := self._problem(flight):
-            return Combined(None, [], [], flight.sent_nbytes, problem)
+            return Combined(None, [], flight.sent_nbytes, problem)
         headers = [Header.decoded(m[:HEADER_NBYTES]) for m in flight.headers or flight.messages]
         self._check(headers)
         start = 0 if flight.headers else HEADER_NBYTES
@@ -288,27 +317,16 @@ class Exchange:
             )
             for codes, scale in zip(flight.payloads, scales, strict=True)
         ]
-        largest = self._largest(
-            [
-                torch.stack([_largest_element(t) for t in tensors])
-                for tensors in zip(*updates, strict=True)
-            ]
-        ).tolist()
+        largest = self.own.largest(updates)
         finite = [
-            header.finite and value < float("inf")
+            header.finite and value < INFINITY
             for header, value in zip(headers, largest, strict=True)
         ]
         gram = None
         if self._rule.needs_gram:
-            limits = [
-                value if is_finite else 0.0
-                for value, is_finite in zip(largest, finite, strict=True)
-            ]
-            sums = [
-                (layout, limb_products(tensors, limits))
-                for layout, tensors in zip(self._layouts, zip(*updates, strict=True), strict=True)
-            ]
-            gram = gram_of(sharded_sum(sums, self._groups, self._rank), limits)
+            pairs = zip(largest, finite, strict=True)
+            limits = [value if is_finite else 0.0 for value, is_finite in pairs]
+            gram = self.own.gram(updates, limits)
         return self._combined(flight, headers, finite, updates, gram)
 
     def _finish_spread(
@@ -339,10 +357,10 @@ class Exchange:
         results: list[Tensor] = []
         self._gather(codes, results, flight)
         if problem := self._problem(flight):
-            return Combined(None, finite, combined.weights, flight.sent_nbytes, problem)
+            return Combined(None, finite, flight.sent_nbytes, problem)
         vector = self._returns.decode(torch.cat(results), n * length, largest)[:numel]
         update = unflattened(vector, flight.tensors)
-        return Combined(update, finite, combined.weights, flight.sent_nbytes)
+        return Combined(update, finite, flight.sent_nbytes)
 
     def _combined(
         self,
@@ -350,14 +368,14 @@ class Exchange:
         headers: list[Header],
         finite: list[bool],
         updates: list[list[Tensor]],
-        gram: list[list[float]] | None,
+        gram: Matrix | None,
     ) -> Combined:
         weights = [header.weight for header in headers]
         try:
             update = combine(self._rule, updates, gram=gram, weights=weights, finite=finite)
         except ValueError as error:
-            return Combined(None, finite, weights, flight.sent_nbytes, str(error))
-        return Combined(update, finite, weights, flight.sent_nbytes)
+            return Combined(None, finite, flight.sent_nbytes, str(error))
+        return Combined(update, finite, flight.sent_nbytes)
 
     def _check(self, headers: list[Header]) -> None:
         """Raise PlanMismatchError if the headers of the islands differ."""
@@ -370,15 +388,9 @@ class Exchange:
                     "changed. Give all islands equal options, and load one checkpoint on all."
                 )
 
-    def _largest(self, values: Sequence[Tensor]) -> Tensor:
-        """Return the elementwise maximum over all shards of the island; one value per tensor."""
-        pairs = list(zip(self._layouts, values, strict=True))
-        largest = sharded_sum(pairs, self._groups, self._rank, take_largest=True)
-        return largest if pairs else torch.zeros(self._islands.size)
-
     def _scales(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the largest element of each row, over all ranks that hold a part of the row."""
-        scales = [row_maxima(t).nan_to_num(nan=float("inf"), posinf=float("inf")) for t in tensors]
+        scales = [row_maxima(t).nan_to_num(nan=INFINITY, posinf=INFINITY) for t in tensors]
         for (mesh, dims), indices in self._cut_rows.items():
             together = torch.cat([scales[i] for i in indices])
             all_reduce_max(together, self._groups.over(mesh, dims))
@@ -445,8 +457,7 @@ class Exchange:
             except RuntimeError as error:
                 flight.problem = str(error)
         device = flight.tensors[0].device if flight.tensors else torch.device("cpu")
-        failed = torch.tensor([float(bool(flight.problem))], device=device)
-        if bool(self._largest([failed] * len(flight.tensors))[0]):
+        if self.own.maximum(float(bool(flight.problem)), device):
             return flight.problem or "another rank of this island could not exchange its update"
         return ""
 
@@ -460,13 +471,6 @@ def check_plans(islands: MeshIslands, digest: str) -> None:
             "construct DiLoCo with the same options, and with models of the same names, shapes "
             "and placements. print(outer.plan) shows the plan."
         )
-
-
-def _largest_element(tensor: Tensor) -> Tensor:
-    """Return the largest absolute value, float64; infinity if any value is not finite."""
-    if not tensor.numel():
-        return torch.zeros((), dtype=torch.float64, device=tensor.device)
-    return tensor.abs().amax().double().nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
 def _pad(vector: Tensor, multiple: int, value: float = 0.0) -> Tensor:

@@ -47,6 +47,7 @@ class GradientSync:
         self._options = f"{self._rule} {self._wire} {feedback}"
         check_plans(islands, self._options)
         self._cache = LayoutCache()
+        self._exchanges: dict[tuple[object, Layout], Exchange] = {}
         self._errors: dict[object, Tensor] = {}
         self._counts: dict[object, int] = {}
         self._metrics = dict.fromkeys(("exchanges", "failed", "dropped", "sent_nbytes"), 0.0)
@@ -79,16 +80,18 @@ class GradientSync:
             rows = rows + error
         spec = self._cache.plain_mesh if mesh is None else self._cache.mesh(mesh)
         layout = Layout(spec, (len(rows) * spec.num_ranks_along(dims), ROW), (dims, ()))
-        exchange = Exchange(
-            self._islands,
-            [layout],
-            Groups(self._cache.device_meshes, this_rank()),
-            rule=self._rule,
-            wire=self._wire,
-            route=self._route,
-            checks=CHECKS,
-            checks_sizes=True,
-        )
+        if (key, layout) not in self._exchanges:
+            self._exchanges[key, layout] = Exchange(
+                self._islands,
+                [layout],
+                Groups(self._cache.device_meshes, this_rank()),
+                rule=self._rule,
+                wire=self._wire,
+                route=self._route,
+                checks=CHECKS,
+                checks_sizes=True,
+            )
+        exchange = self._exchanges[key, layout]
         count = self._counts[key] = self._counts.get(key, 0) + 1
         what = short_digest(f"{key} {numel}")
         header = Header(short_digest(self._options), what, count, 1.0, finite=True)

@@ -13,24 +13,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from muon_dtensor.islands.rules import Matrix
+from muon_dtensor.islands.rules import INFINITY, Matrix
 
 LIMB_BITS = 13
 CHUNK = 1 << 18
 """Elements that are multiplied in one call: 2 n CHUNK numbers of 8 bytes."""
 
 
-def largest_elements(updates: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Return the largest absolute value of each island's update, float64 [n]; NaN is kept."""
-    zero = torch.zeros((), dtype=torch.float64)
-    return torch.stack(
-        [
-            torch.stack(
-                [zero, *(t.abs().amax().double().cpu() for t in update if t.numel())]
-            ).amax()
-            for update in updates
-        ]
-    )
+def largest_element(tensor: Tensor) -> Tensor:
+    """Return the largest absolute value, float64; infinity if any value is not finite."""
+    if not tensor.numel():
+        return torch.zeros((), dtype=torch.float64, device=tensor.device)
+    return tensor.abs().amax().double().nan_to_num(nan=INFINITY, posinf=INFINITY)
 
 
 def limb_products(tensors: Sequence[Tensor], largest: Sequence[float]) -> Tensor:
@@ -41,8 +35,8 @@ def limb_products(tensors: Sequence[Tensor], largest: Sequence[float]) -> Tensor
 
     Args:
         tensors: this rank's shard of one tensor, of each island.
-        largest: `largest_elements` over all shards; 0 for updates that are not finite, which count
-            as zero.
+        largest: `largest_element` over all tensors and shards of each island; 0 for updates that
+            are not finite, which count as zero.
     """
     n = len(tensors)
     sums = torch.zeros(3, n, n, dtype=torch.int64, device=tensors[0].device)

@@ -22,12 +22,10 @@ from muon_dtensor.planning.outer import FLOAT_BITS, INTEGER_BITS, TOP_K_CHUNK, W
 class Wire(ABC):
     """A format. `needs_scales`: whether it needs the largest element of each row.
 
-    `elements_per_byte`: a vector of a multiple of this length is encoded as whole bytes.
     `is_elementwise`: whether an element's code depends on this element and its scale only.
     """
 
     needs_scales: ClassVar[bool] = False
-    elements_per_byte: ClassVar[int] = 1
     is_elementwise: ClassVar[bool] = True
 
     @property
@@ -36,12 +34,11 @@ class Wire(ABC):
         """Its name, as in `wire_of`."""
 
     @abstractmethod
-    def nbytes(self, numel: int) -> int:
-        """Return the bytes of an encoded vector, without scales."""
-
-    @abstractmethod
     def encode(self, values: Tensor, scales: Tensor | None = None) -> Tensor:
-        """Return uint8 [nbytes] of float32 [numel]; `scales`: of each element, float32 [numel]."""
+        """Return the bytes, uint8 [`WireCost.nbytes`], of float32 [numel].
+
+        `scales`: of each element, float32 [numel].
+        """
 
     @abstractmethod
     def decode(self, codes: Tensor, numel: int, scales: Tensor | None = None) -> Tensor:
@@ -57,9 +54,6 @@ class Float(Wire):
     @property
     def text(self) -> str:
         return str(self.dtype).removeprefix("torch.")
-
-    def nbytes(self, numel: int) -> int:
-        return self.dtype.itemsize * numel
 
     def encode(self, values: Tensor, scales: Tensor | None = None) -> Tensor:
         return values.to(self.dtype).view(torch.uint8)
@@ -85,7 +79,8 @@ class Integer(Wire):
         return f"int{self.bits}"
 
     @property
-    def elements_per_byte(self) -> int:  # type: ignore[override]
+    def _per_byte(self) -> int:
+        """Elements in a byte."""
         return 8 // self.bits
 
     @property
@@ -93,16 +88,13 @@ class Integer(Wire):
         """The largest code: codes are -n to n."""
         return int(2 ** (self.bits - 1)) - 1
 
-    def nbytes(self, numel: int) -> int:
-        return -(-numel // self.elements_per_byte)
-
     def encode(self, values: Tensor, scales: Tensor | None = None) -> Tensor:
         assert scales is not None, "integer wires need scales"
         n = self._num_levels
         codes = (values / (scales * STEEPNESS[self.bits]) * n).nan_to_num(0).round().clamp(-n, n)
         unsigned = (codes + n).to(torch.uint8)
-        packed = torch.nn.functional.pad(unsigned, (0, -len(values) % self.elements_per_byte))
-        columns = packed.view(-1, self.elements_per_byte).unbind(1)
+        packed = torch.nn.functional.pad(unsigned, (0, -len(values) % self._per_byte))
+        columns = packed.view(-1, self._per_byte).unbind(1)
         result = columns[0].clone()
         for index, column in enumerate(columns[1:], 1):
             result |= column << (index * self.bits)
@@ -111,7 +103,7 @@ class Integer(Wire):
     def decode(self, codes: Tensor, numel: int, scales: Tensor | None = None) -> Tensor:
         assert scales is not None, "integer wires need scales"
         n, mask = self._num_levels, (1 << self.bits) - 1
-        columns = [(codes >> (i * self.bits)) & mask for i in range(self.elements_per_byte)]
+        columns = [(codes >> (i * self.bits)) & mask for i in range(self._per_byte)]
         signed = torch.stack(columns, dim=1).view(-1)[:numel].float() - n
         return signed * (scales * (STEEPNESS[self.bits] / n))
 
@@ -134,9 +126,6 @@ class TopK(Wire):
     def per_chunk(self) -> int:
         """Elements that are sent of each chunk."""
         return math.ceil(self.ratio * TOP_K_CHUNK)
-
-    def nbytes(self, numel: int) -> int:
-        return -(-numel // TOP_K_CHUNK) * self.per_chunk * 6
 
     def encode(self, values: Tensor, scales: Tensor | None = None) -> Tensor:
         chunks = torch.nn.functional.pad(values, (0, -len(values) % TOP_K_CHUNK))

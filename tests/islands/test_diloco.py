@@ -430,6 +430,24 @@ def with_propagation(run: Run):
     return gathered(run, params), outer.metrics()
 
 
+def overflowing(run: Run) -> tuple[list[Tensor], dict[str, float]]:
+    """The first island changes an element by more than float16 holds."""
+    params, optimizer, outer, island = built(run)
+    if island == 0:
+        params[0].data.to_local()[0, 0] += 1e6
+    train(run, params, optimizer, island, range(3))
+    return gathered(run, params), outer.metrics()
+
+
+@pytest.mark.parametrize("route", ["spread", "everyone"])
+def test_an_update_that_overflows_the_wire_is_not_finite(route):
+    run = Run(3, (2,), (S0,), outer={"wire": "float16", "route": route})
+    for weights, metrics in run_threads(6, overflowing, run):
+        assert all(w.isfinite().all() for w in weights)
+        assert float(weights[0].abs().max()) < 10
+        assert metrics["dropped"] == 1
+
+
 def test_a_round_without_a_result_changes_nothing(caplog):
     run = Run(5, bad={0: math.nan, 1: math.nan, 3: math.nan}, outer={"reduce": TrimmedMean(1)})
     results = run_threads(5, with_propagation, run)

@@ -46,7 +46,7 @@ class TestRealTraining:
 
 class TestFullIntegration:
     def test_full_feature_integration(self):
-        """Uneven islands, a robust rule, a compressed wire, clipping, noise, delay: all at once."""
+        """Uneven islands, a robust rule, a compressed wire, clipping, noise and delay together."""
         outer = {
             "reduce": TrimmedMean(1),
             "wire": "int8",

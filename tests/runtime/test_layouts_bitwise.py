@@ -110,6 +110,7 @@ def random_cases(draw) -> Case:
         ours={
             "bucket_mb": draw(st.sampled_from([1e-5, 3e-4, 256])),
             "prefetch_count": draw(st.integers(0, 3)),
+            "shard_momentum": draw(st.booleans()),
         },
         num_steps=2,
     )

@@ -31,7 +31,7 @@ from muon_dtensor.distributed_config.full_tensor import cut_like
 from muon_dtensor.layout import Layout, MeshSpec
 from muon_dtensor.runtime.dtensors import describe_layout, from_shard, placements_of
 from muon_dtensor.runtime.torch_private import StridedShard, fake_process_group
-from tests.support.cases import Case, compare_in_process, mesh_of, spread, tensors_like
+from tests.support.cases import compare_in_process, mesh_of, spread, tensors_like
 from tests.support.layouts import EVEN, EXPERTS, LAYOUTS, ODD, case, hold_to_plan, run
 from tests.support.pool import run_processes
 from tests.support.threads import run_threads
@@ -90,32 +90,6 @@ def test_over_gloo(mesh_shape, placements):
     shapes = (*EVEN, *ODD, (40, 33))
     one = case(mesh_shape, shapes, placements, ours={**CUT, "bucket_mb": 1e-3})
     hold_to_plan(run_processes(one.num_ranks, compare_in_process, one))
-
-
-@st.composite
-def random_cases(draw) -> Case:
-    mesh_shape = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)))
-    params = []
-    for _ in range(draw(st.integers(1, 5))):
-        ndim = draw(st.integers(2, 3))
-        shape = tuple(draw(st.lists(st.integers(0, 12), min_size=ndim, max_size=ndim)))
-        kinds = st.sampled_from([R, R, *(Shard(dim) for dim in range(ndim))])
-        count = len(mesh_shape)
-        params.append((shape, tuple(draw(st.lists(kinds, min_size=count, max_size=count)))))
-    ours = {
-        **CUT,
-        "bucket_mb": draw(st.sampled_from([1e-5, 3e-4, 256])),
-        "prefetch_count": draw(st.integers(0, 3)),
-        "strategy": draw(st.sampled_from(["auto", "owned", "owned_staged"])),
-    }
-    return Case(mesh_shape, tuple(params), ours=ours, num_steps=2)
-
-
-@pytest.mark.slow
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(random_cases())
-def test_any_case(case):
-    hold_to_plan(run(case))
 
 
 @st.composite
