@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -39,14 +39,14 @@ TITAN_DEGREES = {
 """torchtitan's keys of `[parallelism]`, by ours."""
 
 
-class _Section:
+class Section:
     """A section of a config file."""
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # pydantic's name for it
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamWSection(_Section):
+class AdamWSection(Section):
     """`[optimizer.adamw]`: embeddings, heads, norms and biases."""
 
     lr: float = ADAMW_DEFAULTS["lr"]
@@ -56,7 +56,7 @@ class AdamWSection(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RuleSection(_Section):
+class RuleSection(Section):
     """`[[optimizer.rules]]`: options of the parameters whose names match a regex."""
 
     pattern: str
@@ -80,7 +80,7 @@ _Options: Any = dataclasses.make_dataclass(
         for option in OPTIONS.values()
         if option.in_constructor and option.type is not None
     ],
-    bases=(_Section,),
+    bases=(Section,),
     frozen=True,
     kw_only=True,
 )
@@ -100,7 +100,7 @@ class OptimizerSection(_Options):  # type: ignore[misc]  # of OPTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelismSection(_Section):
+class ParallelismSection(Section):
     """`[parallelism]`: the size of each mesh dim; one may be -1: all remaining ranks.
 
     torchtitan's keys (`data_parallel_shard_degree`, ...) are accepted too. `ep` divides
@@ -116,7 +116,7 @@ class ParallelismSection(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MuonConfig(_Section):
+class MuonConfig(Section):
     """An optimizer and the meshes of its parameters.
 
         config = MuonConfig.from_toml("job.toml")
@@ -131,37 +131,22 @@ class MuonConfig(_Section):
     parallelism: ParallelismSection = field(default_factory=ParallelismSection)
 
     @classmethod
-    def from_toml(cls, path: str | Path, *, others: Sequence[str] = ()) -> "MuonConfig":
+    def from_toml(cls, path: str | Path, *, others: Sequence[str] = ()) -> Self:
         """From a TOML file. `others`: its sections that other programs read."""
         import tomllib
 
         return cls.from_dict(tomllib.loads(Path(path).read_text()), others=others)
 
     @classmethod
-    def from_yaml(cls, path: str | Path, *, others: Sequence[str] = ()) -> "MuonConfig":
+    def from_yaml(cls, path: str | Path, *, others: Sequence[str] = ()) -> Self:
         """From a YAML file, by PyYAML's safe loader; 2e-2 is read as a number. `others`: as above.
 
         Raises ImportError without PyYAML.
         """
-        try:
-            import yaml
-        except ImportError as error:
-            raise ImportError(f"YAML needs PyYAML: {EXTRA}") from error
-
-        class Loader(yaml.SafeLoader):  # type: ignore[misc]
-            """YAML 1.1 reads an exponent as a number only with a decimal point and a sign."""
-
-        Loader.add_implicit_resolver(
-            "tag:yaml.org,2002:float",
-            re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-            list("-+.0123456789"),
-        )
-        return cls.from_dict(yaml.load(Path(path).read_text(), Loader) or {}, others=others)
+        return cls.from_dict(parse_yaml(Path(path).read_text()) or {}, others=others)
 
     @classmethod
-    def from_cli(
-        cls, args: Sequence[str] | None = None, *, default: "MuonConfig | None" = None
-    ) -> "MuonConfig":
+    def from_cli(cls, args: Sequence[str] | None = None, *, default: Self | None = None) -> Self:
         """From a command line, `--optimizer.lr 0.02 --parallelism.tp 2`, by tyro.
 
         `default`: values of options that the command line does not name, such as those of a file.
@@ -175,7 +160,7 @@ class MuonConfig(_Section):
         return tyro.cli(cls, args=args, default=default or cls())
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, others: Sequence[str] = ()) -> "MuonConfig":
+    def from_dict(cls, values: Mapping[str, Any], *, others: Sequence[str] = ()) -> Self:
         """From nested dicts, checked by pydantic.
 
         Raises:
@@ -202,7 +187,8 @@ class MuonConfig(_Section):
                 json.dumps(sections, default=str), strict=True
             )
         except pydantic.ValidationError as error:
-            raise ValueError("\n".join(map(_message, error.errors()))) from None
+            lines = [_message(e, cls()) for e in error.errors()]
+            raise ValueError("\n".join(lines)) from None
         for rule in config.optimizer.rules:
             complete(rule.options, {}, strict=True)
         return config
@@ -278,6 +264,30 @@ class MuonConfig(_Section):
         return Muon(groups, distributed_config=config, **options)
 
 
+def parse_yaml(text: str) -> Any:
+    """Return the value of a YAML text, by PyYAML's safe loader; 2e-2 is a number.
+
+    Raises ImportError without PyYAML, ValueError for a text that is not YAML.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError(f"YAML needs PyYAML: {EXTRA}") from error
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        """YAML 1.1 reads an exponent as a number only with a decimal point and a sign."""
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {error}") from error
+
+
 def _with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a rule as param groups hold them."""
     return {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
@@ -303,13 +313,13 @@ def _with_short_names(parallelism: Mapping[str, Any]) -> dict[str, Any]:
     return sizes
 
 
-def _message(error: Mapping[str, Any]) -> str:
+def _message(error: Mapping[str, Any], config: MuonConfig) -> str:
     """One line for one of pydantic's errors: which key, what is wrong, what was read."""
     where = ".".join(map(str, error["loc"]))
     match error["type"]:
         case "unexpected_keyword_argument":
             *sections, key = error["loc"]
-            keys = _keys(sections)
+            keys = _keys(config, sections)
             hint = did_you_mean(key, keys) or f" Keys are {', '.join(keys)}."
             return f"unknown key '{where}'.{hint}"
         case "dataclass_type":
@@ -320,9 +330,9 @@ def _message(error: Mapping[str, Any]) -> str:
     return f"{where}: {error['msg']}, got {error['input']!r}.{hint}"
 
 
-def _keys(sections: Sequence[str | int]) -> list[str]:
-    """Names of the keys of a section of `MuonConfig`, by its path."""
-    section: Any = MuonConfig()
+def _keys(config: MuonConfig, sections: Sequence[str | int]) -> list[str]:
+    """Names of the keys of a section, by its path."""
+    section: Any = config
     for name in sections:
         section = RuleSection if name == "rules" else getattr(section, str(name), section)
     return [key.name for key in dataclasses.fields(section)]
