@@ -19,18 +19,19 @@ LEVELS = (
     ("distributed_config",),
     ("optimizer",),
     ("clipping", "config_file", "grouping", "islands", "qk_clip"),
+    ("train",),
     ("integrations", "cli"),
     ("__init__",),
 )
 """A folder or module imports only its own folder and rows above its own. Public tools (the row of
 `clipping`) may import each other."""
 
-MAY_IMPORT_PUBLIC_NAMES = ("integrations", "cli")
+MAY_IMPORT_PUBLIC_NAMES = ("integrations", "cli", "train")
 """Folders that import public names from `muon_dtensor` itself, as users do."""
 
 STDLIB_ONLY = ("errors", "layout", "planning")
 USE_TORCH_DISTRIBUTED = (
-    *("runtime", "distributed_config", "config_file", "cli", "integrations", "islands"),
+    *("runtime", "distributed_config", "config_file", "cli", "integrations", "islands", "train"),
 )
 ONLY_TYPES = (
     *("torch.distributed", "torch.distributed.device_mesh", "torch.distributed.tensor"),

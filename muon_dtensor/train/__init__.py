@@ -1,0 +1,1 @@
+"""Training runs around the optimizer: checkpoints."""

@@ -1,0 +1,177 @@
+"""Checkpoints of a training run: gloo processes, real files, damaged ones."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from muon_dtensor import CheckpointError, Muon, group_parameters
+from muon_dtensor.train.checkpoints import Checkpoints, apply_training_state, training_state
+from tests.support.pool import run_processes
+
+MESHES: dict[str, tuple[int, int, int]] = {
+    "fsdp": (1, 4, 1),
+    "hsdp": (2, 2, 1),
+    "fsdp_tp": (1, 2, 2),
+    "tp": (1, 1, 4),
+}
+
+
+def setup(sizes: tuple[int, int, int] | None) -> tuple[nn.Module, Muon]:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16), nn.LayerNorm(16))
+    if sizes is not None:
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replica", "shard", "tp"))
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        model = parallelize_module(model, mesh["tp"], plan)
+        model = fully_shard(model, mesh=mesh["replica", "shard"])
+    return model, Muon(group_parameters(model), lr=0.1)
+
+
+def steps(model: nn.Module, optimizer: Muon, first: int, last: int) -> None:
+    for step in range(first, last):
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def values(model: nn.Module) -> list[Tensor]:
+    return [getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for p in model.parameters()]
+
+
+def save_and_go_on(folder: str, sizes: tuple[int, int, int], asynchronous: bool) -> Any:
+    model, optimizer = setup(sizes)
+    checkpoints = Checkpoints(folder, asynchronous=asynchronous)
+    for step in (1, 2, 3):
+        steps(model, optimizer, step - 1, step)
+        checkpoints.save(training_state(model, optimizer), step, {"data": [step, "x"]})
+    saved = values(model)
+    steps(model, optimizer, 3, 6)  # while the last one is written
+    checkpoints.wait()
+    return saved, values(model)
+
+
+def resume(folder: str, sizes: tuple[int, int, int] | None) -> Any:
+    model, optimizer = setup(sizes)
+    restored = Checkpoints(folder).load(lambda: training_state(model, optimizer))
+    assert restored is not None
+    apply_training_state(model, optimizer, restored.state)
+    loaded = values(model)
+    steps(model, optimizer, restored.step, 6)
+    return loaded, values(model), (restored.path.name, restored.notes)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("layout", MESHES)
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(
+    layout: str, asynchronous: bool, tmp_path: Path
+) -> None:
+    sizes = MESHES[layout]
+    expected = run_processes(4, save_and_go_on, str(tmp_path), sizes, asynchronous)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-2", "step-3"]
+    resumed = run_processes(4, resume, str(tmp_path), sizes)
+    for (loaded, last, notes), (saved, reference) in zip(resumed, expected, strict=True):
+        assert notes == ("step-3", {"data": [3, "x"]})
+        assert all(map(torch.equal, loaded, saved))
+        assert all(map(torch.equal, last, reference))
+
+
+def test_a_checkpoint_loads_on_other_meshes_and_on_one_process(tmp_path: Path) -> None:
+    saved, reference = run_processes(4, save_and_go_on, str(tmp_path), MESHES["fsdp_tp"], True)[0]
+    others = [run_processes(4, resume, str(tmp_path), MESHES["hsdp"])[0]]
+    others.append(resume(str(tmp_path), None))
+    for loaded, last, _ in others:
+        assert all(map(torch.equal, loaded, saved))
+        # gradients are summed in another order, and the iteration rounds to bfloat16
+        for tensor, expected in zip(last, reference, strict=True):
+            torch.testing.assert_close(tensor, expected, rtol=0, atol=0.02)
+
+
+def flip_a_byte(path: Path) -> None:
+    file = max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+
+
+def remove_a_file(path: Path) -> None:
+    next(path.glob("*.distcp")).unlink()
+
+
+def empty_the_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text("")
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, remove_a_file, empty_the_manifest])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_loads(
+    damage: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, optimizer = setup(None)
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        steps(model, optimizer, step - 1, step)
+        checkpoints.save(training_state(model, optimizer), step)
+    expected = values(model)
+    damage(tmp_path / "step-2")
+    with caplog.at_level(logging.WARNING):
+        restored = checkpoints.load(lambda: training_state(model, optimizer))
+    assert restored is not None
+    assert restored.path.name == "step-1"
+    assert f"{tmp_path / 'step-2'} cannot be read" in caplog.text
+    assert all(map(torch.equal, values(model), expected))  # the live model is unchanged
+    with pytest.raises(CheckpointError, match="step-2: "):
+        checkpoints.load(lambda: training_state(model, optimizer), tmp_path / "step-2")
+
+
+def test_a_folder_without_checkpoints_gives_none_and_parts_are_ignored(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "new")
+    (tmp_path / "new" / "step-7.part").mkdir()
+    assert checkpoints.load(dict) is None
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save({"x": torch.ones(3)}, 1)
+    manifest = tmp_path / "step-1" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 99}))
+    with pytest.raises(CheckpointError, match="format version 99"):
+        checkpoints.load(lambda: {"x": torch.zeros(3)})
+
+
+def test_keep_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="keep must be 1 or more, got 0"):
+        Checkpoints(tmp_path, keep=0)
+
+
+def save_on_a_folder_that_fails(folder: str, asynchronous: bool) -> str:
+    model, optimizer = setup(MESHES["fsdp"])
+    checkpoints = Checkpoints(folder, asynchronous=asynchronous)
+    checkpoints.save(training_state(model, optimizer), 1)
+    checkpoints.wait()
+    if dist.get_rank() == 0:  # a file where the next checkpoint is written
+        (Path(folder) / "step-2.part").write_text("")
+    dist.barrier()
+    try:
+        checkpoints.save(training_state(model, optimizer), 2)
+        checkpoints.wait()
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_failed_save_raises_on_every_rank_and_keeps_the_older(
+    asynchronous: bool, tmp_path: Path
+) -> None:
+    messages = run_processes(4, save_on_a_folder_that_fails, str(tmp_path), asynchronous)
+    assert all("could not be written (rank " in message for message in messages)
+    assert (tmp_path / "step-1" / "manifest.json").exists()
