@@ -10,10 +10,8 @@ metrics.
 """
 
 import contextlib
-import copy
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,22 +21,15 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from muon_dtensor import Muon, clip_grad_norm_, group_parameters
 from muon_dtensor.algorithms.kernels import SLOW, bfloat16_slowdown
+from muon_dtensor.train.checkpoints import Checkpoints, apply_training_state, training_state
 
 
 @dataclass(frozen=True)
@@ -230,60 +221,23 @@ def mean_over_ranks(value: Tensor) -> float:
 
 def state_of(result: "Result", scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, Any]:
     """Return the contents of a checkpoint; tensors are this rank's shards."""
-    return {
-        "model": get_model_state_dict(result.model),
-        "optimizer": get_optimizer_state_dict(result.model, result.optimizer),
-        "scheduler": scheduler.state_dict(),
-        "losses": torch.tensor(result.losses, dtype=torch.float64),
-        "step": len(result.losses),
-    }
+    state = training_state(result.model, result.optimizer)
+    return {**state, "scheduler": scheduler.state_dict()}
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write to a temporary folder, then rename it. Keeps the last two checkpoints."""
-    path = folder / f"step-{state['step']}"
-    temporary = path.with_suffix(".part")
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-    dist.barrier()
-    dcp.save(state, checkpoint_id=temporary)
-    if dist.get_rank() == 0:
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-        for old in checkpoints_in(folder)[2:]:
-            shutil.rmtree(old)
-    dist.barrier()
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the complete checkpoints, newest first."""
-    complete = [path for path in folder.glob("step-*") if not path.suffix]
-    return sorted(complete, key=lambda path: -int(path.name.split("-")[1]))
-
-
-def load_checkpoint(
-    folder: Path, result: "Result", scheduler: torch.optim.lr_scheduler.LRScheduler
+def resume(
+    checkpoints: Checkpoints, result: "Result", scheduler: torch.optim.lr_scheduler.LRScheduler
 ) -> None:
-    """Resume from the newest readable checkpoint. An unreadable checkpoint changes nothing."""
-    for path in checkpoints_in(folder):
-        steps = int(path.name.split("-")[1])
-        # into copies: a damaged file must not change the optimizer partially
-        state = copy.deepcopy(state_of(result, scheduler))
-        state["losses"] = torch.zeros(steps, dtype=torch.float64)
-        try:
-            dcp.load(state, checkpoint_id=path)
-        except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
-            if dist.get_rank() == 0:
-                reason = str(error).strip().splitlines()[-1]
-                print(f"{path.name} cannot be read ({reason}): trying the previous one", flush=True)
-            continue
-        set_model_state_dict(result.model, state["model"])
-        set_optimizer_state_dict(result.model, result.optimizer, state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        result.losses = state["losses"].tolist()
-        if dist.get_rank() == 0:
-            print(f"resuming from {path.name}", flush=True)
+    """Continue from the newest checkpoint that can be read, if there is one."""
+    restored = checkpoints.load(lambda: state_of(result, scheduler))
+    if restored is None:
         return
+    apply_training_state(result.model, result.optimizer, restored.state)
+    scheduler.load_state_dict(restored.state["scheduler"])
+    result.losses = restored.notes["losses"]
+    if dist.get_rank() == 0:
+        for line in (*restored.damaged, f"resuming from {restored.path.name}"):
+            print(line, flush=True)
 
 
 @contextlib.contextmanager
@@ -346,9 +300,9 @@ def train(
         return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(result.optimizer, scale)
-    if config.checkpoint:
-        config.checkpoint.mkdir(parents=True, exist_ok=True)
-        load_checkpoint(config.checkpoint, result, scheduler)
+    checkpoints = Checkpoints(config.checkpoint) if config.checkpoint else None
+    if checkpoints is not None:
+        resume(checkpoints, result, scheduler)
     for step in range(len(result.losses), config.steps):
         start = time.perf_counter()
         loss = loss_of(model, text.batch(text.train, seed=1 + step))
@@ -363,8 +317,9 @@ def train(
         result.losses.append(mean_over_ranks(loss))
         seconds = time.perf_counter() - start
         on_step(step + 1, result.losses[-1], config.batch * config.context / seconds)
-        if config.checkpoint and (step + 1) % config.checkpoint_every == 0:
-            save_checkpoint(config.checkpoint, state_of(result, scheduler))
+        if checkpoints is not None and (step + 1) % config.checkpoint_every == 0:
+            state = state_of(result, scheduler)
+            checkpoints.save(state, step + 1, {"losses": result.losses})
     with torch.no_grad():
         losses = [
             loss_of(model, text.batch(text.val, seed=10**6 + index))

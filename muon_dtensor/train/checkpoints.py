@@ -45,7 +45,7 @@ FORMAT_VERSION = 1
 """Of manifests; raised when an older reader could misread a newer checkpoint."""
 
 BLOCK_NBYTES = 1 << 20
-"""Bytes read at once for a checksum."""
+"""Bytes per read of a file whose checksum is computed."""
 
 logger = logging.getLogger(__name__)
 
@@ -67,19 +67,23 @@ def training_state(
 def apply_training_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> None:
-    """Set model and optimizer to the result of `training_state`. A collective of all ranks."""
+    """Set model and optimizer to the result of `training_state`. A collective of all ranks.
+
+    Parameters that the state does not have (frozen ones) are unchanged.
+    """
     set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
     set_optimizer_state_dict(model, optimizer, optim_state_dict=state["optimizer"])
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A checkpoint that was read."""
+    """A checkpoint that was read. `damaged`: newer checkpoints that cannot be read, and why."""
 
     path: Path
     step: int
     state: dict[str, Any]
     notes: dict[str, Any]
+    damaged: tuple[str, ...]
 
 
 class Checkpoints:
@@ -132,20 +136,20 @@ class Checkpoints:
             "versions": {"muon_dtensor": __version__, "torch": torch.__version__},
             "notes": dict(notes or {}),
         }
-        with _torch_checkpoint(state):
-            if self._group is not None:
-                future = async_save(state, checkpoint_id=part, process_group=self._group)
-                assert isinstance(future, Future)
-                self._in_progress = _then(future, lambda: self._complete(part, record))
-                return
-            self._in_progress = Future()
-            try:
-                save(state, checkpoint_id=part, no_dist=self._is_alone)
-                self._complete(part, record)
-                self._in_progress.set_result(None)
-            except (Exception, CheckpointException) as error:
-                self._in_progress.set_exception(error)
-        self.wait()
+        written: Future[Any] = Future()
+        try:
+            with _torch_checkpoint(state):
+                if self._group is not None:
+                    result = async_save(state, checkpoint_id=part, process_group=self._group)
+                    assert isinstance(result, Future)
+                    written = result
+                else:
+                    written.set_result(save(state, checkpoint_id=part, no_dist=self._is_alone))
+        except (Exception, CheckpointException) as error:
+            written.set_exception(error)
+        self._in_progress = _then(written, lambda: self._complete(part, record))
+        if self._group is None:
+            self.wait()
 
     def wait(self) -> None:
         """Wait until a save in progress is complete. Raises CheckpointError if it failed."""
@@ -193,7 +197,7 @@ class Checkpoints:
         self.wait()
         candidates = [Path(path)] if path is not None else self.complete()
         candidates = self._from_writer(candidates)
-        problems = []
+        damaged: list[str] = []
         for candidate in candidates:
             manifest, problem = self._from_writer(
                 _checked_manifest(candidate) if self._is_writer else None
@@ -211,12 +215,13 @@ class Checkpoints:
                 except (Exception, CheckpointException) as error:
                     problem = _last_line(error)
                 else:
-                    return Restored(candidate, manifest["step"], state, manifest["notes"])
-            problems.append(f"{candidate.name}: {problem}")
+                    step, notes = manifest["step"], manifest["notes"]
+                    return Restored(candidate, step, state, notes, tuple(damaged))
+            damaged.append(f"{candidate.name} cannot be read: {problem}")
             if self._is_writer:
-                logger.warning("checkpoint %s cannot be read: %s", candidate, problem)
-        if problems:
-            raise CheckpointError(f"no checkpoint can be read in {self.folder}: {problems}")
+                logger.warning("%s: %s", candidate.parent, damaged[-1])
+        if damaged:
+            raise CheckpointError(f"no checkpoint in {self.folder}: {'; '.join(damaged)}")
         return None
 
     def _complete(self, part: Path, record: dict[str, Any]) -> None:
@@ -264,7 +269,7 @@ def _then(future: "Future[Any]", action: Callable[[], None]) -> "Future[None]":
         if error is None:
             try:
                 action()
-            except OSError as problem:
+            except Exception as problem:  # a future without a result makes `wait` hang
                 error = problem
         if error is None:
             result.set_result(None)

@@ -169,7 +169,7 @@ def test_an_island_that_hangs_returns_with_its_late_work(run, phase):
     first, second = islands.launch(0), islands.launch(1)
     third = islands.launch(2, fault=(2, "SIGSTOP", phase))
     islands.wait(lambda: min(first.round, second.round) >= 6)
-    for process in third.processes:  # it stops in round 2 only, and loads a later one
+    for process in third.processes:
         process.send_signal(signal.SIGCONT)
     islands.wait(lambda: complete(first, second, third))
     joined = third.round

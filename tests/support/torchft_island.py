@@ -35,8 +35,9 @@ SYNC_EVERY = 2
 class Job:
     """What one rank does.
 
-    `fault`: (round, signal, phase): this rank sends itself SIGKILL or SIGSTOP in a phase of that
-    round: "begin", "start", "finish" or "commit". `log`: a file.
+    `fault`: (round, signal, phase): this rank sends itself SIGKILL or SIGSTOP once, in a phase
+    ("begin", "start", "finish" or "commit") of that round, or of its first one if it joins later.
+    `log`: a file.
     """
 
     island: int
@@ -108,10 +109,13 @@ def plant(job: Job, outer: DiLoCo) -> None:
     if job.fault is None:
         return
     number, name_of_signal, phase = job.fault
+    was_sent = False
 
     def before(function: Any) -> Any:
         def body(*args: Any, **kwargs: Any) -> Any:
-            if outer._rounds[0] == number:
+            nonlocal was_sent
+            if outer._rounds[0] >= number and not was_sent:
+                was_sent = True
                 os.kill(os.getpid(), getattr(signal, name_of_signal))
                 time.sleep(0.01)
             return function(*args, **kwargs)

@@ -126,9 +126,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_loads(
         restored = checkpoints.load(lambda: training_state(model, optimizer))
     assert restored is not None
     assert restored.path.name == "step-1"
-    assert f"{tmp_path / 'step-2'} cannot be read" in caplog.text
+    (message,) = restored.damaged
+    assert message.startswith("step-2 cannot be read: ")
+    assert message in caplog.text
     assert all(map(torch.equal, values(model), expected))  # the live model is unchanged
-    with pytest.raises(CheckpointError, match="step-2: "):
+    with pytest.raises(CheckpointError, match="step-2 cannot be read: "):
         checkpoints.load(lambda: training_state(model, optimizer), tmp_path / "step-2")
 
 
@@ -145,6 +147,29 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 99}))
     with pytest.raises(CheckpointError, match="format version 99"):
         checkpoints.load(lambda: {"x": torch.zeros(3)})
+
+
+def test_frozen_parameters_can_be_left_out(tmp_path: Path) -> None:
+    model, optimizer = setup(None)
+    frozen = nn.Linear(16, 16).requires_grad_(False)
+    model = nn.Sequential(frozen, model)
+    checkpoints = Checkpoints(tmp_path)
+    state = training_state(model, optimizer, trainable_only=True)
+    assert not [name for name in state["model"] if name.startswith("0.")]
+    checkpoints.save(state, 1)
+    expected, weight = values(model), frozen.weight.detach().clone()
+    steps(model, optimizer, 0, 2)
+    restored = checkpoints.load(lambda: training_state(model, optimizer, trainable_only=True))
+    assert restored is not None
+    apply_training_state(model, optimizer, restored.state)
+    assert all(map(torch.equal, values(model), expected))
+    assert torch.equal(frozen.weight, weight)
+
+
+def test_notes_that_json_cannot_hold_fail_the_save(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not JSON serializable"):
+        Checkpoints(tmp_path).save({"x": torch.ones(3)}, 1, {"tensor": torch.ones(2)})
+    assert Checkpoints(tmp_path).complete() == []
 
 
 def test_keep_is_checked(tmp_path: Path) -> None:
