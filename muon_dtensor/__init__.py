@@ -32,7 +32,11 @@ if TYPE_CHECKING:
         create_processgroup_config,
     )
     from muon_dtensor.grouping import group_parameters
-    from muon_dtensor.optimizer.full_state import checkpointable, load_full_state_dict
+    from muon_dtensor.optimizer.full_state import (
+        checkpointable,
+        clone_state,
+        load_full_state_dict,
+    )
     from muon_dtensor.optimizer.muon import Muon
 
 __all__ = [
@@ -52,6 +56,7 @@ __all__ = [
     "__version__",
     "checkpointable",
     "clip_grad_norm_",
+    "clone_state",
     "create_auto_config",
     "create_devicemesh_config",
     "create_dtensor_config",
@@ -68,6 +73,7 @@ _LAZY = {
     "MuonConfig": ("config_file", "MuonConfig"),
     "checkpointable": ("optimizer.full_state", "checkpointable"),
     "clip_grad_norm_": ("clipping", "clip_grad_norm_"),
+    "clone_state": ("optimizer.full_state", "clone_state"),
     "create_auto_config": ("distributed_config.from_groups", "create_auto_config"),
     "create_devicemesh_config": ("distributed_config.config", "create_devicemesh_config"),
     "create_dtensor_config": ("distributed_config.config", "create_dtensor_config"),

@@ -38,6 +38,7 @@ PUBLIC = {
     "create_processgroup_config",
     "checkpointable",
     "clip_grad_norm_",
+    "clone_state",
     "group_parameters",
     "load_full_state_dict",
 }

@@ -19,21 +19,34 @@ def main() -> None:
         raise SystemExit(version())
     import tyro
 
+    from muon_dtensor.cli import train
     from muon_dtensor.cli.calibrate import calibrate
     from muon_dtensor.cli.demo import demo
     from muon_dtensor.cli.plan import plan
     from muon_dtensor.cli.validate import validate
 
+    arguments = sys.argv[1:]
+    if arguments[:1] in (["train"], ["evaluate"], ["export"]):
+        try:
+            arguments, train.overrides = train.split_overrides(arguments)
+        except ValueError as error:
+            print(f"muon-dtensor {arguments[0]}: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
     status = tyro.extras.subcommand_cli_from_dict(
         {
             "calibrate": calibrate,
             "demo": demo,
+            "evaluate": train.evaluate,
+            "export": train.export,
+            "make-sample-data": train.make_sample_data,
             "plan": plan,
+            "train": train.train,
             "validate": validate,
             "version": version,
         },
         prog="muon-dtensor",
         description="Sharding-aware Muon for PyTorch.",
+        args=arguments,
     )
     raise SystemExit(status)
 

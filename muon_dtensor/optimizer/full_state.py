@@ -17,7 +17,35 @@ from muon_dtensor.errors import CheckpointError, RefusalError
 from muon_dtensor.optimizer.muon import Muon
 from muon_dtensor.optimizer.state import MOMENTS, SHARDED_LIKE_PARAM
 from muon_dtensor.runtime.dtensors import LayoutCache, can_place_shards, misplaced_shards
-from muon_dtensor.runtime.torch_private import local_part
+from muon_dtensor.runtime.torch_private import local_part, with_shard
+
+
+def clone_state(state_dict: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    """Return a copy of a state dict whose tensors share no memory with it. No collective.
+
+    DTensors keep mesh and placements. `copy.deepcopy` and torch's stagers for asynchronous saves
+    raise for DTensors whose shard does not begin its storage (transformers makes such; torch 2.13).
+
+    Args:
+        state_dict: of model, optimizer, or both: dicts, lists and tuples of tensors and of plain
+            values, which are not copied.
+        device: of the shards of the copy; None: as they are. DTensors with a mesh of GPUs may have
+            their shards in host memory.
+    """
+    copy = _clone(state_dict, device)
+    assert isinstance(copy, dict)
+    return copy
+
+
+def _clone(value: Any, device: torch.device | None) -> Any:
+    if isinstance(value, Tensor):
+        shard = local_part(value).detach()
+        return with_shard(value, shard.to(device or shard.device, copy=True))
+    if isinstance(value, dict):
+        return {key: _clone(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_clone(item, device) for item in value)
+    return value
 
 
 @contextmanager

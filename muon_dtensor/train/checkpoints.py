@@ -11,7 +11,6 @@ written as `step-N.part` and renamed when all ranks have written, so that a fold
 suffix is complete.
 """
 
-import copy
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +36,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from muon_dtensor import CheckpointError, __version__, checkpointable
+from muon_dtensor import CheckpointError, __version__, checkpointable, clone_state
 
 FORMAT_VERSION = 1
 """Of manifests; raised when an older reader could misread a newer checkpoint."""
@@ -77,12 +76,17 @@ def apply_training_state(
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A checkpoint that was read. `damaged`: newer checkpoints that cannot be read, and why."""
+    """A checkpoint that was read.
+
+    `rank_notes`: None where the checkpoint was written by another number of ranks. `damaged`: newer
+    checkpoints that cannot be read, and why.
+    """
 
     path: Path
     step: int
     state: dict[str, Any]
     notes: dict[str, Any]
+    rank_notes: dict[str, Any] | None
     damaged: tuple[str, ...]
 
 
@@ -105,14 +109,20 @@ class Checkpoints:
         self.folder, self._keep = Path(folder), keep
         self.folder.mkdir(parents=True, exist_ok=True)
         self._is_alone = not dist.is_initialized()
-        self._is_writer = self._is_alone or dist.get_rank() == 0
+        self._rank = 0 if self._is_alone else dist.get_rank()
+        self._is_writer = self._rank == 0
         self._group = None
         if asynchronous and not self._is_alone:
             self._group = dist.new_group(backend="gloo")
-        self._in_progress: Future[Any] | None = None
+        self._thread = ThreadPoolExecutor(1) if asynchronous else None
+        self._in_progress: Future[None] | None = None
 
     def save(
-        self, state: dict[str, Any], step: int, notes: Mapping[str, Any] | None = None
+        self,
+        state: dict[str, Any],
+        step: int,
+        notes: Mapping[str, Any] | None = None,
+        rank_notes: Mapping[str, Any] | None = None,
     ) -> None:
         """Save a state as `step-{step}`; first waits for a save in progress.
 
@@ -120,6 +130,7 @@ class Checkpoints:
             state: nested dicts of tensors, DTensors and plain values.
             step: number of completed training steps.
             notes: values for JSON that are read without loading tensors; rank 0's are kept.
+            rank_notes: values for JSON of this rank, such as its random number generators.
 
         Raises CheckpointError on every rank where this save, or the one in progress, failed. Older
         checkpoints are unchanged then.
@@ -136,20 +147,25 @@ class Checkpoints:
             "versions": {"muon_dtensor": __version__, "torch": torch.__version__},
             "notes": dict(notes or {}),
         }
-        written: Future[Any] = Future()
+        staged, problem = state, _written(part / f"rank-{self._rank}.json", rank_notes)
+        if self._thread is not None and not problem:
+            try:
+                staged = clone_state(state, torch.device("cpu"))
+            except RuntimeError as error:  # out of memory
+                problem = _last_line(error)
+        problem = self._problem(problem)
+        if problem:  # torch's collectives start on all ranks or on none
+            raise self._error(problem)
+        if self._thread is not None:
+            self._in_progress = self._thread.submit(self._write, staged, part, record)
+            return
+        self._in_progress = Future()
         try:
-            with _torch_checkpoint(state):
-                if self._group is not None:
-                    result = async_save(state, checkpoint_id=part, process_group=self._group)
-                    assert isinstance(result, Future)
-                    written = result
-                else:
-                    written.set_result(save(state, checkpoint_id=part, no_dist=self._is_alone))
+            self._write(staged, part, record)
+            self._in_progress.set_result(None)
         except (Exception, CheckpointException) as error:
-            written.set_exception(error)
-        self._in_progress = _then(written, lambda: self._complete(part, record))
-        if self._group is None:
-            self.wait()
+            self._in_progress.set_exception(error)
+        self.wait()
 
     def wait(self) -> None:
         """Wait until a save in progress is complete. Raises CheckpointError if it failed."""
@@ -157,18 +173,9 @@ class Checkpoints:
             return
         future, self._in_progress = self._in_progress, None
         error = future.exception()
-        reason = "" if error is None else _last_line(error)
-        reasons = [reason]
-        if not self._is_alone:
-            reasons = [""] * dist.get_world_size()
-            dist.all_gather_object(reasons, reason, group=self._group)
-        failed = {rank: text for rank, text in enumerate(reasons) if text}
-        if failed:
-            rank, text = min(failed.items())
-            raise CheckpointError(
-                f"a checkpoint in {self.folder} could not be written (rank {rank}: {text}); "
-                f"the complete checkpoints in this folder are unchanged"
-            )
+        problem = self._problem("" if error is None else _last_line(error))
+        if problem:
+            raise self._error(problem)
 
     def complete(self) -> list[Path]:
         """Return the complete checkpoints, newest first. No collective."""
@@ -208,15 +215,21 @@ class Checkpoints:
                     f"muon_dtensor reads {FORMAT_VERSION}: update muon_dtensor"
                 )
             if manifest is not None:
-                state = copy.deepcopy(make_state())
+                state = clone_state(make_state())
                 try:
                     with _torch_checkpoint(state):
                         load(state, checkpoint_id=candidate, no_dist=self._is_alone)
                 except (Exception, CheckpointException) as error:
                     problem = _last_line(error)
                 else:
-                    step, notes = manifest["step"], manifest["notes"]
-                    return Restored(candidate, step, state, notes, tuple(damaged))
+                    return Restored(
+                        candidate,
+                        manifest["step"],
+                        state,
+                        manifest["notes"],
+                        self._rank_notes(candidate, manifest),
+                        tuple(damaged),
+                    )
             damaged.append(f"{candidate.name} cannot be read: {problem}")
             if self._is_writer:
                 logger.warning("%s: %s", candidate.parent, damaged[-1])
@@ -224,11 +237,13 @@ class Checkpoints:
             raise CheckpointError(f"no checkpoint in {self.folder}: {'; '.join(damaged)}")
         return None
 
-    def _complete(self, part: Path, record: dict[str, Any]) -> None:
-        """Write the manifest, rename the folder and delete old ones; on rank 0.
+    def _write(self, state: dict[str, Any], part: Path, record: dict[str, Any]) -> None:
+        """Write a state. Rank 0 then writes the manifest, renames the folder, deletes old ones.
 
-        Runs when torch's coordinator has written its metadata, after all ranks wrote their files.
+        torch's `save` returns on rank 0 after all ranks wrote their files.
         """
+        with _torch_checkpoint(state):
+            save(state, checkpoint_id=part, process_group=self._group, no_dist=self._is_alone)
         if not self._is_writer:
             return
         files = {path.name: _checksum(path) for path in sorted(part.iterdir())}
@@ -238,6 +253,27 @@ class Checkpoints:
         os.rename(part, path)
         for old in self.complete()[self._keep :]:
             shutil.rmtree(old)
+
+    def _rank_notes(self, path: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return this rank's notes; None where another number of ranks wrote the checkpoint."""
+        if manifest["world_size"] != (1 if self._is_alone else dist.get_world_size()):
+            return None
+        notes: dict[str, Any] = json.loads((path / f"rank-{self._rank}.json").read_text())
+        return notes
+
+    def _error(self, problem: str) -> CheckpointError:
+        return CheckpointError(
+            f"a checkpoint in {self.folder} could not be written ({problem}); "
+            f"the complete checkpoints in this folder are unchanged"
+        )
+
+    def _problem(self, reason: str) -> str:
+        """Return the first rank's reason that is not empty, with its rank; "" where all are."""
+        reasons = [reason]
+        if not self._is_alone:
+            reasons = [""] * dist.get_world_size()
+            dist.all_gather_object(reasons, reason, group=self._group)
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(reasons) if text), "")
 
     def _barrier(self) -> None:
         if not self._is_alone:
@@ -260,24 +296,14 @@ def _torch_checkpoint(state: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def _then(future: "Future[Any]", action: Callable[[], None]) -> "Future[None]":
-    """Return the future of an action that runs after another future, if that did not fail."""
-    result: Future[None] = Future()
-
-    def run(done: "Future[Any]") -> None:
-        error = done.exception()
-        if error is None:
-            try:
-                action()
-            except Exception as problem:  # a future without a result makes `wait` hang
-                error = problem
-        if error is None:
-            result.set_result(None)
-        else:
-            result.set_exception(error)
-
-    future.add_done_callback(run)
-    return result
+def _written(path: Path, notes: Mapping[str, Any] | None) -> str:
+    """Write notes to a file; return "" or why that failed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dict(notes or {})))
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def _checksum(path: Path) -> list[int]:

@@ -1,0 +1,54 @@
+"""One rank of `muon-dtensor train` and `evaluate`: `python -m muon_dtensor.train.worker SETTINGS`.
+
+Settings are JSON: path, overrides, resume, mode, and status_folder, where a rank that ends in an
+orderly way writes its exit status and message.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from muon_dtensor import CheckpointError, NonFiniteGradientError
+from muon_dtensor.train.data import BadRowError
+from muon_dtensor.train.job import shared_config
+from muon_dtensor.train.run import RunFailedError, evaluate, is_rank_0, run, start_processes
+
+
+def main(settings: dict[str, Any]) -> int:
+    """Run on this rank. Returns 0, 1 (the run failed), 2 (it cannot start) or 143 (SIGTERM)."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    start_processes()
+    status, message = 0, ""
+    try:
+        config = shared_config(settings["path"], settings["overrides"])
+        if settings["mode"] == "train":
+            status = run(config, settings["resume"])
+        else:
+            metrics = evaluate(config, settings["resume"])
+            if is_rank_0():
+                text = json.dumps(metrics, indent=1)
+                (Path(config.output) / "evaluation.json").write_text(text)
+                print(text)
+    except (CheckpointError, NonFiniteGradientError, RunFailedError, BadRowError) as error:
+        status, message = 1, str(error)
+    except (ValueError, OSError, ImportError) as error:
+        status, message = 2, str(error)
+    rank = os.environ.get("RANK", "0")
+    report = Path(settings["status_folder"]) / f"rank-{rank.zfill(8)}"
+    if report.parent.is_dir():  # not on other nodes
+        report.write_text(json.dumps([status, message]))
+    return status
+
+
+if __name__ == "__main__":
+    exit_status = main(json.loads(sys.argv[1]))
+    if dist.is_initialized() and exit_status in (0, 143):
+        time.sleep(0.1)  # gloo's threads release the last tensors shortly after they arrived
+        dist.destroy_process_group()
+    sys.exit(exit_status)
