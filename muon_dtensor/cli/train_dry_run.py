@@ -1,6 +1,6 @@
 """`muon-dtensor train --dry-run`: what a run would do, on the meta device and without processes."""
 
-import os
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,8 +106,11 @@ def _check_writable(folder: Path) -> None:
     parent = folder
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OSError(f"output {folder}: {parent} is not a folder that can be written")
+    try:
+        with tempfile.TemporaryDirectory(dir=parent):
+            return
+    except OSError as error:
+        raise OSError(f"output {folder}: {parent} cannot be written: {error}") from error
 
 
 def _text(sizes: dict[str, int]) -> str:

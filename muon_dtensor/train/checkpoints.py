@@ -175,6 +175,9 @@ class Checkpoints:
         error = future.exception()
         problem = self._problem("" if error is None else _last_line(error))
         if problem:
+            if self._is_writer:
+                for part in self.folder.glob("step-*.part"):  # makes room on a full disk
+                    shutil.rmtree(part, ignore_errors=True)
             raise self._error(problem)
 
     def complete(self) -> list[Path]:

@@ -48,7 +48,7 @@ class Split:
     train: Dataset | IterableDataset
     test: Dataset | None
     num_skipped: int
-    """Bad rows that were left out; for a stream only those among the test rows are counted."""
+    """Bad rows that were left out; of a stream without test rows they are not counted."""
 
 
 def load_data(section: DataSection, *, seed: int = 0) -> Split:
@@ -66,51 +66,53 @@ def load_data(section: DataSection, *, seed: int = 0) -> Split:
         ValueError: a file has no rows, or a suffix that is not read.
         OSError: a file cannot be read.
     """
-    paths = [section.train] if isinstance(section.train, str) else list(section.train)
-    share = section.test if isinstance(section.test, float) else 0.0
-    skipped: list[str] = []
-    for path in paths:
-        _check_file(path)
-    test: Dataset | None = None
+    paths, share = _training_files(section)
+    bad: list[str] = []
+    train_rows: list[dict[str, Any]] = []
+    test_rows: list[dict[str, Any]] = []
+    if share or not section.streaming:
+        for is_test, example in _examples(paths, section, share, bad):
+            if is_test:
+                test_rows.append(example)
+            elif not section.streaming:
+                train_rows.append(example)
     if isinstance(section.test, str):
         _check_file(section.test)
-        test = _dataset(_examples([section.test], section, skipped), section.test)
-    elif share:
-        test = _dataset(_examples(paths, section, skipped, share=share, test=True), "data.test")
-    if section.streaming:
-        train = IterableDataset.from_generator(
-            _stream,
-            gen_kwargs={"paths": tuple(paths), "section": section, "share": share},
-        )
-        if section.shuffle_buffer > 1:
-            train = train.shuffle(seed=seed, buffer_size=section.shuffle_buffer)
-        next(iter(train), None)  # a bad first row is an error now
-    else:
-        train = _dataset(
-            _examples(paths, section, skipped, share=share, test=False), ", ".join(paths)
-        )
-    if skipped:
-        logger.warning("%s", _summary(skipped, "skipped"))
-    return Split(train, test, len(skipped))
+        test_rows = [example for _, example in _examples([section.test], section, 0.0, bad)]
+    _raise_or_log(bad, section)
+    test = None
+    if section.test is not None:
+        place = section.test if not share else f"a share of {share} of {', '.join(paths)}"
+        test = _dataset(test_rows, f"data.test, {place},")
+    if not section.streaming:
+        return Split(_dataset(train_rows, ", ".join(paths)), test, len(bad))
+    train = IterableDataset.from_generator(
+        _stream, gen_kwargs={"paths": tuple(paths), "section": section, "share": share}
+    )
+    if section.shuffle_buffer > 1:
+        train = train.shuffle(seed=seed, buffer_size=section.shuffle_buffer)
+    if next(iter(train), None) is None:
+        raise ValueError(f"{', '.join(paths)} has no rows")
+    return Split(train, test, len(bad))
 
 
 def check_data(section: DataSection) -> dict[str, int]:
-    """Return the number of rows, test rows and bad rows of the files. Raises as `load_data`."""
-    paths = [section.train] if isinstance(section.train, str) else list(section.train)
-    share = section.test if isinstance(section.test, float) else 0.0
+    """Return the number of training rows, test rows and bad rows of the files.
+
+    Raises the errors of `load_data`, but for a stream too the bad rows of all files.
+    """
+    paths, share = _training_files(section)
     bad: list[str] = []
-    for path in [*paths, *([section.test] if isinstance(section.test, str) else [])]:
-        _check_file(path)
-    train = sum(1 for _ in _examples(paths, section, bad, share=share, test=False))
+    counts = {False: 0, True: 0}
+    for is_test, _ in _examples(paths, section, share, bad):
+        counts[is_test] += 1
     if isinstance(section.test, str):
-        test = sum(1 for _ in _examples([section.test], section, bad))
-    else:
-        count_bad: list[str] = []  # these rows were counted above
-        test = sum(1 for _ in _examples(paths, section, count_bad, share=share, test=True))
-        bad += count_bad
-    if not train:
-        raise ValueError(f"{', '.join(paths)}: no rows to train on")
-    return {"train": train, "test": test if section.test is not None else 0, "bad": len(bad)}
+        _check_file(section.test)
+        counts[True] = sum(1 for _ in _examples([section.test], section, 0.0, bad))
+    _raise_or_log(bad, section)
+    if not counts[False]:
+        raise ValueError(f"{', '.join(paths)} has no rows to train on")
+    return {"train": counts[False], "test": counts[True], "bad": len(bad)}
 
 
 def is_test_row(index: int, share: float) -> bool:
@@ -118,47 +120,53 @@ def is_test_row(index: int, share: float) -> bool:
     return math.floor((index + 1) * share) > math.floor(index * share)
 
 
-def _dataset(examples: Iterator[dict[str, Any]], name: str) -> Dataset:
-    rows = list(examples)
+def _training_files(section: DataSection) -> tuple[list[str], float]:
+    """Return the files of `data.train`, and the share of their rows that are test rows."""
+    paths = [section.train] if isinstance(section.train, str) else list(section.train)
+    for path in paths:
+        _check_file(path)
+    return paths, section.test if isinstance(section.test, float) else 0.0
+
+
+def _dataset(rows: list[dict[str, Any]], name: str) -> Dataset:
     if not rows:
-        raise ValueError(f"{name}: no rows")
+        raise ValueError(f"{name} has no rows")
     return Dataset.from_list(rows)
 
 
 def _stream(paths: Sequence[str], section: DataSection, share: float) -> Iterator[dict[str, Any]]:
-    return _examples(paths, section, [], share=share, test=False)
+    """Yield the training rows; a bad row raises when it is reached, or is left out."""
+    bad: list[str] = []
+    for is_test, example in _examples(paths, section, share, bad):
+        if bad and section.on_bad_row == "raise":
+            break
+        bad.clear()
+        if not is_test:
+            yield example
+    if bad and section.on_bad_row == "raise":
+        raise BadRowError(_summary(bad[:1], "found"))
 
 
 def _examples(
-    paths: Sequence[str],
-    section: DataSection,
-    skipped: list[str],
-    *,
-    share: float = 0.0,
-    test: bool | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Yield the examples of files; of `share`, those in the test part or the training part.
-
-    Bad rows are appended to `skipped`, or raised together after the last row.
-    """
-    is_stream = section.streaming and test is not True
-    bad: list[str] = []
+    paths: Sequence[str], section: DataSection, share: float, bad: list[str]
+) -> Iterator[tuple[bool, dict[str, Any]]]:
+    """Yield whether a row is a test row, and its example; append messages of bad rows to `bad`."""
     index = 0
     for path in paths:
         for row in _rows(path, section.format):
-            is_test = bool(share) and is_test_row(index, share)
+            is_test = is_test_row(index, share)
             index += 1
-            if test is not None and share and is_test != test:
-                continue
             try:
-                yield _example(row, section.format)
+                yield is_test, _example(row, section.format)
             except BadRowError as error:
-                if section.on_bad_row == "raise" and is_stream:
-                    raise
                 bad.append(str(error))
+
+
+def _raise_or_log(bad: Sequence[str], section: DataSection) -> None:
     if bad and section.on_bad_row == "raise":
-        raise BadRowError(_summary(bad, "found") + "; data.on_bad_row: skip leaves them out")
-    skipped += bad
+        raise BadRowError(f"{_summary(bad, 'found')}; data.on_bad_row: skip leaves them out")
+    if bad:
+        logger.warning("%s", _summary(bad, "skipped"))
 
 
 def _summary(bad: Sequence[str], verb: str) -> str:

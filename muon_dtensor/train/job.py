@@ -238,6 +238,8 @@ class TrainConfig(MuonConfig):
             lines.append("model.tokenizer is needed for a model from scratch")
         if model.lora is not None and model.path is None:
             lines.append("model.lora trains adapters of a pretrained model: set model.path")
+        if model.lora is not None and self.parallelism.tp != 1:
+            lines.append("model.lora needs parallelism.tp: 1 (peft's adapters are not TP's)")
         if not data.train:
             lines.append("data.train needs a file")
         if isinstance(data.test, float) and not 0 < data.test < 1:

@@ -16,7 +16,7 @@ import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate import ParallelismConfig
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -55,7 +56,13 @@ from muon_dtensor.train.checkpoints import (
     training_state,
 )
 from muon_dtensor.train.data import Split, load_data
-from muon_dtensor.train.evaluation import Part, generate_answers, perplexity, text_scores
+from muon_dtensor.train.evaluation import (
+    IGNORED,
+    Part,
+    generate_answers,
+    perplexity,
+    text_scores,
+)
 from muon_dtensor.train.job import TrainConfig, differences
 from muon_dtensor.train.report import Progress, write_report
 
@@ -99,6 +106,25 @@ def is_rank_0() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def on_rank_0(write: Callable[[], None]) -> None:
+    """Call a function on rank 0 that writes files; the others wait. A collective of all ranks.
+
+    Raises RunFailedError on every rank where it failed.
+    """
+    problem = ""
+    if is_rank_0():
+        try:
+            write()
+        except Exception as error:  # safetensors has its own errors
+            problem = f"{type(error).__name__}: {error}"
+    if dist.is_initialized():
+        message = [problem]
+        dist.broadcast_object_list(message, src=0)
+        (problem,) = message
+    if problem:
+        raise RunFailedError(f"rank 0 could not write a file: {problem}")
+
+
 def world_size() -> int:
     """Return the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -127,9 +153,14 @@ def build_job(config: TrainConfig) -> Job:
     path = config.model.path
     if path is None:
         path = str(folder / "initial")
-        if is_rank_0() and not (folder / "initial" / "config.json").exists():
-            _write_initial(config, tokenizer, Path(path))
-        _barrier()
+        if is_rank_0():  # before any collective
+            values = model_config(config, tokenizer)
+
+        def write_initial() -> None:
+            if not (folder / "initial" / "config.json").exists():
+                _write_initial(config, values, Path(path))
+
+        on_rank_0(write_initial)
     model = _load_model(config, path, sizes)
     return Job(config, model, tokenizer, split, Part.of(sizes["tp"]))
 
@@ -176,18 +207,21 @@ def model_config(config: TrainConfig, tokenizer: Any) -> Any:
         result = AutoConfig.for_model(kind, **{**defaults, **values})
     except (ValueError, TypeError) as error:
         raise ValueError(f"model.config: {error}") from error
-    unknown = [key for key in values if key not in type(result)().to_dict()]
-    if unknown:
-        raise ValueError(f"model.config: a {kind} config has no key {', '.join(unknown)}")
+    known = type(result)()
+    for key in values:
+        # transformers accepts any key, and models may read undeclared ones
+        similar = get_close_matches(key, known.to_dict(), n=1, cutoff=0.8)
+        if similar and not hasattr(known, key):
+            raise ValueError(f"unknown key 'model.config.{key}'. Did you mean '{similar[0]}'?")
     return result
 
 
-def _write_initial(config: TrainConfig, tokenizer: Any, folder: Path) -> None:
+def _write_initial(config: TrainConfig, values: Any, folder: Path) -> None:
     """Write the initial weights of a model from scratch: equal on every mesh."""
     part = folder.with_name("initial.part")
     shutil.rmtree(part, ignore_errors=True)
     transformers.set_seed(config.training.get("seed", 42))
-    model = MODEL_CLASSES[config.task].from_config(model_config(config, tokenizer))
+    model = MODEL_CLASSES[config.task].from_config(values)
     model.to(getattr(torch, config.model.dtype)).save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
@@ -504,7 +538,19 @@ def _mlm_trainer(job: Job, arguments: Any) -> Any:
         eval_dataset=None if job.split.test is None else tokenized(job.split.test),
         data_collator=DataCollatorForLanguageModeling(job.tokenizer),
         processing_class=job.tokenizer,
+        compute_loss_func=_masked_loss,
     )
+
+
+def _masked_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """Return the mean loss per masked token of all ranks and accumulated batches.
+
+    Models that ignore `num_items_in_batch`, such as BERT, return the mean of one batch, which the
+    Trainer (transformers 5.24) would multiply by the number of ranks.
+    """
+    total = F.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / torch.as_tensor(count, device=total.device).clamp(min=1)
 
 
 @contextlib.contextmanager
@@ -572,9 +618,11 @@ class Evaluation:
             )
             scores = text_scores(answers, section.metrics)
             self.metrics |= {f"eval_{name}": value for name, value in scores.items()}
-            if is_rank_0():
-                lines = [json.dumps(dataclasses.asdict(answer)) + "\n" for answer in answers]
-                (Path(job.config.output) / "answers.jsonl").write_text("".join(lines))
+            lines = [json.dumps(dataclasses.asdict(answer)) + "\n" for answer in answers]
+            path = Path(job.config.output) / "answers.jsonl"
+            with contextlib.suppress(OSError):  # a full disk does not end a run; saves report it
+                if is_rank_0():
+                    path.write_text("".join(lines))
         self.step = trainer.state.global_step
         was_training = trainer.model.training
         trainer.model.eval()  # in training mode SFTTrainer adds its metrics of training
@@ -679,14 +727,17 @@ def run(config: TrainConfig, resume: str = "auto") -> int:
     else:
         metrics = {"train_loss": _last(trainer.state.log_history, "train_loss"), **metrics}
     metrics = {"step": step, "loss": _last(trainer.state.log_history, "loss"), **metrics}
-    export_model(trainer.model, job.tokenizer, folder / "model")
-    if is_rank_0():
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        write_report(folder, config, trainer, time.perf_counter() - started)
-        for name, value in metrics.items():
-            print(f"{name} {value:.6g}")
+    for name, value in metrics.items():
+        _print(f"{name} {value:.6g}")
     if problem:
         raise RunFailedError(f"the last checkpoint is missing: {problem}")
+
+    def write_results() -> None:
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        write_report(folder, config, trainer, time.perf_counter() - started)
+
+    on_rank_0(write_results)
+    export_model(trainer.model, job.tokenizer, folder / "model")
     return 0
 
 
@@ -738,7 +789,8 @@ def export_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     this: Any = model
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
-    if is_rank_0():
+
+    def write() -> None:
         part = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         with _plain_config(this):
@@ -746,7 +798,8 @@ def export_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(part)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
-    _barrier()
+
+    on_rank_0(write)
 
 
 @contextlib.contextmanager
@@ -840,11 +893,6 @@ def _text(state: Tensor) -> str:
 
 def _bytes(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def _print(text: str) -> None:

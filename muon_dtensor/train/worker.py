@@ -14,10 +14,23 @@ from typing import Any
 
 import torch.distributed as dist
 
-from muon_dtensor import CheckpointError, NonFiniteGradientError
+from muon_dtensor import (
+    CheckpointError,
+    MissingGradientError,
+    NonFiniteGradientError,
+    PlanMismatchError,
+    StepFailedError,
+)
 from muon_dtensor.train.data import BadRowError
 from muon_dtensor.train.job import shared_config
 from muon_dtensor.train.run import RunFailedError, evaluate, is_rank_0, run, start_processes
+
+
+FAILURES = (
+    *(BadRowError, CheckpointError, MissingGradientError, NonFiniteGradientError),
+    *(PlanMismatchError, RunFailedError, StepFailedError),
+)
+"""Errors of a run that had started: their message is what a user needs."""
 
 
 def main(settings: dict[str, Any]) -> int:
@@ -35,7 +48,7 @@ def main(settings: dict[str, Any]) -> int:
                 text = json.dumps(metrics, indent=1)
                 (Path(config.output) / "evaluation.json").write_text(text)
                 print(text)
-    except (CheckpointError, NonFiniteGradientError, RunFailedError, BadRowError) as error:
+    except FAILURES as error:
         status, message = 1, str(error)
     except (ValueError, OSError, ImportError) as error:
         status, message = 2, str(error)

@@ -58,7 +58,7 @@ class Run:
         return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
-def job(data: Path, folder: Path, **sections: Any) -> dict[str, Any]:
+def job(data: Path, folder: Path, /, **sections: Any) -> dict[str, Any]:
     """Return a job of a small Llama on the questions; `sections` are merged into it.
 
     Iterations in float32, so that processors with and without bfloat16 units agree.
