@@ -51,7 +51,7 @@ class Split:
     """Bad rows that were left out; of a stream without test rows they are not counted."""
 
 
-def load_data(section: DataSection, *, seed: int = 0) -> Split:
+def load_data(section: DataSection, *, seed: int = 0, island: tuple[int, int] = (0, 1)) -> Split:
     """Return the rows of `data.train` and `data.test`.
 
     Each row is {"prompt", "completion"} (alpaca), {"messages"} (sharegpt, messages) or {"text"}.
@@ -60,6 +60,7 @@ def load_data(section: DataSection, *, seed: int = 0) -> Split:
     Args:
         section: of the config.
         seed: of the order of streamed rows.
+        island: index and count of the islands, each of which gets every count-th training row.
 
     Raises:
         BadRowError: bad rows, with `on_bad_row="raise"`; of a stream, when the row is reached.
@@ -85,9 +86,11 @@ def load_data(section: DataSection, *, seed: int = 0) -> Split:
         place = section.test if not share else f"a share of {share} of {', '.join(paths)}"
         test = _dataset(test_rows, f"data.test, {place},")
     if not section.streaming:
-        return Split(_dataset(train_rows, ", ".join(paths)), test, len(bad))
+        index, count = island
+        return Split(_dataset(train_rows[index::count], ", ".join(paths)), test, len(bad))
     train = IterableDataset.from_generator(
-        _stream, gen_kwargs={"paths": tuple(paths), "section": section, "share": share}
+        _stream,
+        gen_kwargs={"paths": tuple(paths), "section": section, "share": share, "island": island},
     )
     if section.shuffle_buffer > 1:
         train = train.shuffle(seed=seed, buffer_size=section.shuffle_buffer)
@@ -134,15 +137,21 @@ def _dataset(rows: list[dict[str, Any]], name: str) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def _stream(paths: Sequence[str], section: DataSection, share: float) -> Iterator[dict[str, Any]]:
-    """Yield the training rows; a bad row raises when it is reached, or is left out."""
+def _stream(
+    paths: Sequence[str], section: DataSection, share: float, island: tuple[int, int]
+) -> Iterator[dict[str, Any]]:
+    """Yield an island's training rows; a bad row raises when it is reached, or is left out."""
     bad: list[str] = []
+    number = 0
     for is_test, example in _examples(paths, section, share, bad):
         if bad and section.on_bad_row == "raise":
             break
         bad.clear()
-        if not is_test:
+        if is_test:
+            continue
+        if number % island[1] == island[0]:
             yield example
+        number += 1
     if bad and section.on_bad_row == "raise":
         raise BadRowError(_summary(bad[:1], "found"))
 

@@ -132,8 +132,8 @@ class IslandsSection(Section):
     """Address of torchft's Lighthouse, http://host:port."""
     sync_every: int = 30
     wire: str = "float32"
-    lr: float = 0.8
-    momentum: float = 0.6
+    lr: float = 0.9
+    momentum: float = 0.8
     min_islands: int | None = None
     timeout_seconds: float = 60.0
     compress_gradients: str | None = None
@@ -270,6 +270,16 @@ class TrainConfig(MuonConfig):
         }
         lines += [f"{name} must be 0 or more, got {v}" for name, v in not_negative.items() if v < 0]
         islands = self.islands
+        sizes = self.parallelism
+        if islands.compress_gradients is not None and (
+            sizes.dp_replicate == 1 or sizes.tp * sizes.ep != 1 or self.task == "mlm"
+        ):
+            lines.append(
+                "islands.compress_gradients needs parallelism.dp_replicate above 1, tp and ep of "
+                "1, and task sft or pretrain"
+            )
+        if self.logging.artifacts and "wandb" not in self.logging.to:
+            lines.append("logging.artifacts needs wandb in logging.to")
         if islands.count > 1 and not islands.lighthouse:
             lines.append(
                 "islands.lighthouse needs the address of torchft_lighthouse, http://host:port"

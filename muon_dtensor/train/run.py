@@ -16,6 +16,7 @@ import signal
 import tempfile
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -63,6 +64,7 @@ from muon_dtensor.train.evaluation import (
     perplexity,
     text_scores,
 )
+from muon_dtensor.train.islands import Membership, compress_gradients
 from muon_dtensor.train.job import TrainConfig, differences
 from muon_dtensor.train.report import Progress, write_report
 
@@ -148,7 +150,11 @@ def build_job(config: TrainConfig) -> Job:
     """
     sizes = config.mesh_sizes(world_size())
     tokenizer = load_tokenizer(config)
-    split = load_data(config.data, seed=config.training.get("seed", 42))
+    split = load_data(
+        config.data,
+        seed=config.training.get("seed", 42),
+        island=(config.islands.index, config.islands.count),
+    )
     folder = Path(config.output)
     path = config.model.path
     if path is None:
@@ -243,12 +249,13 @@ def _load_model(config: TrainConfig, path: str, sizes: Mapping[str, int]) -> nn.
     """Return the model of a folder, sharded, with adapters if asked for."""
     keywords: dict[str, Any] = {}
     sharding = distributed_config(sizes, config.parallelism.ep)
-    if sharding is not None:
+    wire = config.islands.compress_gradients
+    if sharding is not None and wire is None:
         keywords["distributed_config"] = sharding
     model: nn.Module = MODEL_CLASSES[config.task].from_pretrained(
         path, dtype=getattr(torch, config.model.dtype), **keywords
     )
-    return model
+    return model if wire is None else compress_gradients(model, sizes, wire)
 
 
 def _lora(config: TrainConfig) -> Any:
@@ -339,6 +346,7 @@ class MuonTraining:
     job: Job
     evaluation: "Evaluation"
     checkpoints: Checkpoints
+    membership: Membership | None = None
     restored: Restored | None = None
     save_problem: str = ""
     last_saved: int = 0
@@ -348,6 +356,8 @@ class MuonTraining:
         this: Any = self
         if this.optimizer is None:
             this.optimizer = self.job.config.build_optimizer(this.model)
+            if self.job.config.islands.count > 1:
+                self.membership = Membership(self.job.config.islands, this.optimizer)
         return this.optimizer  # type: ignore[no-any-return]
 
     @property
@@ -362,7 +372,18 @@ class MuonTraining:
         """Return the tensors of a checkpoint; of adapters, only what is trained."""
         this: Any = self
         is_lora = self.job.config.model.lora is not None
-        return training_state(this.model, self.muon, trainable_only=is_lora)
+        state = training_state(this.model, self.muon, trainable_only=is_lora)
+        if self.membership is not None:
+            state["islands"] = self.membership.state()
+        return state
+
+    def apply_checkpoint(self, state: dict[str, Any]) -> None:
+        """Set model and optimizer to the tensors of a checkpoint, and free these."""
+        this: Any = self
+        apply_training_state(this.model, self.muon, state)
+        if self.membership is not None:
+            self.membership.load(state["islands"])
+        state.clear()
 
     def _get_learning_rate(self) -> float:
         """Return the learning rate of the matrices. Overrides the Trainer's method."""
@@ -440,9 +461,8 @@ class MuonTraining:
         this: Any = self
         if checkpoint is None or self.restored is None:
             return
-        apply_training_state(this.model, self.muon, self.restored.state)
+        self.apply_checkpoint(self.restored.state)
         this.lr_scheduler.load_state_dict(self.restored.notes["scheduler"])
-        self.restored.state.clear()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Set the random number generators. Overrides the Trainer's method."""
@@ -481,6 +501,9 @@ class MuonTraining:
         if "loss" in logs and self.job.config.optimizer.metrics_every:
             with contextlib.suppress(RuntimeError):  # none yet
                 logs.update({f"optimizer/{k}": v for k, v in self.muon.metrics().items()})
+        if "loss" in logs and self.membership is not None:
+            metrics = self.membership.outer.metrics()
+            logs.update({f"islands/{k}": float(v) for k, v in metrics.items()})
         super().log(logs, start_time)  # type: ignore[misc]
 
 
@@ -531,15 +554,40 @@ def _mlm_trainer(job: Job, arguments: Any) -> Any:
     def tokenized(rows: Any) -> Any:
         return rows.map(tokenize, batched=True, remove_columns=["text"])
 
-    return MuonTrainer(
+    collator = MaskedBatches(job.tokenizer, arguments.seed)
+    trainer = MuonTrainer(
         model=add_adapters(job.config, job.model),
         args=arguments,
         train_dataset=tokenized(job.split.train),
         eval_dataset=None if job.split.test is None else tokenized(job.split.test),
-        data_collator=DataCollatorForLanguageModeling(job.tokenizer),
+        data_collator=collator,
         processing_class=job.tokenizer,
         compute_loss_func=_masked_loss,
     )
+    trainer.add_callback(collator)
+    return trainer
+
+
+class MaskedBatches(TrainerCallback):  # type: ignore[misc]
+    """A collator whose masks depend on the rows and the epoch, so that a resumed run repeats them.
+
+    Batches are loaded ahead of the steps: the random state of a checkpoint is not that of the next
+    batch.
+    """
+
+    def __init__(self, tokenizer: Any, seed: int) -> None:
+        self._mask = DataCollatorForLanguageModeling(tokenizer)
+        self._seed, self._epoch = seed, 0
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._epoch = int(state.epoch or 0)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        """Return a batch: ids, labels and attention mask, [rows, tokens]."""
+        text = repr([self._seed, self._epoch, [list(row["input_ids"]) for row in rows]])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(text.encode()))
+            return self._mask(rows)
 
 
 def _masked_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -632,19 +680,15 @@ class Evaluation:
 
 
 def _test_rows(trainer: Any) -> list[dict[str, Any]]:
-    """Return the tokenized test rows; for masked models, masked by a generator of each row."""
+    """Return the tokenized test rows; for masked models, with the same masks on every call."""
     rows = trainer.eval_dataset
     if trainer.job.config.task != "mlm":
         return [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
-    masked = []
-    for index, row in enumerate(rows):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(index)
-            batch = trainer.data_collator([row])
-        masked.append(
-            {"input_ids": batch["input_ids"][0].tolist(), "labels": batch["labels"][0].tolist()}
-        )
-    return masked
+    collator = MaskedBatches(trainer.job.tokenizer, trainer.args.seed)
+    batches = [collator([row]) for row in rows]
+    return [
+        {name: batch[name][0].tolist() for name in ("input_ids", "labels")} for batch in batches
+    ]
 
 
 class Stopping(TrainerCallback):
@@ -692,6 +736,9 @@ def run(config: TrainConfig, resume: str = "auto") -> int:
     """
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
+    if "wandb" in config.logging.to:
+        os.environ.setdefault("WANDB_DIR", str(folder))
     job = build_job(config)
     trainer = build_trainer(job)
     asynchronous = config.checkpoint.asynchronous
@@ -712,11 +759,13 @@ def run(config: TrainConfig, resume: str = "auto") -> int:
         else:
             _print(f"{restored.path.name} is the last step of this run")
             trainer.state = transformers.TrainerState.load_from_json(f"{state_folder}/{STATE_FILE}")
-            apply_training_state(trainer.model, trainer.muon, restored.state)
+            trainer.apply_checkpoint(restored.state)
     step = trainer.state.global_step
     if result is not None and trainer.last_saved != step:
         trainer._save_checkpoint(trainer.model)
     trainer.wait_for_save()
+    if trainer.membership is not None:
+        trainer.membership.leave()
     problem = trainer.save_problem
     if stopping.stopped:
         _print(f"stopped by SIGTERM after step {step}")
@@ -738,6 +787,13 @@ def run(config: TrainConfig, resume: str = "auto") -> int:
 
     on_rank_0(write_results)
     export_model(trainer.model, job.tokenizer, folder / "model")
+    if config.logging.artifacts and is_rank_0():
+        import wandb
+
+        artifact = wandb.Artifact(folder.absolute().name, type="model", metadata=metrics)
+        artifact.add_dir(str(folder / "model"))
+        wandb.log_artifact(artifact)
+        wandb.finish()
     return 0
 
 
@@ -753,7 +809,7 @@ def evaluate(config: TrainConfig, checkpoint: str = "auto") -> dict[str, float]:
     trainer.checkpoints = Checkpoints(Path(config.output) / "checkpoints")
     restored = _restore(trainer, checkpoint)
     if restored is not None:
-        apply_training_state(trainer.model, trainer.muon, restored.state)
+        trainer.apply_checkpoint(restored.state)
         trainer.state.global_step = restored.step
     metrics: dict[str, float] = trainer.evaluation.run()
     return metrics

@@ -45,7 +45,9 @@ BAD = [
 
 def test_bad_rows_are_named_by_file_and_line(data, tmp_path):
     path = write_questions(data, tmp_path / "rows.jsonl", *BAD)
-    values = job(data, tmp_path / "run", data={"train": path, "test": 0.05}, parallelism={"dp_shard": 2})
+    values = job(
+        data, tmp_path / "run", data={"train": path, "test": 0.05}, parallelism={"dp_shard": 2}
+    )
     run = train(values)
     assert run.status == 1
     message = last_line(run)
@@ -139,7 +141,9 @@ def test_gradients_that_are_not_finite(data, tmp_path, policy):
 
 
 STARTS = [
-    pytest.param({"parallelism": {"dp_shard": 3, "tp": 2}}, ["--nproc", "4"], "does not fit 4 ranks"),
+    pytest.param(
+        {"parallelism": {"dp_shard": 3, "tp": 2}}, ["--nproc", "4"], "does not fit 4 ranks"
+    ),
     pytest.param({"training": {"max_step": 3}}, [], "Did you mean 'max_steps'?"),
     pytest.param({"training": {"max_steps": "three"}}, [], "expected a value as -1, got 'three'"),
     pytest.param({"data": {"train": "missing.jsonl"}}, [], "missing.jsonl"),

@@ -116,7 +116,12 @@ def test_mesh_sizes(parallelism, ranks, expected):
 
 @pytest.mark.parametrize(
     ("parallelism", "ranks"),
-    [({"tp": 2}, 3), ({"dp_shard": 2, "tp": 2}, 8), ({"dp_shard": -1, "tp": -1}, 4), ({"ep": 4}, 2)],
+    [
+        ({"tp": 2}, 3),
+        ({"dp_shard": 2, "tp": 2}, 8),
+        ({"dp_shard": -1, "tp": -1}, 4),
+        ({"ep": 4}, 2),
+    ],
 )
 def test_meshes_that_do_not_fit(parallelism, ranks):
     with pytest.raises(ValueError, match="does not"):
