@@ -19,8 +19,9 @@ LEVELS = (
     ("distributed_config",),
     ("optimizer",),
     ("clipping", "config_file", "grouping", "islands", "qk_clip"),
+    ("integrations",),
     ("train",),
-    ("integrations", "cli"),
+    ("cli",),
     ("__init__",),
 )
 """A folder or module imports only its own folder and rows above its own. Public tools (the row of

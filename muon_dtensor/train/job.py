@@ -53,6 +53,13 @@ OUR_KEYS = {
 """Keys of SFTConfig and TrainingArguments that this package sets, and where to set them instead."""
 
 
+TITAN_TRAINING_KEYS = (
+    *("max_steps", "max_length", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("max_grad_norm", "warmup_steps", "seed"),
+)
+"""Keys of `training` that engine torchtitan takes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSection(Section):
     """`model`: `path` for a pretrained model, or `config` and `tokenizer` for one from scratch."""
@@ -230,9 +237,12 @@ class TrainConfig(MuonConfig):
             for key, ours in OUR_KEYS.items()
             if key in self.training
         ]
-        if (model.path is None) == (not model.config):
+        is_titan = self.engine == "torchtitan"
+        if is_titan:
+            lines += self._titan_problems()
+        elif (model.path is None) == (not model.config):
             lines.append("model needs either path, or config (with model_type) and tokenizer")
-        if model.config and "model_type" not in model.config:
+        if model.config and not is_titan and "model_type" not in model.config:
             lines.append("model.config needs model_type, as in {model_type: llama, ...}")
         if model.config and model.tokenizer is None:
             lines.append("model.tokenizer is needed for a model from scratch")
@@ -286,12 +296,36 @@ class TrainConfig(MuonConfig):
             )
         if not 0 <= islands.index < max(1, islands.count):
             lines.append(f"islands.index must be below {islands.count}, got {islands.index}")
-        if self.engine == "transformers":
+        if not is_titan:
             lines += [
                 f"parallelism.{name} needs engine: torchtitan"
                 for name in ("cp", "pp")
                 if getattr(self.parallelism, name) != 1
             ]
+        return lines
+
+    def _titan_problems(self) -> list[str]:
+        """Return what engine torchtitan does not have, one line each."""
+        lines = []
+        if set(self.model.config) != {"recipe"}:
+            lines.append(
+                "engine torchtitan needs model.config: {recipe: pkg.mod:function}, such as "
+                "torchtitan.models.llama3.config_registry:llama3_8b"
+            )
+        lines += [
+            f"training.{key} is not a key of engine torchtitan; it takes "
+            f"{', '.join(TITAN_TRAINING_KEYS)}"
+            for key in self.training
+            if key not in TITAN_TRAINING_KEYS and key not in OUR_KEYS
+        ]
+        if self.task == "mlm" or self.model.lora is not None:
+            lines.append("engine torchtitan has no task mlm and no model.lora")
+        if self.data.test is not None or self.evaluation.every:
+            lines.append(
+                "engine torchtitan does not evaluate: leave out data.test and evaluation.every"
+            )
+        if self.islands.count > 1 or self.islands.compress_gradients is not None:
+            lines.append("islands need engine: transformers")
         return lines
 
 

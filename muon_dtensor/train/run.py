@@ -27,9 +27,9 @@ import datasets
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
 import transformers
 from accelerate import ParallelismConfig
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,

@@ -22,9 +22,8 @@ from muon_dtensor import (
     StepFailedError,
 )
 from muon_dtensor.train.data import BadRowError
-from muon_dtensor.train.job import shared_config
+from muon_dtensor.train.job import TrainConfig, shared_config
 from muon_dtensor.train.run import RunFailedError, evaluate, is_rank_0, run, start_processes
-
 
 FAILURES = (
     *(BadRowError, CheckpointError, MissingGradientError, NonFiniteGradientError),
@@ -40,7 +39,9 @@ def main(settings: dict[str, Any]) -> int:
     status, message = 0, ""
     try:
         config = shared_config(settings["path"], settings["overrides"])
-        if settings["mode"] == "train":
+        if config.engine == "torchtitan":
+            status = _run_titan(config, settings)
+        elif settings["mode"] == "train":
             status = run(config, settings["resume"])
         else:
             metrics = evaluate(config, settings["resume"])
@@ -57,6 +58,16 @@ def main(settings: dict[str, Any]) -> int:
     if report.parent.is_dir():  # not on other nodes
         report.write_text(json.dumps([status, message]))
     return status
+
+
+def _run_titan(config: TrainConfig, settings: dict[str, Any]) -> int:
+    if settings["mode"] != "train":
+        raise ValueError(f"{settings['mode']} needs engine: transformers")
+    try:
+        from muon_dtensor.train.titan import run_titan
+    except ImportError as error:
+        raise ImportError(f"engine torchtitan: {error}: pip install torchtitan==0.3.0") from error
+    return run_titan(config, settings["resume"])
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def test_overrides_are_read_as_yaml(tmp_path):
     assert (value.training["max_steps"], value.optimizer.lr) == (9, 0.03)
     assert value.evaluation.metrics == ("bleu",)
     path.write_text(path.read_text() + "task: sft\n")
-    with pytest.raises(ValueError, match="--task.x: task is not a section"):
+    with pytest.raises(ValueError, match=r"--task\.x: task is not a section"):
         read_values(path, {"task.x": "1"})
 
 
@@ -171,9 +171,9 @@ def test_dotted_flags_are_overrides():
     )
     assert rest == ["train", "job.yaml", "--nproc", "4"]
     assert values == {"training.max_steps": "200", "data.test": "0.1"}
-    with pytest.raises(ValueError, match="--a.b needs a value"):
+    with pytest.raises(ValueError, match=r"--a\.b needs a value"):
         cli.split_overrides(["train", "--a.b", "--nproc", "4"])
-    with pytest.raises(ValueError, match="--a.b needs a value"):
+    with pytest.raises(ValueError, match=r"--a\.b needs a value"):
         cli.split_overrides(["train", "--a.b"])
 
 
