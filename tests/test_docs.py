@@ -23,7 +23,9 @@ from torch.distributed.fsdp import fully_shard
 import muon_dtensor
 from muon_dtensor import Muon, MuonConfig, group_parameters
 from muon_dtensor.cli.main import main
+from muon_dtensor.config_file import parse_yaml
 from muon_dtensor.planning.presets import PRESETS
+from muon_dtensor.train.job import TrainConfig
 from tests.requirements.models import TinyTransformer
 from tests.support.pool import run_processes
 
@@ -228,10 +230,17 @@ def test_toml_is_a_config():
     assert config.sizes == {"dp_replicate": 2, "dp_shard": -1, "tp": 2}
 
 
+@pytest.mark.parametrize("text", blocks("train.md", "yaml"))
+def test_yaml_of_training_runs_is_a_config(text):
+    assert TrainConfig.from_dict(parse_yaml(text)).data.train == "alpaca.jsonl"
+
+
 ELSEWHERE = {
     ("git", "clone"): "people who install",
     ("pip", "install"): "tests/test_readme.py and .ci/run",
     ("pip", "wheel"): "tests/test_readme.py",
+    ("muon-dtensor", "make-sample-data"): "tests/train/test_faults_of_runs.py",
+    ("muon-dtensor", "train"): "tests/train",
     ("muon-dtensor", "validate"): "tests/cli/test_validate.py",
     ("muon-dtensor", "calibrate"): "tests/cli/test_calibrate.py",
     ("muon-dtensor", "version"): "tests/cli/test_cli.py",

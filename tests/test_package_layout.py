@@ -96,6 +96,23 @@ def test_imports_point_down(path):
         )
 
 
+PUBLIC_MODULES = {"__init__", "config_file", "integrations.torchtitan", "islands"}
+"""Documented modules: `train` could be a package of its own that depends on this one."""
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if folder_of(module_name(p)) == "train"], ids=str
+)
+def test_training_runs_import_only_public_names(path):
+    others = {name for name in own_imports(path) if folder_of(name) != "train"}
+    assert others <= PUBLIC_MODULES, path
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("muon_dtensor"):
+            assert not any(
+                alias.name.startswith("_") for alias in node.names if alias.name != "__version__"
+            )
+
+
 def test_imports_have_no_cycles():
     graph = {module_name(path): own_imports(path) - {"__init__"} for path in MODULES}
     folders = {name for name in NAMES if any(other.startswith(f"{name}.") for other in NAMES)}

@@ -24,6 +24,9 @@ PACKAGES = (
 )
 """Of the extra `train`."""
 
+TOP_LEVEL = ("engine", "output", "task")
+"""Keys of the config that are not in a section."""
+
 overrides: dict[str, str] = {}
 """Values by dotted key that the command line sets in the config; see `split_overrides`."""
 
@@ -33,15 +36,15 @@ Job = Annotated[Path, tyro.conf.Positional]
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Return the arguments of the command, and values by dotted key.
 
-    `--training.max_steps 200` and `--training.max_steps=200` set keys of the config. Raises
-    ValueError where the value is missing.
+    `--training.max_steps 200`, `--training.max_steps=200` and `--output folder` set keys of the
+    config. Raises ValueError where the value is missing.
     """
     rest: list[str] = []
     values: dict[str, str] = {}
     words = iter(arguments)
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or "." not in name:
+        if not word.startswith("--") or ("." not in name and name not in TOP_LEVEL):
             rest.append(word)
             continue
         if not equals:
@@ -63,7 +66,7 @@ def train(
 
     Continues from the newest checkpoint of the output folder, so that the same command resumes a
     run that was stopped. --SECTION.KEY VALUE changes a value of the file, as in
-    --training.max_steps 200. Exit status: 0 finished, 1 failed, 2 cannot start, 143 stopped by
+    --training.max_steps 200; so do --output, --task and --engine. Exit status: 0 finished, 1 failed, 2 cannot start, 143 stopped by
     SIGTERM after a checkpoint.
 
     Args:

@@ -40,7 +40,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._config, self._trainer = config, trainer
         self._bar: Bar | None = None
         self._time, self._tokens, self._step = 0.0, 0.0, 0
-        self.optimizer_seconds = 0.0
+        self.optimizer_seconds: list[float] = []
         self.step_seconds: list[float] = []
         self._step_start = self._optimizer_start = 0.0
 
@@ -64,7 +64,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._optimizer_start = time.perf_counter()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.optimizer_seconds += time.perf_counter() - self._optimizer_start
+        self.optimizer_seconds.append(time.perf_counter() - self._optimizer_start)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.step_seconds.append(time.perf_counter() - self._step_start)
@@ -121,6 +121,9 @@ def memory_text() -> str:
 def write_report(folder: Path, config: TrainConfig, trainer: Any, seconds: float) -> None:
     """Write report.html: curves, final metrics, answers, the optimizer's plan, timings, config.
 
+    Also writes timings.json: the seconds of each training step in this process, and of
+    `optimizer.step()` in them.
+
     Args:
         folder: of the run; answers.jsonl is read from it, if there is one.
         config: of the run.
@@ -143,10 +146,12 @@ def write_report(folder: Path, config: TrainConfig, trainer: Any, seconds: float
     timings = [
         ("all, with loading and evaluation", _duration(seconds)),
         ("training steps in this process", _duration(total)),
-        ("of them, optimizer.step()", _duration(progress.optimizer_seconds)),
+        ("of them, optimizer.step()", _duration(sum(progress.optimizer_seconds))),
         ("peak memory of rank 0", memory_text()),
     ]
     sections.append(("Timings", _table(("what", "value"), timings)))
+    seconds_by_step = {"step": progress.step_seconds, "optimizer": progress.optimizer_seconds}
+    (folder / "timings.json").write_text(json.dumps(seconds_by_step))
     plan = _optimizer(trainer).plan
     sections.append(("Plan of the optimizer", f"<pre>{html.escape(str(plan))}</pre>"))
     text = html.escape(json.dumps(config.to_dict(), indent=1))
