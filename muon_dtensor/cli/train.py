@@ -66,8 +66,8 @@ def train(
 
     Continues from the newest checkpoint of the output folder, so that the same command resumes a
     run that was stopped. --SECTION.KEY VALUE changes a value of the file, as in
-    --training.max_steps 200; so do --output, --task and --engine. Exit status: 0 finished, 1 failed, 2 cannot start, 143 stopped by
-    SIGTERM after a checkpoint.
+    --training.max_steps 200; so do --output, --task and --engine. Exit status: 0 finished, 1
+    failed, 2 cannot start, 143 stopped by SIGTERM after a checkpoint.
 
     Args:
         job: a YAML or TOML file; see docs/train.md.

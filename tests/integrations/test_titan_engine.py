@@ -9,7 +9,7 @@ import pytest
 from muon_dtensor.train.job import TrainConfig
 from tests.support.deadlines import run_program
 
-pytestmark = [pytest.mark.integrations]
+pytestmark = [pytest.mark.train]
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def titan():
+    pytest.importorskip("torchtitan")
     import tests.integrations.titan_trainer  # torchtitan on a CPU
     from muon_dtensor.train import titan
 

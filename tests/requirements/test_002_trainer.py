@@ -124,7 +124,7 @@ def killed(data, tmp_path_factory):
 
 def test_sync_failure_handling(killed):
     """The device that is left does not wait for the dead one: the run ends."""
-    values, run = killed
+    _, run = killed
     assert run.status == 1
     assert not (run.folder / "metrics.json").exists()
 
@@ -135,7 +135,7 @@ def test_device_failure_during_training(killed, double):
     assert trained(values).metrics == double.metrics
 
 
-def test_data_sharding(data, tmp_path):
+def test_data_sharding(tmp_path):
     """Rows of the ranks are disjoint, and together all rows."""
     from accelerate.data_loader import prepare_data_loader
     from torch.utils.data import DataLoader, SequentialSampler
@@ -143,10 +143,11 @@ def test_data_sharding(data, tmp_path):
     from muon_dtensor.train.data import load_data
     from muon_dtensor.train.job import DataSection
 
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"instruction": f"question {i}", "output": "x"}) for i in range(101)]
+    path.write_text("\n".join(lines))
     for streaming in (False, True):
-        section = DataSection(
-            train=str(data / "questions.jsonl"), streaming=streaming, shuffle_buffer=0
-        )
+        section = DataSection(train=str(path), streaming=streaming, shuffle_buffer=0)
         rows = load_data(section).train
         seen = []
         for rank in range(4):

@@ -166,10 +166,8 @@ def test_rank_0_reads_for_all_ranks(tmp_path, text, expected):
 
 
 def test_dotted_flags_are_overrides():
-    rest, values = cli.split_overrides(
-        ["train", "job.yaml", "--training.max_steps", "200", "--nproc", "4", "--data.test=0.1"]
-        + ["--output", "here", "--resume", "never"]
-    )
+    text = "train job.yaml --training.max_steps 200 --nproc 4 --data.test=0.1"
+    rest, values = cli.split_overrides([*text.split(), "--output", "here", "--resume", "never"])
     assert values.pop("output") == "here"
     assert (rest.pop(), rest.pop()) == ("never", "--resume")
     assert rest == ["train", "job.yaml", "--nproc", "4"]
