@@ -15,14 +15,14 @@ from muon_dtensor.planning.render import duration, quantity
 from muon_dtensor.runtime.torch_private import fake_process_group, local_part
 from muon_dtensor.train.data import check_data
 from muon_dtensor.train.job import TrainConfig
-from muon_dtensor.train.run import (
+from muon_dtensor.train.models import (
     MODEL_CLASSES,
     add_adapters,
     distributed_config,
     load_tokenizer,
     model_config,
-    training_arguments,
 )
+from muon_dtensor.train.trainer import training_arguments
 
 
 def print_dry_run(config: TrainConfig, ranks: int) -> None:

@@ -1,9 +1,13 @@
 """Perplexity, BLEU and ROUGE of a model on test rows, shared over data-parallel ranks."""
 
+import contextlib
+import dataclasses
+import json
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
-IGNORED = -100
-"""Label of tokens without a loss, in torch and transformers."""
+from muon_dtensor.train.masked import IGNORED, MaskedBatches
+from muon_dtensor.train.ranks import is_rank_0
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,69 @@ def text_scores(answers: Sequence[Answer], metrics: Sequence[str]) -> dict[str, 
     return scores
 
 
+class Evaluation:
+    """Evaluates a trainer's model on the test rows."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.step = -1
+        self.metrics: dict[str, float] = {}
+
+    def run(self) -> dict[str, float]:
+        """Return `eval_...` metrics of the model, and log them; once for each step."""
+        trainer, job = self.trainer, self.trainer.job
+        if self.step == trainer.state.global_step or job.split.test is None:
+            return self.metrics
+        section = job.config.evaluation
+        seconds = time.perf_counter()
+        self.metrics = {
+            f"eval_{name}": value
+            for name, value in perplexity(
+                trainer.model,
+                _test_rows(trainer),
+                part=job.part,
+                batch_size=section.batch_size,
+                pad_id=job.tokenizer.pad_token_id,
+                shift=job.config.task != "mlm",
+            ).items()
+        }
+        if set(section.metrics) - {"perplexity"}:
+            rows = job.split.test.select(range(min(section.samples, len(job.split.test))))
+            answers = generate_answers(
+                trainer.model,
+                job.tokenizer,
+                list(rows),
+                part=job.part,
+                batch_size=section.batch_size,
+                max_new_tokens=section.max_new_tokens,
+            )
+            scores = text_scores(answers, section.metrics)
+            self.metrics |= {f"eval_{name}": value for name, value in scores.items()}
+            lines = [json.dumps(dataclasses.asdict(answer)) + "\n" for answer in answers]
+            path = Path(job.config.output) / "answers.jsonl"
+            with contextlib.suppress(OSError):  # a full disk does not end a run; saves report it
+                if is_rank_0():
+                    path.write_text("".join(lines))
+        self.step = trainer.state.global_step
+        was_training = trainer.model.training
+        trainer.model.eval()  # in training mode SFTTrainer adds its metrics of training
+        trainer.log({**self.metrics, "eval_seconds": time.perf_counter() - seconds})
+        trainer.model.train(was_training)
+        return self.metrics
+
+
+def _test_rows(trainer: Any) -> list[dict[str, Any]]:
+    """Return the tokenized test rows; for masked models, with the same masks on every call."""
+    rows = trainer.eval_dataset
+    if trainer.job.config.task != "mlm":
+        return [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
+    collator = MaskedBatches(trainer.job.tokenizer, trainer.args.seed)
+    batches = [collator([row]) for row in rows]
+    return [
+        {name: batch[name][0].tolist() for name in ("input_ids", "labels")} for batch in batches
+    ]
+
+
 def _prompt_and_reference(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], str]:
     """Return the messages before the last answer of a row, and that answer."""
     if "completion" in row:
@@ -219,7 +286,7 @@ def _full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-@contextmanager
+@contextlib.contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     """A context without gradients and dropout. Afterwards FSDP2's parameters are sharded again."""
     was_training = model.training

@@ -24,8 +24,8 @@ from transformers import AutoTokenizer
 
 from muon_dtensor.integrations.torchtitan import muon_optimizers
 from muon_dtensor.train.data import load_data
-from muon_dtensor.train.evaluation import IGNORED
 from muon_dtensor.train.job import TrainConfig
+from muon_dtensor.train.masked import IGNORED
 
 DEFAULT_TRAINING = {
     "max_steps": 1000,

@@ -23,7 +23,8 @@ from muon_dtensor import (
 )
 from muon_dtensor.train.data import BadRowError
 from muon_dtensor.train.job import TrainConfig, shared_config
-from muon_dtensor.train.run import RunFailedError, evaluate, is_rank_0, run, start_processes
+from muon_dtensor.train.ranks import RunFailedError, is_rank_0, start_processes
+from muon_dtensor.train.run import evaluate, run
 
 FAILURES = (
     *(BadRowError, CheckpointError, MissingGradientError, NonFiniteGradientError),

@@ -223,8 +223,10 @@ def tokenized(data, lines):
     from transformers import AutoModelForCausalLM
 
     from muon_dtensor.train.data import load_data
+    from muon_dtensor.train.evaluation import Part
     from muon_dtensor.train.job import TrainConfig
-    from muon_dtensor.train.run import Job, Part, build_trainer, load_tokenizer, model_config
+    from muon_dtensor.train.models import load_tokenizer, model_config
+    from muon_dtensor.train.trainer import Job, build_trainer
 
     values = job(data, data / "unused", data={"train": str(lines), "test": None})
     config = TrainConfig.from_dict(values)
