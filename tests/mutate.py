@@ -1213,6 +1213,48 @@ FAULTS = [
             "    if False:",
         ),
     ),
+    *in_files(
+        "optimizer/full_state.py",
+        "run_checkpoints::shards_that_do_not_begin_their_storage_are_saved",
+        (
+            "a copy of a state shares memory with it",
+            "        return with_shard(value, shard.to(device or shard.device, copy=True))",
+            "        return with_shard(value, shard)",
+        ),
+    ),
+    *in_files(
+        "train/checkpoints.py",
+        "run_checkpoints",
+        (
+            "a rank whose notes cannot be written lets the others wait",
+            "        problem = self._problem(problem)\n",
+            "",
+        ),
+        (
+            "notes of a rank of another run are taken over",
+            '        if manifest["world_size"] != (1 if self._is_alone else dist.get_world_size()):',
+            "        if False:",
+        ),
+    ),
+    *in_files(
+        "train/job.py",
+        "train_config",
+        (
+            "overrides replace whole sections",
+            "            section = section.setdefault(part, {})\n",
+            "            section[part] = section = {}\n",
+        ),
+        (
+            "an error of rank 0 is not raised on the other ranks",
+            "    if problem:\n        raise ValueError(problem)\n",
+            "    if problem and dist.get_rank() == 0:\n        raise ValueError(problem)\n",
+        ),
+        (
+            "meshes that do not fit the ranks are accepted",
+            "        if len(free) > 1 or prod(sizes.values()) != world_size:",
+            "        if len(free) > 1:",
+        ),
+    ),
 ]
 
 

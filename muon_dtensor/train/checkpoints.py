@@ -175,9 +175,6 @@ class Checkpoints:
         error = future.exception()
         problem = self._problem("" if error is None else _last_line(error))
         if problem:
-            if self._is_writer:
-                for part in self.folder.glob("step-*.part"):  # makes room on a full disk
-                    shutil.rmtree(part, ignore_errors=True)
             raise self._error(problem)
 
     def complete(self) -> list[Path]:
@@ -265,6 +262,10 @@ class Checkpoints:
         return notes
 
     def _error(self, problem: str) -> CheckpointError:
+        """Return the error of a failed save, whose files are deleted."""
+        if self._is_writer:
+            for part in self.folder.glob("step-*.part"):
+                shutil.rmtree(part, ignore_errors=True)
         return CheckpointError(
             f"a checkpoint in {self.folder} could not be written ({problem}); "
             f"the complete checkpoints in this folder are unchanged"

@@ -70,8 +70,7 @@ def build_job(config: TrainConfig) -> Job:
     path = config.model.path
     if path is None:
         path = str(folder / "initial")
-        if is_rank_0():  # before any collective
-            values = model_config(config, tokenizer)
+        values = model_config(config, tokenizer)
 
         def write() -> None:
             if not (folder / "initial" / "config.json").exists():
@@ -150,6 +149,7 @@ def run(config: TrainConfig, resume: str = "auto") -> int:
         else:
             print_on_rank_0(f"{restored.path.name} is the last step of this run")
             trainer.state = transformers.TrainerState.load_from_json(f"{state_folder}/{STATE_FILE}")
+            trainer.state.is_world_process_zero = is_rank_0()  # the file is that of rank 0
             trainer.apply_checkpoint(restored.state)
     step = trainer.state.global_step
     if result is not None and trainer.last_saved != step:

@@ -160,12 +160,13 @@ class MuonTraining:
         """
         this: Any = self
         this.store_flos()
-        step = this.state.global_step
+        step, scaler = this.state.global_step, this.accelerator.scaler
         notes = {
             "config": self.job.config.to_dict(),
             "trainer": dataclasses.asdict(this.state),
             "scheduler": this.lr_scheduler.state_dict(),
             "loss": mean_over_ranks(this._tr_loss),
+            "scaler": None if scaler is None else scaler.state_dict(),
         }
         rank_notes = {
             "random": _random_state(),
@@ -214,6 +215,12 @@ class MuonTraining:
             return
         self.apply_checkpoint(self.restored.state)
         this.lr_scheduler.load_state_dict(self.restored.notes["scheduler"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Set the gradient scaler of `training.fp16`. Overrides the Trainer's method."""
+        this: Any = self
+        if self.restored is not None and this.accelerator.scaler is not None:
+            this.accelerator.scaler.load_state_dict(self.restored.notes["scaler"] or {})
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Set the random number generators. Overrides the Trainer's method."""

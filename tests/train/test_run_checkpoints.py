@@ -1,9 +1,11 @@
 """Checkpoints of a training run: gloo processes, real files, damaged ones."""
 
+import copy
 import json
 import logging
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from muon_dtensor import CheckpointError, Muon, group_parameters
@@ -200,3 +203,74 @@ def test_a_failed_save_raises_on_every_rank_and_keeps_the_older(
     messages = run_processes(4, save_on_a_folder_that_fails, str(tmp_path), asynchronous)
     assert all("could not be written (rank " in message for message in messages)
     assert (tmp_path / "step-1" / "manifest.json").exists()
+
+
+def save_offset_shards(folder: str) -> tuple[bool, list[Tensor], dict[str, Any] | None]:
+    """Save DTensors whose shard does not begin its storage, change them, and load them."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    rank = dist.get_rank()
+    values = torch.arange(12.0) + 100 * rank
+    tensor = DTensor.from_local(values[4:], mesh, (Shard(0),))
+    try:
+        copy.deepcopy(tensor)
+        is_copied_by_torch = True
+    except RuntimeError:
+        is_copied_by_torch = False
+    checkpoints = Checkpoints(folder, asynchronous=True)
+    state = {"x": tensor, "nested": [{"plain": torch.ones(2)}], "step": 3}
+    checkpoints.save(state, 1, rank_notes={"rank": rank})
+    values.zero_()  # while it is written
+    checkpoints.wait()
+    restored = checkpoints.load(lambda: state)
+    assert restored is not None
+    assert restored.state["step"] == 3
+    loaded = [restored.state["x"].to_local(), tensor.to_local()]
+    return is_copied_by_torch, loaded, restored.rank_notes
+
+
+def test_shards_that_do_not_begin_their_storage_are_saved(tmp_path):
+    """As transformers makes them; torch's own copies raise (torch 2.13)."""
+    for rank, results in enumerate(run_processes(2, save_offset_shards, str(tmp_path))):
+        _, (loaded, live), notes = results
+        assert torch.equal(loaded, torch.arange(4.0, 12.0) + 100 * rank)
+        assert not live.any()
+        assert notes == {"rank": rank}
+
+
+def load_elsewhere(folder: str) -> Any:
+    restored = Checkpoints(folder).load(lambda: {"w": torch.zeros(2)})
+    assert restored is not None
+    return restored.rank_notes, restored.notes
+
+
+def test_notes_of_a_rank_are_those_of_runs_of_as_many_ranks(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save({"w": torch.ones(2)}, 1, {"all": 1}, {"mine": 2})
+    restored = checkpoints.load(lambda: {"w": torch.zeros(2)})
+    assert (restored.rank_notes, restored.notes) == ({"mine": 2}, {"all": 1})
+    for result in run_processes(2, load_elsewhere, str(tmp_path)):
+        assert result == (None, {"all": 1})
+
+
+def save_where_one_rank_cannot(folder: str) -> tuple[str, list[str]]:
+    checkpoints = Checkpoints(folder, asynchronous=True)
+    checkpoints.save({"w": torch.ones(2)}, 1)
+    checkpoints.wait()
+    write = Path.write_text
+
+    def write_or_fail(path: Path, text: str) -> int:
+        if path.name == "rank-1.json":
+            raise OSError("no space on this node")
+        return write(path, text)
+
+    with mock.patch.object(Path, "write_text", write_or_fail), pytest.raises(CheckpointError) as e:
+        checkpoints.save({"w": torch.ones(2)}, 2)
+    checkpoints.save({"w": torch.ones(2)}, 3)  # the next one works
+    checkpoints.wait()
+    return str(e.value), [path.name for path in checkpoints.complete()]
+
+
+def test_a_rank_that_cannot_write_ends_the_save_on_all_ranks(tmp_path):
+    for message, complete in run_processes(2, save_where_one_rank_cannot, str(tmp_path)):
+        assert "rank 1: no space on this node" in message
+        assert complete == ["step-3", "step-1"]
