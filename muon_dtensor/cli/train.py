@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from muon_dtensor import CheckpointError
 from muon_dtensor.train.job import TrainConfig
 
 PACKAGES = (
@@ -86,6 +87,8 @@ def train(
 
             print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
             return 0
+        if dry_run and config.engine == "torchtitan":
+            raise ValueError("--dry-run needs engine: transformers")
         if dry_run:
             from muon_dtensor.cli.train_dry_run import print_dry_run
 
@@ -125,11 +128,16 @@ def export(job: Job, out: Path | None = None, checkpoint: str = "auto") -> int:
     try:
         _check_installed()
         config = TrainConfig.load(job, overrides)
+        if config.engine == "torchtitan":
+            raise ValueError("export needs engine: transformers")
         from muon_dtensor.train.run import export_checkpoint
 
         folder = export_checkpoint(config, out or Path(config.output) / "model", checkpoint)
     except (ValueError, OSError, ImportError) as error:
         return _refuse("export", error)
+    except CheckpointError as error:
+        _refuse("export", error)
+        return 1
     print(folder)
     return 0
 

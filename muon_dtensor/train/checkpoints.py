@@ -251,7 +251,12 @@ class Checkpoints:
         path = part.with_suffix("")
         shutil.rmtree(path, ignore_errors=True)
         os.rename(part, path)
-        for old in self.complete()[self._keep :]:
+        complete = self.complete()
+        later = complete[: complete.index(path)]
+        if later:  # this run continued from an earlier step than the newest
+            names = ", ".join(old.name for old in later)
+            logger.warning("%s: %s of an earlier run replaced by %s", self.folder, names, path.name)
+        for old in (*later, *complete[len(later) + self._keep :]):
             shutil.rmtree(old)
 
     def _rank_notes(self, path: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | None:

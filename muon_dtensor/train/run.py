@@ -211,7 +211,9 @@ def export_checkpoint(config: TrainConfig, folder: Path, checkpoint: str = "auto
 
     Raises CheckpointError if there is no checkpoint that can be read.
     """
-    single = dataclasses.replace(config, parallelism=type(config.parallelism)())
+    single = dataclasses.replace(
+        config, parallelism=type(config.parallelism)(), islands=type(config.islands)()
+    )
     checkpoints = Checkpoints(Path(config.output) / "checkpoints")
     path = Path(config.output) / "initial" if config.model.path is None else config.model.path
     model = load_model(single, str(path), single.mesh_sizes(1))

@@ -274,3 +274,17 @@ def test_a_rank_that_cannot_write_ends_the_save_on_all_ranks(tmp_path):
     for message, complete in run_processes(2, save_where_one_rank_cannot, str(tmp_path)):
         assert "rank 1: no space on this node" in message
         assert complete == ["step-3", "step-1"]
+
+
+def test_a_run_that_goes_back_replaces_later_checkpoints(tmp_path, caplog):
+    """Otherwise the checkpoints of the abandoned steps would be resumed, and new ones deleted."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (2, 4, 6):
+        checkpoints.save({"w": torch.full((2,), float(step))}, step)
+    assert [path.name for path in checkpoints.complete()] == ["step-6", "step-4"]
+    with caplog.at_level(logging.WARNING):
+        checkpoints.save({"w": torch.full((2,), 5.0)}, 5)
+    assert [path.name for path in checkpoints.complete()] == ["step-5", "step-4"]
+    assert "step-6 of an earlier run replaced by step-5" in caplog.text
+    restored = checkpoints.load(lambda: {"w": torch.zeros(2)})
+    assert restored.state["w"].tolist() == [5, 5]
