@@ -173,7 +173,11 @@ class Checkpoints:
             return
         future, self._in_progress = self._in_progress, None
         error = future.exception()
-        problem = self._problem("" if error is None else _last_line(error))
+        reason = ""
+        if error is not None:  # torch's own message does not say that a disk is full
+            free = shutil.disk_usage(self.folder).free
+            reason = f"{_last_line(error)}; its disk has {free / 1e6:,.1f} MB free"
+        problem = self._problem(reason)
         if problem:
             raise self._error(problem)
 
