@@ -1,1 +1,1 @@
-"""The `muon-dtensor` command: demo, plan, calibrate, validate. Needs the `cli` extra."""
+"""The `muon-dtensor` command: demo, plan, calibrate, validate, train. Needs the `cli` extra."""

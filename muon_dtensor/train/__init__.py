@@ -1,1 +1,1 @@
-"""Training runs around the optimizer: checkpoints."""
+"""Training runs around the optimizer, see docs/train.md; `checkpoints` and `job` need no extra."""

@@ -39,7 +39,6 @@ class Membership:
             ) from error
         if not dist.is_initialized():  # torchft's Manager needs the store of a job
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-            os.environ.setdefault("MASTER_PORT", "0")
             store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)  # type: ignore[attr-defined]
             os.environ["MASTER_PORT"] = str(store.port)
             dist.init_process_group("gloo", store=store, rank=0, world_size=1)
