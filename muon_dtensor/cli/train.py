@@ -89,6 +89,8 @@ def train(
             return 0
         if dry_run and config.engine == "torchtitan":
             raise ValueError("--dry-run needs engine: transformers")
+        if dry_run and config.islands.compress_gradients is not None:
+            raise ValueError("--dry-run does not plan islands.compress_gradients")
         if dry_run:
             from muon_dtensor.cli.train_dry_run import print_dry_run
 

@@ -101,7 +101,7 @@ def distributed_config(sizes: Mapping[str, int], ep: int) -> DistributedConfig |
 
 
 def load_model(config: TrainConfig, path: str, sizes: Mapping[str, int]) -> nn.Module:
-    """Return the model of a folder, sharded, with adapters if asked for."""
+    """Return the model of a folder or of the Hub, sharded over a mesh of these sizes."""
     keywords: dict[str, Any] = {}
     sharding = distributed_config(sizes, config.parallelism.ep)
     wire = config.islands.compress_gradients

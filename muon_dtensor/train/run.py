@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 
 from muon_dtensor import CheckpointError
 from muon_dtensor.train.checkpoints import Checkpoints, Restored
-from muon_dtensor.train.data import load_data
+from muon_dtensor.train.data import BadRowError, load_data
 from muon_dtensor.train.evaluation import Part
 from muon_dtensor.train.job import TrainConfig, differences
 from muon_dtensor.train.models import (
@@ -122,7 +122,7 @@ def run(config: TrainConfig, resume: str = "auto") -> int:
         ValueError: config, data and model do not fit.
         CheckpointError: checkpoints exist and none can be read.
         NonFiniteGradientError: with `optimizer.nonfinite: raise`.
-        RunFailedError: the last checkpoint could not be written.
+        RunFailedError: the last checkpoint could not be written, or training raised another error.
     """
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ def run(config: TrainConfig, resume: str = "auto") -> int:
     result: Any = None
     with without_known_warnings(), _trainer_state(restored) as state_folder:
         if restored is None or restored.step < _max_steps(trainer):
-            result = trainer.train(resume_from_checkpoint=state_folder)
+            result = _trained(trainer, state_folder)
         else:
             print_on_rank_0(f"{restored.path.name} is the last step of this run")
             trainer.state = transformers.TrainerState.load_from_json(f"{state_folder}/{STATE_FILE}")
@@ -228,6 +228,20 @@ def export_checkpoint(config: TrainConfig, folder: Path, checkpoint: str = "auto
     set_model_state_dict(model, restored.state["model"], options=StateDictOptions(strict=False))
     export_model(model, load_tokenizer(config), folder)
     return folder
+
+
+def _trained(trainer: Any, state_folder: str | None) -> Any:
+    """Return the result of `train`.
+
+    Raises RunFailedError for errors that before training mean that a run cannot start.
+    """
+    try:
+        return trainer.train(resume_from_checkpoint=state_folder)
+    except BadRowError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        step = trainer.state.global_step
+        raise RunFailedError(f"after step {step}: {type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager

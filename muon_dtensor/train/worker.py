@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def main(settings: dict[str, Any]) -> int:
                 (Path(config.output) / "evaluation.json").write_text(text)
                 print(text)
     except FAILURES as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
         status, message = 1, str(error)
     except (ValueError, OSError, ImportError) as error:
         status, message = 2, str(error)

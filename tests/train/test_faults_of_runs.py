@@ -179,6 +179,28 @@ def test_a_tokenizer_without_a_template_needs_one(data, tmp_path):
     assert trained(values).metrics["step"] == 2
 
 
+def test_an_error_in_training_has_its_traceback(data, tmp_path, monkeypatch, capsys):
+    """A ValueError there is not one of the config: status 1, and the place where it was raised."""
+    from muon_dtensor.train import trainer, worker
+
+    def training_step(*args):
+        raise ValueError("raised in a step")
+
+    monkeypatch.setattr(trainer.MuonSFTTrainer, "training_step", training_step)
+    values = job(data, tmp_path / "run", checkpoint={"asynchronous": False})
+    path = write_job(values, tmp_path / "job.yaml")
+    settings = {"path": str(path), "overrides": {}, "resume": "auto", "mode": "train"}
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        status = worker.main({**settings, "status_folder": str(tmp_path)})
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    message = "after step 0: ValueError: raised in a step"
+    assert status == 1
+    assert json.loads((tmp_path / "rank-00000000").read_text()) == [1, message]
+    assert "in training_step" in capsys.readouterr().err
+
+
 def test_a_finished_run_is_not_trained_again(data, tmp_path):
     values = job(data, tmp_path / "run", training={"max_steps": 2})
     first = trained(values)
