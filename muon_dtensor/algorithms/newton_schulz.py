@@ -45,8 +45,10 @@ def quintic_in_place(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
         torch.matmul(x, x.mT, out=gram)
         addmm(gram, gram, gram, beta=b, alpha=c, out=polynomial)
         addmm(x, polynomial, x, beta=a, out=result)
-        # the first x may be transposed; the strides of operands change how products round
-        x, result = result, x if x.is_contiguous() else x.mT.reshape(x.shape)
+        # the first x may be transposed; the strides of operands change how products round, also
+        # those of a single row
+        is_like_result = x.stride() == result.stride()
+        x, result = result, x if is_like_result else x.mT.reshape(x.shape)
     return x
 
 

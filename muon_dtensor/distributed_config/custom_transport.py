@@ -154,5 +154,6 @@ class CustomTransport:
             x = to_matrix(view_box(direction, box).contiguous(), matrix)
             polar_factor = options.polar_factor(x, self.dtype).to(full_tensor.dtype)
             scale = adjusted_lr(1.0, options.adjust_lr_fn, matrix.rows, matrix.cols)
-            view_box(result, box).copy_(from_matrix(polar_factor * scale, matrix))
+            target = view_box(result, box)
+            target.copy_(from_matrix(polar_factor * scale, matrix).reshape(target.shape))
         return result

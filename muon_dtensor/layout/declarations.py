@@ -9,6 +9,7 @@ from math import prod
 from muon_dtensor.errors import RefusalError
 from muon_dtensor.layout import Matrix, Region
 from muon_dtensor.layout.matrices import matrices_of
+from muon_dtensor.layout.region import region_of
 
 Axes = tuple[str, ...]
 
@@ -20,39 +21,47 @@ class Declaration:
     """How each parameter of a param group is divided into matrices.
 
     `pattern`: an einops pattern. The last two axes of its result are rows and columns, those
-    before them are batch axes. With `split_sizes` it is one pattern for all blocks, or a tuple with
-    one for each block (None: divide the block as `matrices_of` does). `axes`: lengths of axes that
-    the shape does not determine. `split_sizes`: sizes of consecutive blocks along tensor dim
-    `split_dim`.
+    before them are batch axes, which may be anywhere in the tensor. With `split_sizes` it is one
+    pattern for all blocks, or a tuple with one for each block (None: divide the block as
+    `matrices_of` does). `axes`: lengths of axes that the shape does not determine. `split_sizes`:
+    sizes of consecutive blocks along `split_dim`: a tensor dim, or the name of an axis of the
+    patterns, each of which describes the whole tensor then.
     """
 
     pattern: str | tuple[str | None, ...] | None = None
     axes: tuple[tuple[str, int], ...] = ()
     split_sizes: tuple[int, ...] | None = None
-    split_dim: int = 0
+    split_dim: int | str = 0
 
     def matrices(self, shape: tuple[int, ...]) -> tuple[Matrix, ...]:
         """Return the matrices of a parameter of this global shape; none if it has no elements.
 
         Raises RefusalError if the declaration does not fit the shape.
         """
+        num_blocks = 1 if self.split_sizes is None else len(self.split_sizes)
+        patterns = self.pattern
+        if not isinstance(patterns, tuple):
+            patterns = (patterns,) * num_blocks
+        if len(patterns) != num_blocks:
+            raise RefusalError(
+                f"matrix has {len(patterns)} patterns for {num_blocks} blocks.",
+                "Give one pattern for each of split_sizes, None for a whole block.",
+            )
+        axes = dict(self.axes)
+        matrices: list[Matrix] = []
+        if isinstance(self.split_dim, str):
+            for index, pattern in enumerate(patterns):
+                block_of_axis = AxisBlock(self.split_dim, self.split_sizes or (), index)
+                matrices += pattern_matrices(pattern or "", shape, axes, block_of_axis)
+            return tuple(matrices)
         blocks = [Region.of_shape(shape)]
         if self.split_sizes is not None:
             blocks = split(shape, self.split_sizes, self.split_dim)
-        patterns = self.pattern
-        if not isinstance(patterns, tuple):
-            patterns = (patterns,) * len(blocks)
-        if len(patterns) != len(blocks):
-            raise RefusalError(
-                f"matrix has {len(patterns)} patterns for {len(blocks)} blocks.",
-                "Give one pattern for each of split_sizes, None for a whole block.",
-            )
-        matrices: list[Matrix] = []
         for block, pattern in zip(blocks, patterns, strict=True):
             block_matrices = (
                 matrices_of(block.shape)
                 if pattern is None
-                else pattern_matrices(pattern, block.shape, dict(self.axes))
+                else pattern_matrices(pattern, block.shape, axes)
             )
             matrices += [matrix.moved_by(block.start) for matrix in block_matrices]
         return tuple(matrices)
@@ -83,15 +92,46 @@ def split(shape: tuple[int, ...], sizes: Sequence[int], tensor_dim: int) -> list
     return blocks
 
 
+@dataclass(frozen=True, slots=True)
+class AxisBlock:
+    """One of the blocks of these sizes along an axis of a pattern, by index."""
+
+    axis: str
+    sizes: tuple[int, ...]
+    index: int
+
+    def interval(self, lengths: Mapping[str, int]) -> tuple[int, int]:
+        """Return the block's first number on the axis and its size.
+
+        Raises RefusalError if there is no such axis or the sizes do not sum to its length.
+        """
+        if self.axis not in lengths:
+            raise RefusalError(
+                f"split_dim is '{self.axis}', which is none of its axes.",
+                f"Name one of them: {', '.join(n for n in lengths if not n.startswith(UNIT))}.",
+            )
+        if sum(self.sizes) != lengths[self.axis]:
+            raise RefusalError(
+                f"split_sizes {self.sizes} sum to {sum(self.sizes)}, axis {self.axis} has length "
+                f"{lengths[self.axis]}.",
+                "Give sizes that sum to the length of the axis.",
+            )
+        return sum(self.sizes[: self.index]), self.sizes[self.index]
+
+
 def pattern_matrices(
-    pattern: str, shape: tuple[int, ...], axes: Mapping[str, int]
+    pattern: str,
+    shape: tuple[int, ...],
+    axes: Mapping[str, int],
+    block: AxisBlock | None = None,
 ) -> tuple[Matrix, ...]:
     """Return the matrices of a pattern on a tensor of this shape, batch in row-major order.
 
-    Raises RefusalError if einops rejects the pattern or its matrices are not boxes of the tensor.
+    `block`: of an axis, to which the matrices are limited. Raises RefusalError if einops rejects
+    the pattern.
     """
     try:
-        return _pattern_matrices(pattern, shape, axes)
+        return _pattern_matrices(pattern, shape, axes, block)
     except RefusalError as refusal:
         lengths = ", ".join(f"{name}={size}" for name, size in axes.items()) or "none"
         context = f"Pattern '{pattern}' on {list(shape)}, axis lengths given: {lengths}."
@@ -99,7 +139,7 @@ def pattern_matrices(
 
 
 def _pattern_matrices(
-    pattern: str, shape: tuple[int, ...], axes: Mapping[str, int]
+    pattern: str, shape: tuple[int, ...], axes: Mapping[str, int], block: AxisBlock | None
 ) -> tuple[Matrix, ...]:
     left, right = _parse(pattern)
     if len(right) < 2:
@@ -112,33 +152,32 @@ def _pattern_matrices(
             f"Axes on one side only: {', '.join(unmatched)}.", "Name every axis on both sides."
         )
     lengths = _solve(left, shape, axes) | {n: 1 for n in names[1] if n.startswith(UNIT)}
-    if 0 in shape:
+    first_of = dict.fromkeys(lengths, 0)
+    strides = {
+        name: prod(lengths[inner] for inner in composite[position + 1 :])
+        for composite in left
+        for position, name in enumerate(composite)
+    }
+    if block is not None:
+        first_of[block.axis], lengths[block.axis] = block.interval(lengths)
+    if 0 in shape or 0 in lengths.values():
         return ()
     batch = [name for composite in right[:-2] for name in composite]
     rows, cols = (prod(lengths[name] for name in composite) for composite in right[-2:])
     box_axes = [tuple(name for name in composite if name not in batch) for composite in left]
-    for composite, inner in zip(left, box_axes, strict=True):
-        inner_axes = [name for name in inner if lengths[name] > 1]
-        all_axes = [name for name in composite if lengths[name] > 1]
-        if all_axes[len(all_axes) - len(inner_axes) :] != inner_axes:
-            raise RefusalError(
-                f"In ({' '.join(composite)}) the batch axes are not the outer ones, so a matrix "
-                "is not a box of the tensor.",
-                "Store the tensor with batch axes (heads, experts) outermost.",
-            )
     pattern_of_box, lengths_of_box = _box_pattern(box_axes, right[-2:], lengths)
     matrices = []
-    for indices in product(*(range(lengths[name]) for name in batch)):
-        batch_index = dict(zip(batch, indices, strict=True))
-        start, stop = [], []
-        for composite, inner in zip(left, box_axes, strict=True):
-            size, index = prod(lengths[name] for name in inner), 0
-            for name in composite:
-                if name in batch_index:
-                    index = index * lengths[name] + batch_index[name]
-            start.append(index * size)
-            stop.append((index + 1) * size)
-        region = Region(tuple(start), tuple(stop))
+    for indices in product(*(range(first_of[n], first_of[n] + lengths[n]) for n in batch)):
+        index_of = {**first_of, **dict(zip(batch, indices, strict=True))}
+        region = region_of(
+            [
+                (
+                    sum(index_of[name] * strides[name] for name in composite),
+                    [(lengths[name], strides[name]) for name in inner],
+                )
+                for composite, inner in zip(left, box_axes, strict=True)
+            ]
+        )
         matrices.append(Matrix(region, rows, cols, pattern_of_box, lengths_of_box))
     return tuple(matrices)
 

@@ -140,6 +140,9 @@ class Layout:
         parts: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = [(0, (), ())]
         for tensor_dim, (dims, bounds) in enumerate(zip(self.cuts, self._bounds, strict=True)):
             low, high = region.start[tensor_dim], region.stop[tensor_dim]
+            indices = region.index_sets[tensor_dim] if region.index_sets else None
+            if indices is not None:
+                bounds = tuple(map(indices.count_below, bounds))
             overlaps = [
                 (self.mesh.offset_of(index, dims), max(low, first), min(high, last))
                 for index, (first, last) in enumerate(pairwise(bounds))
@@ -150,7 +153,8 @@ class Layout:
                 for home, start, stop in parts
                 for offset, first, last in overlaps
             ]
-        return {home: Region(start, stop) for home, start, stop in sorted(parts)}
+        sets = region.index_sets
+        return {home: Region(start, stop, sets) for home, start, stop in sorted(parts)}
 
     def home(self, position: int) -> int:
         """Return the position in the first replica that stores the same shard as this one."""

@@ -1,14 +1,15 @@
-"""Logical matrices: the boxes of a parameter that Muon orthogonalizes, each on its own.
+"""Logical matrices: the parts of a parameter that Muon orthogonalizes, each on its own.
 
-They are boxes of the global tensor, so every mesh gives the same update.
+They are regions of the global tensor, so every mesh gives the same update.
 """
 
+import re
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 
 from muon_dtensor.errors import RefusalError
-from muon_dtensor.layout.region import Region
+from muon_dtensor.layout.region import Region, region_of
 
 TO_ADAMW = (
     "Give it to AdamW: Muon(group_parameters(model)) sorts a whole model, or a param group with "
@@ -18,12 +19,13 @@ TO_ADAMW = (
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A box of a parameter that is orthogonalized on its own, as `rows` x `cols`.
+    """A region of a parameter that is orthogonalized on its own, as `rows` x `cols`.
 
-    The box has as many elements as the matrix, but its shape may differ: the box of a convolution
-    is reshaped, a parameter stored flat holds each matrix as an interval. Without a `pattern` box
-    and matrix have the same row-major order. Otherwise `einops.rearrange` with `pattern` and the
-    lengths `axes` brings the box to [rows, cols].
+    The region has as many elements as the matrix, but its shape may differ: the box of a
+    convolution is reshaped, a parameter stored flat holds each matrix as an interval, and the
+    region of an interleaved matrix has index sets. Without a `pattern` the elements of region and
+    matrix have the same row-major order. Otherwise `einops.rearrange` with `pattern` and the
+    lengths `axes` brings a tensor of the shape of the region to [rows, cols].
     """
 
     region: Region
@@ -41,12 +43,8 @@ class Matrix:
         return self.rows * self.cols
 
     def moved_by(self, offset: tuple[int, ...]) -> "Matrix":
-        """Return the matrix in the coordinates of a larger tensor; `offset` is added to its box."""
-        start, stop = (
-            tuple(a + o for a, o in zip(ends, offset, strict=True))
-            for ends in (self.region.start, self.region.stop)
-        )
-        return replace(self, region=Region(start, stop))
+        """Return the matrix in the coordinates of a larger tensor, in which it begins later."""
+        return replace(self, region=self.region.moved_by(offset))
 
 
 def matrices_of(shape: tuple[int, ...]) -> tuple[Matrix, ...]:
@@ -84,14 +82,14 @@ def slabs_of(matrix: Matrix, count: int) -> tuple[Region, ...]:
         region, size = matrix.region, matrix.region.shape[dim]
         ends = [region.start[dim] + size * index // count for index in range(count + 1)]
         if size >= count:
-            return tuple(_with_ends(region, dim, *block) for block in pairwise(ends))
+            return tuple(region.with_ends(dim, *block) for block in pairwise(ends))
     return ()
 
 
 def is_slab(matrix: Matrix, region: Region) -> bool:
     """Whether a box inside a matrix is not empty and contains its short side completely."""
     return region.numel > 0 and any(
-        region == _with_ends(matrix.region, dim, region.start[dim], region.stop[dim])
+        region == matrix.region.with_ends(dim, region.start[dim], region.stop[dim])
         for dim in _long_dims(matrix)
     )
 
@@ -130,25 +128,17 @@ def _long_dims(matrix: Matrix) -> tuple[int, ...]:
     return tuple(dim for dim in outermost if dim is not None)
 
 
-def _with_ends(region: Region, dim: int, first: int, last: int) -> Region:
-    """Return a box with another interval on one tensor dim."""
-    start, stop = list(region.start), list(region.stop)
-    start[dim], stop[dim] = first, last
-    return Region(tuple(start), tuple(stop))
-
-
 def flattened(matrix: Matrix, shape: tuple[int, ...]) -> Matrix:
-    """Return the matrix as an interval of the elements of its tensor, of this shape, stored flat.
-
-    Raises RefusalError if the elements of the matrix are not consecutive.
-    """
-    sizes = matrix.region.shape
-    first = matrix.region.offset_in(shape)
-    last = first + sum((n - 1) * prod(shape[d + 1 :]) for d, n in enumerate(sizes))
-    if last - first + 1 != matrix.numel or matrix.pattern:
-        raise RefusalError(
-            "It is a slice of a flat parameter of FSDP1, and a declared matrix is not a run of "
-            "consecutive elements.",
-            "Declare row blocks only (batch axes outermost), or use fully_shard (FSDP2).",
-        )
-    return Matrix(Region((first,), (first + matrix.numel,)), matrix.rows, matrix.cols)
+    """Return the matrix as a part of its tensor, of this shape, stored flat."""
+    strides = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    axes = [
+        (length, stride * step)
+        for dim_axes, stride in zip(matrix.region.axes, strides, strict=True)
+        for length, step in dim_axes
+    ]
+    pattern = matrix.pattern
+    if pattern:
+        left, right = pattern.split(" -> ")
+        pattern = f"({re.sub(r'[()]', '', left)}) -> {right}"
+    region = region_of([(matrix.region.offset_in(shape), axes)])
+    return replace(matrix, region=region, pattern=pattern)

@@ -437,10 +437,16 @@ def declaration_of(group: Mapping[str, Any]) -> Declaration:
         isinstance(sizes, (tuple, list)) and sizes and all(type(n) is int and n > 0 for n in sizes)
     ):
         raise GroupOptionError(f"split_sizes must be integers above 0, got {sizes!r}")
-    if type(split_dim) is not int:
-        raise GroupOptionError(f"split_dim must be an integer, got {split_dim!r}")
+    if type(split_dim) not in (int, str):
+        raise GroupOptionError(
+            f"split_dim must be a tensor dim or the name of an axis of matrix, got {split_dim!r}"
+        )
     if split_dim != 0 and sizes is None:
-        raise GroupOptionError(f"split_dim={split_dim} has no effect without split_sizes")
+        raise GroupOptionError(f"split_dim={split_dim!r} has no effect without split_sizes")
+    if isinstance(split_dim, str) and None in patterns:
+        raise GroupOptionError(
+            f"split_dim={split_dim!r} names an axis, so each block needs a pattern in matrix"
+        )
     texts = [p for p in patterns if p is not None]
     if unused := [
         n for n in axes or {} if not any(re.search(rf"\b{re.escape(n)}\b", p) for p in texts)

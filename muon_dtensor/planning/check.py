@@ -43,12 +43,12 @@ def _matrix_problems(plan: Plan) -> list[str]:
 
 
 def _overlap(regions: tuple[Region, ...]) -> bool:
-    ordered = sorted((r for r in regions if r.numel), key=lambda r: r.start)
-    for index, region in enumerate(ordered):
-        for other in ordered[index + 1 :]:
-            if other.start[:1] >= region.stop[:1] and region.start[:1]:
+    ordered = sorted(((r.bounding_box, r) for r in regions if r.numel), key=lambda r: r[0].start)
+    for index, (box, region) in enumerate(ordered):
+        for other_box, other in ordered[index + 1 :]:
+            if other_box.start[:1] >= box.stop[:1] and box.start[:1]:
                 break
-            if region.intersect(other).numel:
+            if region.shares_elements(other):
                 return True
     return False
 

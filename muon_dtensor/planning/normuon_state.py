@@ -48,14 +48,15 @@ def moment_cuts(layout: Layout, matrices: tuple[Matrix, ...]) -> tuple[str, ...]
         return ()
     cut = _layout(layout.mesh, matrices, dims)
     offsets = _offsets(matrices)
+    boxes = [matrix.region.bounding_box for matrix in matrices]
     for index in range(layout.mesh.num_ranks_along(dims)):
         position = layout.mesh.offset_of(index, dims)
         region = layout.region(position)
         low, high = region.start[0], region.stop[0]
         overlapping = [
             number
-            for number, matrix in enumerate(matrices)
-            if max(low, matrix.region.start[0]) < min(high, matrix.region.stop[0])
+            for number in range(len(matrices))
+            if max(low, boxes[number].start[0]) < min(high, boxes[number].stop[0])
         ]
         rows = {offset for n in overlapping for offset in range(offsets[n], offsets[n + 1])}
         first, last = _interval(cut, position)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import accumulate
 
 from muon_dtensor.layout import Layout
+from muon_dtensor.layout.region import IndexSet
 from muon_dtensor.planning.cost import PlanCost
 from muon_dtensor.planning.matrix_costs import matrix_flops
 from muon_dtensor.planning.memory import bucket_peak_nbytes
@@ -348,8 +349,7 @@ def explain(plan: Plan, fqn: str) -> str:
         for assignment in bucket.assignments:
             if assignment.param == index:
                 region = plan.region(assignment)
-                ends = zip(region.start, region.stop, strict=True)
-                box = f"[{', '.join(f'{first}:{last}' for first, last in ends)}]"
+                box = f"[{', '.join(_indices_text(*dim) for dim in region.per_dim)}]"
                 matrix_lines = tuple(_matrix_lines(plan, number, bucket, assignment))
                 rank = bucket.mesh.ranks[assignment.owner]
                 equal.setdefault(matrix_lines, []).append((box, rank))
@@ -366,6 +366,18 @@ def explain(plan: Plan, fqn: str) -> str:
     if not equal:
         lines.append("  no elements, nothing to do")
     return "\n".join(lines)
+
+
+def _indices_text(first: int, last: int, indices: IndexSet | None) -> str:
+    """Return the indices of one tensor dim of a region as text."""
+    if indices is None:
+        return f"{first}:{last}"
+    first = indices.first
+    *outer, (length, stride) = indices.axes
+    text = f"{first}:{first + (length - 1) * stride + 1}" + (f":{stride}" if stride > 1 else "")
+    for count, period in reversed(outer):
+        text += f", {count} times every {period}"
+    return f"({text})" if outer else text
 
 
 def _matrix_lines(plan: Plan, number: int, bucket: Bucket, assignment: Assignment) -> Iterator[str]:

@@ -29,7 +29,7 @@ Piece = tuple[Assignment, Region]
 
 @dataclass(frozen=True)
 class Slot:
-    """A piece in a flat buffer; `region` in coordinates of the parameter."""
+    """A piece in a flat buffer, or one of the strided parts of a piece."""
 
     assignment: Assignment
     region: Region
@@ -37,7 +37,8 @@ class Slot:
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        return self.region.shape
+        """The shape of views of the slot: in the buffer, and in a shard."""
+        return self.region.view_shape
 
     @cached_property
     def stop(self) -> int:
@@ -140,7 +141,7 @@ class RankBucket:
 
     @cached_property
     def momentum_regions(self) -> tuple[tuple[int, Region], ...]:
-        """Per parameter the pieces of its momentum; its whole shard if they are all of it."""
+        """Per parameter the parts of its momentum; its whole shard if they are all of it."""
         by_param: dict[int, list[Region]] = defaultdict(list)
         for assignment, region in self.momenta:
             by_param[assignment.param].append(region)
@@ -149,7 +150,7 @@ class RankBucket:
             shard = self.momentum_shards[param]
             if sum(region.numel for region in regions) == shard.numel:
                 regions = [shard]
-            result += [(param, region) for region in regions]
+            result += [(param, part) for region in regions for part in region.strided_parts()]
         return tuple(result)
 
     def batches(self, options: PlanOptions) -> tuple[tuple[Assignment, ...], ...]:
@@ -262,7 +263,11 @@ def _to_replicas(view: _RankView, collective: Collective, source: Packing) -> Ra
     for slot in source.slots:
         a = slot.assignment
         if a not in homes:
-            homes[a] = {box: home for home, box in view.plan.holders(a).items()}
+            homes[a] = {
+                part: home
+                for home, piece in view.plan.holders(a).items()
+                for part in piece.strided_parts()
+            }
         home = homes[a][slot.region]
         slots_of[mesh.moved(home, replica_dims, to=0)].append(slot)
     send = [tuple(slots_of[mesh.moved(peer, replica_dims, to=0)]) for peer in peers]
@@ -300,9 +305,10 @@ def _pack(by_peer: Sequence[Sequence[Piece]]) -> Packing:
     offset, packed = 0, []
     for pieces in by_peer:
         slots = []
-        for assignment, region in pieces:
-            slots.append(Slot(assignment, region, offset))
-            offset += region.numel
+        for assignment, piece in pieces:
+            for region in piece.strided_parts():
+                slots.append(Slot(assignment, region, offset))
+                offset += region.numel
         packed.append(tuple(slots))
     return Packing(tuple(packed))
 

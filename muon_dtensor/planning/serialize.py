@@ -11,6 +11,7 @@ from typing import Any
 
 from muon_dtensor.layout import Layout, Matrix, MeshSpec, Region
 from muon_dtensor.layout.matrices import matrices_of
+from muon_dtensor.layout.region import IndexSet
 from muon_dtensor.planning.check import check
 from muon_dtensor.planning.plan import (
     Action,
@@ -78,7 +79,11 @@ def _param_to_json(spec: ParamSpec, mesh: int) -> dict[str, Any]:
         value["bounds"] = [list(ends) for ends in spec.layout.bounds]
     if len(spec.shape) not in (2, 3) or spec.matrices != matrices_of(spec.shape):
         value["matrices"] = [
-            [list(m.region.start), list(m.region.stop), m.rows, m.cols, m.pattern, list(m.axes)]
+            [
+                *(list(end) for end in (m.region.start, m.region.stop)),
+                *(m.rows, m.cols, m.pattern, list(m.axes)),
+                *_index_sets_to_json(m.region),
+            ]
             for m in spec.matrices
         ]
     return value
@@ -100,14 +105,32 @@ def _bucket_to_json(bucket: Bucket, mesh: int) -> dict[str, Any]:
 
 
 def _assignment_to_json(a: Assignment) -> list[Any]:
-    slab = [] if a.slab is None else [list(a.slab.start), list(a.slab.stop)]
-    return [a.param, a.matrix, a.owner, *slab]
+    if a.slab is None:
+        return [a.param, a.matrix, a.owner]
+    ends = (list(end) for end in (a.slab.start, a.slab.stop))
+    return [a.param, a.matrix, a.owner, *ends, *_index_sets_to_json(a.slab)]
 
 
 def _assignment_from_json(value: list[Any]) -> Assignment:
-    param, matrix, owner, *ends = value
-    slab = Region(*(tuple(end) for end in ends)) if ends else None
-    return Assignment(param, matrix, owner, slab)
+    param, matrix, owner, *slab = value
+    return Assignment(param, matrix, owner, _region_from_json(*slab) if slab else None)
+
+
+def _index_sets_to_json(region: Region) -> list[Any]:
+    """Return a list of one value, or an empty one if the region has no index sets."""
+    if not region.index_sets:
+        return []
+    return [[[s.first, [list(a) for a in s.axes]] if s else None for s in region.index_sets]]
+
+
+def _region_from_json(start: list[int], stop: list[int], *index_sets: Any) -> Region:
+    sets = tuple(
+        IndexSet(value[0], tuple((length, stride) for length, stride in value[1]))
+        if value
+        else None
+        for value in (index_sets[0] if index_sets else ())
+    )
+    return Region(tuple(start), tuple(stop), sets)
 
 
 def _collectives_to_json(collectives: tuple[Collective, ...]) -> list[list[Any]]:
@@ -182,8 +205,11 @@ def _param_from_json(
         raise ValueError(f"{shape[0]} matrices in one parameter, {num_matrices} in the plan")
     matrices = (
         tuple(
-            Matrix(Region(tuple(start), tuple(stop)), rows, cols, pattern, tuple(map(tuple, axes)))
-            for start, stop, rows, cols, pattern, axes in value["matrices"]
+            Matrix(
+                _region_from_json(start, stop, *index_sets),
+                *(rows, cols, pattern, tuple(map(tuple, axes))),
+            )
+            for start, stop, rows, cols, pattern, axes, *index_sets in value["matrices"]
         )
         if "matrices" in value
         else matrices_of(shape)

@@ -99,11 +99,11 @@ class CompiledBucket:
         start = slot.region.relative_to(matrix.region).offset_in(matrix.region.shape)
         is_transposed = matrix.rows > matrix.cols and self._num_iterations[param] > 0
         positions: Tensor | None = None
-        if param in self._rounds_by_position and not _is_row_major(matrix):
+        if param in self._rounds_by_position and not _is_row_major(matrix, slot):
             all_positions = torch.arange(matrix.numel).view(matrix.rows, matrix.cols)
             positions = view_box(
                 from_matrix(all_positions, matrix), box_of(slot.region, matrix.region)
-            ).contiguous()
+            ).reshape(slot.shape)
         return CompiledSlot(
             param,
             slot.region.numel,
@@ -178,7 +178,8 @@ def _cut(indices: Iterable[int], sizes: Sequence[int], max_numel: int) -> Iterat
         yield tuple(batch)
 
 
-def _is_row_major(matrix: Matrix) -> bool:
-    """Whether boxes and intervals of a matrix's region are boxes and intervals of the matrix."""
+def _is_row_major(matrix: Matrix, slot: Slot) -> bool:
+    """Whether a view of a slot is a box or an interval of the matrix."""
     shape = matrix.region.shape
-    return not matrix.pattern and (len(shape) == 1 or shape[-2:] == (matrix.rows, matrix.cols))
+    is_box = len(shape) == 1 or shape[-2:] == (matrix.rows, matrix.cols)
+    return not matrix.pattern and is_box and len(slot.shape) == len(shape)

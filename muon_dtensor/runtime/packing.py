@@ -1,6 +1,7 @@
 """Copies between local shards, flat buffers and matrices."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import einops
 import torch
@@ -9,7 +10,16 @@ from torch import Tensor
 from muon_dtensor.layout import Matrix, Region
 from muon_dtensor.planning.routes import Move, Slot
 
-Box = tuple[slice, ...]
+
+@dataclass(frozen=True, slots=True)
+class StridedBox:
+    """A box of slices, and per dim (length, stride) of the axes that it is viewed with."""
+
+    slices: tuple[slice, ...]
+    axes: tuple[tuple[tuple[int, int], ...], ...]
+
+
+Box = tuple[slice, ...] | StridedBox
 
 IndexedBox = tuple[int, Box | None]
 """The index of a tensor in a sequence, and a box: of that tensor, or of the tensor it is part of.
@@ -17,27 +27,49 @@ None: all of it."""
 
 
 def box_of(region: Region, origin: Region) -> Box | None:
-    """Indices of a region in a tensor that begins and ends as `origin`; None for all of it."""
+    """Indices of a region in a tensor that begins and ends as `origin`; None for all of it.
+
+    The region is one of its own `strided_parts`.
+    """
     if region == origin:
         return None
     inner = region.relative_to(origin)
-    return tuple(slice(a, b) for a, b in zip(inner.start, inner.stop, strict=True))
+    slices = []
+    for first, last, indices in inner.per_dim:
+        if indices is None:
+            slices.append(slice(first, last))
+        else:
+            part = indices.between(first, last)
+            step = part.axes[0][1] if len(part.axes) == 1 else 1
+            slices.append(slice(part.first, part.last + 1, step))
+    if all(len(axes) == 1 for axes in inner.axes):
+        return tuple(slices)
+    return StridedBox(tuple(slices), inner.axes)
 
 
 def view_box(tensor: Tensor, box: Box | None) -> Tensor:
     """A view of the box of a tensor."""
-    return tensor if box is None else tensor[box]
+    if not isinstance(box, StridedBox):
+        return tensor if box is None else tensor[box]
+    view = tensor[box.slices]
+    sizes, strides = [], []
+    for dim_stride, axes in zip(view.stride(), box.axes, strict=True):
+        for length, stride in axes:
+            sizes.append(length)
+            strides.append(dim_stride * (stride if len(axes) > 1 else 1))
+    return view.as_strided(sizes, strides)
 
 
 def view_slots(buffer: Tensor, slots: Sequence[Slot]) -> list[Tensor]:
-    """The slots of a flat buffer, each in the shape of its region."""
+    """The slots of a flat buffer, each in the shape of its views."""
     return [buffer[slot.offset : slot.stop].view(slot.shape) for slot in slots]
 
 
 def to_matrix(box: Tensor, matrix: Matrix) -> Tensor:
-    """A contiguous [rows, cols] from the box of a parameter that holds the matrix."""
+    """A contiguous [rows, cols] from the contiguous elements of a matrix in its parameter."""
     if not matrix.pattern:
         return box.view(matrix.rows, matrix.cols)
+    box = box.view(matrix.region.shape)
     return einops.rearrange(box, matrix.pattern, **dict(matrix.axes)).contiguous()
 
 
@@ -57,7 +89,7 @@ def assemble(
     `like`: gives dtype and device.
     """
     if len(parts) == 1 and parts[0][1] is None:
-        return views[parts[0][0]]
+        return views[parts[0][0]].view(shape)
     target = like.new_empty(shape)
     copies = Copies()
     copies.fill(target, views, parts)
@@ -80,7 +112,8 @@ class Copies:
     def fill(self, target: Tensor, views: Sequence[Tensor], parts: Sequence[IndexedBox]) -> None:
         """Copy each part to its box in `target`."""
         for index, box in parts:
-            self.add(view_box(target, box), views[index])
+            part = view_box(target, box)
+            self.add(part, views[index].view(part.shape))
 
     def disassemble(
         self, source: Tensor, views: Sequence[Tensor], parts: Sequence[IndexedBox]
@@ -89,7 +122,8 @@ class Copies:
         if len(parts) > 1:  # torch transposes a full matrix twice as fast as its parts
             source = source.contiguous()
         for index, box in parts:
-            self.add(views[index], view_box(source, box))
+            part = view_box(source, box)
+            self.add(views[index].view(part.shape), part)
 
     def run(self) -> None:
         """Run the copies, and release the tensors."""

@@ -118,9 +118,13 @@ def test_normuon_over_real_processes(layout):
 HEADS = {"matrix": "(head dim) model -> head dim model", "matrix_axes": {"head": 4}}
 
 
+INTERLEAVED = {"matrix": "(i part) h -> part i h", "matrix_axes": {"part": 2}}
+
+
 def heads_and_blocks(layout: Any) -> list[bool]:
     results = []
-    for group in (HEADS, {"split_sizes": (6, 2, 4)}, {"matrix": "i o -> o i"}):
+    blocks = {"split_sizes": (6, 2, 4)}
+    for group in (HEADS, INTERLEAVED, blocks, {"matrix": "i o -> o i"}):
         options: dict[str, Any] = {"group": group, **NORMUON}
         results.append(same_on([(12, 6), (12, 20)], layout, options))
     return results
@@ -128,7 +132,7 @@ def heads_and_blocks(layout: Any) -> list[bool]:
 
 @pytest.mark.parametrize("placements", [(S0,), (S1,), (R,)], ids=str)
 def test_normuon_of_declared_matrices(placements):
-    assert run_threads(4, heads_and_blocks, ((4,), placements)) == [[True] * 3] * 4
+    assert run_threads(4, heads_and_blocks, ((4,), placements)) == [[True] * 4] * 4
 
 
 def reduced_numel(layout: Any, shapes: list[Shape], group: dict[str, Any]) -> tuple[int, int, str]:

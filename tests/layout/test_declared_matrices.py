@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections import Counter
 from math import prod
 from typing import Any
 
@@ -18,17 +19,26 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from muon_dtensor import GroupOptionError, Muon, PlanError, PlanReport, group_parameters
+from muon_dtensor import (
+    GroupOptionError,
+    Muon,
+    PlanError,
+    PlanReport,
+    create_auto_config,
+    group_parameters,
+)
+from muon_dtensor.distributed_config.full_tensor import cut_like
 from muon_dtensor.layout import Layout, MeshSpec, Region
 from muon_dtensor.layout.declarations import Declaration
 from muon_dtensor.optimizer.options import DECLARED
 from muon_dtensor.planning.check import check
 from muon_dtensor.planning.plan import ParamSpec
 from muon_dtensor.planning.report import plan_report
+from muon_dtensor.planning.routes import rank_bucket
 from muon_dtensor.runtime.packing import box_of, from_matrix, to_matrix, view_box
 from tests.support.cases import mesh_of, spread, tensors_like
 from tests.support.layouts import LAYOUTS
@@ -61,6 +71,40 @@ DECLARATIONS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "transposed-fused": ((6, 15), {"matrix": "i (k o) -> k o i", "matrix_axes": {"k": 3}}),
     "depthwise": ((8, 1, 3), {"matrix": "c 1 k -> c k"}),
     "folded-both": ((4, 6, 5), {"matrix": "a b c -> (c a) b"}),
+    "gate-up": ((22, 6), {"matrix": "(i two) h -> two i h", "matrix_axes": {"two": 2}}),
+    "gate-up-of-experts": (
+        (3, 10, 4),
+        {"matrix": "e h (i two) -> e two h i", "matrix_axes": {"two": 2}},
+    ),
+    "grouped-qkv": (
+        (36, 5),
+        {
+            "matrix": "(group part dim) h -> (group part dim) h",
+            "matrix_axes": {"group": 3, "dim": 2},
+            "split_sizes": (4, 1, 1),
+            "split_dim": "part",
+        },
+    ),
+    "grouped-queries-by-head": (
+        (24, 5),
+        {
+            "matrix": (
+                "(group part dim) h -> group part dim h",
+                *["(group part dim) h -> (group part dim) h"] * 2,
+            ),
+            "matrix_axes": {"group": 2, "dim": 3},
+            "split_sizes": (2, 1, 1),
+            "split_dim": "part",
+        },
+    ),
+    "interleaved-twice": (
+        (8, 9),
+        {"matrix": "(a e) (b f) -> e f b a", "matrix_axes": {"e": 2, "f": 3}},
+    ),
+    "three-levels": (
+        (24, 4),
+        {"matrix": "(a x b y) n -> x y (a b) n", "matrix_axes": {"a": 2, "x": 3, "b": 2}},
+    ),
 }
 
 
@@ -69,6 +113,7 @@ def compare(
     placements: tuple[Placement, ...],
     dtype: torch.dtype,
     muon: dict[str, Any],
+    ours: dict[str, Any] | None = None,
 ) -> tuple[list[str], int, int]:
     mesh = mesh_of(mesh_shape)
     shapes = [shape for shape, _ in DECLARATIONS.values()]
@@ -78,7 +123,7 @@ def compare(
         {"params": [(name, param)], **options}
         for (name, (_, options)), param in zip(DECLARATIONS.items(), params, strict=True)
     ]
-    optimizer = Muon(groups, bucket_mb=2e-3, strategy="owned", **muon)
+    optimizer = Muon(groups, **{"bucket_mb": 2e-3, "strategy": "owned", **muon, **(ours or {})})
     oracles = [
         Separate(w, options, **muon)
         for w, (_, options) in zip(weights, DECLARATIONS.values(), strict=True)
@@ -98,7 +143,7 @@ def compare(
                     (param, oracle.full_tensor()),
                     (momentum, oracle.momentum()),
                 ):
-                    shard = spread(expected, mesh, placements).to_local()
+                    shard = cut_like(expected, actual).to_local()
                     if not torch.equal(actual.to_local(), shard):
                         mismatches.append(f"{name} after step {step}")
     plan = optimizer.plan
@@ -126,6 +171,25 @@ def test_bitwise_equal_to_separate_parameters(mesh_shape, placements, dtype, muo
         outcomes = run_threads(num_ranks, compare, mesh_shape, placements, dtype, muon)
     assert [mismatches for mismatches, *_ in outcomes] == [[]] * num_ranks
     assert sum(num_done for _, num_done, _ in outcomes) == 3 * outcomes[0][2]
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [
+        {"shard_momentum": True},
+        {"strategy": "owned_staged"},
+        {"deferred_checks": True},
+        {"bucket_mb": 1e-5, "prefetch_count": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("mesh_shape", "placements"), LAYOUTS[1::3])
+def test_options(mesh_shape, placements, ours):
+    num_ranks = torch.Size(mesh_shape).numel()
+    arguments = (mesh_shape, placements, torch.float32, {}, ours)
+    with installed():
+        outcomes = run_threads(num_ranks, compare, *arguments)
+    assert [mismatches for mismatches, *_ in outcomes] == [[]] * num_ranks
 
 
 def over_gloo(placements: tuple[Placement, ...]) -> list[str]:
@@ -186,17 +250,56 @@ def test_real_tensor_parallelism_under_fsdp():
     assert run_processes(4, real_tp_and_fsdp) == [[]] * 4
 
 
+def flat_parameters_of_fsdp1() -> list[str]:
+    """Train with FSDP1, whose shards are slices of flat weights.
+
+    Returns the names of parameters that differ from separate ones.
+    """
+    torch.manual_seed(3)
+    model = FusedAttention()
+    plain = copy.deepcopy(model)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    options: dict[str, dict[str, Any]] = {
+        "wqkv.weight": {"matrix": "(d part) m -> part m d", "matrix_axes": {"d": 10}},
+        "wo.weight": {"matrix": "m (h d) -> h m d", "matrix_axes": {"d": 5}},
+    }
+    params = dict(wrapped.module.named_parameters())
+    groups = [{"params": [(name, params[name])], **options[name]} for name in options]
+    config = create_auto_config(fsdp_process_group=dist.group.WORLD)
+    optimizer = Muon(groups, distributed_config=config)
+    oracles = {n: Separate(p.detach(), options[n]) for n, p in plain.named_parameters()}
+    for step in range(3):
+        (x,) = tensors_like([(6, 8)], step)
+        for each in (wrapped, plain):
+            each(x).square().mean().backward()
+        for name, param in plain.named_parameters():
+            oracles[name].step(param.grad)
+            with torch.no_grad():
+                param.copy_(oracles[name].full_tensor())
+        optimizer.step()
+        for zeroed in (optimizer, plain):
+            zeroed.zero_grad()
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        full = {name: param.detach().clone() for name, param in wrapped.module.named_parameters()}
+    return [n for n, o in oracles.items() if not torch.equal(full[n], o.full_tensor())]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_flat_parameters_of_fsdp1(num_ranks):
+    assert run_processes(num_ranks, flat_parameters_of_fsdp1) == [[]] * num_ranks
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_boxes_match_einops_rearrange(data):
-    """Any pattern whose batch axes are outermost, on a tensor that holds the element indices."""
+    """Any pattern, on a tensor that holds the element indices."""
     lengths = {n: data.draw(st.integers(1, 3)) for n in "abcdef"[: data.draw(st.integers(2, 6))]}
     axes = list(data.draw(st.permutations(list(lengths))))
     batch = set(data.draw(st.lists(st.sampled_from(axes), max_size=3)))
     composites: list[list[str]] = [[] for _ in range(data.draw(st.integers(1, 4)))]
     for name in axes:
         data.draw(st.sampled_from(composites)).append(name)
-    left = [sorted(c, key=lambda n: n not in batch) for c in composites]
+    left = composites
     inner = list(data.draw(st.permutations([n for n in axes if n not in batch])))
     num_row_axes = data.draw(st.integers(0, len(inner)))
     outer = list(data.draw(st.permutations(sorted(batch))))
@@ -212,8 +315,8 @@ def test_boxes_match_einops_rearrange(data):
     ]
     assert torch.equal(torch.stack(tensors), expected.reshape(-1, *expected.shape[-2:]))
     for matrix, tensor in zip(matrices, tensors, strict=True):
-        box = numbers[tuple(map(slice, matrix.region.start, matrix.region.stop))]
-        assert torch.equal(from_matrix(tensor, matrix), box)
+        box = view_box(numbers, box_of(matrix.region, Region.of_shape(shape)))
+        assert torch.equal(from_matrix(tensor, matrix), box.reshape(matrix.region.shape))
 
 
 def plan_of(sizes: dict[str, int], shape: tuple[int, ...], cuts: Any, **options: Any) -> PlanReport:
@@ -242,6 +345,27 @@ def test_only_heads_cut_over_ranks_are_sent():
     assert plan.cost.total_nbytes == 2 * 2 * half_a_head, "half of two heads, to the owner and back"
 
 
+def test_interleaved_halves_send_each_element_once_to_its_owner():
+    """Two matrices of alternate rows, on ranks of 3 rows: 2 of one and 1 of the other."""
+    plan = plan_of(
+        *({"fsdp": 4}, (12, 64), (("fsdp",), ())),
+        matrix="(i two) h -> two i h",
+        matrix_axes={"two": 2},
+    )
+    assert plan.cost.total_nbytes == 2 * 2 * (6 - 2) * 64 * 2, "all but two rows, out and back"
+
+
+def test_a_rank_packs_a_part_of_an_interleaved_matrix_as_at_most_three_views():
+    """Whole groups are one view; a group that a shard begins or ends in is another."""
+    shape, options = (36 * 20, 5), DECLARATIONS["grouped-qkv"][1]
+    options = {**options, "matrix_axes": {"group": 60, "dim": 2}}
+    plan = plan_of({"fsdp": 7}, shape, (("fsdp",), ()), **options).plan
+    for position in range(7):
+        for collective in rank_bucket(plan, plan.buckets[0], position).unshard:
+            counts = Counter(slot.assignment for slot in collective.send.slots)
+            assert max(counts.values()) <= 3
+
+
 def test_a_fused_qkv_sends_at_most_its_boundary_matrices_twice():
     plan = plan_of({"fsdp": 3}, (768, 256), (("fsdp",), ()), split_sizes=(512, 128, 128))
     layout = plan.params[0].layout
@@ -256,8 +380,19 @@ def test_a_fused_qkv_sends_at_most_its_boundary_matrices_twice():
         ((7, 4), {"matrix": "(e m) n -> e m n", "matrix_axes": {"e": 2}}, ["is 2 x m", "dim is 7"]),
         (
             (6, 4),
-            {"matrix": "(m e) n -> e m n", "matrix_axes": {"e": 2}},
-            ["not a box", "outermost"],
+            {"matrix": "(g s) n -> (g s) n", "split_sizes": (2, 2), "split_dim": "s"},
+            ["lengths of g, s"],
+        ),
+        (
+            (6, 4),
+            {"matrix": "(g s) n -> (g s) n", "split_sizes": (2, 2), "split_dim": "s"}
+            | {"matrix_axes": {"g": 2}},
+            ["(2, 2) sum to 4", "axis s has length 3"],
+        ),
+        (
+            (6, 4),
+            {"matrix": "g n -> g n", "split_sizes": (2, 2), "split_dim": "s"},
+            ["split_dim is 's'", "g, n"],
         ),
         ((6, 4), {"matrix": "a b c -> a b c"}, ["names 3 stored axes", "has 2 dims"]),
         ((6, 4), {"matrix": "a b -> (a b)"}, ["fewer than two axes"]),
@@ -294,6 +429,8 @@ def test_declarations_that_do_not_fit_raise(shape, options, words):
         {"split_sizes": ()},
         {"split_sizes": (4, 0)},
         {"split_dim": "rows"},
+        {"split_dim": "rows", "split_sizes": (2, 2)},
+        {"split_dim": 1.0, "split_sizes": (2, 2)},
         {"split_dim": 1},
         {"matrix_axes": {"a": 2}},
         {"matrix": "a b -> a b", "matrix_axes": {"c": 2}},
@@ -313,6 +450,20 @@ def test_the_plan_lists_the_matrices():
     plan = Muon([{"params": [("wqkv", param)], **options}]).plan
     assert "6 matrices" in str(plan)
     assert "6 matrices [0:4, 0:10] to [20:24, 0:10]" in plan.explain("wqkv")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("gate-up", "2 matrices [0:21:2, 0:6] to [1:22:2, 0:6]"),
+        ("grouped-qkv", "matrix [(0:8, 3 times every 12), 0:5]"),
+        ("interleaved-twice", "6 matrices [0:7:2, 0:7:3] to [1:8:2, 2:9:3]"),
+    ],
+)
+def test_the_plan_lists_interleaved_matrices(name, text):
+    shape, options = DECLARATIONS[name]
+    plan = Muon([{"params": [("w", nn.Parameter(torch.ones(shape)))], **options}]).plan
+    assert text in plan.explain("w")
 
 
 class Fused(nn.Module):

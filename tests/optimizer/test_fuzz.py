@@ -24,6 +24,7 @@ from muon_dtensor.planning.serialize import from_json, to_json
 from muon_dtensor.runtime.torch_private import local_part
 from tests.support.cases import OVERWRITES_MOMENTA, mesh_of, spread, tensors_like
 from tests.support.random_plans import random_params
+from tests.support.separate import split_matrices
 from tests.support.threads import run_threads
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
@@ -42,7 +43,7 @@ class Param:
 
 @dataclass(frozen=True)
 class Steps:
-    """Three steps of a model. `groups`: options; "splits": number of blocks of tensor dim 0."""
+    """Three steps of a model. `groups`: options, and the `Matrices` of their 2-D parameters."""
 
     mesh_shape: Shape
     params: tuple[Param, ...]
@@ -51,13 +52,39 @@ class Steps:
     options: tuple[tuple[str, Any], ...] = ()
 
 
-def blocks_of(group: dict[str, Any], shape: Shape) -> tuple[int, ...] | None:
-    """Return the sizes of the declared blocks of rows; None if there are none."""
-    count = group.get("splits", 0)
-    if not count or len(shape) != 2 or shape[0] < count:
-        return None
-    block_size = shape[0] // count
-    return (*[block_size] * (count - 1), shape[0] - block_size * (count - 1))
+@dataclass(frozen=True)
+class Matrices:
+    """How a group's 2-D parameters are divided, on one tensor dim of at least `count`^2 indices.
+
+    `kind`: "blocks" of consecutive indices, "alternate": every `count`-th index, or "grouped": the
+    index modulo `count` is below `count` - 1, or not. The last two need a size that `count`
+    divides.
+    """
+
+    kind: str
+    count: int
+    tensor_dim: int
+
+    def declared(self, shape: Shape) -> dict[str, Any]:
+        """Return options of a param group; none if they do not fit the shape."""
+        if len(shape) != 2 or 0 in shape or shape[self.tensor_dim] < self.count**2:
+            return {}
+        size = shape[self.tensor_dim]
+        if self.kind == "blocks":
+            block_size = size // self.count
+            sizes = (*[block_size] * (self.count - 1), size - block_size * (self.count - 1))
+            return {"split_sizes": sizes, "split_dim": self.tensor_dim}
+        if size % self.count:
+            return {}
+        is_cols = self.tensor_dim == 1
+        left = "h (i part)" if is_cols else "(i part) h"
+        if self.kind == "alternate":
+            right, split = "part h i" if is_cols else "part i h", {}
+        else:
+            right = left
+            split = {"split_sizes": (self.count - 1, 1), "split_dim": "part"}
+        axes = {"i": size // self.count}
+        return {"matrix": f"{left} -> {right}", "matrix_axes": axes, **split}
 
 
 def oracle_of(steps: Steps, weights: list[Tensor]) -> Iterator[list[dict[str, Tensor]]]:
@@ -68,18 +95,17 @@ def oracle_of(steps: Steps, weights: list[Tensor]) -> Iterator[list[dict[str, Te
     """
     parts: list[list[nn.Parameter]] = []
     optimizers = []
+
+    def pieces_of(param: Param, full: Tensor) -> list[Tensor]:
+        group = steps.groups[param.group]
+        if group.get("algorithm") == "adamw" or not full.numel():
+            return [full]
+        return split_matrices(full, declared(group, param.shape))
+
     for param, weight in zip(steps.params, weights, strict=True):
-        group = dict(steps.groups[param.group])
-        blocks = blocks_of(group, param.shape)
-        group.pop("splits", None)
+        group = {k: v for k, v in steps.groups[param.group].items() if k != "matrices"}
         is_adamw = group.pop("algorithm", "muon") == "adamw"
-        if is_adamw or not weight.numel():
-            pieces: list[Tensor] = [weight]
-        elif blocks:
-            pieces = list(weight.split(list(blocks)))
-        else:
-            pieces = list(weight.unbind()) if weight.ndim == 3 else [weight]
-        matrices = [nn.Parameter(piece.clone()) for piece in pieces]
+        matrices = [nn.Parameter(piece.clone()) for piece in pieces_of(param, weight)]
         parts.append(matrices)
         if is_adamw:
             adamw_options = {k: v for k, v in group.items() if k in ("lr", "betas", "weight_decay")}
@@ -95,12 +121,7 @@ def oracle_of(steps: Steps, weights: list[Tensor]) -> Iterator[list[dict[str, Te
         ):
             if optimizer is None or param.missing[step]:
                 continue
-            blocks = blocks_of(steps.groups[param.group], param.shape)
-            if len(matrices) == 1 and matrices[0].shape == grad.shape:
-                pieces = [grad]
-            else:
-                pieces = list(grad.split(list(blocks)) if blocks else grad.unbind())
-            for part, piece in zip(matrices, pieces, strict=True):
+            for part, piece in zip(matrices, pieces_of(param, grad), strict=True):
                 part.grad = piece.clone()
             optimizer.step()
         by_param = []
@@ -112,16 +133,26 @@ def oracle_of(steps: Steps, weights: list[Tensor]) -> Iterator[list[dict[str, Te
                 optimizer.state[matrices[0]] if optimizer and matrices[0] in optimizer.state else ()
             )
             values |= {key: [optimizer.state[p][key] for p in matrices] for key in keys}
-            full_values = {key: together(tensors, param.shape) for key, tensors in values.items()}
+            numbers = pieces_of(param, torch.arange(weight.numel()).view(weight.shape))
+            full_values = {key: together(parts, numbers, weight) for key, parts in values.items()}
             by_param.append(full_values if weight.numel() else {"value": weight})
         yield by_param
 
 
-def together(values: list[Tensor], shape: Shape) -> Tensor:
-    """Join the values of separately stored matrices into those of the parameter."""
-    if not values[0].ndim or values[0].shape == shape:
+def declared(group: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    """Return the declaration of matrices for a parameter of this shape."""
+    matrices = group.get("matrices")
+    return {} if matrices is None else matrices.declared(shape)
+
+
+def together(values: list[Tensor], numbers: list[Tensor], weight: Tensor) -> Tensor:
+    """Join the values of separately stored matrices, of these elements, into their parameter's."""
+    if not values[0].ndim:
         return values[0]
-    return torch.stack(values) if len(shape) == 3 else torch.cat(values)
+    flat = torch.empty(weight.numel(), dtype=values[0].dtype)
+    for value, elements in zip(values, numbers, strict=True):
+        flat[elements.flatten()] = value.flatten()
+    return flat.view(weight.shape)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -140,10 +171,9 @@ def differences(steps: Steps) -> list[str]:
     ]
     groups: list[dict[str, Any]] = []
     for index, param in enumerate(steps.params):
-        options = {k: v for k, v in steps.groups[param.group].items() if k != "splits"}
-        blocks = blocks_of(steps.groups[param.group], param.shape)
-        if blocks and options.get("algorithm") != "adamw" and weights[index].numel():
-            options["split_sizes"] = blocks
+        group = steps.groups[param.group]
+        options = {k: v for k, v in group.items() if k != "matrices"}
+        options |= declared(group, param.shape)
         groups.append({"params": [(f"p{index}", params[index])], **options})
     optimizer = Muon(groups, **dict(steps.options))
     differing = []
@@ -181,7 +211,11 @@ def random_steps(draw) -> Steps:
             "nesterov": draw(st.booleans()),
             "ns_steps": draw(st.sampled_from([5, 1, 3])),
             "adjust_lr_fn": draw(st.sampled_from([None, "match_rms_adamw"])),
-            "splits": draw(st.sampled_from([0, 0, 2, 3])),
+            "matrices": Matrices(
+                draw(st.sampled_from(["blocks", "alternate", "grouped"])),
+                draw(st.integers(2, 3)),
+                draw(st.integers(0, 1)),
+            ),
         },
         {"lr": 0.05, "weight_decay": 0.1},
         {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1, "algorithm": "adamw"},
@@ -191,6 +225,8 @@ def random_steps(draw) -> Steps:
     for _ in range(draw(st.integers(1, 6))):
         ndim = draw(st.sampled_from([2, 2, 2, 3]))
         shape = tuple(draw(st.lists(side, min_size=ndim, max_size=ndim)))
+        if ndim == 2 and draw(st.booleans()):  # sizes that periods divide
+            shape = tuple(6 * -(-size // 6) for size in shape)
         if ndim == 3:
             shape = (min(shape[0], 6), *shape[1:])
         kinds = [R, *(Shard(dim) for dim in range(ndim))]

@@ -79,14 +79,13 @@ def step(run: Run) -> Result:
     mesh = mesh_of(run.mesh_shape)
     params = [nn.Parameter(spread(torch.zeros(s), mesh, run.placements)) for s in run.shapes]
     optimizer = Muon(
-        [(f"layer.{i}.weight", p) for i, p in enumerate(params)],
+        [{"params": [(f"layer.{i}.weight", p) for i, p in enumerate(params)], **dict(run.group)}],
         lr=1.0,
         weight_decay=0.0,
         strategy="distributed",
         exact=False,
         topology=run.topology,
         ns_dtype=run.dtype,
-        **dict(run.group),
     )
     for param, grad in zip(params, tensors_like(run.shapes, 1), strict=True):
         param.grad = spread(grad, mesh, run.placements)
@@ -113,7 +112,8 @@ def step(run: Run) -> Result:
 def on_one_rank(run: Run, dtype: torch.dtype) -> list[Tensor]:
     """Return the updates of our Muon on whole matrices."""
     params = [nn.Parameter(torch.zeros(shape)) for shape in run.shapes]
-    optimizer = Muon(params, lr=1.0, weight_decay=0.0, ns_dtype=dtype, **dict(run.group))
+    groups = [{"params": params, **dict(run.group)}]
+    optimizer = Muon(groups, lr=1.0, weight_decay=0.0, ns_dtype=dtype)
     for param, grad in zip(params, tensors_like(run.shapes, 1), strict=True):
         param.grad = grad
     optimizer.step()
@@ -149,6 +149,17 @@ def process(run: Run) -> Result:
 @pytest.mark.parametrize("topology", [LARGE_TEAMS, PAIRS, REPEATED], ids=["large", "pairs", "slow"])
 def test_every_layout(topology, mesh_shape, placements):
     run = Run(mesh_shape, placements, topology)
+    results = threads(run)
+    hold(results, 1e-5)
+    if run.num_ranks > 1:
+        assert results[0].team_sizes
+
+
+@pytest.mark.parametrize(("mesh_shape", "placements"), LAYOUTS[1::2])
+@pytest.mark.parametrize("topology", [LARGE_TEAMS, PAIRS], ids=["large", "pairs"])
+def test_interleaved_matrices(topology, mesh_shape, placements):
+    declared = {"matrix": "(i part) h -> part i h", "matrix_axes": {"part": 2}}
+    run = Run(mesh_shape, placements, topology, ((24, 40), (54, 9)), group=(*declared.items(),))
     results = threads(run)
     hold(results, 1e-5)
     if run.num_ranks > 1:

@@ -3,9 +3,15 @@
 from hypothesis import strategies as st
 
 from muon_dtensor.layout import Layout, MeshSpec
+from muon_dtensor.layout.declarations import Declaration
 from muon_dtensor.layout.matrices import matrices_of
 from muon_dtensor.planning.plan import EXACT_STRATEGIES, STRATEGIES, ParamSpec, PlanOptions
 from muon_dtensor.planning.presets import PRESETS
+
+INTERLEAVED = (
+    Declaration("(i part) h -> part i h", (("part", 3),)),
+    Declaration("(i part) h -> (i part) h", (("part", 3),), (2, 1), "part"),
+)
 
 
 @st.composite
@@ -23,13 +29,16 @@ def random_params(draw) -> tuple[list[ParamSpec], PlanOptions]:
             if where >= 0:
                 cuts[where].append(name)
         layout = Layout(mesh, shape, tuple(map(tuple, cuts)))
+        matrices = matrices_of(shape)
+        if ndim == 2 and shape[0] % 3 == 0 and draw(st.booleans()):
+            matrices = draw(st.sampled_from(INTERLEAVED)).matrices(shape)
         shards_momentum = draw(st.booleans())
         specs.append(
             ParamSpec(
                 f"p{index}",
                 layout,
                 "float32",
-                matrices_of(shape),
+                matrices,
                 shards_momentum=shards_momentum,
             )
         )

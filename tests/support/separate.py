@@ -10,12 +10,20 @@ from torch import Tensor, nn
 
 def split_matrices(full: Tensor, options: dict[str, Any]) -> list[Tensor]:
     """Return the declared matrices. Uses einops and torch.split, not the code under test."""
-    sizes = options.get("split_sizes")
-    blocks = [full] if sizes is None else full.split(list(sizes), options.get("split_dim", 0))
+    sizes, split_dim = options.get("split_sizes"), options.get("split_dim", 0)
     patterns = options.get("matrix")
     if not isinstance(patterns, tuple):
-        patterns = (patterns,) * len(blocks)
+        patterns = (patterns,) * len(sizes or (1,))
     axes = options.get("matrix_axes") or {}
+    if isinstance(split_dim, str):  # bring that axis to the front, and split it
+        left = patterns[0].split(" -> ")[0]
+        names = left.replace("(", "").replace(")", "").split()
+        others = " ".join(name for name in names if name != split_dim)
+        unfolded = einops.rearrange(full, f"{left} -> {split_dim} {others}", **axes)
+        blocks = unfolded.split(list(sizes))
+        patterns = [f"{split_dim} {others} -> {p.split(' -> ')[1]}" for p in patterns]
+    else:
+        blocks = [full] if sizes is None else full.split(list(sizes), split_dim)
     matrices: list[Tensor] = []
     for block, pattern in zip(blocks, patterns, strict=True):
         result = block
