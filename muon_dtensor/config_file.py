@@ -90,13 +90,15 @@ _Options: Any = dataclasses.make_dataclass(
 class OptimizerSection(_Options):  # type: ignore[misc]  # of OPTIONS
     """`[optimizer]`: the keywords of `Muon`, with its meaning and defaults; dtypes by name.
 
-    `class_weight_decay`: weight decay per class of parameters; see `group_parameters`.
+    `class_weight_decay`: weight decay per class of parameters, and `recognize`: declare the
+    matrices of known model families; see `group_parameters`.
     """
 
     name: Literal["Muon"] = "Muon"
     class_weight_decay: dict[str, float] = field(default_factory=dict)
     adamw: AdamWSection = field(default_factory=AdamWSection)
     rules: tuple[RuleSection, ...] = ()
+    recognize: bool | Literal["projections", "heads"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,9 +254,10 @@ class MuonConfig(Section):
             weight_decay={"matrix": section.weight_decay, **section.class_weight_decay},
             adamw=dataclasses.asdict(section.adamw),
             rules=[(rule.pattern, _with_tuples(rule.options)) for rule in section.rules],
+            recognize=section.recognize,
         )
         options = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
-        for name in ("name", "adamw", "rules", "class_weight_decay"):
+        for name in ("name", "adamw", "rules", "recognize", "class_weight_decay"):
             del options[name]
         for name in ("ns_dtype", "momentum_dtype"):
             options[name] = options[name] and getattr(torch, options[name])

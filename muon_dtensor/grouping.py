@@ -14,13 +14,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
 
 from muon_dtensor.errors import GATHERED, GroupOptionError, PlanError, Problem, shortened
-from muon_dtensor.optimizer.options import ADAMW_DEFAULTS, DECLARED
+from muon_dtensor.optimizer.options import ADAMW_DEFAULTS, DECLARED, RECOGNIZED
 from muon_dtensor.optimizer.parameter_names import (
     EMBEDDING_NAME,
     HEAD_NAME,
     HEAD_PART,
     WRAPPING,
 )
+from muon_dtensor.recognition import GRANULARITIES, recognized_in
 from muon_dtensor.runtime.dtensors import placed
 from muon_dtensor.runtime.fsdp1 import FlatSlices
 from muon_dtensor.runtime.torch_private import gathered_params, warning_level
@@ -98,6 +99,7 @@ def group_parameters(
     weight_decay: float | Mapping[str, float] | None = None,
     adamw: Mapping[str, Any] | None = None,
     rules: Sequence[tuple[str, Mapping[str, Any]]] | Mapping[str, Mapping[str, Any]] = (),
+    recognize: bool | str = False,
     show: bool = False,
 ) -> list[dict[str, Any]]:
     """Return the param groups of a model, for `Muon`.
@@ -125,6 +127,10 @@ def group_parameters(
             rows of weights stored transposed (GPT-2's Conv1D), `(r"c_fc", {"matrix": "i o -> o
             i"})`. Tokens, tables and parameters of unknown modules go to Muon if a rule declares
             their matrices.
+        recognize: declare the matrices of known model families, see `recognition.KNOWN`: True or
+            "projections" for one matrix per projection (query, key, value, gate, up), also where a
+            weight holds several or is stored transposed; "heads" for one matrix per attention head.
+            Rules take precedence. Weights of other models stay as they are.
         show: print a table of all parameters with their algorithm and the reason.
 
     Returns:
@@ -132,12 +138,13 @@ def group_parameters(
 
     Raises:
         GroupOptionError: a rule applies to no parameter, or its pattern is not a valid regex;
-            `weight_decay` names an unknown class.
+            `weight_decay` names an unknown class; `recognize` is none of the above.
         PlanError: flat parameters of FSDP1 (use_orig_params=False), or unsharded ones of FSDP2.
     """
     decays = _decays(weight_decay, adamw or {})
     compiled = [(_regex(n, p), p, o) for n, (p, o) in enumerate(_pairs(rules))]
-    entries = list(_classify(model))
+    granularity = _granularity(recognize)
+    entries = list(_classify(model, granularity))
     used: set[int] = set()
     groups: dict[str, dict[str, Any]] = {}
     rows, unknown = [], []
@@ -146,7 +153,7 @@ def group_parameters(
         for number, (regex, pattern, overrides) in enumerate(compiled):
             if regex.search(entry.fqn):
                 used.add(number)
-                if overrides.keys() & set(DECLARED):
+                if overrides.keys() & {*DECLARED, RECOGNIZED}:
                     options = {}
                     if entry.kind == "other" and len(entry.shape) > 1:
                         algorithm = "muon"
@@ -158,7 +165,7 @@ def group_parameters(
             unknown += [entry] if entry.is_unknown else []
         base: dict[str, Any]
         if algorithm == "adamw":
-            options = {k: v for k, v in options.items() if k not in DECLARED}
+            options = {k: v for k, v in options.items() if k not in (*DECLARED, RECOGNIZED)}
             base = dict(adamw or {})
             if entry.kind != "matrix":
                 base["weight_decay"] = decays[entry.kind]
@@ -176,6 +183,18 @@ def group_parameters(
     if show:
         print(table(rows))
     return list(groups.values())
+
+
+def _granularity(recognize: bool | str) -> str | None:
+    """Return one of GRANULARITIES, or None. Raises GroupOptionError."""
+    if isinstance(recognize, str) and recognize in GRANULARITIES:
+        return recognize
+    if not isinstance(recognize, bool):
+        raise GroupOptionError(
+            f"recognize must be True, False, {' or '.join(map(repr, GRANULARITIES))}, got "
+            f"{recognize!r}"
+        )
+    return GRANULARITIES[0] if recognize else None
 
 
 def clean_names(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -285,7 +304,8 @@ def _check_rules(patterns: Sequence[str], used: set[int], entries: Sequence[_Ent
         )
 
 
-def _classify(model: nn.Module) -> Iterator[_Entry]:
+def _classify(model: nn.Module, granularity: str | None) -> Iterator[_Entry]:
+    """Yield an entry for each parameter. `granularity`: of recognized matrices; None: of none."""
     modules = dict(model.named_modules(remove_duplicate=False))
     names: dict[nn.Parameter, list[str]] = {}
     for fqn, param in model.named_parameters(remove_duplicate=False):
@@ -296,7 +316,7 @@ def _classify(model: nn.Module) -> Iterator[_Entry]:
     for param, param_fqns in names.items():
         # A tied parameter goes to AdamW if any of its uses does.
         shape = slices.shape_of(param) or tuple(param.shape)
-        uses = [_Use(modules, fqn).entry(param, shape) for fqn in param_fqns]
+        uses = [_Use(modules, fqn).entry(param, shape, granularity) for fqn in param_fqns]
         entry = next((use for use in uses if use.kind != "matrix"), uses[0])
         fqns = [use.fqn for use in uses]
         why = entry.why
@@ -353,9 +373,17 @@ class _Use:
         self._module = module
         self.fqn = ".".join([*(part for part, _ in self._path), *own_names])
 
-    def entry(self, param: nn.Parameter, shape: tuple[int, ...]) -> _Entry:
+    def entry(self, param: nn.Parameter, shape: tuple[int, ...], granularity: str | None) -> _Entry:
         """Return the entry of the parameter by this use. `shape`: that of the full tensor."""
         kind, why, options, is_unknown = self._kind(shape)
+        if granularity and (kind == "matrix" or is_unknown):
+            path = [self._model, *(module for _, module in self._path)]
+            names = [*(part for part, _ in self._path), self._name]
+            if recognized := recognized_in(path, names, shape, granularity):
+                kind, why, is_unknown = "matrix", recognized.why, False
+                options = dict(recognized.options)
+                if options:
+                    options[RECOGNIZED] = why
         return _Entry(self.fqn, param, shape, kind, why, options, is_unknown)
 
     def _kind(self, shape: tuple[int, ...]) -> tuple[str, str, dict[str, Any], bool]:

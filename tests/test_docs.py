@@ -163,7 +163,7 @@ PAGES: dict[str, tuple[int, list[Callable[[], Scope] | None]]] = {
     "install.md": (1, [dict]),
     "from_adamw.md": (1, [coming_from_adamw, None, None, None, None]),
     "setups.md": (4, [on_a_group, on_a_group, under_fsdp1, on_a_group]),
-    "parameters.md": (1, [with_fused_weights, None]),
+    "parameters.md": (1, [with_fused_weights, None, None]),
     "plans.md": (1, [dict] * 3),
     "debugging.md": (1, [with_a_loop, with_a_loop]),
     "integrations.md": (4, [with_checkpoints, with_other_state]),

@@ -18,7 +18,7 @@ LEVELS = (
     ("runtime",),
     ("distributed_config",),
     ("optimizer",),
-    ("clipping", "config_file", "grouping", "islands", "qk_clip"),
+    ("clipping", "config_file", "grouping", "islands", "qk_clip", "recognition"),
     ("integrations",),
     ("train",),
     ("cli",),

@@ -34,6 +34,7 @@ def plan(
     bucket_mb: float = 256,
     prefetch_count: int = 1,
     shard_momentum: bool = False,
+    recognize: str | None = None,
     islands: int = 1,
     sync_every: int = 30,
     wire: str = "float32",
@@ -66,6 +67,8 @@ def plan(
         bucket_mb: maximum MiB of exchange buffers per bucket and rank.
         prefetch_count: number of buckets in flight while another bucket is orthogonalized.
         shard_momentum: cut the momentum over the ranks that replicate its parameter.
+        recognize: projections or heads: declare the matrices of a model of a known family, for
+            pkg.mod:fn; see `group_parameters`.
         islands: number of islands, each with its own mesh of these sizes. Above 1, also prints the
             plan of their synchronizations (the matrices of Muon only).
         sync_every: inner steps between two synchronizations; see `islands.DiLoCo`.
@@ -103,7 +106,9 @@ def plan(
             # imported here: it needs torch, which models by name do not
             from muon_dtensor.cli.user_model import plan_of_factory
 
-            report = plan_of_factory(model, sizes, options, shard_momentum=shard_momentum)
+            report = plan_of_factory(
+                model, sizes, options, shard_momentum=shard_momentum, recognize=recognize or False
+            )
         else:
             specs = specs_of(model, MeshSpec.of(**sizes), shard_momentum=shard_momentum)
             report = plan_report(specs, options)

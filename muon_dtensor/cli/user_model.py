@@ -23,7 +23,12 @@ FSDP_MESHES = (("dp_shard",), ("dp_replicate", "dp_shard"))
 
 
 def plan_of_factory(
-    path: str, sizes: Mapping[str, int], options: PlanOptions, *, shard_momentum: bool = False
+    path: str,
+    sizes: Mapping[str, int],
+    options: PlanOptions,
+    *,
+    shard_momentum: bool = False,
+    recognize: bool | str = False,
 ) -> PlanReport:
     """Return the plan for the model or param groups of `pkg.mod:fn`, built as rank 0 of the mesh.
 
@@ -45,7 +50,7 @@ def plan_of_factory(
         if isinstance(built, nn.Module):
             if mesh.size() > 1 and not any(isinstance(p, DTensor) for p in built.parameters()):
                 raise ValueError(f"{path} returns a model that is not sharded over its mesh")
-            params = group_parameters(built, lr=0.0)
+            params = group_parameters(built, lr=0.0, recognize=recognize)
         try:
             optimizer = Muon(
                 params,

@@ -32,6 +32,7 @@ class MuonDTensorConfig(OptimizerConfig):  # type: ignore[misc]
     weight_decay: float = DEFAULTS["weight_decay"]
     adamw: dict[str, Any] = field(default_factory=dict)
     rules: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    recognize: bool | str = False
     options: dict[str, Any] = field(default_factory=dict)
 
     def build(
@@ -62,6 +63,7 @@ class MuonDTensorConfig(OptimizerConfig):  # type: ignore[misc]
                     weight_decay=self.weight_decay,
                     adamw=self.adamw,
                     rules=[(pattern, values) for pattern, values in self.rules],
+                    recognize=self.recognize,
                     **options,
                 )
             )

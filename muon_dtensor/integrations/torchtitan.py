@@ -22,7 +22,7 @@ from torchtitan.config import override
 from muon_dtensor.errors import GroupOptionError
 from muon_dtensor.grouping import group_parameters
 from muon_dtensor.optimizer.muon import Muon
-from muon_dtensor.optimizer.options import ADAMW_DEFAULTS, DEFAULTS
+from muon_dtensor.optimizer.options import ADAMW_DEFAULTS, DECLARED, DEFAULTS, RECOGNIZED
 from muon_dtensor.runtime.torch_private import warning_level
 
 logger = logging.getLogger("muon_dtensor")
@@ -64,6 +64,7 @@ class MuonMixin:
         configs = _matching_configs(param_group_configs, names)
         groups, patterns = OptimizersContainer._build_param_groups(model, configs, impl_kwargs)
         if NAME in groups:
+            groups[NAME], patterns[NAME] = _recognized(model, groups[NAME], patterns[NAME])
             groups[NAME], patterns[NAME] = _move_to_adamw(
                 model, groups[NAME], patterns[NAME], param_group_configs
             )
@@ -89,6 +90,7 @@ def muon_optimizers(
     adamw: Mapping[str, Any] | None = None,
     splits: Mapping[str, Mapping[str, Any]] | None = None,
     param_groups: Sequence[ParamGroupConfig] = (),
+    recognize: bool | str = False,
     weight_decay: float = DEFAULTS["weight_decay"],
     adjust_lr_fn: str | None = "match_rms_adamw",
     **options: Any,
@@ -103,6 +105,8 @@ def muon_optimizers(
             "(head dim) model -> head dim model", "matrix_axes": {"dim": 128}}}` for torchtitan's
             fused attention. Other options of a param group are allowed too.
         param_groups: torchtitan's configs that take precedence; they may name other optimizers.
+        recognize: declare the matrices of torchtitan's models, see `group_parameters`; `splits`
+            take precedence.
         weight_decay: weight decay of the Muon groups.
         adjust_lr_fn: learning-rate scale of the Muon groups; by default updates have the RMS of
             AdamW's (Liu et al. 2025, arXiv:2502.16982).
@@ -115,6 +119,8 @@ def muon_optimizers(
     group_options = {name: value for name, value in options.items() if name in DEFAULTS}
     factory_options = {name: value for name, value in options.items() if name not in DEFAULTS}
     muon = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": adjust_lr_fn, **group_options}
+    if recognize:
+        muon["recognize"] = recognize
     groups = list(param_groups)
     for pattern, declared in (splits or {}).items():
         groups.append(_group(pattern, {**muon, **declared}))
@@ -175,6 +181,33 @@ def _matching_configs(
             )
         assigned |= matches
     return matching
+
+
+def _recognized(
+    model: nn.Module, groups: Sequence[dict[str, Any]], patterns: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Split groups with the option `recognize` by the matrices that are recognized."""
+    new_groups: list[tuple[dict[str, Any], str]] = []
+    for group, pattern in zip(groups, patterns, strict=True):
+        recognize = group.pop("recognize", False)
+        if not recognize or group.get("matrix") or group.get("split_sizes"):
+            new_groups.append((group, pattern))
+            continue
+        options_of = {
+            id(param): {k: v for k, v in known.items() if k in (*DECLARED, RECOGNIZED)}
+            for known in group_parameters(model, recognize=recognize)
+            for _, param in known["params"]
+        }
+        by_options: dict[str, dict[str, Any]] = {}
+        for param, name in zip(group["params"], group["param_names"], strict=True):
+            options = options_of.get(id(param), {})
+            split = by_options.setdefault(
+                repr(options), {**group, **options, "params": [], "param_names": []}
+            )
+            split["params"].append(param)
+            split["param_names"].append(name)
+        new_groups += [(split, pattern) for split in by_options.values()]
+    return [group for group, _ in new_groups], [pattern for _, pattern in new_groups]
 
 
 def _move_to_adamw(

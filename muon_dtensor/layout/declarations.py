@@ -25,7 +25,7 @@ class Declaration:
     pattern for all blocks, or a tuple with one for each block (None: divide the block as
     `matrices_of` does). `axes`: lengths of axes that the shape does not determine. `split_sizes`:
     sizes of consecutive blocks along `split_dim`: a tensor dim, or the name of an axis of the
-    patterns, each of which describes the whole tensor then.
+    patterns, whose length is their sum; each pattern describes the whole tensor then.
     """
 
     pattern: str | tuple[str | None, ...] | None = None
@@ -50,8 +50,10 @@ class Declaration:
         axes = dict(self.axes)
         matrices: list[Matrix] = []
         if isinstance(self.split_dim, str):
+            sizes = self.split_sizes or ()
+            axes.setdefault(self.split_dim, sum(sizes))
             for index, pattern in enumerate(patterns):
-                block_of_axis = AxisBlock(self.split_dim, self.split_sizes or (), index)
+                block_of_axis = AxisBlock(self.split_dim, sizes, index)
                 matrices += pattern_matrices(pattern or "", shape, axes, block_of_axis)
             return tuple(matrices)
         blocks = [Region.of_shape(shape)]

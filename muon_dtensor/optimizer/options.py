@@ -346,6 +346,8 @@ def normalize_numbers(group: MutableMapping[str, Any], last_beta1: float | None)
 
 
 DECLARED = ("matrix", "matrix_axes", "split_sizes", "split_dim")
+RECOGNIZED = "recognized"
+"""Key of a group: what `group_parameters` recognized in its parameters. Text for the plan."""
 """Options that declare matrices."""
 
 TORCH_OPTIONS = (

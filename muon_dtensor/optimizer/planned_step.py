@@ -25,7 +25,7 @@ from muon_dtensor.errors import (
     shortened,
 )
 from muon_dtensor.optimizer.metrics import Measurement, State
-from muon_dtensor.optimizer.options import as_text, planned_options, validate
+from muon_dtensor.optimizer.options import RECOGNIZED, as_text, planned_options, validate
 from muon_dtensor.optimizer.params import ParameterTable, can_train
 from muon_dtensor.optimizer.settings import Settings
 from muon_dtensor.optimizer.state import drop_stale, make_state
@@ -118,7 +118,12 @@ class PlannedStep:
             sequential=not config.async_gpu_parallelism,
         )
         adamw_numels = [local_part(entry.param).numel() for entry in table.adamw]
-        self.report = plan_report(specs, options, self._owners, adamw_numels)
+        recognized = {
+            entry.name: str(entry.group[RECOGNIZED])
+            for entry in table.muon
+            if entry.group.get(RECOGNIZED)
+        }
+        self.report = plan_report(specs, options, self._owners, adamw_numels, recognized)
         self.plan = self.report.plan
         check(self.plan)
         params = [entry.param for entry in table.muon] if specs else []

@@ -4,7 +4,7 @@ import difflib
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -126,8 +126,12 @@ def summary(
     prediction: Prediction,
     digest: str,
     adamw_numels: Sequence[int] = (),
+    recognized: Mapping[str, str] | None = None,
 ) -> str:
-    """Return the plan as one screen of text: buckets, parameters, totals with lower bounds."""
+    """Return the plan as one screen of text: buckets, parameters, totals with lower bounds.
+
+    `recognized`: what parameters hold, by name.
+    """
     lines = []
     for mesh in plan.meshes:
         count = sum(len(s.matrices) for s in plan.params if s.layout.mesh == mesh)
@@ -152,6 +156,8 @@ def summary(
         "work space",
         f"predicted {duration(prediction.seconds)} a step on {machine(plan.options.topology)}",
     ]
+    for text, count in Counter((recognized or {}).values()).items():
+        lines.append(f"recognized in {_count(count, 'parameter', 'parameters')}: {text}")
     if any(spec.gathered_dims for spec in plan.params):
         lines.append(_momentum_text(plan))
     for reduction in reductions(plan):
@@ -324,9 +330,10 @@ def ranges(numbers: Sequence[int]) -> str:
     return ",".join(texts) if len(texts) <= 6 else f"{','.join(texts[:5])},... ({len(numbers)})"
 
 
-def explain(plan: Plan, fqn: str) -> str:
+def explain(plan: Plan, fqn: str, recognized: str = "") -> str:
     """Return what a step does with one parameter, matrix by matrix.
 
+    `recognized`: what the parameter holds.
     Raises ValueError if the plan has no parameter of this name, with the most similar name.
     """
     names = {spec.fqn: i for i, spec in enumerate(plan.params)}
@@ -342,6 +349,7 @@ def explain(plan: Plan, fqn: str) -> str:
     lines = [
         f"{fqn}  {shape_text(spec)} {spec.dtype} on {spec.layout.mesh}",
         f"  stored: {cuts_text(spec.layout)}",
+        *([f"  recognized: {recognized}"] if recognized else []),
         *([f"  momentum: {cuts_text(spec.momentum_layout)}"] if spec.gathered_dims else []),
     ]
     equal: dict[tuple[str, ...], list[tuple[str, int]]] = {}

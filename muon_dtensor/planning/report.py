@@ -1,7 +1,7 @@
 """A plan with its analyses; `Muon.plan` returns one."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from muon_dtensor.layout import Matrix, MeshSpec, Region
@@ -20,6 +20,8 @@ class PlanReport:
     plan: Plan
     adamw_numels: tuple[int, ...] = ()
     """Elements of each parameter that AdamW steps, in this rank's shard. Not part of the plan."""
+    recognized: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """What parameters hold, by name, where it was recognized. Not part of the plan."""
 
     @property
     def params(self) -> tuple[ParamSpec, ...]:
@@ -85,11 +87,13 @@ class PlanReport:
 
     def summary(self) -> str:
         """Return the plan as one screen of text, as `str(report)` does."""
-        return render.summary(self.plan, self.cost, self.prediction, self.digest, self.adamw_numels)
+        return render.summary(
+            self.plan, self.cost, self.prediction, self.digest, self.adamw_numels, self.recognized
+        )
 
     def explain(self, fqn: str) -> str:
         """Return what a step does with one parameter. Raises ValueError for an unknown name."""
-        return render.explain(self.plan, fqn)
+        return render.explain(self.plan, fqn, self.recognized.get(fqn, ""))
 
     def to_json(self) -> str:
         """Return the plan as JSON; `from_json` returns an equal plan."""
@@ -109,6 +113,8 @@ def plan_report(
     options: PlanOptions | None = None,
     owners: Mapping[str, int] | None = None,
     adamw_numels: Sequence[int] = (),
+    recognized: Mapping[str, str] | None = None,
 ) -> PlanReport:
     """Plan one step and report on it; arguments and errors as for `planner.plan_update`."""
-    return PlanReport(plan_update(params, options, owners), tuple(adamw_numels))
+    plan = plan_update(params, options, owners)
+    return PlanReport(plan, tuple(adamw_numels), dict(recognized or {}))

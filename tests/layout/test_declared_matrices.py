@@ -80,7 +80,7 @@ DECLARATIONS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
         (36, 5),
         {
             "matrix": "(group part dim) h -> (group part dim) h",
-            "matrix_axes": {"group": 3, "dim": 2},
+            "matrix_axes": {"dim": 2},
             "split_sizes": (4, 1, 1),
             "split_dim": "part",
         },
@@ -358,7 +358,6 @@ def test_interleaved_halves_send_each_element_once_to_its_owner():
 def test_a_rank_packs_a_part_of_an_interleaved_matrix_as_at_most_three_views():
     """Whole groups are one view; a group that a shard begins or ends in is another."""
     shape, options = (36 * 20, 5), DECLARATIONS["grouped-qkv"][1]
-    options = {**options, "matrix_axes": {"group": 60, "dim": 2}}
     plan = plan_of({"fsdp": 7}, shape, (("fsdp",), ()), **options).plan
     for position in range(7):
         for collective in rank_bucket(plan, plan.buckets[0], position).unshard:
@@ -381,12 +380,12 @@ def test_a_fused_qkv_sends_at_most_its_boundary_matrices_twice():
         (
             (6, 4),
             {"matrix": "(g s) n -> (g s) n", "split_sizes": (2, 2), "split_dim": "s"},
-            ["lengths of g, s"],
+            ["(g s) is g x 4", "dim is 6"],
         ),
         (
             (6, 4),
             {"matrix": "(g s) n -> (g s) n", "split_sizes": (2, 2), "split_dim": "s"}
-            | {"matrix_axes": {"g": 2}},
+            | {"matrix_axes": {"s": 3}},
             ["(2, 2) sum to 4", "axis s has length 3"],
         ),
         (

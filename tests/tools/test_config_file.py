@@ -30,6 +30,7 @@ adjust_lr_fn = "match_rms_adamw"
 momentum_dtype = "bfloat16"
 nonfinite = "skip"
 metrics_every = 2
+recognize = "heads"
 
 [optimizer.adamw]
 lr = 1e-3
@@ -54,6 +55,7 @@ optimizer:
   momentum_dtype: bfloat16
   nonfinite: skip
   metrics_every: 2
+  recognize: heads
   adamw: {lr: 1.0e-3, betas: [0.8, 0.99]}
   rules:
     - {pattern: qkv, split_sizes: [8, 4, 4]}
@@ -351,8 +353,14 @@ def test_every_key_reaches_the_optimizer(name):
 
 
 def test_every_key_is_listed_above():
-    elsewhere = {"name", "lr", "weight_decay", "class_weight_decay", "adamw", "rules"}
+    elsewhere = {"name", "lr", "weight_decay", "class_weight_decay", "adamw", "rules", "recognize"}
     assert {field.name for field in fields(OptimizerSection)} == OTHER.keys() | elsewhere
+
+
+def test_known_families_are_recognized():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    config = MuonConfig.from_dict({"optimizer": {"recognize": "heads"}})
+    assert config.build_optimizer(model).plan.cost.num_matrices == 6 + 1
 
 
 def test_keys_of_groups_reach_them():

@@ -1,5 +1,6 @@
 """Names and classes decide which algorithm a parameter gets; rules override them."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from muon_dtensor.integrations.transformers import MuonFactory
 from tests.support.cases import mesh_of, tensors_like
 from tests.support.logs import logged
 from tests.support.pool import run_processes
+from tests.support.recognized import rows
 
 
 class RMSNorm(nn.Module):
@@ -139,6 +141,33 @@ def test_the_first_rule_wins_and_every_rule_must_apply():
     }
     assert by_name["layers.0.wqkv.weight"]["lr"] == 2.0
     assert by_name["layers.1.wqkv.weight"]["lr"] == 1.0
+
+
+def test_the_documented_families_are_those_of_the_table():
+    text = Path("docs/parameters.md").read_text()
+    assert "\n".join(rows()) in text
+
+
+@pytest.mark.parametrize("recognize", ["experts", 1, None])
+def test_an_unknown_granularity_raises(recognize):
+    with pytest.raises(GroupOptionError, match="recognize must be True, False, 'projections'"):
+        group_parameters(nn.Linear(2, 2), recognize=recognize)
+
+
+def test_recognized_matrices_and_their_reason(capsys):
+    """torch's attention is a known family; its output projection and other models are not."""
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "up": nn.Linear(8, 16)})
+    groups = group_parameters(model, recognize="heads", show=True)
+    optimizer = Muon(groups)
+    plan = optimizer.plan
+    sizes = {spec.fqn: len(spec.matrices) for spec in plan.params}
+    assert sizes == {"attention.in_proj_weight": 6, "attention.out_proj.weight": 1, "up.weight": 1}
+    why = "query, key, value, one matrix per head (torch: torch)"
+    assert why in capsys.readouterr().out
+    assert f"recognized: {why}" in plan.explain("attention.in_proj_weight")
+    assert "recognized" not in plan.explain("up.weight")
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert f"recognized in 1 parameter: {why}" in str(optimizer.plan)
 
 
 def test_the_table(capsys):
