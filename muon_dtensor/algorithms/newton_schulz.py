@@ -78,6 +78,7 @@ def iterate(
     dtype: torch.dtype = torch.bfloat16,
     body: IterationKernel = quintic,
     overwrite: bool = False,
+    is_preconditioned: bool = False,
 ) -> Tensor:
     """Return the approximate polar factor U V^T of every matrix, in `dtype`.
 
@@ -97,13 +98,22 @@ def iterate(
         dtype: the dtype of the iteration and of the result, one of DTYPES.
         body: `quintic`, or another body of `kernels.kernel_of`.
         overwrite: whether the iteration, and the result, may use the memory of x.
+        is_preconditioned: scale by `almost_orthogonal_scales`, not by the norm.
 
     Raises:
         ValueError: x has fewer than two dims, or `dtype` is not one of DTYPES.
     """
     if torch.is_autocast_enabled(x.device.type):  # would iterate in its own dtype
         with torch.autocast(x.device.type, enabled=False):
-            return iterate(x, coefficients, eps=eps, dtype=dtype, body=body, overwrite=overwrite)
+            return iterate(
+                x,
+                coefficients,
+                eps=eps,
+                dtype=dtype,
+                body=body,
+                overwrite=overwrite,
+                is_preconditioned=is_preconditioned,
+            )
     if x.ndim < 2:
         raise ValueError(f"a matrix has two dims, got a tensor of shape {tuple(x.shape)}")
     if dtype not in DTYPES:
@@ -116,7 +126,11 @@ def iterate(
     if tall:
         x = x.mT
     norm = frobenius_norm(x)
-    if x.device.type == "cpu" and _is_harmless(norm, eps):
+    if is_preconditioned:
+        scale = power_of_two(x.abs().amax(dim=(-2, -1), keepdim=True)).to(dtype)
+        x = x.mul_(scale) if overwrite else x * scale
+        x.mul_(almost_orthogonal_scales(x))
+    elif x.device.type == "cpu" and _is_harmless(norm, eps):
         x = x.div_(norm) if overwrite else x / norm
     else:
         # ten times as fast on the host as the norm of order infinity
@@ -133,6 +147,17 @@ def iterate(
     if len(batch) > 1:
         x = x.view(*batch, *x.shape[-2:])
     return x.mT if tall else x
+
+
+def almost_orthogonal_scales(x: Tensor) -> Tensor:
+    """Return the factor of each row, [*batch, rows, 1], that brings the spectral norm to at most 1.
+
+    Row i is divided by the root of the sum of |x_i x_j| over all rows j (Prach & Lampert 2022,
+    "Almost-Orthogonal Layers", arXiv:2208.03160, theorem 1; Turbo-Muon, arXiv:2512.04632, section
+    3). The scaled matrix has other singular vectors than x. A zero row stays zero.
+    """
+    sums = (x @ x.mT).abs().sum(dim=-1, keepdim=True)
+    return torch.where(sums > 0, sums.rsqrt(), torch.zeros_like(sums))
 
 
 def frobenius_norm(x: Tensor) -> Tensor:

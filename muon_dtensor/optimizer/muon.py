@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from muon_dtensor.algorithms import PRESETS
 from muon_dtensor.algorithms.kernels import log_slow_bfloat16
 from muon_dtensor.distributed_config.config import DistributedConfig, create_dtensor_config
 from muon_dtensor.errors import CheckpointError, GroupOptionError, shortened
@@ -96,10 +97,10 @@ class Muon(Optimizer):
             NonFiniteGradientError on every rank, "skip" the step on every rank, or "propagate" it
             as torch does. On a GPU the step is masked on the device, and the next `step` or
             `state_dict` raises.
-        orthogonalizer: "newton_schulz" with `ns_coefficients`; "polar_express" (Amsel et al. 2025,
-            arXiv:2505.16932), which converges better and so gives updates of another size; or a
-            callable from [*batch, rows, cols] to the same shape. In a param group a callable is
-            called "custom".
+        orthogonalizer: "newton_schulz" with `ns_coefficients`; "polar_express", "deepseek_v4",
+            "cubic", "cans" or "turbo_muon", see `algorithms.presets`, which give updates of another
+            size; or a callable from [*batch, rows, cols] to the same shape. In a param group a
+            callable is called "custom". A warning names those that are not safe for every matrix.
         strategy: how the shards of a matrix are collected: "auto" selects the strategy with the
             least predicted time on `topology`; "owned", "owned_staged" or, with exact=False,
             "distributed" sets it for all matrices that it is legal for.
@@ -302,6 +303,9 @@ class Muon(Optimizer):
                 len(dubious),
                 shortened(dubious),
             )
+        for name in sorted({entry.group["orthogonalizer"] for entry in table.muon} & {*PRESETS}):
+            if warning := PRESETS[name].warning:
+                logger.log(warning_level(), "orthogonalizer=%r: %s", name, warning)
         on_host = any(entry.param.device.type == "cpu" for entry in table.muon)
         if on_host and self._settings.ns_dtype == torch.bfloat16:
             log_slow_bfloat16(warning_level())

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from muon_dtensor.algorithms import ORTHOGONALIZERS
+from muon_dtensor.algorithms import ORTHOGONALIZERS, PRESETS
 from muon_dtensor.algorithms.kernels import KERNELS
 from muon_dtensor.algorithms.newton_schulz import EPS, KELLER_JORDAN, NUM_ITERATIONS
 from muon_dtensor.algorithms.update import ADJUST_LR_FNS
@@ -171,7 +171,7 @@ OPTIONS: dict[str, Option] = {
         _group(
             "orthogonalizer",
             "newton_schulz",
-            Literal["newton_schulz", "polar_express"],
+            Literal["newton_schulz", *PRESETS],
             _orthogonalizer,
         ),
         _group("capturable", False, bool, boolean),

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from muon_dtensor.algorithms import WHOLE_MATRICES
 from muon_dtensor.algorithms.adamw import AdamWLocal
 from muon_dtensor.algorithms.newton_schulz import IterationKernel
 from muon_dtensor.distributed_config.assignment import validate_assignments
@@ -150,7 +151,7 @@ class ParameterTable:
             num_iterations=entry.group["ns_steps"],
             wire_dtype=wire_dtype,
             has_moments=entry.group["normuon_beta"] is not None,
-            can_distribute=entry.group["orthogonalizer"] != "custom",
+            can_distribute=entry.group["orthogonalizer"] not in WHOLE_MATRICES,
             shards_momentum=shard_momentum,
         )
 

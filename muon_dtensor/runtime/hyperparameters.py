@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muon_dtensor.algorithms import newton_schulz, polar_express
 from muon_dtensor.algorithms.distributed_newton_schulz import Team, distributed_newton_schulz
-from muon_dtensor.algorithms.newton_schulz import Coefficients, IterationKernel
+from muon_dtensor.algorithms.newton_schulz import Coefficients, IterationKernel, iterate
 from muon_dtensor.algorithms.normuon import normalize_rows
-from muon_dtensor.algorithms.polar_express import polar_express_rows
+from muon_dtensor.algorithms.presets import PRESETS
 from muon_dtensor.algorithms.update import adjusted_lr
 from muon_dtensor.errors import GroupOptionError
 
@@ -101,6 +100,13 @@ class MuonOptions:
             polar_factor, moments, beta=self.normuon_beta, eps=self.eps, keep=keep
         )
 
+    @property
+    def _coefficients(self) -> tuple[Coefficients, ...]:
+        """The (a, b, c) of each iteration."""
+        if preset := PRESETS.get(self.orthogonalizer):
+            return preset.rows(self.ns_steps)
+        return (self.ns_coefficients,) * self.ns_steps
+
     def polar_factor(self, x: Tensor, dtype: torch.dtype, *, overwrite: bool = False) -> Tensor:
         """Return the approximate polar factor of every matrix of `x` [*batch, rows, cols].
 
@@ -115,35 +121,24 @@ class MuonOptions:
                     f"the orthogonalizer returned {list(result.shape)} for {list(x.shape)}"
                 )
             return result.to(dtype)
-        if self.orthogonalizer == "polar_express":
-            return polar_express(
-                x,
-                num_iterations=self.ns_steps,
-                eps=self.eps,
-                dtype=dtype,
-                body=self.body,
-                overwrite=overwrite,
-            )
-        return newton_schulz(
+        preset = PRESETS.get(self.orthogonalizer)
+        return iterate(
             x,
-            coefficients=self.ns_coefficients,
-            num_iterations=self.ns_steps,
+            self._coefficients,
             eps=self.eps,
             dtype=dtype,
             body=self.body,
             overwrite=overwrite,
+            is_preconditioned=preset is not None and preset.is_preconditioned,
         )
 
     def polar_slab(
         self, x: Tensor, team: Team, rows: Sequence[range], shares_polynomial: bool
     ) -> Tensor:
         """Return this member's slab of a polar factor; see `distributed_newton_schulz`."""
-        coefficients: Sequence[Coefficients] = [self.ns_coefficients] * self.ns_steps
-        if self.orthogonalizer == "polar_express":
-            coefficients = polar_express_rows(self.ns_steps)
         return distributed_newton_schulz(
             x,
-            coefficients,
+            self._coefficients,
             team=team,
             rows=rows,
             shares_polynomial=shares_polynomial,

@@ -114,12 +114,12 @@ def intervals(
 ) -> tuple[list[torch.Tensor], list[tuple[float, float]]]:
     """Return parameters after three steps, and when this rank orthogonalized."""
     spans: list[tuple[float, float]] = []
-    original = muon_options.newton_schulz
+    original = muon_options.iterate
 
-    def timed_newton_schulz(x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def timed_iterate(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         start = time.monotonic()
         time.sleep(0.002)
-        result = original(x, **kwargs)
+        result = original(x, *args, **kwargs)
         spans.append((start, time.monotonic()))
         return result
 
@@ -129,7 +129,7 @@ def intervals(
         mesh, async_gpu_parallelism=not sequential, prefetch_count=0 if sequential else 1
     )
     optimizer = Muon(params, distributed_config=config, bucket_mb=5e-4)
-    with mock.patch.object(muon_options, "newton_schulz", timed_newton_schulz):
+    with mock.patch.object(muon_options, "iterate", timed_iterate):
         for step in range(3):
             for param, grad in zip(params, tensors_like([(8, 6)] * 8, 1 + step), strict=True):
                 param.grad = spread(grad, mesh, (R, S0))

@@ -212,8 +212,9 @@ def test_bfloat16_is_as_accurate_as_on_one_rank(mesh_shape, placements):
 
 def test_polar_express():
     run = Run((4,), (S0,), LARGE_TEAMS, group=(("orthogonalizer", "polar_express"),))
-    assert len(polar_express_rows(5)) == 5
-    hold(threads(run), 1e-5)
+    # the slope of the five rows at zero, about 1,000, times the rounding of float32
+    slope = math.prod(a for a, _, _ in polar_express_rows(5))
+    hold(threads(run), slope * 2.0**-24)
 
 
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from muon_dtensor.algorithms import newton_schulz
 from muon_dtensor.runtime import collectives
 from muon_dtensor.runtime import hyperparameters as muon_options
 from muon_dtensor.runtime.torch_private import local_part
@@ -28,7 +29,7 @@ _all_gather = dist.all_gather
 _isend = dist.isend
 _SINGLE = collectives.all_gather_single().__name__
 _all_gather_single = getattr(dist, _SINGLE)
-_newton_schulz = muon_options.newton_schulz
+_iterate = muon_options.iterate
 
 
 @dataclass
@@ -88,11 +89,11 @@ def _counted_all_gather_single(output: Tensor, input: Tensor, *, group: Any, **k
     return _all_gather_single(output, input, group=group, **kwargs)
 
 
-def _counted_newton_schulz(x: Tensor, **kwargs: Any) -> Tensor:
+def _counted_iterate(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     count: Count | None = getattr(_local, "count", None)
     if count is not None:
         count.num_matrices += 1 if x.ndim == 2 else len(x)
-    return _newton_schulz(x, **kwargs)
+    return _iterate(x, *args, **kwargs)
 
 
 @contextmanager
@@ -122,7 +123,7 @@ def installed() -> Iterator[None]:
         mock.patch.object(dist, "all_gather", _counted_all_gather),
         mock.patch.object(dist, _SINGLE, _counted_all_gather_single),
         mock.patch.object(dist, "isend", _counted_isend),
-        mock.patch.object(muon_options, "newton_schulz", _counted_newton_schulz),
+        mock.patch.object(muon_options, "iterate", _counted_iterate),
     ):
         yield
 
@@ -183,5 +184,5 @@ def peak_nbytes_of(optimizer: Optimizer, enough: float = math.inf) -> int:
 def workspace_nbytes(rows: int, cols: int) -> int:
     """Return the peak bytes of one matrix in Newton-Schulz, including the matrix."""
     with LiveStorages() as meter:
-        _newton_schulz(torch.ones(rows, cols, dtype=torch.bfloat16))
+        newton_schulz(torch.ones(rows, cols, dtype=torch.bfloat16))
     return meter.peak_nbytes
