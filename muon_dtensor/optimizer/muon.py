@@ -122,6 +122,11 @@ class Muon(Optimizer):
         normuon_beta: divide the rows of each update by the root of their second moments, with this
             decay rate (the paper: 0.95); None for Muon. See `algorithms.normuon`.
         cautious_weight_decay: decay only elements that the update moves towards zero.
+        weight_rounding: how a bfloat16 weight is rounded after its update: "nearest" as in torch,
+            where most small updates round away; "stochastic", with the same random bits on every
+            layout; or "compensated": what was rounded away is kept as `weight_compensation` in the
+            state, in bfloat16. See `algorithms.rounding`.
+        rounding_seed: of stochastic rounding.
         async_gpu_parallelism: False makes ranks orthogonalize one after the other, for debugging.
             Default: that of `distributed_config`, or True.
         check_replicas: before the first step, compare a few elements of every parameter between
@@ -136,8 +141,9 @@ class Muon(Optimizer):
             plan. The user's own functions are not traced.
 
     A param group can set any of the options up to `adjust_lr_fn`, `orthogonalizer`,
-    `normuon_beta`, `cautious_weight_decay`, and declare the matrices in its parameters: `matrix`,
-    `matrix_axes`, `split_sizes`, `split_dim`, see `layout.declarations.Declaration`. With
+    `normuon_beta`, `cautious_weight_decay`, `weight_rounding`, `rounding_seed`, and declare the
+    matrices in its parameters: `matrix`, `matrix_axes`, `split_sizes`, `split_dim`, see
+    `layout.declarations.Declaration`. With
     `algorithm="adamw"` and `betas`, `eps`, `weight_decay`, `lr`, torch's own AdamW steps the group;
     its parameters may have any shape. The defaults of an AdamW group are `options.ADAMW_DEFAULTS`,
     since the arguments above are Muon's. Its `momentum` is an alias of betas[0], which cyclic
@@ -191,6 +197,8 @@ class Muon(Optimizer):
         capturable: bool = False,
         normuon_beta: float | None = None,
         cautious_weight_decay: bool = False,
+        weight_rounding: str = "nearest",
+        rounding_seed: int = 0,
         metrics_every: int = 0,
         async_gpu_parallelism: bool | None = None,
         check_replicas: bool = True,
@@ -403,6 +411,9 @@ class Muon(Optimizer):
             )
         else:
             self._planned_step.step(self.state, self._needs_second_sweep, fault=fault)
+        for group in self.param_groups:
+            if group["weight_rounding"] == "stochastic":
+                group["rounding_step"] += 1
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of the last measured step: the first, or a `metrics_every`-th one.

@@ -25,6 +25,7 @@ from torch import Tensor
 from muon_dtensor.algorithms import ORTHOGONALIZERS, PRESETS
 from muon_dtensor.algorithms.kernels import KERNELS
 from muon_dtensor.algorithms.newton_schulz import EPS, KELLER_JORDAN, NUM_ITERATIONS
+from muon_dtensor.algorithms.rounding import ROUNDINGS
 from muon_dtensor.algorithms.update import ADJUST_LR_FNS
 from muon_dtensor.errors import GroupOptionError
 from muon_dtensor.layout.declarations import Declaration
@@ -113,6 +114,11 @@ def _bucket_mb(name: str, value: Any) -> None:
         raise GroupOptionError(f"{name} must be a number above 0, got {value!r}")
 
 
+def _count_of_steps(name: str, value: Any) -> None:
+    if type(value) is not int or not 0 <= value < 2**32:
+        raise GroupOptionError(f"{name} must be an integer in 0..2^32 - 1, got {value!r}")
+
+
 def _metrics_every(name: str, value: Any) -> None:
     if type(value) is not int or value < 0:
         raise GroupOptionError(f"{name} must be a number of steps, 0 or more, got {value!r}")
@@ -177,6 +183,9 @@ OPTIONS: dict[str, Option] = {
         _group("capturable", False, bool, boolean),
         _group("normuon_beta", None, float | None, _normuon_beta),
         _group("cautious_weight_decay", False, bool, boolean),
+        _group("weight_rounding", "nearest", Literal[*ROUNDINGS], one_of(*ROUNDINGS)),
+        _group("rounding_seed", 0, int, _count_of_steps),
+        _group("rounding_step", 0, None, _count_of_steps, in_constructor=False),
         # Options of the constructor only.
         Option("ns_dtype", torch.bfloat16, DType, one_of(*_BFLOAT16_OR_FLOAT32)),
         Option("bucket_mb", 256, float, _bucket_mb),
@@ -346,9 +355,10 @@ def normalize_numbers(group: MutableMapping[str, Any], last_beta1: float | None)
 
 
 DECLARED = ("matrix", "matrix_axes", "split_sizes", "split_dim")
+"""Options that declare matrices."""
+
 RECOGNIZED = "recognized"
 """Key of a group: what `group_parameters` recognized in its parameters. Text for the plan."""
-"""Options that declare matrices."""
 
 TORCH_OPTIONS = (
     *("lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps"),
@@ -386,10 +396,14 @@ def complete_loaded(group: dict[str, Any], live: Mapping[str, Any]) -> None:
         group["momentum"] = group["betas"][0]
 
 
+OF_MUON_ONLY = ("normuon_beta", "cautious_weight_decay", "weight_rounding")
+"""Options that a group of AdamW cannot have."""
+
+
 def _defaults_of(algorithm: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     values = {**DEFAULTS, **defaults, "algorithm": algorithm}
     if algorithm == "adamw":
-        values |= {**ADAMW_DEFAULTS, "normuon_beta": None, "cautious_weight_decay": False}
+        values |= {**ADAMW_DEFAULTS, **{name: DEFAULTS[name] for name in OF_MUON_ONLY}}
     return values
 
 
@@ -412,9 +426,13 @@ def validate(group: Mapping[str, Any], *, reads_tensors: bool = True) -> None:
             raise GroupOptionError(f"{name} must be 0 or more, got {value!r}")
     for name in DEFAULTS:
         OPTIONS[name].check(name, group[name])
-    beta = group["normuon_beta"]
-    if group["algorithm"] == "adamw" and (beta is not None or group["cautious_weight_decay"]):
-        raise GroupOptionError("normuon_beta and cautious_weight_decay are for Muon's groups only")
+    if group["algorithm"] == "adamw" and any(group[n] != DEFAULTS[n] for n in OF_MUON_ONLY):
+        raise GroupOptionError(f"{', '.join(OF_MUON_ONLY)} are for Muon's groups only")
+    if group["capturable"] and group["weight_rounding"] == "stochastic":
+        raise GroupOptionError(
+            "weight_rounding='stochastic' counts steps on the host, which a CUDA graph repeats: "
+            "use 'compensated' with capturable=True"
+        )
     declaration_of(group)
 
 
@@ -494,7 +512,8 @@ def declarations_differ(saved: Mapping[str, Any], group: Mapping[str, Any]) -> b
 def planned_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the options of a group that its plan depends on. If they change, so does the plan."""
     names = ("algorithm", "orthogonalizer", *DECLARED)
-    return (*(copy(group[name]) for name in names), group["normuon_beta"] is None)
+    rounding = group["weight_rounding"]
+    return (*(copy(group[name]) for name in names), group["normuon_beta"] is None, rounding)
 
 
 def as_text(group: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from muon_dtensor.errors import GATHERED, PlanError, Problem, RefusalError
 from muon_dtensor.layout import Layout, MeshSpec
 from muon_dtensor.layout.declarations import Declaration
 from muon_dtensor.optimizer.options import declaration_of
-from muon_dtensor.optimizer.state import MOMENTS
+from muon_dtensor.optimizer.state import COMPENSATION, MOMENTS
 from muon_dtensor.planning.plan import ParamSpec, Plan
 from muon_dtensor.planning.planner import restrict
 from muon_dtensor.planning.serialize import digest
@@ -360,6 +360,9 @@ class ParameterTable:
                 shard_of(momentum),
                 options[number],
                 None if options[number].normuon_beta is None else shard_of(param_state[MOMENTS]),
+                shard_of(param_state[COMPENSATION])
+                if options[number].weight_rounding == "compensated"
+                else None,
             )
         return params
 

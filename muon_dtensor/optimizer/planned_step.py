@@ -32,6 +32,7 @@ from muon_dtensor.optimizer.state import drop_stale, make_state
 from muon_dtensor.planning.check import check
 from muon_dtensor.planning.report import plan_report
 from muon_dtensor.runtime.consistency import Agreement
+from muon_dtensor.runtime.dtensors import placed
 from muon_dtensor.runtime.executor import Executor
 from muon_dtensor.runtime.gradients import GradientCheck
 from muon_dtensor.runtime.hyperparameters import check_orthogonalizer
@@ -40,6 +41,7 @@ from muon_dtensor.runtime.process_groups import Groups
 from muon_dtensor.runtime.replicas import differing_replicas
 from muon_dtensor.runtime.torch_private import (
     are_in_modules,
+    dtype_name,
     fsdp2_params,
     is_accelerator,
     local_part,
@@ -92,6 +94,8 @@ class PlannedStep:
                 raise GroupOptionError(
                     "normuon_beta needs a plan, but your distributed_config is hand-written"
                 )
+            if group["weight_rounding"] != "nearest":
+                _check_rounding(group, config)
         for name in ("offload_momentum", "shard_momentum", "metrics_every"):
             if config.uses_custom_transport and getattr(settings, name):
                 raise GroupOptionError(
@@ -225,6 +229,7 @@ class PlannedStep:
                 entry.group["algorithm"],
                 settings.momentum_dtype,
                 offload_momentum=settings.offload_momentum,
+                keeps_compensation=entry.group["weight_rounding"] == "compensated",
                 spec=spec,
                 mesh=None if spec is None else meshes.get(spec.layout.mesh),
             )
@@ -438,3 +443,20 @@ class PlannedStep:
         found_inf = None if keep is None else (~keep).to(torch.float32)
         for index, group in enumerate(groups):
             adamw_step(by_group.get(index, []), group, found_inf)
+
+
+def _check_rounding(group: Mapping[str, Any], config: DistributedConfig) -> None:
+    """Raise GroupOptionError if the option `weight_rounding` of a group cannot be respected."""
+    rounding = group["weight_rounding"]
+    if config.uses_custom_transport:
+        raise GroupOptionError(
+            f"weight_rounding={rounding!r} needs a plan, but your distributed_config is "
+            "hand-written"
+        )
+    for param in group["params"]:
+        if param.dtype != torch.bfloat16:
+            raise GroupOptionError(
+                f"weight_rounding={rounding!r} is for bfloat16 weights, but a group with it has a "
+                f"parameter {placed(param)} in {dtype_name(param.dtype)}. Use "
+                "weight_rounding='nearest' for it"
+            )

@@ -30,6 +30,9 @@ from muon_dtensor.runtime.torch_private import (
 
 logger = logging.getLogger("muon_dtensor")
 
+COMPENSATION = "weight_compensation"
+"""Key of what was rounded away from a weight in bfloat16; see `algorithms.rounding`."""
+
 MOMENTS = "row_second_moment"
 """Key of NorMuon's row second moments: one number per row of every matrix."""
 
@@ -41,6 +44,7 @@ def make_state(
     momentum_dtype: torch.dtype | None = None,
     *,
     offload_momentum: bool = False,
+    keeps_compensation: bool = False,
     spec: ParamSpec | None = None,
     mesh: DeviceMesh | None = None,
 ) -> None:
@@ -50,7 +54,8 @@ def make_state(
     parameter's shape, dtype and placements (the momentum has the gradients' dtype, if `grad_dtype`
     of the parameter names another one). If `spec` cuts the momentum further it is a DTensor on
     `mesh`, and one that is placed like the parameter is cut. NorMuon also keeps
-    `row_second_moment`, in float32, with the layout of `spec`. A momentum is cast to
+    `row_second_moment`, in float32, with the layout of `spec`. With `keeps_compensation` there is
+    `weight_compensation`, of the parameter's shape, dtype and placements. A momentum is cast to
     `momentum_dtype`, and moved to the host if `offload_momentum`; torch's `load_state_dict`
     restores it with the parameter's dtype and device.
 
@@ -66,6 +71,8 @@ def make_state(
             state["momentum_buffer"] = cast(state["momentum_buffer"], momentum_dtype)
         if offload_momentum:
             state["momentum_buffer"] = on_host(state["momentum_buffer"])
+        if keeps_compensation and COMPENSATION not in state:
+            state[COMPENSATION] = zeros_like(param)
         if spec is not None and spec.moment_cuts is not None:
             zeros = zeros_with_layout(param, moment_layout(spec), this_rank())
             row_moments = state.setdefault(MOMENTS, zeros)
@@ -258,9 +265,9 @@ def move_state_to_params(
             param_state[key] = cast(value, value.dtype, local_part(param).device)
 
 
-_ALL_KEYS = {"momentum_buffer", "step", "exp_avg", "exp_avg_sq", MOMENTS}
+_ALL_KEYS = {"momentum_buffer", "step", "exp_avg", "exp_avg_sq", MOMENTS, COMPENSATION}
 
-SHARDED_LIKE_PARAM = {"momentum_buffer", "exp_avg", "exp_avg_sq"}
+SHARDED_LIKE_PARAM = {"momentum_buffer", "exp_avg", "exp_avg_sq", COMPENSATION}
 """Keys whose tensors have the shape and placements of their parameter."""
 
 
@@ -268,7 +275,12 @@ def _keys_of(group: Mapping[str, Any]) -> set[str]:
     """Return the keys of the state of a group's parameters."""
     if group["algorithm"] == "adamw":
         return {"step", "exp_avg", "exp_avg_sq"}
-    return {"momentum_buffer"} | ({MOMENTS} if group["normuon_beta"] is not None else set())
+    keys = {"momentum_buffer"}
+    if group["normuon_beta"] is not None:
+        keys.add(MOMENTS)
+    if group["weight_rounding"] == "compensated":
+        keys.add(COMPENSATION)
+    return keys
 
 
 def _has_layout(value: Tensor, layout: Layout) -> bool:

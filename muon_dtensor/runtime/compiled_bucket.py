@@ -23,7 +23,8 @@ class CompiledSlot:
     """A slot of a buffer with its indexers.
 
     `in_shard`, `in_momentum`: its box in the local shard of parameter `param`, and in that of its
-    momentum if that is cut further. `in_matrix`: where its elements lie in the matrix.
+    momentum if that is cut further. `in_matrix`: where its elements lie in the matrix. `region`:
+    the box in the parameter.
     """
 
     param: int
@@ -31,6 +32,7 @@ class CompiledSlot:
     in_shard: Box | None
     in_momentum: Box | None
     in_matrix: MatrixSlice
+    region: Region
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class CompiledBucket:
             in_shard=box_of(slot.region, self.local.shards[param]),
             in_momentum=self._in_momentum(param, slot.region),
             in_matrix=MatrixSlice(matrix.rows, matrix.cols, start, is_transposed, positions),
+            region=slot.region,
         )
 
     def _in_momentum(self, param: int, region: Region) -> Box | None:

@@ -1,5 +1,6 @@
 """Executes a plan on one rank by interpreting the events of its schedule."""
 
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -8,6 +9,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
+from muon_dtensor.algorithms.rounding import RandomKey, apply_rounded, random_bits
 from muon_dtensor.algorithms.update import (
     MatrixSlice,
     apply_updates,
@@ -33,13 +35,14 @@ from muon_dtensor.planning.schedule import (
 from muon_dtensor.planning.strategies import Distributed
 from muon_dtensor.runtime.buffers import ExchangeBuffers, InFlight
 from muon_dtensor.runtime.collectives import TeamGroup, barrier, issue
-from muon_dtensor.runtime.compiled_bucket import CompiledBucket, MomentumBox
+from muon_dtensor.runtime.compiled_bucket import CompiledBucket, CompiledSlot, MomentumBox
 from muon_dtensor.runtime.hyperparameters import MuonOptions
 from muon_dtensor.runtime.local_param import LocalParam
 from muon_dtensor.runtime.normuon_state import RowSecondMoments
 from muon_dtensor.runtime.packing import (
     Copies,
     assemble,
+    element_numbers,
     from_matrix,
     repack,
     to_matrix,
@@ -476,7 +479,10 @@ class Executor:
             ] = {}
             for index in batch:
                 slot = bucket.results[index]
-                if local := params.get(slot.param):
+                local = params.get(slot.param)
+                if local and local.options.weight_rounding != "nearest":
+                    self._apply_rounded(slot, local, views[index], keep)
+                elif local:
                     key = local.options, slot.in_matrix.rows, slot.in_matrix.cols
                     targets, polar_factors, slices = groups.setdefault(key, ([], [], []))
                     targets.append(view_box(local.param, slot.in_shard))
@@ -491,3 +497,27 @@ class Executor:
                     cautious=options.cautious,
                     keep=keep,
                 )
+
+    def _apply_rounded(
+        self, slot: CompiledSlot, local: LocalParam, polar_factor: Tensor, keep: Tensor | None
+    ) -> None:
+        """Apply decay and update to a piece of a weight in bfloat16; see `rounding`."""
+        options, place, spec = local.options, slot.in_matrix, self.plan.params[slot.param]
+        compensation, bits = local.compensation, None
+        if compensation is None:
+            stream = zlib.crc32(spec.fqn.encode())
+            elements = element_numbers(slot.region, spec.shape, local.param.device)
+            bits = random_bits(elements, RandomKey(options.seed, options.step, stream))
+        else:
+            compensation = view_box(compensation, slot.in_shard)
+        apply_rounded(
+            view_box(local.param, slot.in_shard),
+            polar_factor,
+            place,
+            decay=options.decay,
+            matrix_lr=options.matrix_lr(place.rows, place.cols),
+            cautious=options.cautious,
+            keep=keep,
+            compensation=compensation,
+            bits=bits,
+        )

@@ -46,7 +46,8 @@ class MuonOptions:
     """The options of a param group that a step reads, with the meaning of torch.
 
     `decay` is 1 - lr weight_decay; `custom` the user's orthogonalizer, if the group uses it; `body`
-    computes the iterations; `cautious` concerns weight decay. If `capturable`, a tensor lr and the
+    computes the iterations; `cautious` concerns weight decay. `seed` and `step` are those of
+    stochastic rounding. If `capturable`, a tensor lr and the
     values computed from it stay tensors, so that the host does not wait for them.
     """
 
@@ -64,6 +65,9 @@ class MuonOptions:
     capturable: bool
     normuon_beta: float | None
     cautious: bool
+    weight_rounding: str
+    seed: int
+    step: int
 
     @classmethod
     def of(
@@ -86,6 +90,9 @@ class MuonOptions:
             capturable=group["capturable"],
             normuon_beta=group["normuon_beta"],
             cautious=group["cautious_weight_decay"],
+            weight_rounding=group["weight_rounding"],
+            seed=group["rounding_seed"],
+            step=group["rounding_step"],
         )
 
     def matrix_lr(self, rows: int, cols: int) -> float | Tensor:

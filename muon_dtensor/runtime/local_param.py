@@ -12,7 +12,8 @@ class LocalParam:
     """This rank's shards of one parameter that has a gradient: tensors of one shape.
 
     The shard of the momentum may be a part of that, see `ParamSpec.shards_momentum`.
-    `moments`: the row second moments of NorMuon, if the options have its beta.
+    `moments`: the row second moments of NorMuon, if the options have its beta. `compensation`: what
+    was rounded away from the weight, if the options keep it.
     """
 
     param: Tensor
@@ -20,6 +21,7 @@ class LocalParam:
     momentum_buffer: Tensor
     options: MuonOptions
     moments: Tensor | None = None
+    compensation: Tensor | None = None
 
     @property
     def is_momentum_offloaded(self) -> bool:

@@ -1,5 +1,6 @@
 """Copies between local shards, flat buffers and matrices."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,6 +59,21 @@ def view_box(tensor: Tensor, box: Box | None) -> Tensor:
             sizes.append(length)
             strides.append(dim_stride * (stride if len(axes) > 1 else 1))
     return view.as_strided(sizes, strides)
+
+
+def element_numbers(region: Region, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the row-major numbers of a region's elements in a tensor of this shape, int64.
+
+    In the shape of a view of the region, which is one of its own `strided_parts`.
+    """
+    numbers = torch.full((), region.offset_in(shape), dtype=torch.int64, device=device)
+    stride = math.prod(shape)
+    for size, axes in zip(shape, region.axes, strict=True):
+        stride //= size
+        for length, step in axes:
+            offsets = torch.arange(length, dtype=torch.int64, device=device) * (step * stride)
+            numbers = numbers[..., None] + offsets
+    return numbers
 
 
 def view_slots(buffer: Tensor, slots: Sequence[Slot]) -> list[Tensor]:

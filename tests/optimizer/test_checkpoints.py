@@ -630,12 +630,16 @@ def test_misplaced_shards_are_saved_in_the_background(tmp_path):
     assert outcomes == [""] * 6
 
 
-UNKNOWN_TO_TORCH = ("orthogonalizer", "capturable", "normuon_beta", "cautious_weight_decay")
+UNKNOWN_TO_TORCH = (
+    *("orthogonalizer", "capturable", "normuon_beta", "cautious_weight_decay"),
+    *("weight_rounding", "rounding_seed"),
+)
 
 
 def of_options(**options: Any) -> Muon:
-    param = nn.Parameter(torch.ones(3, 2))
-    param.grad = torch.ones(3, 2)
+    dtype = torch.bfloat16 if "weight_rounding" in options else torch.float32
+    param = nn.Parameter(torch.ones(3, 2, dtype=dtype))
+    param.grad = torch.ones_like(param)
     optimizer = Muon([param], **options)
     optimizer.step()
     return optimizer
@@ -644,15 +648,16 @@ def of_options(**options: Any) -> Muon:
 @pytest.mark.parametrize("name", OTHER_VALUES)
 def test_options_are_restored_from_a_checkpoint(name):
     saved = copy.deepcopy(of_options(**{name: OTHER_VALUES[name]}).state_dict())
-    optimizer = of_options()
+    default = {name: DEFAULTS[name]} if name == "weight_rounding" else {}  # in bfloat16, too
+    optimizer = of_options(**default)
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0][name] == OTHER_VALUES[name]
 
 
 @pytest.mark.parametrize("name", OTHER_VALUES)
 def test_checkpoints_of_torch_do_not_change_options_that_they_lack(name):
-    oracle = torch.optim.Muon([nn.Parameter(torch.ones(3, 2))])
     optimizer = of_options(**{name: OTHER_VALUES[name]})
+    oracle = torch.optim.Muon([torch.ones_like(optimizer.param_groups[0]["params"][0])])
     optimizer.load_state_dict(oracle.state_dict())
     value = optimizer.param_groups[0][name]
     torch_value = oracle.param_groups[0].get(name)
@@ -660,7 +665,7 @@ def test_checkpoints_of_torch_do_not_change_options_that_they_lack(name):
 
 
 def test_every_option_is_in_the_tests_above():
-    elsewhere = {"algorithm", "betas", "format_version", *DECLARED}
+    elsewhere = {"algorithm", "betas", "format_version", "rounding_step", *DECLARED}
     assert DEFAULTS.keys() - elsewhere == OTHER_VALUES.keys()
 
 

@@ -59,6 +59,8 @@ WRONG = {
     "capturable": 1,
     "normuon_beta": 1.0,
     "cautious_weight_decay": 1,
+    "weight_rounding": "x",
+    "rounding_seed": -1,
     "ns_dtype": torch.float16,
     "bucket_mb": 0,
     "prefetch_count": -1,

@@ -160,7 +160,12 @@ def test_different_hyperparameters(later):
         assert "lr=0.1" in text
 
 
-CHANGED_VALUES = {**OTHER_VALUES, "algorithm": "adamw", "betas": (0.8, 0.99)}
+CHANGED_VALUES = {
+    **OTHER_VALUES,
+    "algorithm": "adamw",
+    "betas": (0.8, 0.99),
+    "rounding_step": 3,
+}
 
 READ_BY = {
     "muon": CHANGED_VALUES.keys() - {"betas"},
@@ -168,7 +173,7 @@ READ_BY = {
 }
 
 OF_GROUPS = [
-    *((0, name) for name in sorted(READ_BY["muon"])),
+    *((0, name) for name in sorted(READ_BY["muon"] - {"weight_rounding"})),
     *((1, name) for name in sorted(READ_BY["adamw"] - {"algorithm"})),
 ]
 
@@ -189,6 +194,14 @@ def test_every_option_that_a_step_reads_is_compared(index, name):
         # the rank that changed it has created the state of the other plan
         assert same or name in ("algorithm", "normuon_beta")
         assert name in text or name in ("algorithm", "normuon_beta", "orthogonalizer"), text
+
+
+def test_another_rounding_on_one_rank_raises_on_all():
+    """These weights are in float32, so that rank raises its own error."""
+    outcomes = run_processes(4, with_another_option, 0, "weight_rounding")
+    assert outcomes[2][0] == "GroupOptionError"
+    assert all(outcomes[rank][0] for rank in range(4))
+    assert all("bfloat16 weights" in text or "rank 2" in text for _, text, _ in outcomes), outcomes
 
 
 def test_all_options_are_covered_above():
@@ -519,13 +532,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cautious": {"cautious_weight_decay": True, "weight_decay": 0.5},
     "bfloat16-momentum": {"momentum_dtype": torch.bfloat16},
     "bfloat16": {},
+    "bfloat16-stochastic": {"weight_rounding": "stochastic"},
+    "bfloat16-compensated": {"weight_rounding": "compensated"},
 }
 
 
 def skipping(name: str, shape: Any, placements: Any, *, masks: bool) -> list[list[torch.Tensor]]:
     """Return all values after a good step, a bad one that is skipped, and two good ones."""
     mesh = mesh_of(shape)
-    dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+    dtype = torch.float32
+    if name == "bfloat16" or "weight_rounding" in OPTIONS[name]:
+        dtype = torch.bfloat16
     shapes = [(12, 8), (8, 12), (7, 5)]
     params = [nn.Parameter(spread(w, mesh, placements)) for w in tensors_like(shapes, 0, dtype)]
     groups = [{"params": params[:2]}, {"params": params[2:], "algorithm": "adamw"}]

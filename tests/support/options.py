@@ -15,4 +15,6 @@ OTHER_VALUES: dict[str, Any] = {
     "capturable": True,
     "normuon_beta": 0.9,
     "cautious_weight_decay": True,
+    "weight_rounding": "compensated",
+    "rounding_seed": 7,
 }
