@@ -3,7 +3,9 @@
 A step does not use them: it executes its plan.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,6 +112,43 @@ def with_offsets(tensor: DTensor) -> Tensor:
     shard.local_sizes = tuple(region.shape for region in regions)
     with_attributes: Tensor = shard
     return with_attributes
+
+
+def pass_offsets(tensor: DTensor) -> None:
+    """Let torch.distributed.checkpoint save and load this shard at its true offsets.
+
+    A DTensor asks its local tensor for the offsets of its shard, if that has these methods (torch
+    2.13 to 2.15). Copies of the tensor, such as those of `dcp.async_save`, do not have them.
+    """
+    layout = describe_layout(tensor, describe_mesh(tensor.device_mesh))
+    region = layout.region(layout.mesh.position_of(this_rank()))
+    regions = [region] if region.numel else []
+    shard: Any = local_part(tensor)
+    shard.__create_write_items__ = partial(_write_items, regions)
+    shard.__create_chunk_list__ = partial(_chunks, regions)
+
+
+def _chunks(regions: Sequence[Region]) -> list[Any]:
+    """Return what DTensor.__create_chunk_list__ does."""
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata  # takes half a second
+
+    return [ChunkStorageMetadata(torch.Size(r.start), torch.Size(r.shape)) for r in regions]
+
+
+def _write_items(regions: Sequence[Region], fqn: str, tensor: DTensor) -> list[Any]:
+    """Return what DTensor.__create_write_items__ does."""
+    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+    from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+    properties = TensorProperties.create_from_tensor(local_part(tensor))
+    return [
+        WriteItem(
+            index=MetadataIndex(fqn, chunk.offsets),
+            type=WriteItemType.SHARD,
+            tensor_data=TensorWriteData(chunk, properties, tensor.size()),
+        )
+        for chunk in _chunks(regions)
+    ]
 
 
 def scatter(full_tensor: Tensor, layout: Layout, groups: Groups, src_rank: int) -> Tensor:

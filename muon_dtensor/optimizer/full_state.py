@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from muon_dtensor.distributed_config.full_tensor import cut_like, with_offsets
+from muon_dtensor.distributed_config.full_tensor import cut_like, pass_offsets, with_offsets
 from muon_dtensor.errors import CheckpointError, RefusalError
 from muon_dtensor.optimizer.muon import Muon
 from muon_dtensor.optimizer.state import MOMENTS, SHARDED_LIKE_PARAM
-from muon_dtensor.runtime.dtensors import LayoutCache, can_place_shards, misplaced_shards
+from muon_dtensor.runtime.dtensors import LayoutCache, can_place_shards
 from muon_dtensor.runtime.torch_private import local_part, with_shard
 
 
@@ -55,50 +55,44 @@ def checkpointable(state_dict: dict[str, Any]) -> Iterator[None]:
         with checkpointable(state):
             dcp.save(state, checkpoint_id=path)   # or dcp.load, or dcp.async_save
 
-    torch computes wrong offsets for some uneven shards (see `Muon.check_saveable`). Inside the
-    context these are plain tensors on the same memory, with the attributes of torch's
+    torch computes wrong offsets for some uneven shards (see `Muon.check_saveable`). From torch 2.14
+    on these are plain tensors on the same memory inside the context, with the attributes of torch's
     `CheckpointableTensor`; all other values are unchanged. Afterwards `state_dict` holds its
-    DTensors again, with the loaded values. Such checkpoints load into any layout, and checkpoints
-    of other layouts load into such shards. No collective.
+    DTensors again, with the loaded values. With older versions their shards get the right offsets,
+    for `dcp.save` and `dcp.load`, not for `dcp.async_save`. Such checkpoints load into any layout,
+    and checkpoints of other layouts load into such shards. No collective.
 
     Args:
         state_dict: of model, optimizer, or both. Dicts and lists in it are searched, and modified.
-
-    Raises:
-        CheckpointError: there are such shards, and torch is older than 2.14.
     """
-    layout_cache = LayoutCache()
-    misplaced = list(_misplaced(state_dict, "", layout_cache))
-    if misplaced and not can_place_shards():
-        raise CheckpointError(misplaced_shards([name for _, _, name, _ in misplaced]))
+    misplaced = list(_misplaced(state_dict, LayoutCache()))
+    if not can_place_shards():
+        for _, _, tensor in misplaced:
+            pass_offsets(tensor)
+        yield
+        return
     try:
-        for container, key, _, tensor in misplaced:
+        for container, key, tensor in misplaced:
             container[key] = with_offsets(tensor)
         yield
     finally:
-        for container, key, _, tensor in misplaced:
+        for container, key, tensor in misplaced:
             container[key] = tensor
 
 
-def _misplaced(
-    values: Any, name: str, layout_cache: LayoutCache
-) -> Iterator[tuple[Any, Any, str, DTensor]]:
-    """Yield container, key, name and value of each shard in `values` that torch misplaces."""
+def _misplaced(values: Any, layout_cache: LayoutCache) -> Iterator[tuple[Any, Any, DTensor]]:
+    """Yield container, key and value of each shard in `values` that torch misplaces."""
     if not isinstance(values, (dict, list)):
         return
     for key, value in values.items() if isinstance(values, dict) else enumerate(values):
-        path = f"{name}.{key}" if name else str(key)
-        if isinstance(value, DTensor) and _is_misplaced(value, layout_cache):
-            yield values, key, path, value
-        else:
-            yield from _misplaced(value, path, layout_cache)
-
-
-def _is_misplaced(tensor: DTensor, layout_cache: LayoutCache) -> bool:
-    try:
-        return layout_cache.is_misplaced(tensor)
-    except RefusalError:  # this package does not support these placements; torch may
-        return False
+        if not isinstance(value, DTensor):
+            yield from _misplaced(value, layout_cache)
+            continue
+        try:
+            if layout_cache.is_misplaced(value):
+                yield values, key, value
+        except RefusalError:  # this package does not support these placements; torch may
+            continue
 
 
 def load_full_state_dict(

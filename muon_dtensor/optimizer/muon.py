@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from muon_dtensor.algorithms import PRESETS
 from muon_dtensor.algorithms.kernels import log_slow_bfloat16
 from muon_dtensor.distributed_config.config import DistributedConfig, create_dtensor_config
+from muon_dtensor.distributed_config.full_tensor import pass_offsets
 from muon_dtensor.errors import CheckpointError, GroupOptionError, shortened
 from muon_dtensor.optimizer.options import (
     DEFAULTS,
@@ -440,7 +441,8 @@ class Muon(Optimizer):
 
         A parameter that never trained has the entry `{}`.
 
-        Logs a warning once if torch's distributed checkpoint would misplace shards; see
+        Uneven shards that torch's distributed checkpoints would misplace pass their true offsets to
+        `dcp.save` and `dcp.load`. For weights of such shards a warning is logged once; see
         `check_saveable`.
         """
         self._planned_step.check_finished()
@@ -451,17 +453,18 @@ class Muon(Optimizer):
             self._has_warned_of_shards = True
             logger.log(warning_level(self._all_params()), "%s", misplaced)
         saved = super().state_dict()
+        for tensor in self._planned_step.table.misplaced_state(saved["state"].values()):
+            pass_offsets(tensor)
         for number in self._planned_step.table.without_state(self.state):
             saved["state"].setdefault(number, {})  # marks it as frozen rather than missing
         return saved
 
     def check_saveable(self) -> None:
-        """Raise CheckpointError if `torch.distributed.checkpoint` would misplace shards.
+        """Raise CheckpointError if `torch.distributed.checkpoint` would misplace weights.
 
         If two mesh dims cut a tensor dim that they do not divide, torch (2.13 to 2.15) computes
-        wrong offsets for some shards: it raises while saving them, or cannot load them. With torch
-        2.14 `checkpointable` saves them; with older versions, save a full state dict. Call this
-        before a run, on any rank.
+        wrong offsets for some shards: it raises while saving them, or cannot load them.
+        `checkpointable` saves the model's. Call this before a run, on any rank.
         """
         if misplaced := self._planned_step.table.misplaced():
             raise CheckpointError(misplaced)

@@ -4,7 +4,7 @@ It raises one error that lists all parameters with problems.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -258,6 +258,13 @@ class ParameterTable:
             if isinstance(entry.param, DTensor) and self.layout_cache.is_misplaced(entry.param)
         ]
         return misplaced_shards(names) if names else ""
+
+    def misplaced_state(self, states: Iterable[Mapping[str, Any]]) -> Iterator[DTensor]:
+        """Yield the tensors of these states that torch's checkpoints misplace."""
+        for state in states:
+            for value in state.values():
+                if isinstance(value, DTensor) and self.layout_cache.is_misplaced(value):
+                    yield value
 
     def without_state(self, state: Mapping[Tensor, Mapping[str, Any]]) -> list[int]:
         """Return the state-dict numbers of parameters without state, which never trained.

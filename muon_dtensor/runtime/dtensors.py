@@ -282,17 +282,11 @@ def can_place_shards() -> bool:
 
 def misplaced_shards(names: Sequence[str]) -> str:
     """Return the message about tensors that torch's distributed checkpoints would misplace."""
-    remedy = (
-        "Save and load inside muon_dtensor.checkpointable(state_dict)"
-        if can_place_shards()
-        else "Save a full state dict, get_optimizer_state_dict(..., "
-        "options=StateDictOptions(full_state_dict=True)), and load it with "
-        "muon_dtensor.load_full_state_dict; use torch 2.14 and muon_dtensor.checkpointable"
-    )
     return (
-        f"torch.distributed.checkpoint takes shards of {len(names)} tensors for others "
+        f"torch.distributed.checkpoint takes shards of {len(names)} weights for others "
         f"({shortened(names)}): two mesh dims cut a tensor dim that they do not divide evenly. "
-        f"{remedy}; or choose sizes that they divide."
+        "Save and load the model's state dict inside muon_dtensor.checkpointable(state_dict), or "
+        "choose sizes that they divide. The optimizer's state is saved correctly."
     )
 
 
