@@ -19,8 +19,9 @@ def split_matrices(full: Tensor, options: dict[str, Any]) -> list[Tensor]:
         left = patterns[0].split(" -> ")[0]
         names = left.replace("(", "").replace(")", "").split()
         others = " ".join(name for name in names if name != split_dim)
-        axes = {split_dim: sum(sizes), **axes}
-        unfolded = einops.rearrange(full, f"{left} -> {split_dim} {others}", **axes)
+        lengths = {split_dim: sum(sizes), **axes}
+        unfolded = einops.rearrange(full, f"{left} -> {split_dim} {others}", **lengths)
+        axes = {name: size for name, size in axes.items() if name != split_dim}
         blocks = unfolded.split(list(sizes))
         patterns = [f"{split_dim} {others} -> {p.split(' -> ')[1]}" for p in patterns]
     else:
