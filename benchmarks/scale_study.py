@@ -21,7 +21,6 @@ from typing import Any
 from benchmarks.common import commit
 from muon_dtensor.cli.baseline_costs import method_cost
 from muon_dtensor.cli.models import MODELS, specs_of
-from muon_dtensor.layout import MeshSpec
 from muon_dtensor.planning.plan import ParamSpec, Phase, PlanOptions
 from muon_dtensor.planning.presets import PRESETS
 from muon_dtensor.planning.report import PlanReport, plan_report
@@ -61,16 +60,19 @@ class Row:
     in_teams_seconds: float
 
 
-def mesh_of(model: str, ranks: int) -> MeshSpec:
-    """Return the mesh of a row: innermost tp (8) or ep (64), then shards, then replicas."""
+def mesh_of(model: str, ranks: int) -> dict[str, int]:
+    """Return the mesh sizes of a row: innermost tp (8), then shards, then replicas.
+
+    ep (up to 64) is a part of the shards.
+    """
     inner = {}
     if model in WITH_TP and ranks >= 64:
         inner = {"tp": 8}
-    if model in WITH_EP:
-        inner = {"ep": min(64, ranks)}
     num_data_ranks = ranks // prod(inner.values())
     shards = min(num_data_ranks, MAX_SHARDS)
-    return MeshSpec.of(dp_replicate=num_data_ranks // shards, dp_shard=shards, **inner)
+    if model in WITH_EP:
+        inner = {"ep": min(64, shards)}
+    return {"dp_replicate": num_data_ranks // shards, "dp_shard": shards, **inner}
 
 
 def specs(model: str, ranks: int) -> list[ParamSpec]:
@@ -113,7 +115,7 @@ def row(job: tuple[str, int, str]) -> Row:
     return Row(
         model=model,
         ranks=ranks,
-        mesh=str(plan.meshes[0]),
+        mesh=", ".join(f"{name}={size}" for name, size in mesh_of(model, ranks).items()),
         matrices=cost.num_matrices,
         seconds=seconds,
         orthogonalize_seconds=orthogonalize,

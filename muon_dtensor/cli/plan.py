@@ -3,15 +3,14 @@
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
 from muon_dtensor.cli.baseline_costs import MethodCost, method_cost
-from muon_dtensor.cli.models import specs_of
+from muon_dtensor.cli.models import ACTIVE_PARAMETERS, num_ranks_of, specs_of
 from muon_dtensor.cli.plan_plot import plot_plan
-from muon_dtensor.cli.plan_table import print_comparison, print_plan
-from muon_dtensor.layout import MeshSpec
+from muon_dtensor.cli.plan_table import print_comparison, print_plan, print_sweep
 from muon_dtensor.planning.outer import (
     OuterPlan,
     WireCost,
@@ -43,6 +42,10 @@ def plan(
     delay: int = 0,
     link: str | None = None,
     step_seconds: float | None = None,
+    tokens: float | None = None,
+    tflops: float | None = None,
+    sweep: str | None = None,
+    export_topology: Path | None = None,
     explain: str | None = None,
     compare: str | None = None,
     plot: Path | None = None,
@@ -54,21 +57,23 @@ def plan(
     Exit status 2 if no plan can be made, 1 if the plans of --diff differ.
 
     Args:
-        model: gpt2, llama3-8b, llama3-70b, llama3-405b, deepseek-v3, kimi-k2, or pkg.mod:fn. The
-            function either takes the DeviceMesh and returns a model sharded over it, or takes no
-            arguments and returns an unsharded model, which fully_shard then shards.
+        model: gpt2, llama3-8b, llama3-70b, llama3-405b, deepseek-v3, kimi-k2, gpt-oss-20b,
+            gpt-oss-120b, or pkg.mod:fn. The function either takes the DeviceMesh and returns a
+            model sharded over it, or takes no arguments and returns an unsharded model, which
+            fully_shard then shards.
         mesh: sizes of mesh dims, outermost first: dp_replicate=16,dp_shard=64,tp=8. One size may
-            be -1: it is computed from --ranks.
-        topology: a preset (h100-ib-400, h100-nvlink, h200, a100-ib-200, gloo-local) or a JSON file
-            from `muon-dtensor calibrate`.
+            be -1: it is computed from --ranks. For models by name, pp makes stages, and ep is a
+            part of dp_shard x cp x tp, as in torchtitan.
+        topology: a preset (h100-ib-400, h100-nvlink, h200, a100-ib-200, b200, gb200-nvl72,
+            gloo-local) or a JSON file, from `muon-dtensor calibrate` or --export-topology.
         ranks: number of ranks; the sizes of the mesh must multiply to it.
         strategy: auto, or one strategy for all matrices: owned, owned_staged, distributed.
         exact: --no-exact allows several ranks to orthogonalize one matrix; rounds differently.
         bucket_mb: maximum MiB of exchange buffers per bucket and rank.
         prefetch_count: number of buckets in flight while another bucket is orthogonalized.
         shard_momentum: cut the momentum over the ranks that replicate its parameter.
-        recognize: projections or heads: declare the matrices of a model of a known family, for
-            pkg.mod:fn; see `group_parameters`.
+        recognize: projections or heads: the matrices of a known model family, see
+            `group_parameters`.
         islands: number of islands, each with its own mesh of these sizes. Above 1, also prints the
             plan of their synchronizations (the matrices of Muon only).
         sync_every: inner steps between two synchronizations; see `islands.DiLoCo`.
@@ -77,7 +82,12 @@ def plan(
         fragments: parts of the model that are synchronized in turn.
         delay: steps between sending an update and applying the result.
         link: bits per second that an island can send, such as 1gbit or 50mbit.
-        step_seconds: of an inner step, forward and backward included.
+        step_seconds: of a training step, forward and backward included; see --tokens.
+        tokens: of a batch over all ranks. With --tflops, the training step takes 6 FLOP per token
+            and active parameter, and the plan says which share of it the optimizer's step is.
+        tflops: model TFLOP/s that training reaches on each rank: its peak times the utilization.
+        sweep: several meshes with ; between them. Prints one row per mesh instead of a plan.
+        export_topology: JSON file for the topology, to edit and pass as --topology.
         explain: name of a parameter; prints its plan instead of the table.
         compare: methods to compare, separated by commas: naive,1d-owner,ours.
         plot: image file for the timeline, loads and bytes.
@@ -101,23 +111,29 @@ def plan(
             exact=exact,
             topology=machine,
         )
-        sizes = sizes_of(mesh, ranks)
-        if ":" in model:
-            # imported here: it needs torch, which models by name do not
-            from muon_dtensor.cli.user_model import plan_of_factory
+        if export_topology is not None:
+            export_topology.write_text(machine.to_json())
 
-            report = plan_of_factory(
-                model, sizes, options, shard_momentum=shard_momentum, recognize=recognize or False
+        def report_of(mesh: str) -> PlanReport:
+            sizes = sizes_of(mesh, ranks, is_by_name=":" not in model)
+            return _report(
+                model, sizes, options, shard_momentum=shard_momentum, recognize=recognize
             )
-        else:
-            specs = specs_of(model, MeshSpec.of(**sizes), shard_momentum=shard_momentum)
-            report = plan_report(specs, options)
+
+        def training_seconds(report: PlanReport) -> float | None:
+            return step_seconds or _training_seconds(model, report, tokens, tflops)
+
+        if sweep is not None:
+            reports = {text.strip(): report_of(text) for text in sweep.split(";")}
+            print_sweep(reports, {name: training_seconds(r) for name, r in reports.items()})
+            return 0
+        report = report_of(mesh)
         if compare is not None:
             methods = dict.fromkeys(name.strip() for name in compare.split(","))
             baselines = {m: method_cost(m, report.params, options) for m in methods if m != "ours"}
             print_comparison({m: baselines.get(m, MethodCost.of(report)) for m in methods})
         elif explain is None:
-            print_plan(report)
+            print_plan(report, training_seconds(report))
         elif explain in {spec.fqn for spec in report.params}:
             print(report.explain(explain))
         else:
@@ -145,6 +161,45 @@ def plan(
         print(f"muon-dtensor plan: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _report(
+    model: str,
+    sizes: Mapping[str, int],
+    options: PlanOptions,
+    *,
+    shard_momentum: bool,
+    recognize: str | None,
+) -> PlanReport:
+    """Return the plan of a model by name, or of the user's function."""
+    if ":" not in model:
+        specs = specs_of(model, sizes, shard_momentum=shard_momentum, recognize=recognize)
+        return plan_report(specs, options)
+    # imported here: it needs torch, which models by name do not
+    from muon_dtensor.cli.user_model import plan_of_factory
+
+    return plan_of_factory(
+        model, sizes, options, shard_momentum=shard_momentum, recognize=recognize or False
+    )
+
+
+def _training_seconds(
+    model: str, report: PlanReport, tokens: float | None, tflops: float | None
+) -> float | None:
+    """Return the seconds of a training step of this many tokens; None without both numbers.
+
+    6 FLOP per token and parameter that it uses: 2 forward, 4 backward (Kaplan et al. 2020,
+    arXiv:2001.08361, section 2.1).
+    """
+    if tokens is None and tflops is None:
+        return None
+    if tokens is None or tflops is None or tokens <= 0 or tflops <= 0:
+        raise ValueError(
+            f"--tokens and --tflops are above 0 and given together, got {tokens}, {tflops}"
+        )
+    total = sum(matrix.numel for spec in report.params for matrix in spec.matrices)
+    active = ACTIVE_PARAMETERS.get(model, total)
+    return 6 * active * tokens / (len(report.cost.ranks) * tflops * 1e12)
 
 
 def outer_plan(
@@ -190,10 +245,11 @@ def bits_per_second(text: str) -> float:
     return value
 
 
-def sizes_of(text: str, ranks: int | None = None) -> dict[str, int]:
+def sizes_of(text: str, ranks: int | None = None, *, is_by_name: bool = True) -> dict[str, int]:
     """Return the mesh sizes in a text such as `dp_shard=8,tp=2`.
 
-    A size of -1 becomes `ranks` divided by the other sizes. Raises ValueError.
+    A size of -1 becomes `ranks` divided by the other sizes. For models by name, `ep` is a part of
+    the others. Raises ValueError.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -205,15 +261,20 @@ def sizes_of(text: str, ranks: int | None = None) -> dict[str, int]:
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or (free and ranks is None):
         raise ValueError(f"one size of --mesh may be -1, and then --ranks is needed, got {text!r}")
-    given_product = prod(size for size in sizes.values() if size > 0)
+    num_ranks = num_ranks_of if is_by_name else _product
+    given_product = num_ranks({name: size for name, size in sizes.items() if size > 0})
     for name in free:
         sizes[name] = max(1, (ranks or 0) // given_product)
-    count = prod(sizes.values())
+    count = num_ranks(sizes)
     if ranks is not None and count != ranks:
         raise ValueError(f"{ranks} ranks do not make a mesh {text}: its sizes multiply to {count}")
     if count > MAX_RANKS:
         raise ValueError(f"{text} has {count} ranks; plans are made for up to {MAX_RANKS}")
     return sizes
+
+
+def _product(sizes: Mapping[str, int]) -> int:
+    return prod(sizes.values())
 
 
 MAX_RANKS = 1 << 17

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from muon_dtensor.cli.baseline_costs import MethodCost
+from muon_dtensor.planning.memory import state_nbytes
 from muon_dtensor.planning.render import (
     adamw_text,
     collective_text,
@@ -17,6 +18,7 @@ from muon_dtensor.planning.render import (
     ranges,
 )
 from muon_dtensor.planning.report import PlanReport
+from muon_dtensor.planning.traffic import link_nbytes
 
 
 def console() -> Console:
@@ -24,8 +26,11 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 150)
 
 
-def print_plan(report: PlanReport) -> None:
-    """Print a plan as a table, and its totals relative to the lower bounds."""
+def print_plan(report: PlanReport, training_seconds: float | None = None) -> None:
+    """Print a plan as a table, and its totals relative to the lower bounds.
+
+    `training_seconds`: of a training step, with which the predicted one is compared.
+    """
     cost, prediction = report.cost, report.prediction
     table = Table(title=", ".join(f"mesh {mesh}" for mesh in report.meshes))
     for name in ("bucket", "strategy", "matrices", "collectives"):
@@ -65,15 +70,47 @@ def print_plan(report: PlanReport) -> None:
     ranks, bound = len(cost.ranks), cost.bound_nbytes
     over = f", {cost.total_nbytes / bound:.3f} x the bound" if bound else ""
     efficiency = 1 / cost.makespan if cost.makespan else 1.0
+    links = link_nbytes(report.plan)
     print(
         f"{ranks} ranks, {cost.num_matrices} matrices: "
         f"{quantity(cost.total_nbytes, 'B')} sent a step{over}\n"
         f"redundancy {cost.redundancy:.2f}, makespan efficiency {efficiency:.0%} "
         f"(all ranks busy would be 100%), "
-        f"peak memory {quantity(max(cost.peak_nbytes, default=0), 'B')} a rank\n"
+        f"peak memory {quantity(max(cost.peak_nbytes, default=0), 'B')} a rank, "
+        f"momenta {quantity(state_nbytes(report.plan), 'B')}\n"
+        f"sent within nodes {quantity(links.within_nodes, 'B')}, between nodes "
+        f"{quantity(links.between_nodes, 'B')}\n"
         f"predicted {duration(prediction.seconds)} a step on {machine(report.options.topology)}; "
         f"digest {report.digest[:16]}"
     )
+    if training_seconds is not None:
+        print(
+            f"a training step takes {duration(training_seconds)}, the optimizer's "
+            f"{prediction.seconds / training_seconds:.1%} of that"
+        )
+
+
+def print_sweep(
+    reports: Mapping[str, PlanReport], training_seconds: Mapping[str, float | None]
+) -> None:
+    """Print one row per mesh; by mesh the plan, and the seconds of a training step."""
+    table = Table(title="one plan per mesh")
+    table.add_column("mesh")
+    for name in ("ranks", "predicted", "GB sent", "MB/rank", "momenta GB", "peak GB", "of a step"):
+        table.add_column(name, justify="right")
+    for mesh, report in reports.items():
+        cost, seconds = report.cost, training_seconds[mesh]
+        table.add_row(
+            mesh,
+            str(len(cost.ranks)),
+            duration(report.prediction.seconds),
+            f"{cost.total_nbytes / 1e9:.1f}",
+            f"{max(cost.sent_nbytes, default=0) / 1e6:.1f}",
+            f"{state_nbytes(report.plan) / 1e9:.2f}",
+            f"{max(cost.peak_nbytes, default=0) / 1e9:.2f}",
+            "" if seconds is None else f"{report.prediction.seconds / seconds:.1%}",
+        )
+    console().print(table, markup=False)
 
 
 def print_comparison(costs: Mapping[str, MethodCost]) -> None:

@@ -126,14 +126,27 @@ class Layout:
         return holders
 
     @cached_property
+    def _holder_numels(self) -> dict[int, tuple[tuple[int, int], ...]]:
+        return {}
+
+    def holder_numels(self, region: Region) -> tuple[tuple[int, int], ...]:
+        """Return (home, elements of its part) for each of `holders`, homes ascending."""
+        holders = self.holders(region)
+        numels = self._holder_numels.get(id(holders))
+        if numels is None:
+            numels = tuple((home, part.numel) for home, part in holders.items())
+            self._holder_numels[id(holders)] = numels
+        return numels
+
+    @cached_property
     def _largest_parts(self) -> dict[Region, int]:
         return {}
 
     def largest_part(self, region: Region) -> int:
         """Return the number of elements of the largest part of a region that any rank stores."""
         if region not in self._largest_parts:
-            holders = self.holders(region)
-            self._largest_parts[region] = max(part.numel for part in holders.values())
+            numels = self.holder_numels(region)
+            self._largest_parts[region] = max(numel for _, numel in numels)
         return self._largest_parts[region]
 
     def _find_holders(self, region: Region) -> dict[int, Region]:

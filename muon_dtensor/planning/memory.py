@@ -53,15 +53,16 @@ def peaks(plan: Plan, traffics: Sequence[BucketTraffic], index_of: dict[int, int
         numbers = dict.fromkeys(event.buffers)
         for number in [n for n in numbers if lives[action.bucket, n].first == index]:
             _add(live, indices, traffic.buffers[number], traffic.itemsize)
-        work = workspaces(plan, traffic, event)
-        for position, rank_index in enumerate(indices):
-            extra = work.get(position, 0)
-            buffer_peaks[rank_index] = max(buffer_peaks[rank_index], live[rank_index])
+            for rank_index in compress(indices, traffic.buffers[number]):
+                buffer_peaks[rank_index] = max(buffer_peaks[rank_index], live[rank_index])
+        for position, extra in workspaces(plan, traffic, event).items():
+            rank_index = indices[position]
             work_peaks[rank_index] = max(work_peaks[rank_index], extra)
             total_peaks[rank_index] = max(total_peaks[rank_index], live[rank_index] + extra)
         for number in numbers:
             if lives[action.bucket, number].last == index:
                 _add(live, indices, traffic.buffers[number], -traffic.itemsize)
+    total_peaks = list(map(max, total_peaks, buffer_peaks))
     if plan.options.topology.cores is not None:
         total_peaks = [block + extra for block, extra in zip(buffer_peaks, work_peaks, strict=True)]
     return Peaks(tuple(buffer_peaks), tuple(total_peaks))
@@ -70,6 +71,17 @@ def peaks(plan: Plan, traffics: Sequence[BucketTraffic], index_of: dict[int, int
 def _add(totals: list[int], indices: Sequence[int], numels: Sequence[int], itemsize: int) -> None:
     for index, numel in zip(compress(indices, numels), filter(None, numels), strict=True):
         totals[index] += itemsize * numel
+
+
+def state_nbytes(plan: Plan) -> int:
+    """Return the most bytes of momenta, in the dtype of their parameters, that any rank stores."""
+    totals: dict[int, int] = defaultdict(int)
+    for (layout, dtype), count in Counter(
+        (spec.momentum_layout, spec.dtype) for spec in plan.params
+    ).items():
+        for position, rank in enumerate(layout.mesh.ranks):
+            totals[rank] += count * layout.region(position).numel * ITEMSIZES.get(dtype, 4)
+    return max(totals.values(), default=0)
 
 
 def workspaces(plan: Plan, traffic: BucketTraffic, event: Event) -> dict[int, int]:

@@ -248,6 +248,10 @@ class Plan:
         """Return the box that the owner orthogonalizes: the matrix, or a slab of it."""
         return assignment.slab or self.matrix(assignment).region
 
+    def holder_numels(self, assignment: Assignment) -> tuple[tuple[int, int], ...]:
+        """Return (home, elements of its piece) for each of `holders`."""
+        return self.spec(assignment).momentum_layout.holder_numels(self.region(assignment))
+
     def holders(self, assignment: Assignment) -> dict[int, Region]:
         """Return {home: its piece of the matrix or slab}; see `Layout.holders`.
 

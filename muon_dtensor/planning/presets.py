@@ -95,6 +95,28 @@ PRESETS: dict[str, Topology] = {
             nvlink=450e9,
             network=50e9,
         ),
+        # NVIDIA HGX B200 data sheet: 2,250 TFLOP/s bf16 and 75 float32 dense, 8 TB/s HBM3e, 1.8
+        # TB/s NVLink both ways; one 400 Gb/s adapter for each GPU (DGX B200)
+        _gpu(
+            "b200",
+            bfloat16=2250e12,
+            float32=75e12,
+            memory=8e12,
+            nvlink=900e9,
+            network=50e9,
+        ),
+        # NVIDIA GB200 NVL72 data sheet: 2,500 TFLOP/s bf16 and 80 float32 dense per GPU (half of
+        # the sparse 5,000), 8 TB/s HBM3e, 72 GPUs in one NVLink domain of 1.8 TB/s both ways each;
+        # one 400 Gb/s adapter for each GPU
+        _gpu(
+            "gb200-nvl72",
+            bfloat16=2500e12,
+            float32=80e12,
+            memory=8e12,
+            nvlink=900e9,
+            network=50e9,
+            node_size=72,
+        ),
         # NVIDIA A100 80GB SXM data sheet: 312 TFLOP/s bf16, 19.5 float32, 2.04 TB/s, 600 GB/s
         # NVLink both ways; one 200 Gb/s HDR adapter for each GPU (DGX A100)
         _gpu(

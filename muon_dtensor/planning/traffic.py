@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from muon_dtensor.layout import Layout
@@ -110,12 +111,16 @@ class _Sums:
             layout = plan.spec(a).momentum_layout
             yield layout, a, key(layout, a), count
 
+    @cached_property
     def stored(self) -> tuple[Numels, list[int]]:
-        """Return the elements that each position stores of all matrices, and in how many pieces."""
+        """The elements that each position stores of all matrices, and in how many pieces."""
         return self._over_replicas(lambda spec: spec.layout)
 
+    @cached_property
     def momenta(self) -> tuple[Numels, list[int]]:
-        """Return the same of their momenta."""
+        """The same of their momenta."""
+        if not any(self.plan.spec(a).gathered_dims for a in self.bucket.assignments):
+            return self.stored
         return self._over_replicas(lambda spec: spec.momentum_layout)
 
     def _over_replicas(self, layout_of: Callable[[ParamSpec], Layout]) -> tuple[Numels, list[int]]:
@@ -123,9 +128,11 @@ class _Sums:
         numels, nums = [0] * self.num_positions, [0] * self.num_positions
         for _, assignment, _, count in self.tables(lambda *_: 0):
             layout = layout_of(self.plan.spec(assignment))
-            for home, piece in self.plan.holders(assignment).items():
-                numel, first = count * piece.numel, layout.home(home)
-                for offset in layout.replica_offsets:
+            offsets = layout.replica_offsets
+            for home, piece_numel in self.plan.holder_numels(assignment):
+                numel = count * piece_numel
+                first = home if len(offsets) == 1 else layout.home(home)
+                for offset in offsets:
                     numels[first + offset] += numel
                     nums[first + offset] += count
         return numels, nums
@@ -139,9 +146,9 @@ class _Sums:
             return layout.replica_offset(assignment.owner) + along
 
         for _, assignment, offset, count in self.tables(key):
-            for home, piece in self.plan.holders(assignment).items():
+            for home, numel in self.plan.holder_numels(assignment):
                 start = home - mesh.offset_of(mesh.index_along(home, done), done)
-                numels[start + offset] += count * piece.numel
+                numels[start + offset] += count * numel
         return numels
 
     def unmoved(self, done: tuple[str, ...], dims: tuple[str, ...]) -> Numels:
@@ -153,9 +160,9 @@ class _Sums:
             pieces = by_index.get(id(holders))
             if pieces is None:
                 pieces = by_index[id(holders)] = defaultdict(list)
-                for home, piece in holders.items():
+                for home, numel in self.plan.holder_numels(assignment):
                     start = home - mesh.offset_of(mesh.index_along(home, done), done)
-                    pieces[mesh.index_along(home, dims)].append((start, piece.numel))
+                    pieces[mesh.index_along(home, dims)].append((start, numel))
             owner = assignment.owner
             layout = self.plan.spec(assignment).momentum_layout
             offset = layout.replica_offset(owner)
@@ -167,7 +174,7 @@ class _Sums:
     def of(self, content: Content) -> Numels:
         """Return the elements of a buffer at each position."""
         if content.done is None:
-            numels, _ = self.stored()
+            numels, _ = self.stored
         elif set(content.done) >= set(self.bucket.strategy.unshard_dims):
             numels = self.owned()
         else:
@@ -222,8 +229,8 @@ def bucket_traffic(plan: Plan, bucket: Bucket) -> BucketTraffic:
         tuple(flops),
         tuple(contents[content] for content in sequence.contents),
         sums.self_sent(sequence),
-        *sums.stored(),
-        *sums.momenta(),
+        *sums.stored,
+        *sums.momenta,
         num_parts,
         team_nbytes,
     )
@@ -260,6 +267,53 @@ def _member_cost(
         ),
         num_iterations * (summed + num_gathers * gathered) + others * scale_nbytes,
     )
+
+
+class LinkBytes(NamedTuple):
+    """Bytes that all ranks send in a step to ranks of the same node, and to other nodes."""
+
+    within_nodes: int
+    between_nodes: int
+
+
+def link_nbytes(plan: Plan) -> LinkBytes:
+    """Return the bytes of a step by kind of link, without those of teams' iterations.
+
+    Results for replicas that go by an all-gather are counted from their source to each replica.
+    """
+    node_size = plan.options.topology.node_size
+    totals = [0, 0]
+
+    for bucket in plan.buckets:
+        mesh, strategy = bucket.mesh, bucket.strategy
+        nodes = [rank // node_size for rank in mesh.ranks]
+        itemsize = ITEMSIZES[bucket.wire_dtype]
+
+        def sent(source: int, target: int, numel: int) -> None:
+            if source != target:
+                totals[nodes[source] != nodes[target]] += itemsize * numel  # noqa: B023
+
+        for assignment in bucket.assignments:
+            spec, owner = plan.spec(assignment), assignment.owner
+            layout = spec.momentum_layout
+            to_replicas = mesh.peers(owner, strategy.replica_dims)
+            for home, numel in plan.holder_numels(assignment):
+                holder = home + layout.replica_offset(owner)
+                position = holder
+                for dims in strategy.stages:
+                    target = mesh.moved(position, dims, to=owner)
+                    sent(position, target, numel)
+                    if strategy.hops > 1 or not strategy.replica_dims:
+                        sent(target, position, numel)
+                    position = target
+                if not strategy.replica_dims:
+                    continue
+                is_direct = strategy.hops == 1 and not spec.gathered_dims
+                source = owner if is_direct else holder
+                for replica in to_replicas:
+                    reached = mesh.moved(holder, strategy.replica_dims, to=replica)
+                    sent(source, reached, numel)
+    return LinkBytes(*totals)
 
 
 def plan_traffic(plan: Plan) -> tuple[BucketTraffic, ...]:

@@ -13,10 +13,12 @@ from muon_dtensor.cli.models import MODELS, specs_of
 from muon_dtensor.cli.plan import bits_per_second, plan, sizes_of
 from muon_dtensor.cli.plan_plot import plotted_ranks
 from muon_dtensor.layout import MeshSpec
+from muon_dtensor.planning.memory import state_nbytes
 from muon_dtensor.planning.plan import PlanOptions
 from muon_dtensor.planning.presets import PRESETS, topology_of
 from muon_dtensor.planning.report import plan_report
 from muon_dtensor.planning.topology import Link, Topology
+from muon_dtensor.planning.traffic import link_nbytes
 from tests.support.deadlines import run_program
 
 BILLIONS = {
@@ -27,22 +29,79 @@ BILLIONS = {
     "llama3-405b": 405.9 - 2 * 128256 * 16384 / 1e9,
     "deepseek-v3": 671.0 - 2 * 129280 * 7168 / 1e9,
     "kimi-k2": 1026.4 - 2 * 163840 * 7168 / 1e9,
+    "gpt-oss-20b": 20.91 - 2 * 201088 * 2880 / 1e9,
+    "gpt-oss-120b": 116.83 - 2 * 201088 * 2880 / 1e9,
 }
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_shapes_add_up_to_the_published_sizes(model):
-    specs = specs_of(model, MeshSpec.of(dp_shard=1))
+    specs = specs_of(model, {"dp_shard": 1})
     numel = sum(matrix.numel for spec in specs for matrix in spec.matrices)
     assert numel / 1e9 == pytest.approx(BILLIONS[model], rel=0.01)
 
 
-def test_ep_cuts_experts_and_replicates_other_weights():
-    mesh = MeshSpec.of(dp_replicate=2, ep=8)
-    specs = {spec.fqn: spec for spec in specs_of("deepseek-v3", mesh)}
-    layout = specs["layers.5.moe.experts.w1.weight"].layout
-    assert layout.cuts == (("ep",), (), ())
-    assert specs["layers.0.feed_forward.w2.weight"].layout.replica_dims == ("dp_replicate", "ep")
+def test_ep_is_a_part_of_the_other_mesh_dims():
+    """As in torchtitan: dense weights over dp_shard, experts over ep and then what it leaves."""
+    specs = {spec.fqn: spec for spec in specs_of("deepseek-v3", {"dp_shard": 256, "ep": 8})}
+    dense, experts = (
+        specs[f"layers.5.{name}.weight"].layout for name in ("attention.wo", "moe.experts.w1")
+    )
+    assert (dense.mesh.sizes, dense.cuts) == ({"dp_shard": 256}, (("dp_shard",), ()))
+    assert experts.mesh.sizes == {"efsdp": 32, "ep": 8}
+    assert experts.cuts == (("ep", "efsdp"), (), ())
+    assert experts.mesh.ranks == dense.mesh.ranks
+    (specs,) = (
+        [s for s in specs_of("kimi-k2", {"dp_shard": 512, "ep": 64}) if "experts.w1" in s.fqn],
+    )
+    assert specs[0].layout.cuts == (("ep",), ("efsdp",), ())  # 384 experts on 512 ranks
+    sizes = {"dp_replicate": 2, "dp_shard": 8, "tp": 4, "ep": 16}
+    specs = {spec.fqn: spec for spec in specs_of("deepseek-v3", sizes)}
+    layout = specs["layers.5.moe.experts.w2.weight"].layout
+    assert layout.mesh.sizes == {"dp_replicate": 2, "efsdp": 2, "ep": 16}
+    assert layout.replica_dims == ("dp_replicate",)
+    assert specs["layers.5.attention.wo.weight"].layout.cuts == (("dp_shard",), ("tp",))
+
+
+def test_every_rank_has_experts_to_orthogonalize():
+    """The layout in which only ep's ranks have experts used 11 % of the ranks."""
+    report = plan_report(specs_of("gpt-oss-120b", {"dp_shard": 64, "ep": 8}))
+    assert report.cost.makespan < 1.25
+    assert report.cost.total_nbytes == report.cost.bound_nbytes
+
+
+def test_stages_divide_the_layers():
+    specs = specs_of("llama3-8b", {"pp": 3, "dp_shard": 4, "tp": 2})
+    layers = {spec.layout.mesh.ranks[0]: [] for spec in specs}
+    for spec in specs:
+        layers[spec.layout.mesh.ranks[0]].append(int(spec.fqn.split(".")[1]))
+    assert {first: (min(n), max(n)) for first, n in layers.items()} == {
+        0: (0, 9),
+        8: (10, 20),
+        16: (21, 31),
+    }
+    assert plan_report(specs).cost.ranks == tuple(range(24))
+
+
+@pytest.mark.parametrize(
+    ("model", "recognize", "counts"),
+    [
+        ("llama3-8b", "heads", {"attention.wq": 32, "attention.wo": 32, "feed_forward.w1": 1}),
+        ("llama3-8b", "projections", {"attention.wq": 1}),
+        ("deepseek-v3", "projections", {"attention.wkv_a": 2, "attention.wkv_b": 2}),
+        ("deepseek-v3", "heads", {"attention.wkv_b": 256, "attention.wq_b": 128}),
+        ("gpt-oss-20b", "projections", {"mlp.experts.gate_up_proj": 64, "self_attn.q_proj": 1}),
+        ("gpt-oss-20b", None, {"mlp.experts.gate_up_proj": 32}),
+    ],
+)
+def test_recognized_matrices(model, recognize, counts, capsys):
+    specs = specs_of(model, {"dp_shard": 64}, recognize=recognize)
+    for name, count in counts.items():
+        (spec,) = [s for s in specs if s.fqn == f"layers.3.{name}.weight"]
+        assert len(spec.matrices) == count
+    if model != "deepseek-v3":
+        assert plan(model, "dp_shard=8", recognize=recognize) == 0
+        assert "x the bound" in capsys.readouterr().out
 
 
 def test_a_plan_of_405b_takes_seconds(capsys):
@@ -78,6 +137,11 @@ def test_explain_json_and_diff(tmp_path, capsys):
         ({"mesh": "dp_shard=99999999"}, "plans are made for up to"),
         ({"topology": "h900"}, "no topology 'h900'"),
         ({"strategy": "fast"}, "strategy must be one of"),
+        ({"mesh": "dp_shard=12,ep=8"}, "ep=8 does not divide 12, the product of dp_shard"),
+        ({"mesh": "pp=99,dp_shard=2"}, "has 32 layers, too few for 99 stages of pp"),
+        ({"recognize": "experts"}, "--recognize is projections or heads"),
+        ({"tokens": 1e6}, "--tokens and --tflops are above 0 and given together"),
+        ({"sweep": "dp_shard=2;tp"}, "--mesh is dim=size"),
         ({"islands": 2, "wire": "int3"}, "wire must be one of float32"),
         ({"islands": 2, "sync_every": 0}, "--sync-every is 1 or more"),
         ({"islands": 2, "fragments": 31}, "--fragments 1 to it"),
@@ -286,9 +350,52 @@ def test_a_mesh_size_of_minus_1_is_computed_from_ranks():
     }
 
 
+def test_a_sweep_is_a_table_with_a_row_per_mesh(capsys):
+    meshes = "dp_shard=8; dp_shard=4,tp=2;dp_replicate=2,dp_shard=-1"
+    assert plan("gpt2", ranks=8, sweep=meshes, tokens=5e5, tflops=100) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [row.split("│")[1].strip() for row in rows] == [m.strip() for m in meshes.split(";")]
+    assert all(row.split("│")[2].strip() == "8" for row in rows)
+    assert all("%" in row for row in rows)
+
+
+def test_the_share_of_a_training_step(capsys):
+    """6 FLOP x 0.124e9 parameters x 1e6 tokens on 4 ranks of 186 TFLOP/s: a second."""
+    assert plan("gpt2", "dp_shard=4", tokens=1e6, tflops=186) == 0
+    assert "a training step takes 1 s, the optimizer's" in capsys.readouterr().out
+
+
+def test_an_exported_topology_gives_the_same_plan(tmp_path, capsys):
+    path = tmp_path / "b200.json"
+    assert plan("gpt2", "dp_shard=4", topology="b200", export_topology=path) == 0
+    first = capsys.readouterr().out
+    assert plan("gpt2", "dp_shard=4", topology=str(path)) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_bytes_by_kind_of_link(capsys):
+    """16 ranks on nodes of 8: of the 15 other ranks, 7 are on the same node."""
+    report = plan_report(
+        specs_of("gpt2", {"dp_shard": 16}), PlanOptions(topology=PRESETS["h100-ib-400"])
+    )
+    within, between = link_nbytes(report.plan)
+    assert within + between == report.cost.total_nbytes
+    assert within / between == pytest.approx(7 / 8, rel=0.01)
+    wide = PlanOptions(topology=PRESETS["gb200-nvl72"])
+    assert link_nbytes(plan_report(specs_of("gpt2", {"dp_shard": 64}), wide).plan)[1] == 0
+
+
+def test_momenta_per_rank():
+    specs = specs_of("gpt2", {"dp_replicate": 2, "dp_shard": 4})
+    numel = sum(matrix.numel for spec in specs for matrix in spec.matrices)
+    assert state_nbytes(plan_report(specs).plan) == 4 * numel // 4
+    specs = specs_of("gpt2", {"dp_replicate": 2, "dp_shard": 4}, shard_momentum=True)
+    assert state_nbytes(plan_report(specs).plan) == 4 * numel // 8
+
+
 def test_predicted_costs_of_methods():
     """1d-owner repeats the work on every replica, naive on every rank."""
-    specs = specs_of("gpt2", MeshSpec.of(dp_replicate=2, dp_shard=4))
+    specs = specs_of("gpt2", {"dp_replicate": 2, "dp_shard": 4})
     costs = {method: method_cost(method, specs, PlanOptions()) for method in METHODS}
     model = plan_report(specs).cost
     assert costs["ours"].mean_flops == model.model_flops / 8
@@ -328,7 +435,7 @@ def test_the_plot_is_written(mesh, strategy, tmp_path):
 
 
 def test_plotted_ranks_include_the_busiest_and_the_least_busy():
-    report = plan_report(specs_of("gpt2", MeshSpec.of(dp_shard=128)), PlanOptions())
+    report = plan_report(specs_of("gpt2", {"dp_shard": 128}), PlanOptions())
     ranks, flops = plotted_ranks(report), report.cost.flops
     assert flops[ranks[0]] == max(flops)
     assert flops[ranks[-1]] == min(flops)

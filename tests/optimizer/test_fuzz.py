@@ -18,9 +18,11 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 
 from muon_dtensor import Muon
 from muon_dtensor.planning.check import check
+from muon_dtensor.planning.cost import plan_cost
 from muon_dtensor.planning.plan import EXACT_STRATEGIES, Plan
 from muon_dtensor.planning.planner import plan_update
 from muon_dtensor.planning.serialize import from_json, to_json
+from muon_dtensor.planning.traffic import link_nbytes, plan_traffic
 from muon_dtensor.runtime.torch_private import local_part
 from tests.support.cases import OVERWRITES_MOMENTA, mesh_of, spread, tensors_like
 from tests.support.random_plans import random_params
@@ -317,6 +319,8 @@ def check_plan(case: Any, seed: int) -> None:
     specs, options = case
     plan = plan_update(specs, options)
     check(plan)
+    if not options.can_distribute:
+        assert sum(link_nbytes(plan)) == plan_cost(plan, plan_traffic(plan)).total_nbytes
     for bucket in plan.buckets:
         if not bucket.strategy.is_local:
             for assignment in bucket.assignments:

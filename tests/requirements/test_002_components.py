@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor
 
 from muon_dtensor import CheckpointError, Muon, clip_grad_norm_, group_parameters
 from muon_dtensor.cli.models import specs_of
-from muon_dtensor.layout import MeshSpec
 from muon_dtensor.planning.plan import PlanOptions
 from muon_dtensor.planning.report import plan_report
 from muon_dtensor.train.checkpoints import Checkpoints, apply_training_state, training_state
@@ -313,7 +312,7 @@ def test_scaling_efficiency(ranks):
 
     Measured speedups need more than the two cores of a CI machine; see docs/speed.md.
     """
-    report = plan_report(specs_of("gpt2", MeshSpec.of(dp_shard=ranks)), PlanOptions())
+    report = plan_report(specs_of("gpt2", {"dp_shard": ranks}), PlanOptions())
     assert 1 / report.cost.makespan > 0.85
     assert report.cost.redundancy == pytest.approx(1)
 
@@ -337,11 +336,7 @@ def test_long_training_run():
 def test_memory_scaling():
     """Four times the ranks need less than a third of the momentum and buffers each."""
     peaks = [
-        max(
-            plan_report(
-                specs_of("gpt2", MeshSpec.of(dp_shard=ranks)), PlanOptions()
-            ).cost.peak_nbytes
-        )
+        max(plan_report(specs_of("gpt2", {"dp_shard": ranks}), PlanOptions()).cost.peak_nbytes)
         for ranks in (2, 8)
     ]
     assert peaks[1] < peaks[0]
@@ -353,7 +348,7 @@ def test_large_model_training():
         ("llama3-8b", {"dp_shard": 8}),
         ("llama3-405b", {"dp_shard": 64, "tp": 8}),
     ):
-        report = plan_report(specs_of(model, MeshSpec.of(**sizes)), PlanOptions())
+        report = plan_report(specs_of(model, sizes), PlanOptions())
         assert report.cost.redundancy == pytest.approx(1)
         assert report.cost.total_nbytes <= 1.01 * report.cost.bound_nbytes
 
