@@ -257,7 +257,7 @@ FAULTS = [
         "newton_schulz",
         (
             "an in-place iteration overwrites its input",
-            "x if x.is_contiguous() else x.mT.reshape(x.shape)",
+            "x if is_like_result else x.mT.reshape(x.shape)",
             "x",
         ),
     ),
@@ -795,8 +795,8 @@ FAULTS = [
         ),
         (
             "a change of NorMuon needs no plan",
-            '*(copy(group[name]) for name in names), group["normuon_beta"] is None)',
-            "*(copy(group[name]) for name in names), True)",
+            '*(copy(group[name]) for name in names), group["normuon_beta"] is None, rounding)',
+            "*(copy(group[name]) for name in names), True, rounding)",
         ),
         (
             "checkpoints of another format load",
@@ -1029,9 +1029,9 @@ FAULTS = [
         "config_file",
         (
             "MuonConfig drops an option",
-            'for name in ("name", "adamw", "rules", "class_weight_decay"):',
+            'for name in ("name", "adamw", "rules", "recognize", "class_weight_decay"):',
             'options.pop("normuon_beta")\n'
-            '        for name in ("name", "adamw", "rules", "class_weight_decay"):',
+            '        for name in ("name", "adamw", "rules", "recognize", "class_weight_decay"):',
         ),
         (
             "MuonConfig drops the weight decay",
@@ -1139,6 +1139,110 @@ FAULTS = [
         "newton_schulz",
         ("no scaling by powers of two", "_is_harmless(norm, eps)", "True"),
         ("tall matrices are not transposed", "    if tall:\n        x = x.mT\n", ""),
+    ),
+    *in_files(
+        "layout/region.py",
+        "declared_matrices",
+        (
+            "interleaved: a clipped period counts one index too many",
+            "        return count + (left > 0)",
+            "        return count + 1",
+        ),
+        (
+            "interleaved: parts of a period are one view",
+            "        if low > high:  # inside one period",
+            "        if True:",
+        ),
+        (
+            "interleaved: a shard keeps the first index of the set",
+            "(first, last, indices.moved_by(-begin))",
+            "(first, last, indices)",
+        ),
+        (
+            "interleaved: overlapping index sets are accepted",
+            "            elif {own.index_at(i) for i in range(a, b)}.isdisjoint(",
+            "            elif False and {own.index_at(i) for i in range(a, b)}.isdisjoint(",
+        ),
+    ),
+    *in_files(
+        "planning/routes.py",
+        "declared_matrices",
+        (
+            "interleaved: a piece has one slot",
+            "            for region in piece.strided_parts():",
+            "            for region in (piece,):",
+        ),
+    ),
+    *in_files(
+        "algorithms/presets.py",
+        "presets",
+        (
+            "the cubics have no margin",
+            "rows.append((1.5 * scale / SAFETY,",
+            "rows.append((1.5 * scale,",
+        ),
+        (
+            "deepseek_v4 ends with one last iteration",
+            "DEEPSEEK_V4_NUM_LAST = 2",
+            "DEEPSEEK_V4_NUM_LAST = 1",
+        ),
+        ("turbo_muon scales by the norm", "        is_preconditioned=True,\n", ""),
+    ),
+    *in_files(
+        "algorithms/rounding.py",
+        "rounding",
+        ("random bits do not depend on the step", "key.step & _WORD", "0"),
+        (
+            "random bits depend on the low half of an element's number",
+            " ^ (elements >> 32)",
+            "",
+        ),
+        (
+            "a skipped step changes the compensation",
+            "lost if keep is None else torch.where(keep, lost, compensation)",
+            "lost",
+        ),
+        (
+            "the compensation is forgotten",
+            "param.float() if compensation is None else param.float().add_(compensation)",
+            "param.float()",
+        ),
+    ),
+    *in_files(
+        "optimizer/muon.py",
+        "rounding::a_resumed_run_goes_on_bitwise",
+        (
+            "stochastic rounding does not count steps",
+            'group["rounding_step"] += 1',
+            'group["rounding_step"] += 0',
+        ),
+    ),
+    *in_files(
+        "distributed_config/full_tensor.py",
+        "checkpoints::the_state_of_misplaced_shards_is_saved_by_plain_dcp",
+        (
+            "state passes the offset 0",
+            "ChunkStorageMetadata(torch.Size(r.start), torch.Size(r.shape))",
+            "ChunkStorageMetadata(torch.Size([0] * len(r.start)), torch.Size(r.shape))",
+        ),
+    ),
+    *in_files(
+        "planning/traffic.py",
+        "fuzz::plans_are_valid_and_changed_plans_are_not",
+        (
+            "results are not counted by link",
+            "                        sent(target, position, numel)\n",
+            "                        pass\n",
+        ),
+    ),
+    *in_files(
+        "cli/models.py",
+        "plan::ep_is_a_part_of_the_other_mesh_dims",
+        (
+            "experts fewer than ranks are cut on dim 0",
+            "        cuts[is_many] = (*cuts[is_many], EXPERT_FSDP_DIM)",
+            "        cuts[0] = (*cuts[0], EXPERT_FSDP_DIM)",
+        ),
     ),
     *in_files(
         "algorithms/polar_express.py",
