@@ -90,11 +90,6 @@ FAULTS = [
             "            if not mesh.dim_names:\n                barrier(",
         ),
         (
-            "an offloaded momentum is not written back",
-            "            local.momentum_buffer.copy_(on_device[index].momentum_buffer, non_blocking=True)\n",
-            "            pass\n",
-        ),
-        (
             "AdamW's failure is reported as a phase",
             "        self._is_overlapped = True\n",
             "",
@@ -795,8 +790,8 @@ FAULTS = [
         ),
         (
             "a change of NorMuon needs no plan",
-            '*(copy(group[name]) for name in names), group["normuon_beta"] is None, rounding)',
-            "*(copy(group[name]) for name in names), True, rounding)",
+            'state = (group["normuon_beta"] is None, ',
+            "state = (True, ",
         ),
         (
             "checkpoints of another format load",
@@ -828,13 +823,13 @@ FAULTS = [
         ),
         (
             "wide momenta are rounded by loading",
-            '            for key, dtype in (("momentum_buffer", wide), (MOMENTS, torch.float32)):',
-            "            for key, dtype in ((MOMENTS, torch.float32),):",
+            '                ("momentum_buffer", wide),\n',
+            "",
         ),
         (
             "NorMuon's moments are rounded by loading",
-            '            for key, dtype in (("momentum_buffer", wide), (MOMENTS, torch.float32)):',
-            '            for key, dtype in (("momentum_buffer", wide),):',
+            "                (MOMENTS, torch.float32),\n",
+            "",
         ),
         (
             "AdamW's step count stays a number",
@@ -1206,6 +1201,30 @@ FAULTS = [
             "the compensation is forgotten",
             "param.float() if compensation is None else param.float().add_(compensation)",
             "param.float()",
+        ),
+    ),
+    *in_files(
+        "runtime/local_param.py",
+        "speed_options",
+        (
+            "an offloaded momentum is not written back",
+            "            momentum.copy_(dense, non_blocking=True)\n",
+            "            pass\n",
+        ),
+    ),
+    *in_files(
+        "algorithms/quantized.py",
+        "quantized",
+        ("zero has two codes", "(relative < 0) & (codes > 0)", "(relative < 0)"),
+        ("codes of a block are relative to its mean", ".abs().amax(dim=-1)", ".abs().mean(dim=-1)"),
+    ),
+    *in_files(
+        "runtime/executor.py",
+        "quantized::steps_are_the_same_on_every_layout",
+        (
+            "a momentum in several buckets is stored after the first",
+            "            if self._last_bucket[index] == bucket.index:",
+            "            if index in self._dense:",
         ),
     ),
     *in_files(

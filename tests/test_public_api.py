@@ -47,7 +47,7 @@ GROUP_KEYS = {
     *("params", "lr", "weight_decay", "momentum", "nesterov", "ns_coefficients"),
     *("eps", "ns_steps", "adjust_lr_fn", "algorithm", "betas", "orthogonalizer"),
     *("capturable", "normuon_beta", "cautious_weight_decay", "format_version"),
-    *("weight_rounding", "rounding_seed", "rounding_step"),
+    *("momentum_bits", "weight_rounding", "rounding_seed", "rounding_step"),
     *("matrix", "matrix_axes", "split_sizes", "split_dim"),
 }
 

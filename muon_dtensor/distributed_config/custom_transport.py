@@ -74,7 +74,7 @@ class CustomTransport:
         faults: list[str] = []
         for param in params:
             options, grad = param.local.options, local_part(param.local.grad)
-            momentum = local_part(param.local.momentum_buffer).clone()
+            momentum = local_part(param.local.dense_momentum).clone()
             update_momentum([momentum], [grad], options.momentum, keep)
             direction = direction_of(momentum, grad, options.momentum, options.nesterov)
             shard, was_gathered, fault = self._move(param, with_shard(param.local.grad, direction))
@@ -83,7 +83,7 @@ class CustomTransport:
         if misuse := next(filter(None, faults), ""):
             raise RuntimeError(misuse)
         for param, momentum, shard in results:
-            local_part(param.local.momentum_buffer).copy_(momentum)
+            local_part(param.local.dense_momentum).copy_(momentum)
             target = local_part(param.local.param)
             rows, cols = (*target.shape[-2:], 1)[:2]
             apply_update(

@@ -10,6 +10,7 @@ from muon_dtensor.algorithms.residual import orthogonality_residual
 from muon_dtensor.algorithms.update import adjusted_lr
 from muon_dtensor.layout import Layout
 from muon_dtensor.optimizer.params import Entry, ParameterTable
+from muon_dtensor.optimizer.state import quantized_momentum
 from muon_dtensor.planning.normuon_state import reductions
 from muon_dtensor.planning.plan import Assignment, Bucket, ParamSpec
 from muon_dtensor.planning.report import PlanReport
@@ -129,9 +130,12 @@ class Measurement:
     def _squares(self, entry: Entry, grad: Tensor | None, state: State) -> Iterator[Tensor]:
         """Yield the sums of squares of this rank's gradient, momentum, update and parameter."""
         param_state = state[entry.param]
-        momentum = param_state[
-            "momentum_buffer" if entry.group["algorithm"] == "muon" else "exp_avg"
-        ]
+        if entry.group["algorithm"] == "adamw":
+            momentum = param_state["exp_avg"]
+        elif entry.group["momentum_bits"] is not None:
+            momentum = quantized_momentum(param_state, entry.param).decoded()
+        else:
+            momentum = param_state["momentum_buffer"]
         shard = local_part(entry.param).detach()
         yield _square(shard.new_empty(0) if grad is None else local_part(grad))
         yield _square(local_part(momentum))

@@ -123,6 +123,10 @@ class Muon(Optimizer):
         normuon_beta: divide the rows of each update by the root of their second moments, with this
             decay rate (the paper: 0.95); None for Muon. See `algorithms.normuon`.
         cautious_weight_decay: decay only elements that the update moves towards zero.
+        momentum_bits: store the momentum in 8 or 4 bits per element, and a float32 for every 64
+            elements, as `momentum_codes` and `momentum_scales` in the state; see
+            `algorithms.quantized`. Shards must begin at blocks of 64 elements of the last tensor
+            dim.
         weight_rounding: how a bfloat16 weight is rounded after its update: "nearest" as in torch,
             where most small updates round away; "stochastic", with the same random bits on every
             layout; or "compensated": what was rounded away is kept as `weight_compensation` in the
@@ -142,9 +146,9 @@ class Muon(Optimizer):
             plan. The user's own functions are not traced.
 
     A param group can set any of the options up to `adjust_lr_fn`, `orthogonalizer`,
-    `normuon_beta`, `cautious_weight_decay`, `weight_rounding`, `rounding_seed`, and declare the
-    matrices in its parameters: `matrix`, `matrix_axes`, `split_sizes`, `split_dim`, see
-    `layout.declarations.Declaration`. With
+    `normuon_beta`, `cautious_weight_decay`, `momentum_bits`, `weight_rounding`, `rounding_seed`,
+    and declare the matrices in its parameters: `matrix`, `matrix_axes`, `split_sizes`, `split_dim`,
+    see `layout.declarations.Declaration`. With
     `algorithm="adamw"` and `betas`, `eps`, `weight_decay`, `lr`, torch's own AdamW steps the group;
     its parameters may have any shape. The defaults of an AdamW group are `options.ADAMW_DEFAULTS`,
     since the arguments above are Muon's. Its `momentum` is an alias of betas[0], which cyclic
@@ -198,6 +202,7 @@ class Muon(Optimizer):
         capturable: bool = False,
         normuon_beta: float | None = None,
         cautious_weight_decay: bool = False,
+        momentum_bits: Literal[8, 4] | None = None,
         weight_rounding: str = "nearest",
         rounding_seed: int = 0,
         metrics_every: int = 0,

@@ -25,6 +25,7 @@ from torch import Tensor
 from muon_dtensor.algorithms import ORTHOGONALIZERS, PRESETS
 from muon_dtensor.algorithms.kernels import KERNELS
 from muon_dtensor.algorithms.newton_schulz import EPS, KELLER_JORDAN, NUM_ITERATIONS
+from muon_dtensor.algorithms.quantized import BITS
 from muon_dtensor.algorithms.rounding import ROUNDINGS
 from muon_dtensor.algorithms.update import ADJUST_LR_FNS
 from muon_dtensor.errors import GroupOptionError
@@ -183,6 +184,7 @@ OPTIONS: dict[str, Option] = {
         _group("capturable", False, bool, boolean),
         _group("normuon_beta", None, float | None, _normuon_beta),
         _group("cautious_weight_decay", False, bool, boolean),
+        _group("momentum_bits", None, Literal[8, 4] | None, one_of(*BITS)),
         _group("weight_rounding", "nearest", Literal[*ROUNDINGS], one_of(*ROUNDINGS)),
         _group("rounding_seed", 0, int, _count_of_steps),
         _group("rounding_step", 0, None, _count_of_steps, in_constructor=False),
@@ -396,7 +398,7 @@ def complete_loaded(group: dict[str, Any], live: Mapping[str, Any]) -> None:
         group["momentum"] = group["betas"][0]
 
 
-OF_MUON_ONLY = ("normuon_beta", "cautious_weight_decay", "weight_rounding")
+OF_MUON_ONLY = ("normuon_beta", "cautious_weight_decay", "weight_rounding", "momentum_bits")
 """Options that a group of AdamW cannot have."""
 
 
@@ -512,8 +514,8 @@ def declarations_differ(saved: Mapping[str, Any], group: Mapping[str, Any]) -> b
 def planned_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the options of a group that its plan depends on. If they change, so does the plan."""
     names = ("algorithm", "orthogonalizer", *DECLARED)
-    rounding = group["weight_rounding"]
-    return (*(copy(group[name]) for name in names), group["normuon_beta"] is None, rounding)
+    state = (group["normuon_beta"] is None, group["weight_rounding"], group["momentum_bits"])
+    return (*(copy(group[name]) for name in names), *state)
 
 
 def as_text(group: Mapping[str, Any]) -> str:

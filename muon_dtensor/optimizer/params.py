@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from muon_dtensor.algorithms import WHOLE_MATRICES
 from muon_dtensor.algorithms.adamw import AdamWLocal
 from muon_dtensor.algorithms.newton_schulz import IterationKernel
+from muon_dtensor.algorithms.quantized import QuantizedMomentum
 from muon_dtensor.distributed_config.assignment import validate_assignments
 from muon_dtensor.distributed_config.config import DistributedConfig
 from muon_dtensor.distributed_config.custom_transport import FunctionParam
@@ -23,7 +24,7 @@ from muon_dtensor.errors import GATHERED, PlanError, Problem, RefusalError
 from muon_dtensor.layout import Layout, MeshSpec
 from muon_dtensor.layout.declarations import Declaration
 from muon_dtensor.optimizer.options import declaration_of
-from muon_dtensor.optimizer.state import COMPENSATION, MOMENTS
+from muon_dtensor.optimizer.state import COMPENSATION, MOMENTS, quantized_momentum
 from muon_dtensor.planning.plan import ParamSpec, Plan
 from muon_dtensor.planning.planner import restrict
 from muon_dtensor.planning.serialize import digest
@@ -358,13 +359,18 @@ class ParameterTable:
             if grad is None:
                 continue
             param_state = state[entry.param]
-            momentum = param_state["momentum_buffer"]
-            if casts_momenta and momentum.dtype != grad.dtype:
-                momentum = param_state["momentum_buffer"] = cast(momentum, grad.dtype)
+            stored: Tensor | QuantizedMomentum
+            if groups[number]["momentum_bits"] is not None:
+                stored = quantized_momentum(param_state, entry.param)
+            else:
+                momentum = param_state["momentum_buffer"]
+                if casts_momenta and momentum.dtype != grad.dtype:
+                    momentum = param_state["momentum_buffer"] = cast(momentum, grad.dtype)
+                stored = shard_of(momentum)
             params[index] = LocalParam(
                 shard_of(entry.param),
                 shard_of(grad),
-                shard_of(momentum),
+                stored,
                 options[number],
                 None if options[number].normuon_beta is None else shard_of(param_state[MOMENTS]),
                 shard_of(param_state[COMPENSATION])

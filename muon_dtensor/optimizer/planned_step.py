@@ -94,6 +94,14 @@ class PlannedStep:
                 raise GroupOptionError(
                     "normuon_beta needs a plan, but your distributed_config is hand-written"
                 )
+            if group["momentum_bits"] is not None:
+                for name in ("offload_momentum", "shard_momentum", "momentum_dtype"):
+                    if getattr(settings, name):
+                        raise GroupOptionError(f"momentum_bits and {name} exclude each other")
+                if config.uses_custom_transport:
+                    raise GroupOptionError(
+                        "momentum_bits needs a plan, but your distributed_config is hand-written"
+                    )
             if group["weight_rounding"] != "nearest":
                 _check_rounding(group, config)
         for name in ("offload_momentum", "shard_momentum", "metrics_every"):
@@ -229,6 +237,7 @@ class PlannedStep:
                 entry.group["algorithm"],
                 settings.momentum_dtype,
                 offload_momentum=settings.offload_momentum,
+                momentum_bits=entry.group["momentum_bits"],
                 keeps_compensation=entry.group["weight_rounding"] == "compensated",
                 spec=spec,
                 mesh=None if spec is None else meshes.get(spec.layout.mesh),

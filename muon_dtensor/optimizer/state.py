@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from muon_dtensor.algorithms.adamw import step_tensor
-from muon_dtensor.errors import CheckpointError
+from muon_dtensor.algorithms.quantized import (
+    BLOCK,
+    QuantizedMomentum,
+    code_dtype,
+    num_blocks,
+    num_codes,
+)
+from muon_dtensor.errors import CheckpointError, GroupOptionError
 from muon_dtensor.layout import Layout
 from muon_dtensor.optimizer.options import DECLARED, complete_loaded, declarations_differ, validate
 from muon_dtensor.planning.normuon_state import moment_layout
@@ -33,6 +41,9 @@ logger = logging.getLogger("muon_dtensor")
 COMPENSATION = "weight_compensation"
 """Key of what was rounded away from a weight in bfloat16; see `algorithms.rounding`."""
 
+CODES, SCALES = "momentum_codes", "momentum_scales"
+"""Keys of a momentum in 8 or 4 bits; see `algorithms.quantized`."""
+
 MOMENTS = "row_second_moment"
 """Key of NorMuon's row second moments: one number per row of every matrix."""
 
@@ -44,6 +55,7 @@ def make_state(
     momentum_dtype: torch.dtype | None = None,
     *,
     offload_momentum: bool = False,
+    momentum_bits: int | None = None,
     keeps_compensation: bool = False,
     spec: ParamSpec | None = None,
     mesh: DeviceMesh | None = None,
@@ -55,13 +67,18 @@ def make_state(
     of the parameter names another one). If `spec` cuts the momentum further it is a DTensor on
     `mesh`, and one that is placed like the parameter is cut. NorMuon also keeps
     `row_second_moment`, in float32, with the layout of `spec`. With `keeps_compensation` there is
-    `weight_compensation`, of the parameter's shape, dtype and placements. A momentum is cast to
-    `momentum_dtype`, and moved to the host if `offload_momentum`; torch's `load_state_dict`
+    `weight_compensation`, of the parameter's shape, dtype and placements. With `momentum_bits`
+    there are `momentum_codes` and `momentum_scales` instead of `momentum_buffer`. A momentum is
+    cast to `momentum_dtype`, and moved to the host if `offload_momentum`; torch's `load_state_dict`
     restores it with the parameter's dtype and device.
 
     Raises CheckpointError if loaded row moments have another layout.
     """
-    if algorithm == "muon":
+    if algorithm == "muon" and momentum_bits is not None:
+        _make_quantized(state, param, momentum_bits, spec)
+    elif algorithm == "muon":
+        if CODES in state:
+            state["momentum_buffer"] = _dense(state, param)
         if "momentum_buffer" not in state:
             dtype = momentum_dtype or grad_dtype_of(param) or param.dtype
             state["momentum_buffer"] = zeros_like(param, dtype)
@@ -71,6 +88,7 @@ def make_state(
             state["momentum_buffer"] = cast(state["momentum_buffer"], momentum_dtype)
         if offload_momentum:
             state["momentum_buffer"] = on_host(state["momentum_buffer"])
+    if algorithm == "muon":
         if keeps_compensation and COMPENSATION not in state:
             state[COMPENSATION] = zeros_like(param)
         if spec is not None and spec.moment_cuts is not None:
@@ -86,6 +104,76 @@ def make_state(
         state["step"] = step_tensor(param)
         state["exp_avg"] = zeros_like(param)
         state["exp_avg_sq"] = zeros_like(param)
+
+
+def quantized_momentum(state: Mapping[str, Any], param: Tensor) -> QuantizedMomentum:
+    """Return this rank's part of the momentum of a parameter, from its state."""
+    codes, scales = (local_part(state[key]) for key in (CODES, SCALES))
+    bits = 8 if codes.dtype == torch.int8 else 4
+    return QuantizedMomentum(codes, scales, bits, local_part(param).size(-1))
+
+
+def _make_quantized(
+    state: dict[str, Any], param: Tensor, bits: int, spec: ParamSpec | None
+) -> None:
+    """Add codes and scales, of zeros or of the momentum in the state, which is dropped."""
+    momentum = state.pop("momentum_buffer", None)
+    if CODES in state and state[CODES].is_floating_point():  # by torch's load_state_dict
+        state[CODES] = cast(state[CODES], code_dtype(bits))
+        state[SCALES] = cast(state[SCALES], torch.float32)
+    if CODES in state and state[CODES].dtype != code_dtype(bits):
+        momentum = _dense(state, param)
+        del state[CODES], state[SCALES]
+    if CODES in state:
+        return
+    if spec is not None:
+        check_blocks(spec, bits)
+    shard = local_part(param).detach()
+    *lead, size = shard.shape
+    global_lead = param.shape[:-1]
+    local_sizes = (num_codes(size, bits), num_blocks(size))
+    global_sizes = (num_codes(param.size(-1), bits), num_blocks(param.size(-1)))
+    for key, dtype, local_size, global_size in zip(
+        (CODES, SCALES), (code_dtype(bits), torch.float32), local_sizes, global_sizes, strict=True
+    ):
+        zeros = torch.zeros((*lead, local_size), dtype=dtype, device=shard.device)
+        if isinstance(param, DTensor):
+            shape = (*global_lead, global_size)
+            state[key] = from_shard(zeros, param.device_mesh, param.placements, shape)
+        else:
+            state[key] = zeros
+    if momentum is not None:
+        quantized_momentum(state, param).store(local_part(momentum))
+
+
+def _dense(state: MutableMapping[str, Any], param: Tensor) -> Tensor:
+    """Return the momentum of codes and scales, in the dtype of the parameter."""
+    decoded = quantized_momentum(state, param).decoded()
+    return with_shard(param, decoded.to(param.dtype))
+
+
+def check_blocks(spec: ParamSpec, bits: int) -> None:
+    """Raise GroupOptionError unless shards begin at blocks, and codes and scales likewise."""
+    layout = spec.layout
+    is_flat = len(layout.shape) < 2
+    for step in (BLOCK, 1 if bits == 8 else 2):  # elements per scale, and per byte of codes
+        size = -(-layout.shape[-1] // step)
+        reduced = replace(layout, shape=(*layout.shape[:-1], size), bounds=None)
+        for position in range(layout.mesh.num_ranks):
+            region, of_codes = layout.region(position), reduced.region(position)
+            starts, ends = region.start[-1], region.stop[-1]
+            if (
+                is_flat
+                or layout.bounds is not None
+                or (starts < ends and starts % BLOCK)
+                or (of_codes.start[-1] != -(-starts // step))
+                or (of_codes.stop[-1] != -(-ends // step))
+            ):
+                raise GroupOptionError(
+                    f"momentum_bits={bits} needs shards that begin at blocks of {BLOCK} elements "
+                    f"of the last tensor dim, but {spec.fqn} {list(layout.shape)} is cut at "
+                    f"{starts}. Use momentum_dtype=torch.bfloat16 for it"
+                )
 
 
 def _cut_further(momentum: Tensor, spec: ParamSpec, mesh: DeviceMesh) -> Tensor:
@@ -220,7 +308,13 @@ def restore_wide_state(
             wide = momentum_dtype or grad_dtype_of(param)
             if wide is None and param.is_leaf and hasattr(param, "grad_dtype"):  # any dtype
                 wide = getattr(saved_state.get("momentum_buffer"), "dtype", None)
-            for key, dtype in (("momentum_buffer", wide), (MOMENTS, torch.float32)):
+            codes = getattr(saved_state.get(CODES), "dtype", None)
+            for key, dtype in (
+                ("momentum_buffer", wide),
+                (MOMENTS, torch.float32),
+                (CODES, codes),
+                (SCALES, torch.float32),
+            ):
                 if key in saved_state and dtype not in (None, param.dtype):
                     state[param][key] = cast(saved_state[key], dtype, local_part(param).device)
             loaded = state.get(param, {})
@@ -265,7 +359,10 @@ def move_state_to_params(
             param_state[key] = cast(value, value.dtype, local_part(param).device)
 
 
-_ALL_KEYS = {"momentum_buffer", "step", "exp_avg", "exp_avg_sq", MOMENTS, COMPENSATION}
+_ALL_KEYS = {
+    *("momentum_buffer", "step", "exp_avg", "exp_avg_sq"),
+    *(MOMENTS, COMPENSATION, CODES, SCALES),
+}
 
 SHARDED_LIKE_PARAM = {"momentum_buffer", "exp_avg", "exp_avg_sq", COMPENSATION}
 """Keys whose tensors have the shape and placements of their parameter."""
@@ -275,7 +372,7 @@ def _keys_of(group: Mapping[str, Any]) -> set[str]:
     """Return the keys of the state of a group's parameters."""
     if group["algorithm"] == "adamw":
         return {"step", "exp_avg", "exp_avg_sq"}
-    keys = {"momentum_buffer"}
+    keys = {"momentum_buffer"} if group["momentum_bits"] is None else {CODES, SCALES}
     if group["normuon_beta"] is not None:
         keys.add(MOMENTS)
     if group["weight_rounding"] == "compensated":

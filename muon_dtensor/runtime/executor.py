@@ -90,6 +90,13 @@ class Executor:
             {index: (bucket.dtype, bucket.device) for index, bucket in self._buckets.items()},
         )
         self._in_flight: dict[int, InFlight] = {}
+        self._dense: dict[int, LocalParam] = {}
+        self._last_bucket = {
+            index: action.bucket
+            for action, _ in self._program
+            if action.phase is Phase.UNSHARD
+            for index in self._buckets[action.bucket].local.momentum_shards
+        }
         self._moments = RowSecondMoments(plan, rank, groups)
         self._observer: Observer | None = None
         self._action: Action | None = None
@@ -136,6 +143,7 @@ class Executor:
         except BaseException as error:
             # exchanges of this step may still be in flight: the next step must not wait for them
             self._in_flight.clear()
+            self._dense.clear()
             self._buffers.drop_all()
             if isinstance(error, Exception):
                 raise StepFailedError(
@@ -231,19 +239,25 @@ class Executor:
     def _momenta_on_device(
         self, bucket: CompiledBucket, params: dict[int, LocalParam]
     ) -> Iterator[dict[int, LocalParam]]:
-        """Copy offloaded momenta of a bucket to the device, and back afterwards."""
-        offloaded = {
+        """Copy or decode momenta of a bucket that are stored elsewhere, and store them afterwards.
+
+        The momentum of a parameter with matrices in several buckets is stored after the last.
+        """
+        elsewhere = {
             index: params[index]
             for index in bucket.local.momentum_shards
-            if index in params and params[index].is_momentum_offloaded
+            if index in params and params[index].is_momentum_elsewhere
         }
-        if not offloaded:
+        if not elsewhere:
             yield params
             return
-        on_device = {index: local.with_momentum() for index, local in offloaded.items()}
-        yield {**params, **on_device}
-        for index, local in offloaded.items():
-            local.momentum_buffer.copy_(on_device[index].momentum_buffer, non_blocking=True)
+        for index, local in elsewhere.items():
+            if index not in self._dense:
+                self._dense[index] = local.with_momentum()
+        yield {**params, **{index: self._dense[index] for index in elsewhere}}
+        for index, local in elsewhere.items():
+            if self._last_bucket[index] == bucket.index:
+                local.store_momentum(self._dense.pop(index))
 
     def _fill(
         self,
@@ -273,7 +287,7 @@ class Executor:
                 key = local.options.momentum, local.options.nesterov
                 targets, momenta, grads = groups.setdefault(key, ([], [], []))
                 targets.append(views[index])
-                momenta.append(view_box(local.momentum_buffer, slot.in_momentum))
+                momenta.append(view_box(local.dense_momentum, slot.in_momentum))
                 grads.append(view_box(local.grad, slot.in_shard))
         for (momentum, nesterov), lists in groups.items():
             write_directions(*lists, momentum, nesterov)
@@ -285,7 +299,7 @@ class Executor:
         for box in boxes:
             if local := params.get(box.param):
                 momenta, grads = groups.setdefault(local.options.momentum, ([], []))
-                momenta.append(view_box(local.momentum_buffer, box.in_momentum))
+                momenta.append(view_box(local.dense_momentum, box.in_momentum))
                 grads.append(view_box(local.grad, box.in_shard))
         for momentum, (momenta, grads) in groups.items():
             update_momentum(momenta, grads, momentum, keep)

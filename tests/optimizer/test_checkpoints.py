@@ -659,7 +659,7 @@ def test_misplaced_shards_are_saved_in_the_background(tmp_path):
 
 UNKNOWN_TO_TORCH = (
     *("orthogonalizer", "capturable", "normuon_beta", "cautious_weight_decay"),
-    *("weight_rounding", "rounding_seed"),
+    *("momentum_bits", "weight_rounding", "rounding_seed"),
 )
 
 

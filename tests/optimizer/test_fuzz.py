@@ -1,12 +1,14 @@
 """Random cases: 100 in every run; 2,000, and 20,000 plans, with `pytest -m slow -k fuzz`.
 
-Steps must be bitwise equal to those of torch.optim.Muon and AdamW on full matrices. Plans must pass
+Steps must be bitwise equal to those of torch.optim.Muon and AdamW on full matrices; with options
+that torch does not have, to those of this package on full matrices. Plans must pass
 `planning.check`, and plans with one change must not.
 """
 
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import pytest
@@ -14,9 +16,13 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from muon_dtensor import Muon
+from muon_dtensor.algorithms import PRESETS
+from muon_dtensor.algorithms.quantized import BITS
+from muon_dtensor.algorithms.rounding import ROUNDINGS
+from muon_dtensor.distributed_config.full_tensor import cut_like
 from muon_dtensor.planning.check import check
 from muon_dtensor.planning.cost import plan_cost
 from muon_dtensor.planning.plan import EXACT_STRATEGIES, Plan
@@ -279,6 +285,107 @@ def test_steps_are_bitwise_torch_s(steps):
 @given(random_steps())
 def test_many_steps_are_bitwise_torch_s(steps):
     assert_equal_to_torch(steps)
+
+
+def option_differences(steps: Steps) -> list[str]:
+    """Run one rank; return what differs from our Muon on full matrices."""
+    mesh = mesh_of(steps.mesh_shape)
+    shapes = [param.shape for param in steps.params]
+    weights = tensors_like(shapes, 0, steps.dtype)
+    sharded = [
+        nn.Parameter(spread(w.clone(), mesh, p.placements))
+        for w, p in zip(weights, steps.params, strict=True)
+    ]
+    whole = [nn.Parameter(w.clone()) for w in weights]
+    optimizers = []
+    for tensors in (sharded, whole):
+        groups: list[dict[str, Any]] = []
+        for index, (param, tensor) in enumerate(zip(steps.params, tensors, strict=True)):
+            group = steps.groups[param.group]
+            options = {k: v for k, v in group.items() if k != "matrices"}
+            options |= declared(group, param.shape)
+            groups.append({"params": [(f"p{index}", tensor)], **options})
+        optimizers.append(Muon(groups, **(dict(steps.options) if tensors is sharded else {})))
+    differing = []
+    for step in range(3):
+        grads = tensors_like(shapes, 1 + step, steps.dtype)
+        for param, grad, a, b in zip(steps.params, grads, sharded, whole, strict=True):
+            has_grad = not param.missing[step]
+            a.grad = spread(grad, mesh, param.placements) if has_grad else None
+            b.grad = grad.clone() if has_grad else None
+        for optimizer in optimizers:
+            optimizer.step()
+        for index, (a, b) in enumerate(zip(sharded, whole, strict=True)):
+            state, expected = (o.state[p] for o, p in zip(optimizers, (a, b), strict=True))
+            pairs = [("value", a.detach(), b.detach())]
+            pairs += [(key, value, expected[key]) for key, value in state.items()]
+            for key, actual, full in pairs:
+                shard = cut_like(full, actual) if isinstance(actual, DTensor) else full
+                if not same(local_part(actual), local_part(shard)):
+                    differing.append(f"{key} of p{index} after step {step}: {steps.params[index]}")
+    return differing
+
+
+@st.composite
+def steps_with_options(draw) -> Steps:
+    """Steps in bfloat16; shards of quantized momenta begin at blocks."""
+    mesh_shape = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
+    while torch.Size(mesh_shape).numel() > 8:
+        mesh_shape = mesh_shape[:-1]
+    groups = [
+        {
+            "lr": draw(st.sampled_from([0.1, 1e-3])),
+            "momentum": draw(st.sampled_from([0.95, 0.5])),
+            "ns_steps": draw(st.integers(1, 6)),
+            "orthogonalizer": draw(st.sampled_from(["newton_schulz", *PRESETS])),
+            "weight_rounding": draw(st.sampled_from(ROUNDINGS)),
+            "rounding_seed": draw(st.integers(0, 9)),
+            "momentum_bits": draw(st.sampled_from(BITS)),
+            "cautious_weight_decay": draw(st.booleans()),
+            "matrices": Matrices(
+                draw(st.sampled_from(["blocks", "alternate", "grouped"])),
+                draw(st.integers(2, 3)),
+                draw(st.integers(0, 1)),
+            ),
+        }
+        for _ in range(2)
+    ]
+    params = []
+    for _ in range(draw(st.integers(1, 4))):
+        kinds = [R, S0] if draw(st.booleans()) else [R, S0, S1]
+        count = len(mesh_shape)
+        placements = tuple(draw(st.lists(st.sampled_from(kinds), min_size=count, max_size=count)))
+        cols = draw(st.integers(1, 70))
+        if S1 in placements:
+            cuts = prod(n for n, p in zip(mesh_shape, placements, strict=True) if p == S1)
+            cols = 64 * cuts * draw(st.integers(1, 2))
+        shape = (6 * draw(st.integers(0, 6)), cols)
+        missing = tuple(draw(st.sampled_from([False, False, True])) for _ in range(3))
+        params.append(Param(shape, placements, draw(st.integers(0, 1)), missing))
+    options = (
+        ("bucket_mb", draw(st.sampled_from([1e-5, 3e-4, 256]))),
+        ("prefetch_count", draw(st.integers(0, 2))),
+    )
+    return Steps(mesh_shape, tuple(params), tuple(groups), torch.bfloat16, options)
+
+
+def assert_equal_to_whole(steps: Steps) -> None:
+    num_ranks = torch.Size(steps.mesh_shape).numel()
+    assert run_threads(num_ranks, option_differences, steps) == [[]] * num_ranks
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(steps_with_options())
+def test_options_are_bitwise_the_same_on_every_layout(steps):
+    assert_equal_to_whole(steps)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@settings(max_examples=1000, deadline=None)
+@given(steps_with_options())
+def test_many_options_are_bitwise_the_same_on_every_layout(steps):
+    assert_equal_to_whole(steps)
 
 
 def mutated(plan: Plan, rng: random.Random) -> Plan | None:

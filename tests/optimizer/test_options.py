@@ -59,6 +59,7 @@ WRONG = {
     "capturable": 1,
     "normuon_beta": 1.0,
     "cautious_weight_decay": 1,
+    "momentum_bits": 2,
     "weight_rounding": "x",
     "rounding_seed": -1,
     "ns_dtype": torch.float16,

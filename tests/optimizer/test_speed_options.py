@@ -378,7 +378,7 @@ def test_offloaded_momenta_are_copied_back(mesh_shape, placements, strategy):
 
     with (
         installed(),
-        mock.patch.object(LocalParam, "is_momentum_offloaded", True),
+        mock.patch.object(LocalParam, "is_momentum_elsewhere", True),
         mock.patch.object(LocalParam, "with_momentum", copied),
     ):
         outcomes = run_threads(4, compare_with_oracle, case)

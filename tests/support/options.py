@@ -15,6 +15,7 @@ OTHER_VALUES: dict[str, Any] = {
     "capturable": True,
     "normuon_beta": 0.9,
     "cautious_weight_decay": True,
+    "momentum_bits": 8,
     "weight_rounding": "compensated",
     "rounding_seed": 7,
 }

@@ -96,7 +96,7 @@ def test_a_checkpoint_loads_on_other_meshes_and_on_one_process(tmp_path: Path) -
         assert all(map(torch.equal, loaded, saved))
         # gradients are summed in another order, and the iteration rounds to bfloat16
         for tensor, expected in zip(last, reference, strict=True):
-            torch.testing.assert_close(tensor, expected, rtol=0, atol=0.02)
+            assert float((tensor - expected).norm()) < 0.05 * float(expected.norm())
 
 
 def flip_a_byte(path: Path) -> None:
