@@ -8,8 +8,6 @@ Lighthouse is a program of its own (`torchft_lighthouse`), and each island is st
 """
 
 import argparse
-import os
-import socket
 import subprocess
 import sys
 import time
@@ -27,11 +25,11 @@ from muon_dtensor.islands import DiLoCo, TorchFT
 NUM_ISLANDS = 3
 
 
-def island(number: int, lighthouse: str, port: int) -> None:
+def island(number: int, lighthouse: str) -> None:
     """Train as one island until the parent ends this process."""
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=0, world_size=1)  # the ranks of this island
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # a free port
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)  # the ranks of this island
     model = make_model(torch.device("cpu"))
     optimizer = Muon(group_parameters(model, lr=0.02, adamw={"lr": 3e-3}))
     group = torchft.ProcessGroupGloo(timeout=timedelta(seconds=10))
@@ -44,7 +42,7 @@ def island(number: int, lighthouse: str, port: int) -> None:
         rank=0,
         world_size=1,
         store_addr="127.0.0.1",
-        store_port=port,
+        store_port=store.port,
         lighthouse_addr=lighthouse,
         replica_id=f"island{number}",
     )
@@ -71,21 +69,21 @@ def island(number: int, lighthouse: str, port: int) -> None:
 
 def launch(number: int, lighthouse: str) -> subprocess.Popen:
     """Start an island in a process of its own."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    arguments = ["--island", str(number), "--lighthouse", lighthouse, "--port", str(port)]
+    arguments = ["--island", str(number), "--lighthouse", lighthouse]
     command = [sys.executable, "-W", "ignore", __file__, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
-def next_round(process: subprocess.Popen, members: int) -> str:
+def next_round(processes: list[subprocess.Popen], number: int, members: int) -> str:
     """Return the first line of an island about a round of this many islands."""
-    assert process.stdout is not None
-    for line in process.stdout:
+    stdout = processes[number].stdout
+    assert stdout is not None
+    for line in stdout:
         if f" {members} islands " in line:
             return line.strip()
-    raise RuntimeError("the island has ended")
+        if sum(process.poll() is None for process in processes) < members:
+            raise RuntimeError("an island has ended")
+    raise RuntimeError(f"island {number} has ended")
 
 
 def main() -> None:
@@ -94,16 +92,16 @@ def main() -> None:
     )
     processes = [launch(number, lighthouse.address()) for number in range(NUM_ISLANDS)]
     try:
-        print(next_round(processes[0], 3))
+        print(next_round(processes, 0, 3))
         print("island 2 is killed")
         processes[2].kill()
-        print(next_round(processes[0], 2))
+        print(next_round(processes, 0, 2))
         print("island 2 is started again")
         processes[2] = launch(2, lighthouse.address())
-        lines = {line.split()[1]: line for line in [next_round(processes[2], 3)]}
+        lines = {line.split()[1]: line for line in [next_round(processes, 2, 3)]}
         (number,) = lines
         while True:  # the same round on the first island
-            line = next_round(processes[0], 3)
+            line = next_round(processes, 0, 3)
             if int(line.split()[1]) >= int(number):
                 break
         print(lines[number], line, sep="\n")
@@ -121,9 +119,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--island", type=int)
     parser.add_argument("--lighthouse", default="")
-    parser.add_argument("--port", type=int, default=0)
     options = parser.parse_args()
     if options.island is None:
         main()
     else:
-        island(options.island, options.lighthouse, options.port)
+        island(options.island, options.lighthouse)

@@ -393,7 +393,9 @@ def complete_loaded(group: dict[str, Any], live: Mapping[str, Any]) -> None:
     for name, value in {**_defaults_of(algorithm, DEFAULTS), **own_options}.items():
         group.setdefault(name, value)
     if live:
-        group.update({name: live[name] for name in (*DECLARED, "param_names") if name in live})
+        group.pop(RECOGNIZED, None)
+        of_live = (*DECLARED, RECOGNIZED, "param_names")
+        group.update({name: live[name] for name in of_live if name in live})
     if group["algorithm"] == "adamw" and group["betas"]:
         group["momentum"] = group["betas"][0]
 

@@ -4,8 +4,10 @@ Seconds count on an idle machine. On a busy machine the deadline is later.
 """
 
 import os
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 
@@ -42,8 +44,13 @@ def run_program(
 ) -> subprocess.CompletedProcess[str]:
     """Run a program; return its exit status and output. `env` is added to this environment.
 
-    Kills the program at the deadline and raises TimeoutExpired.
+    Kills the program and its own processes at the deadline, and raises TimeoutExpired.
     """
+
+    def kill() -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
     variables = {**os.environ, **(env or {})}
     with subprocess.Popen(
         command,
@@ -52,6 +59,7 @@ def run_program(
         text=True,
         env=variables,
         cwd=cwd,
+        start_new_session=True,
     ) as process:
         deadline = Deadline(seconds)
         while True:
@@ -61,8 +69,8 @@ def run_program(
                 return subprocess.CompletedProcess(command, process.returncode, out, err)
             except subprocess.TimeoutExpired:
                 if not patience:
-                    process.kill()
+                    kill()
                     raise
             except BaseException:
-                process.kill()
+                kill()
                 raise

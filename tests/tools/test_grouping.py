@@ -166,8 +166,13 @@ def test_recognized_matrices_and_their_reason(capsys):
     assert why in capsys.readouterr().out
     assert f"recognized: {why}" in plan.explain("attention.in_proj_weight")
     assert "recognized" not in plan.explain("up.weight")
-    optimizer.load_state_dict(optimizer.state_dict())
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
     assert f"recognized in 1 parameter: {why}" in str(optimizer.plan)
+    declared = [{k: v for k, v in group.items() if k != "recognized"} for group in groups]
+    other = Muon(declared)
+    other.load_state_dict(saved)  # the text is that of the live groups, like the declarations
+    assert "recognized" not in str(other.plan)
 
 
 def test_the_table(capsys):
