@@ -21,7 +21,6 @@ AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "DNNL_MAX_CPU_ISA": "AVX2"}
 EXACT = (
     "runtime/test_layouts_bitwise",
     *("algorithms/test_newton_schulz", "algorithms/test_update", "algorithms/test_polar_express"),
-    "algorithms/test_presets",
 )
 
 
