@@ -48,7 +48,8 @@ class Sizes:
     @property
     def queries_per_group(self) -> int:
         """Query heads that share one key and one value head."""
-        return self.first("num_heads", "num_attention_heads", "n_heads") // self.first(
+        known: int | None = getattr(self, "heads_per_kv", None)
+        return known or self.first("num_heads", "num_attention_heads", "n_heads") // self.first(
             "num_kv_heads", "num_key_value_heads", "n_kv_heads"
         )
 
@@ -291,17 +292,7 @@ KNOWN = (
         "Llama 3, Qwen3, gpt-oss",
         TITAN,
         "FusedQKVLinear",
-        (
-            Weight(
-                "wqkv",
-                "query, key, value by group",
-                "(group part d) h",
-                "(group part d) h",
-                "group part d h",
-                _head,
-                ("part", lambda sizes: (sizes.heads_per_kv, 1, 1)),
-            ),
-        ),
+        (_grouped("wqkv"),),
     ),
     Modules("Llama 3, Qwen3", TITAN, "GQAttention", (_cols("wo", "output"),)),
     Modules(

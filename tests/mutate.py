@@ -775,8 +775,8 @@ FAULTS = [
         ),
         (
             "a checkpoint's declaration replaces the live one",
-            'group.update({name: live[name] for name in (*DECLARED, "param_names")',
-            'group.update({name: live[name] for name in ("param_names",)',
+            'of_live = (*DECLARED, RECOGNIZED, "param_names")',
+            'of_live = ("param_names",)',
         ),
         (
             "amsgrad is dropped without an error",

@@ -1,7 +1,6 @@
 """Iterations that orthogonalize matrices, and elementwise updates; no torch.distributed."""
 
 from muon_dtensor.algorithms.newton_schulz import newton_schulz
-from muon_dtensor.algorithms.polar_express import polar_express
 from muon_dtensor.algorithms.presets import PRESETS
 
 ORTHOGONALIZERS = ("newton_schulz", *PRESETS, "custom")
@@ -10,4 +9,4 @@ ORTHOGONALIZERS = ("newton_schulz", *PRESETS, "custom")
 WHOLE_MATRICES = ("custom", *(name for name in PRESETS if PRESETS[name].is_preconditioned))
 """Those that need all rows of a matrix on one rank."""
 
-__all__ = ["ORTHOGONALIZERS", "PRESETS", "WHOLE_MATRICES", "newton_schulz", "polar_express"]
+__all__ = ["ORTHOGONALIZERS", "PRESETS", "WHOLE_MATRICES", "newton_schulz"]

@@ -1,15 +1,6 @@
 """Polar Express: the coefficients with the fastest worst-case convergence, a row per iteration."""
 
-import torch
-from torch import Tensor
-
-from muon_dtensor.algorithms.newton_schulz import (
-    EPS,
-    Coefficients,
-    IterationKernel,
-    iterate,
-    quintic,
-)
+from muon_dtensor.algorithms.newton_schulz import Coefficients
 
 # Amsel, Persson, Musco & Gower 2025, "The Polar Express", arXiv:2505.16932, algorithm 1: for
 # singular values in [1e-3, 1], each row is the odd quintic nearest to 1 (minimax) on the interval
@@ -35,20 +26,6 @@ POLAR_EXPRESS: tuple[Coefficients, ...] = (
     *((a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in _MINIMAX[:-1]),
     _MINIMAX[-1],
 )
-
-
-def polar_express(
-    x: Tensor,  # [*batch, rows, cols]
-    *,
-    num_iterations: int,
-    eps: float = EPS,
-    dtype: torch.dtype = torch.bfloat16,
-    body: IterationKernel = quintic,
-    overwrite: bool = False,
-) -> Tensor:
-    """Return the approximate polar factor U V^T of every matrix; see `iterate`."""
-    rows = polar_express_rows(num_iterations)
-    return iterate(x, rows, eps=eps, dtype=dtype, body=body, overwrite=overwrite)
 
 
 def polar_express_rows(num_iterations: int) -> tuple[Coefficients, ...]:

@@ -99,6 +99,11 @@ def plan(
             return _diff(*diff)
         if compare is not None and explain is not None:
             raise ValueError("--compare and --explain exclude each other: pass one of them")
+        if sweep is not None and any((explain, compare, plot, json, islands > 1)):
+            raise ValueError(
+                "--sweep prints a table: it excludes --explain, --compare, --plot, --json and "
+                "--islands"
+            )
         if not 0 < bucket_mb * 2**20 < 2**63:
             raise ValueError(f"--bucket-mb must be above 0 and finite, got {bucket_mb}")
         machine = topology_of(topology)

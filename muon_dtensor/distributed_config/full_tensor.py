@@ -102,11 +102,9 @@ def with_offsets(tensor: DTensor) -> Tensor:
     It has the attributes of `torch.distributed.checkpoint.CheckpointableTensor` (torch 2.14). They
     are empty on ranks outside of the mesh, and on ranks that hold no element.
     """
-    layout, rank = describe_layout(tensor, describe_mesh(tensor.device_mesh)), this_rank()
-    region = layout.region(layout.mesh.position_of(rank)) if layout.mesh.holds(rank) else None
-    regions = [region] if region is not None and region.numel else []
+    regions = _stored_regions(tensor)
     shard: Any = local_part(tensor).detach()
-    shard.global_shape = layout.shape
+    shard.global_shape = tuple(tensor.shape)
     shard.global_offsets = tuple(region.start for region in regions)
     shard.local_offsets = tuple((0,) * tensor.ndim for _ in regions)
     shard.local_sizes = tuple(region.shape for region in regions)
@@ -120,12 +118,17 @@ def pass_offsets(tensor: DTensor) -> None:
     A DTensor asks its local tensor for the offsets of its shard, if that has these methods (torch
     2.13 to 2.15). Copies of the tensor, such as those of `dcp.async_save`, do not have them.
     """
-    layout = describe_layout(tensor, describe_mesh(tensor.device_mesh))
-    region = layout.region(layout.mesh.position_of(this_rank()))
-    regions = [region] if region.numel else []
+    regions = _stored_regions(tensor)
     shard: Any = local_part(tensor)
     shard.__create_write_items__ = partial(_write_items, regions)
     shard.__create_chunk_list__ = partial(_chunks, regions)
+
+
+def _stored_regions(tensor: DTensor) -> list[Region]:
+    """Return the box of this rank's shard; none outside of the mesh, or if it has no element."""
+    layout, rank = describe_layout(tensor, describe_mesh(tensor.device_mesh)), this_rank()
+    region = layout.region(layout.mesh.position_of(rank)) if layout.mesh.holds(rank) else None
+    return [region] if region is not None and region.numel else []
 
 
 def _chunks(regions: Sequence[Region]) -> list[Any]:

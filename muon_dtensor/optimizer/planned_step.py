@@ -25,7 +25,7 @@ from muon_dtensor.errors import (
     shortened,
 )
 from muon_dtensor.optimizer.metrics import Measurement, State
-from muon_dtensor.optimizer.options import RECOGNIZED, as_text, planned_options, validate
+from muon_dtensor.optimizer.options import DEFAULTS, RECOGNIZED, as_text, planned_options, validate
 from muon_dtensor.optimizer.params import ParameterTable, can_train
 from muon_dtensor.optimizer.settings import Settings
 from muon_dtensor.optimizer.state import drop_stale, make_state
@@ -90,20 +90,17 @@ class PlannedStep:
                     "a param group has orthogonalizer='custom': pass the function to the "
                     "constructor, Muon(..., orthogonalizer=function)"
                 )
-            if group["normuon_beta"] is not None and config.uses_custom_transport:
-                raise GroupOptionError(
-                    "normuon_beta needs a plan, but your distributed_config is hand-written"
-                )
+            for name in ("normuon_beta", "weight_rounding", "momentum_bits"):
+                if group[name] != DEFAULTS[name] and config.uses_custom_transport:
+                    raise GroupOptionError(
+                        f"{name} needs a plan, but your distributed_config is hand-written"
+                    )
             if group["momentum_bits"] is not None:
                 for name in ("offload_momentum", "shard_momentum", "momentum_dtype"):
                     if getattr(settings, name):
                         raise GroupOptionError(f"momentum_bits and {name} exclude each other")
-                if config.uses_custom_transport:
-                    raise GroupOptionError(
-                        "momentum_bits needs a plan, but your distributed_config is hand-written"
-                    )
             if group["weight_rounding"] != "nearest":
-                _check_rounding(group, config)
+                _check_is_bfloat16(group)
         for name in ("offload_momentum", "shard_momentum", "metrics_every"):
             if config.uses_custom_transport and getattr(settings, name):
                 raise GroupOptionError(
@@ -454,14 +451,9 @@ class PlannedStep:
             adamw_step(by_group.get(index, []), group, found_inf)
 
 
-def _check_rounding(group: Mapping[str, Any], config: DistributedConfig) -> None:
-    """Raise GroupOptionError if the option `weight_rounding` of a group cannot be respected."""
+def _check_is_bfloat16(group: Mapping[str, Any]) -> None:
+    """Raise GroupOptionError for a parameter whose `weight_rounding` would have no effect."""
     rounding = group["weight_rounding"]
-    if config.uses_custom_transport:
-        raise GroupOptionError(
-            f"weight_rounding={rounding!r} needs a plan, but your distributed_config is "
-            "hand-written"
-        )
     for param in group["params"]:
         if param.dtype != torch.bfloat16:
             raise GroupOptionError(

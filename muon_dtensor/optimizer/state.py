@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,24 +125,23 @@ def _make_quantized(
     if CODES in state and state[CODES].dtype != code_dtype(bits):
         momentum = _dense(state, param)
         del state[CODES], state[SCALES]
-    if CODES in state:
-        return
     if spec is not None:
-        check_blocks(spec, bits)
+        _check_blocks(spec, bits)
     shard = local_part(param).detach()
-    *lead, size = shard.shape
-    global_lead = param.shape[:-1]
-    local_sizes = (num_codes(size, bits), num_blocks(size))
-    global_sizes = (num_codes(param.size(-1), bits), num_blocks(param.size(-1)))
-    for key, dtype, local_size, global_size in zip(
-        (CODES, SCALES), (code_dtype(bits), torch.float32), local_sizes, global_sizes, strict=True
+    for key, dtype, count in (
+        (CODES, code_dtype(bits), partial(num_codes, bits=bits)),
+        (SCALES, torch.float32, num_blocks),
     ):
-        zeros = torch.zeros((*lead, local_size), dtype=dtype, device=shard.device)
+        shape = (*shard.shape[:-1], count(shard.size(-1)))
+        zeros = torch.zeros(shape, dtype=dtype, device=shard.device)
         if isinstance(param, DTensor):
-            shape = (*global_lead, global_size)
-            state[key] = from_shard(zeros, param.device_mesh, param.placements, shape)
-        else:
-            state[key] = zeros
+            global_shape = (*param.shape[:-1], count(param.size(-1)))
+            zeros = from_shard(zeros, param.device_mesh, param.placements, global_shape)
+        if not _is_placed_as(state.setdefault(key, zeros), zeros):
+            raise CheckpointError(
+                f"{key} of a parameter {placed(param)} is {placed(state[key])}; it must be "
+                f"{placed(zeros)}. Load with torch.distributed.checkpoint, which reshards."
+            )
     if momentum is not None:
         quantized_momentum(state, param).store(local_part(momentum))
 
@@ -152,7 +152,7 @@ def _dense(state: MutableMapping[str, Any], param: Tensor) -> Tensor:
     return with_shard(param, decoded.to(param.dtype))
 
 
-def check_blocks(spec: ParamSpec, bits: int) -> None:
+def _check_blocks(spec: ParamSpec, bits: int) -> None:
     """Raise GroupOptionError unless shards begin at blocks, and codes and scales likewise."""
     layout = spec.layout
     is_flat = len(layout.shape) < 2

@@ -142,6 +142,7 @@ def test_explain_json_and_diff(tmp_path, capsys):
         ({"recognize": "experts"}, "--recognize is projections or heads"),
         ({"tokens": 1e6}, "--tokens and --tflops are above 0 and given together"),
         ({"sweep": "dp_shard=2;tp"}, "--mesh is dim=size"),
+        ({"sweep": "dp_shard=2", "json": Path("a.json")}, "--sweep prints a table: it excludes"),
         ({"islands": 2, "wire": "int3"}, "wire must be one of float32"),
         ({"islands": 2, "sync_every": 0}, "--sync-every is 1 or more"),
         ({"islands": 2, "fragments": 31}, "--fragments 1 to it"),

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from muon_dtensor import Muon, clip_grad_norm_, create_devicemesh_config
-from muon_dtensor.algorithms import newton_schulz, polar_express
+from muon_dtensor.algorithms.newton_schulz import KELLER_JORDAN, iterate
 from muon_dtensor.runtime.torch_private import local_part
 from tests.support.cases import mesh_of, tensors_like
 from tests.support.pool import run_processes
@@ -132,12 +133,15 @@ def test_a_closure_runs_in_the_caller_s_modes():
     assert modes == [True, "meta", True]
 
 
-@pytest.mark.parametrize("function", [newton_schulz, polar_express])
-def test_iterations_ignore_autocast(function):
+@pytest.mark.parametrize("is_preconditioned", [False, True])
+def test_iterations_ignore_autocast(is_preconditioned):
     x = tensors_like([(6, 4)], 0)[0]
-    expected = function(x, num_iterations=5, dtype=torch.float32)
+    run = partial(
+        iterate, x, [KELLER_JORDAN] * 5, dtype=torch.float32, is_preconditioned=is_preconditioned
+    )
+    expected = run()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = function(x, num_iterations=5, dtype=torch.float32)
+        result = run()
     assert torch.equal(result, expected)
 
 
