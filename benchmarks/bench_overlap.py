@@ -30,8 +30,11 @@ from muon_dtensor import Muon, create_dtensor_config
 from muon_dtensor.cli.baselines import naive_step
 from muon_dtensor.cli.calibrate_worker import readings_in_turns
 from muon_dtensor.cli.shutdown import destroy_process_group
+from muon_dtensor.planning.plan import Phase
 from muon_dtensor.planning.presets import PRESETS
+from muon_dtensor.planning.schedule import Event, Send, Wait
 from muon_dtensor.planning.topology import Link, Topology
+from muon_dtensor.runtime.executor import Executor
 
 R, S0 = Replicate(), Shard(0)
 NODES, RANKS_PER_NODE = 2, 2
@@ -147,20 +150,27 @@ def comparisons(config: Config) -> dict[str, dict[str, Callable[[], Any]]]:
         },
         "an iteration with FSDP2": {
             "with a step": iteration(config, flat),
-            "last results behind the next forward": iteration(config, flat, is_behind=True),
+            "first exchanges within backward": iteration(config, flat, change=_unshard_in_backward),
+            "first exchanges not sent": iteration(config, flat, change=_without_unshard),
+            "last results behind the next forward": iteration(
+                config, flat, change=_apply_last_results_before_the_last_layer
+            ),
             "without a step": iteration(config, flat, has_step=False),
         },
     }
 
 
 def iteration(
-    config: Config, mesh: DeviceMesh, *, has_step: bool = True, is_behind: bool = False
+    config: Config,
+    mesh: DeviceMesh,
+    *,
+    has_step: bool = True,
+    change: Callable[[list[nn.Linear], Muon], None] | None = None,
 ) -> Callable[[], Any]:
     """Return a forward, a backward and a step of linear layers that `fully_shard` shards.
 
-    `is_behind`: the last results are awaited and applied just before the last layer runs. This is
-    the most that a step behind the next forward can gain. It is no training: the layers before use
-    old weights.
+    `change`: changes the step to what would be no training, to measure the most that an overlap can
+    gain.
     """
     shapes = [shape for _ in range(config.layers) for shape in layered(1, config.dim)]
     layers = [nn.Linear(cols, rows, bias=False) for rows, cols in shapes]
@@ -184,12 +194,81 @@ def iteration(
     if not has_step:
         return forward_and_backward
     whole()
-    if is_behind:
-        _apply_last_results_before(layers[-1], optimizer)
+    if change is not None:
+        change(layers, optimizer)
     return whole
 
 
-def _apply_last_results_before(layer: nn.Module, optimizer: Muon) -> None:
+def _without_unshard(layers: list[nn.Linear], optimizer: Muon) -> None:
+    """Do not send directions to the owners: no overlap of these exchanges can gain more."""
+    del layers
+    executor = optimizer._planned_step.executor
+    executor._program = tuple(
+        (action, tuple(e for e in events if not _is_of_unshard(executor, action.bucket, e)))
+        for action, events in executor._program
+    )
+
+
+def _is_of_unshard(executor: Executor, bucket: int, event: Event) -> bool:
+    hops = executor._buckets[bucket].sequence.unshard
+    return isinstance(event, Send | Wait) and event.hop in hops
+
+
+def _unshard_in_backward(layers: list[nn.Linear], optimizer: Muon) -> None:
+    """Send a bucket's directions once FSDP2 has reduced its gradients, in the backward pass.
+
+    That is before ranks have compared their gradients.
+    """
+    table, executor = optimizer._planned_step.table, optimizer._planned_step.executor
+    executor._buffers._offsets.clear()  # more buckets are in flight than the plan says
+    first = [(a, events) for a, events in executor._program if a.phase is Phase.UNSHARD]
+    executor._program = tuple(pair for pair in executor._program if pair not in first)
+    missing = {
+        action.bucket: {a.param for a in executor._buckets[action.bucket].planned.assignments}
+        for action, _ in first
+    }
+    reduced: set[int] = set()
+
+    def send_ready() -> None:
+        for action, events in first:
+            if missing[action.bucket] <= reduced and action.bucket not in executor._in_flight:
+                grads = {entry.name: entry.param.grad for entry in table.muon}
+                params = table.muon_params(
+                    {name: grad for name, grad in grads.items() if grad is not None},
+                    optimizer.state,
+                    optimizer.param_groups,
+                    None,
+                    optimizer._settings.kernel(),
+                    casts_momenta=True,
+                    as_shards=True,
+                )
+                bucket = executor._buckets[action.bucket]
+                executor._act(action, events, bucket, params, None)
+
+    def after_backward_of(index: int) -> None:
+        state = layers[index]._get_fsdp_state()
+        (group,) = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        post_backward = group.post_backward
+
+        def reduce_and_send() -> None:
+            post_backward()
+            reduced.add(index)
+            send_ready()
+            if len(reduced) == len(layers):
+                reduced.clear()
+
+        group.post_backward = reduce_and_send
+
+    for index in range(len(layers)):
+        after_backward_of(index)
+
+
+def _apply_last_results_before_the_last_layer(layers: list[nn.Linear], optimizer: Muon) -> None:
+    """Await and apply the last results just before the last layer runs.
+
+    This is the most that a step behind the next forward can gain. The layers before use old
+    weights.
+    """
     executor = optimizer._planned_step.executor
     *actions, (action, events) = executor._program
     executor._program = tuple(actions)
@@ -205,7 +284,7 @@ def _apply_last_results_before(layer: nn.Module, optimizer: Muon) -> None:
             executor._act(action, events, bucket, pending.pop(), None)
 
     executor._walk = walk_most
-    layer.register_forward_pre_hook(apply_last)
+    layers[-1].register_forward_pre_hook(apply_last)
 
 
 def _one_bucket(shapes: list[tuple[int, ...]], mesh: DeviceMesh) -> Callable[[], Any]:

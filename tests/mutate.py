@@ -426,6 +426,20 @@ FAULTS = [
         ),
     ),
     *in_files(
+        "runtime/host_link.py",
+        "offloaded_shards",
+        (
+            "a phase of an offloaded bucket does not wait for the one before",
+            "stream.wait_event(done)",
+            "stream.record_event()",
+        ),
+        (
+            "offloaded buckets have no stream of their own",
+            "is_here = phase in IN_LINK_STREAM",
+            "is_here = False",
+        ),
+    ),
+    *in_files(
         "planning/routes.py",
         "shard_momentum",
         (
@@ -1250,8 +1264,8 @@ FAULTS = [
         "fuzz::plans_are_valid_and_changed_plans_are_not",
         (
             "results are not counted by link",
-            "                        sent(target, position, numel)\n",
-            "                        pass\n",
+            "itemsize * numel * (1 + returns)",
+            "itemsize * numel",
         ),
     ),
     *in_files(

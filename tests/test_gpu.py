@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from muon_dtensor import Muon
@@ -121,6 +122,36 @@ def test_offloaded_momentum_is_pinned_and_changes_no_result():
         momentum = loaded.state[new]["momentum_buffer"].to_local()
         assert momentum.is_pinned()
         assert torch.equal(momentum, optimizer.state[old]["momentum_buffer"].to_local())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bucket_mb": 0.1, "prefetch_count": 2}, {"normuon_beta": 0.95}]
+)
+def test_offloaded_weights_are_orthogonalized_on_the_gpu(options):
+    """FSDP2's CPUOffloadPolicy over NCCL alone: close to a step of the same model on the GPU."""
+    mesh = init_device_mesh("cuda", (1,), mesh_dim_names=("shard",))
+
+    def trained(offload: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(256, 256, bias=False, device="cuda") for _ in range(4)))
+        policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+        for layer in model:
+            fully_shard(layer, mesh=mesh, offload_policy=policy)
+        fully_shard(model, mesh=mesh, offload_policy=policy)
+        before = [value.clone() for value in values(list(model.parameters()))]
+        optimizer = Muon(model.parameters(), lr=0.1, **options)
+        assert all(spec.is_offloaded == offload for spec in optimizer.plan.params)
+        for step in range(3):
+            model(
+                torch.randn(64, 256, generator=torch.Generator().manual_seed(step)).cuda()
+            ).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        after = values(list(model.parameters()))
+        assert {value.device.type for value in after} == {"cpu" if offload else "cuda"}
+        return [(new - old).cuda() for new, old in zip(after, before, strict=True)]
+
+    assert_close(trained(True), trained(False))
 
 
 def test_a_graph_captures_a_step():

@@ -4,6 +4,7 @@ import difflib
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def plan(
     bucket_mb: float = 256,
     prefetch_count: int = 1,
     shard_momentum: bool = False,
+    offload: bool = False,
     recognize: str | None = None,
     islands: int = 1,
     sync_every: int = 30,
@@ -72,6 +74,7 @@ def plan(
         bucket_mb: maximum MiB of exchange buffers per bucket and rank.
         prefetch_count: number of buckets in flight while another bucket is orthogonalized.
         shard_momentum: cut the momentum over the ranks that replicate its parameter.
+        offload: the weights are on the host of each device, as by FSDP2's CPUOffloadPolicy.
         recognize: projections or heads: the matrices of a known model family, see
             `group_parameters`.
         islands: number of islands, each with its own mesh of these sizes. Above 1, also prints the
@@ -121,9 +124,10 @@ def plan(
 
         def report_of(mesh: str) -> PlanReport:
             sizes = sizes_of(mesh, ranks, is_by_name=":" not in model)
-            return _report(
+            report = _report(
                 model, sizes, options, shard_momentum=shard_momentum, recognize=recognize
             )
+            return _offloaded(report) if offload else report
 
         def training_seconds(report: PlanReport) -> float | None:
             return step_seconds or _training_seconds(model, report, tokens, tflops)
@@ -186,6 +190,12 @@ def _report(
     return plan_of_factory(
         model, sizes, options, shard_momentum=shard_momentum, recognize=recognize or False
     )
+
+
+def _offloaded(report: PlanReport) -> PlanReport:
+    """Return the plan of the same parameters, on the hosts."""
+    specs = [replace(spec, is_offloaded=True) for spec in report.params]
+    return plan_report(specs, report.options, None, report.adamw_numels, report.recognized)
 
 
 def _training_seconds(

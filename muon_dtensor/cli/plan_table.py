@@ -14,6 +14,7 @@ from muon_dtensor.planning.render import (
     duration,
     instead,
     machine,
+    offload_text,
     quantity,
     ranges,
 )
@@ -83,6 +84,8 @@ def print_plan(report: PlanReport, training_seconds: float | None = None) -> Non
         f"predicted {duration(prediction.seconds)} a step on {machine(report.options.topology)}; "
         f"digest {report.digest[:16]}"
     )
+    if any(spec.is_offloaded for spec in report.params):
+        print(offload_text(report.plan, report.traffic))
     if training_seconds is not None:
         print(
             f"a training step takes {duration(training_seconds)}, the optimizer's "

@@ -71,9 +71,10 @@ def start_gather(
         return GatherHandle(result, layout, (position,), received, flat, None)
     peers = mesh.peers(position, layout.cut_dims)
     targets = [dst_rank is None or mesh.ranks[peer] == dst_rank for peer in peers]
+    flat = groups.on_device(mesh, flat)
     send = torch.cat([flat] * sum(targets)) if any(targets) else flat[:0]
     sizes = [layout.region(peer).numel if result is not None else 0 for peer in peers]
-    received = torch.empty(sum(sizes), dtype=shard.dtype, device=shard.device)
+    received = flat.new_empty(sum(sizes))
     sent = [flat.numel() if target else 0 for target in targets]
     work = all_to_all(send, received, sent, sizes, groups.over(mesh, layout.cut_dims))
     return GatherHandle(result, layout, peers, received, send, work)

@@ -100,6 +100,22 @@ class MeshSpec:
         )
         return position + new_offset - offset
 
+    def offsets_along(self, mesh_dims: tuple[str, ...]) -> list[int]:
+        """Return, for each position, what its coordinates on some mesh dims add to it.
+
+        `moved(p, mesh_dims, to=q)` is `p + offsets[q] - offsets[p]`.
+        """
+        if mesh_dims not in self._offsets:
+            self._offsets[mesh_dims] = [
+                self.offset_of(self.index_along(position, mesh_dims), mesh_dims)
+                for position in range(self.num_ranks)
+            ]
+        return self._offsets[mesh_dims]
+
+    @cached_property
+    def _offsets(self) -> dict[tuple[str, ...], list[int]]:
+        return {}
+
     def num_ranks_along(self, mesh_dims: tuple[str, ...]) -> int:
         """Return the product of the sizes of these mesh dims."""
         return prod(self.sizes[name] for name in mesh_dims)

@@ -320,7 +320,7 @@ class Muon(Optimizer):
         for name in sorted({entry.group["orthogonalizer"] for entry in table.muon} & {*PRESETS}):
             if warning := PRESETS[name].warning:
                 logger.log(warning_level(), "orthogonalizer=%r: %s", name, warning)
-        on_host = any(entry.param.device.type == "cpu" for entry in table.muon)
+        on_host = any(table.buffer_device(entry.param).type == "cpu" for entry in table.muon)
         if on_host and self._settings.ns_dtype == torch.bfloat16:
             log_slow_bfloat16(warning_level())
         plain = [entry.name for entry in table.muon if not isinstance(entry.param, DTensor)]

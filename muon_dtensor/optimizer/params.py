@@ -37,6 +37,7 @@ from muon_dtensor.runtime.torch_private import (
     cast,
     dtype_name,
     gathered_params,
+    is_offloaded,
     local_part,
     num_ranks,
     this_rank,
@@ -113,7 +114,7 @@ class ParameterTable:
         problems = [*self._problems(), *self._find_wrong_shards()]
         refused = {problem.fqn for problem in problems}
         specs: list[ParamSpec] = []
-        devices: dict[MeshSpec, torch.device] = {}
+        device_types: dict[MeshSpec, str] = {}
         for entry in self.muon:
             if entry.name in refused:
                 continue
@@ -124,14 +125,14 @@ class ParameterTable:
                 problems.append(Problem(entry.name, observed, refusal.reason, refusal.remedy))
                 continue
             specs.append(spec)
-            device = local_part(entry.param).device
-            mesh_device = devices.setdefault(spec.layout.mesh, device)
-            if mesh_device != device:
+            device_type = self.buffer_device(entry.param).type
+            other = device_types.setdefault(spec.layout.mesh, device_type)
+            if other != device_type:
                 problems.append(
                     Problem(
                         entry.name,
-                        f"on {device}",
-                        f"Other parameters of mesh {spec.layout.mesh} are on {mesh_device}.",
+                        f"on {device_type}",
+                        f"Other parameters of mesh {spec.layout.mesh} are on {other}.",
                         "Move them to one device, or give each device an optimizer of its own.",
                     )
                 )
@@ -154,6 +155,7 @@ class ParameterTable:
             has_moments=entry.group["normuon_beta"] is not None,
             can_distribute=entry.group["orthogonalizer"] not in WHOLE_MATRICES,
             shards_momentum=shard_momentum,
+            is_offloaded=self.is_offloaded(entry.param),
         )
 
     def check_steppable(self) -> None:
@@ -412,9 +414,25 @@ class ParameterTable:
                 by_group.setdefault(entry.group_index, []).append(local)
         return by_group
 
+    def is_offloaded(self, param: Tensor) -> bool:
+        """Whether a shard is on the host of its mesh's devices, see `ParamSpec`."""
+        mesh = self._device_mesh(param)
+        shard_device = local_part(param).device
+        return mesh is not None and is_offloaded(shard_device, torch.device(mesh.device_type))
+
+    def buffer_device(self, param: Tensor) -> torch.device:
+        """Return the device on which a parameter is exchanged and orthogonalized."""
+        mesh = self._device_mesh(param)
+        if mesh is not None and self.is_offloaded(param):
+            return torch.device(mesh.device_type)
+        return local_part(param).device
+
+    def _device_mesh(self, param: Tensor) -> DeviceMesh | None:
+        return self.layout_cache.device_meshes.get(self.layout_cache.effective_mesh(param))
+
     @property
     def shared_device(self) -> torch.device:
-        """The device on which ranks compare values: that of the first parameter on a mesh.
+        """The device on which ranks compare values: `buffer_device` of the first one on a mesh.
 
         Without one, that of the first parameter; without any, the host. Tensors on the meta device
         have no values: for such parameters it is the device of their mesh.
@@ -423,7 +441,7 @@ class ParameterTable:
         on_meshes = [param for param in params if self.layout_cache.effective_mesh(param).dim_names]
         first = next(iter(on_meshes or params), None)
         if first is not None and not local_part(first).is_meta:
-            return local_part(first).device
+            return self.buffer_device(first)
         return torch.device(first.device_mesh.device_type if isinstance(first, DTensor) else "cpu")
 
 

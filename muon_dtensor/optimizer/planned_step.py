@@ -120,7 +120,8 @@ class PlannedStep:
                 exchange=exchange,
             )
             self._owners = table.owners(config, specs)
-        on_gpu = any(is_accelerator(entry.param.device) for entry in table.muon)
+        buffer_devices = [table.buffer_device(entry.param) for entry in table.muon]
+        on_gpu = any(map(is_accelerator, buffer_devices))
         options = settings.plan_options(
             on_gpu=on_gpu,
             prefetch_count=config.prefetch_count,
@@ -161,7 +162,7 @@ class PlannedStep:
         self._read: Sequence[Mapping[str, Any]] = groups
         self._devices = [local_part(param).device for param in self._params]
         devices = [local_part(entry.param).device for entry in table.muon]
-        self.executor = Executor(self.plan, rank, process_groups, devices, trace)
+        self.executor = Executor(self.plan, rank, process_groups, devices, buffer_devices, trace)
         self._is_connected = False
         self._has_warned = False
         skips_replicas = config.uses_custom_transport or not settings.check_replicas
@@ -238,6 +239,7 @@ class PlannedStep:
                 keeps_compensation=entry.group["weight_rounding"] == "compensated",
                 spec=spec,
                 mesh=None if spec is None else meshes.get(spec.layout.mesh),
+                buffer_device=self.table.buffer_device(entry.param),
             )
 
     def measured_step(
@@ -354,7 +356,8 @@ class PlannedStep:
         if settings.custom is None:
             return
         of_custom = [e for e in self.table.muon if e.group["orthogonalizer"] == "custom"]
-        for device in sorted({local_part(e.param).device for e in of_custom} - {META}, key=str):
+        devices = {self.table.buffer_device(entry.param) for entry in of_custom}
+        for device in sorted(devices - {META}, key=str):
             check_orthogonalizer(settings.custom, settings.ns_dtype, device)
 
     def _wrong_options(self, texts: tuple[str, ...]) -> Exception | None:

@@ -60,6 +60,7 @@ def make_state(
     keeps_compensation: bool = False,
     spec: ParamSpec | None = None,
     mesh: DeviceMesh | None = None,
+    buffer_device: torch.device | None = None,
 ) -> None:
     """Add the missing state of a parameter, before its first step, so that all ranks save its keys.
 
@@ -67,7 +68,8 @@ def make_state(
     parameter's shape, dtype and placements (the momentum has the gradients' dtype, if `grad_dtype`
     of the parameter names another one). If `spec` cuts the momentum further it is a DTensor on
     `mesh`, and one that is placed like the parameter is cut. NorMuon also keeps
-    `row_second_moment`, in float32, with the layout of `spec`. With `keeps_compensation` there is
+    `row_second_moment`, in float32, with the layout of `spec`, on the device that orthogonalizes:
+    `buffer_device`, if the parameter is offloaded. With `keeps_compensation` there is
     `weight_compensation`, of the parameter's shape, dtype and placements. With `momentum_bits`
     there are `momentum_codes` and `momentum_scales` instead of `momentum_buffer`. A momentum is
     cast to `momentum_dtype`, and moved to the host if `offload_momentum`; torch's `load_state_dict`
@@ -93,7 +95,7 @@ def make_state(
         if keeps_compensation and COMPENSATION not in state:
             state[COMPENSATION] = zeros_like(param)
         if spec is not None and spec.moment_cuts is not None:
-            zeros = zeros_with_layout(param, moment_layout(spec), this_rank())
+            zeros = zeros_with_layout(param, moment_layout(spec), this_rank(), buffer_device)
             row_moments = state.setdefault(MOMENTS, zeros)
             if not _is_placed_as(row_moments, zeros):
                 raise CheckpointError(
@@ -101,6 +103,7 @@ def make_state(
                     f"they must be {placed(zeros)}. Load with torch.distributed.checkpoint, which "
                     "reshards."
                 )
+            state[MOMENTS] = cast(row_moments, row_moments.dtype, local_part(zeros).device)
     elif "exp_avg" not in state:
         state["step"] = step_tensor(param)
         state["exp_avg"] = zeros_like(param)

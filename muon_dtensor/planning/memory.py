@@ -84,12 +84,33 @@ def state_nbytes(plan: Plan) -> int:
     return max(totals.values(), default=0)
 
 
+def offloaded_nbytes(plan: Plan, traffics: Sequence[BucketTraffic]) -> tuple[int, int]:
+    """Return the most bytes that a rank copies to the device, and those of a rank back, per step.
+
+    Of buckets with offloaded shards: packed directions and results, in their wire dtype.
+    """
+    to_device: Counter[int] = Counter()
+    to_host: Counter[int] = Counter()
+    for traffic in traffics:
+        if not plan.is_offloaded(traffic.bucket):
+            continue
+        results = traffic.buffers[traffic.sequence.results]
+        for rank, packed, result in zip(
+            traffic.bucket.mesh.ranks, traffic.pieces, results, strict=True
+        ):
+            to_device[rank] += traffic.itemsize * packed
+            to_host[rank] += traffic.itemsize * result
+    return max(to_device.values(), default=0), max(to_host.values(), default=0)
+
+
 def workspaces(plan: Plan, traffic: BucketTraffic, event: Event) -> dict[int, int]:
     """Return {position: bytes of work space during an event}; positions without any may be absent.
 
     Counts the tensors that the elementwise passes, the iteration and the executor allocate.
     """
     match event:
+        case Fill() | Apply() if plan.is_offloaded(traffic.bucket):
+            return {}  # on the host
         case Fill():
             return _packing(plan, traffic)
         case Compute():

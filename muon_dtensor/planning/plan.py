@@ -24,6 +24,7 @@ class ParamSpec:
     None without NorMuon. `can_distribute`: whether several ranks can orthogonalize one matrix
     together; False for a user's orthogonalizer, which needs whole matrices, and for NorMuon.
     `shards_momentum`: whether the momentum is cut over the ranks that replicate the parameter.
+    `is_offloaded`: whether its shards are on the host of the devices that orthogonalize.
     """
 
     fqn: str
@@ -35,6 +36,7 @@ class ParamSpec:
     moment_cuts: tuple[str, ...] | None = None
     can_distribute: bool = True
     shards_momentum: bool = False
+    is_offloaded: bool = False
 
     def __post_init__(self) -> None:
         if not all(type(text) is str for text in (self.fqn, self.dtype, self.wire_dtype)):
@@ -43,7 +45,7 @@ class ParamSpec:
             raise ValueError(
                 f"moment_cuts must be empty or the cuts of tensor dim 0, got {self.moment_cuts}"
             )
-        for name in ("can_distribute", "shards_momentum"):
+        for name in ("can_distribute", "shards_momentum", "is_offloaded"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if type(self.num_iterations) is not int or self.num_iterations < 0:
@@ -239,6 +241,10 @@ class Plan:
     def spec(self, assignment: Assignment) -> ParamSpec:
         """Return the parameter of this matrix."""
         return self.params[assignment.param]
+
+    def is_offloaded(self, bucket: Bucket) -> bool:
+        """Whether the shards of a bucket are offloaded: those of all its matrices, or none."""
+        return self.spec(bucket.assignments[0]).is_offloaded
 
     def matrix(self, assignment: Assignment) -> Matrix:
         """Return the matrix."""

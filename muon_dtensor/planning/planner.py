@@ -301,7 +301,8 @@ def _groups_by_ranks(
             if table not in strategies_by_table:
                 strategies_by_table[table] = spec.strategies(matrix.region)
             strategies = strategies_by_table[table]
-            fields = (layout.mesh, spec.wire_dtype, strategies, index in named_matrices)
+            is_named = index in named_matrices
+            fields = (layout.mesh, spec.wire_dtype, strategies, is_named, spec.is_offloaded)
             if fields not in keys:
                 keys[fields] = GroupKey(*fields)
             candidate = Candidate(

@@ -12,7 +12,7 @@ from muon_dtensor.layout import Layout
 from muon_dtensor.layout.region import IndexSet
 from muon_dtensor.planning.cost import PlanCost
 from muon_dtensor.planning.matrix_costs import matrix_flops
-from muon_dtensor.planning.memory import bucket_peak_nbytes
+from muon_dtensor.planning.memory import bucket_peak_nbytes, offloaded_nbytes
 from muon_dtensor.planning.normuon_state import reductions
 from muon_dtensor.planning.plan import Alternative, Assignment, Bucket, ParamSpec, Plan
 from muon_dtensor.planning.presets import PRESETS
@@ -160,6 +160,8 @@ def summary(
         lines.append(f"recognized in {_count(count, 'parameter', 'parameters')}: {text}")
     if any(spec.gathered_dims for spec in plan.params):
         lines.append(_momentum_text(plan))
+    if any(spec.is_offloaded for spec in plan.params):
+        lines.append(offload_text(plan, cost.buckets))
     for reduction in reductions(plan):
         sizes = " x ".join(f"{name}={reduction.mesh.sizes[name]}" for name in reduction.mesh_dims)
         lines.append(
@@ -176,6 +178,15 @@ def summary(
         lines.append(f"schedule of {len(plan.schedule)} actions{remark}")
     lines.append(f"digest {digest[:16]}")
     return "\n".join(lines)
+
+
+def offload_text(plan: Plan, traffics: Sequence[BucketTraffic]) -> str:
+    """Return a line about what is copied for weights on the hosts."""
+    to_device, to_host = offloaded_nbytes(plan, traffics)
+    return (
+        f"offloaded weights: up to {quantity(to_device, 'B')} a rank copied to the device, "
+        f"{quantity(to_host, 'B')} back (not in the predicted time)"
+    )
 
 
 def _momentum_text(plan: Plan) -> str:

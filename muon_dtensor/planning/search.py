@@ -20,13 +20,14 @@ more bytes, and a distributed iteration rounds differently."""
 class GroupKey:
     """The key of a group: matrices with equal keys can share buckets.
 
-    `is_named`: the user has named their owners.
+    `is_named`: the user has named their owners. `is_offloaded`: see `ParamSpec`.
     """
 
     mesh: MeshSpec
     wire_dtype: str
     strategies: tuple[Strategy, ...]
     is_named: bool
+    is_offloaded: bool
 
 
 @dataclass(frozen=True, slots=True)

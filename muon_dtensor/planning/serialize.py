@@ -73,6 +73,8 @@ def _param_to_json(spec: ParamSpec, mesh: int) -> dict[str, Any]:
         value["can_distribute"] = False
     if spec.shards_momentum:
         value["shards_momentum"] = True
+    if spec.is_offloaded:
+        value["is_offloaded"] = True
     if spec.moment_cuts is not None:
         value["moment_cuts"] = list(spec.moment_cuts)
     if spec.layout.bounds is not None:
@@ -224,6 +226,7 @@ def _param_from_json(
         tuple(value["moment_cuts"]) if "moment_cuts" in value else None,
         value.get("can_distribute", True),
         value.get("shards_momentum", False),
+        value.get("is_offloaded", False),
     )
 
 

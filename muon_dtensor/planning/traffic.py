@@ -139,21 +139,20 @@ class _Sums:
 
     def after_stages(self, done: tuple[str, ...]) -> Numels:
         """Return the elements at each position once pieces were sent along `done`."""
-        numels, mesh = [0] * self.num_positions, self.mesh
+        numels, offsets = [0] * self.num_positions, self.mesh.offsets_along(done)
 
         def key(layout: Layout, assignment: Assignment) -> int:
-            along = mesh.offset_of(mesh.index_along(assignment.owner, done), done)
-            return layout.replica_offset(assignment.owner) + along
+            return layout.replica_offset(assignment.owner) + offsets[assignment.owner]
 
         for _, assignment, offset, count in self.tables(key):
             for home, numel in self.plan.holder_numels(assignment):
-                start = home - mesh.offset_of(mesh.index_along(home, done), done)
-                numels[start + offset] += count * numel
+                numels[home - offsets[home] + offset] += count * numel
         return numels
 
     def unmoved(self, done: tuple[str, ...], dims: tuple[str, ...]) -> Numels:
         """Return the elements that need no move along `dims` after stages along `done`."""
         numels, mesh = [0] * self.num_positions, self.mesh
+        offsets, along = mesh.offsets_along(done), mesh.offsets_along(dims)
         by_index: dict[int, dict[int, list[tuple[int, int]]]] = {}
         for assignment in self.bucket.assignments:
             holders = self.plan.holders(assignment)
@@ -161,13 +160,11 @@ class _Sums:
             if pieces is None:
                 pieces = by_index[id(holders)] = defaultdict(list)
                 for home, numel in self.plan.holder_numels(assignment):
-                    start = home - mesh.offset_of(mesh.index_along(home, done), done)
-                    pieces[mesh.index_along(home, dims)].append((start, numel))
+                    pieces[along[home]].append((home - offsets[home], numel))
             owner = assignment.owner
             layout = self.plan.spec(assignment).momentum_layout
-            offset = layout.replica_offset(owner)
-            offset += mesh.offset_of(mesh.index_along(owner, done), done)
-            for start, numel in pieces.get(mesh.index_along(owner, dims), ()):
+            offset = layout.replica_offset(owner) + offsets[owner]
+            for start, numel in pieces.get(along[owner], ()):
                 numels[start + offset] += numel
         return numels
 
@@ -283,36 +280,39 @@ def link_nbytes(plan: Plan) -> LinkBytes:
     """
     node_size = plan.options.topology.node_size
     totals = [0, 0]
-
     for bucket in plan.buckets:
         mesh, strategy = bucket.mesh, bucket.strategy
         nodes = [rank // node_size for rank in mesh.ranks]
         itemsize = ITEMSIZES[bucket.wire_dtype]
-
-        def sent(source: int, target: int, numel: int) -> None:
-            if source != target:
-                totals[nodes[source] != nodes[target]] += itemsize * numel  # noqa: B023
-
+        stages = [mesh.offsets_along(dims) for dims in strategy.stages]
+        # over two hops, results return as directions came, and go on to replicas from there
+        returns = strategy.hops > 1 or not strategy.replica_dims
+        over_replicas = mesh.offsets_along(strategy.replica_dims)
+        passed_on: Counter[int] = Counter()  # elements by position
         for assignment in bucket.assignments:
             spec, owner = plan.spec(assignment), assignment.owner
-            layout = spec.momentum_layout
-            to_replicas = mesh.peers(owner, strategy.replica_dims)
+            first = spec.momentum_layout.replica_offset(owner)
+            is_direct = strategy.hops == 1 and not spec.gathered_dims
             for home, numel in plan.holder_numels(assignment):
-                holder = home + layout.replica_offset(owner)
-                position = holder
-                for dims in strategy.stages:
-                    target = mesh.moved(position, dims, to=owner)
-                    sent(position, target, numel)
-                    if strategy.hops > 1 or not strategy.replica_dims:
-                        sent(target, position, numel)
+                position = first + home
+                if is_direct and strategy.replica_dims:
+                    base = position - over_replicas[position]
+                    for replica in mesh.peers(owner, strategy.replica_dims):
+                        reached = base + over_replicas[replica]
+                        if reached != owner:
+                            totals[nodes[owner] != nodes[reached]] += itemsize * numel
+                else:
+                    passed_on[position] += numel
+                for offsets in stages:
+                    target = position + offsets[owner] - offsets[position]
+                    if target != position:
+                        nbytes = itemsize * numel * (1 + returns)
+                        totals[nodes[position] != nodes[target]] += nbytes
                     position = target
-                if not strategy.replica_dims:
-                    continue
-                is_direct = strategy.hops == 1 and not spec.gathered_dims
-                source = owner if is_direct else holder
-                for replica in to_replicas:
-                    reached = mesh.moved(holder, strategy.replica_dims, to=replica)
-                    sent(source, reached, numel)
+        for position, numel in passed_on.items():
+            for reached in mesh.peers(position, strategy.replica_dims):
+                if reached != position:
+                    totals[nodes[position] != nodes[reached]] += itemsize * numel
     return LinkBytes(*totals)
 
 

@@ -19,6 +19,7 @@ from muon_dtensor.planning.buffer_placement import assign_offsets
 from muon_dtensor.planning.routes import Packing, RankBucket
 from muon_dtensor.planning.schedule import BufferKey, Program, lifetimes
 from muon_dtensor.runtime.collectives import finish
+from muon_dtensor.runtime.host_link import HostLink
 from muon_dtensor.runtime.packing import view_slots
 from muon_dtensor.runtime.torch_private import profiler_range
 
@@ -34,9 +35,10 @@ class ExchangeBuffers:
         program: Program,
         buckets: Mapping[int, RankBucket],
         kinds: Mapping[int, tuple[torch.dtype, torch.device]],
+        links: Mapping[int, HostLink],
     ) -> None:
-        """`kinds`: dtype and device of each bucket's buffers."""
-        self._buckets, self._kinds = buckets, kinds
+        """`kinds`: dtype and device of each bucket's buffers. `links`: of offloaded buckets."""
+        self._buckets, self._kinds, self._links = buckets, kinds, links
         lives = {key: life for key, life in lifetimes(program).items() if self.are_kept(key[0])}
         sizes = [
             (buckets[bucket].numels[number] * kinds[bucket][0].itemsize, life)
@@ -59,7 +61,10 @@ class ExchangeBuffers:
             return self._buffers[key]
         numel, (dtype, device) = self._buckets[bucket].numels[number], self._kinds[bucket]
         if key not in self._offsets:
-            return torch.empty(numel, dtype=dtype, device=device)
+            buffer = torch.empty(numel, dtype=dtype, device=device)
+            if bucket in self._links:
+                self._links[bucket].share(buffer)
+            return buffer
         if self._block is None:
             self._block = torch.empty(self.block_nbytes, dtype=torch.uint8)
         start = self._offsets[key]

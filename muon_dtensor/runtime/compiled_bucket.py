@@ -61,7 +61,8 @@ class PackingBatch:
 class CompiledBucket:
     """What one rank does for one bucket of a plan. Holds no tensor of the step.
 
-    `planned`: the bucket of the plan; `local`: this rank's part of it.
+    `planned`: the bucket of the plan; `local`: this rank's part of it. `shard_device`: of its
+    shards; `device`: of its buffers.
     `pieces`, `results`: the slots of the first and of the last buffer.
     `parts`: per owned matrix, the slots of its parts, by index, and their boxes in it.
     `packing`: batches that fill the first buffer.
@@ -69,8 +70,15 @@ class CompiledBucket:
     `applying`: batches of results, by index.
     """
 
-    def __init__(self, plan: Plan, index: int, rank: int, devices: Sequence[torch.device]) -> None:
-        """`devices`: where the local shard of each of `plan.params` lives."""
+    def __init__(
+        self,
+        plan: Plan,
+        index: int,
+        rank: int,
+        devices: Sequence[torch.device],
+        buffer_devices: Sequence[torch.device],
+    ) -> None:
+        """`devices`, `buffer_devices`: see `Executor`."""
         self.index = index
         bucket = plan.buckets[index]
         self.planned, self.mesh = bucket, bucket.mesh
@@ -82,13 +90,15 @@ class CompiledBucket:
         self.profiler_names = {
             phase: f"muon {Action(phase, index)} {phase.name.lower()} {kind}" for phase in Phase
         }
-        self.device = devices[bucket.assignments[0].param]
+        first = bucket.assignments[0].param
+        self.shard_device, self.device = devices[first], buffer_devices[first]
+        self.is_offloaded = plan.is_offloaded(bucket)
         self.dtype: torch.dtype = getattr(torch, bucket.wire_dtype)
         self._num_iterations = {a.param: plan.spec(a).num_iterations for a in bucket.assignments}
         self._rounds_by_position = {
             a.param
             for a in bucket.assignments
-            if self.device.type == "cpu" and plan.spec(a).dtype in ("bfloat16", "float16")
+            if self._updates_on_host and plan.spec(a).dtype in ("bfloat16", "float16")
         }
         self.pieces = [self._compile(slot) for slot in self.local.pieces.slots]
         self.results = [self._compile(slot) for slot in self.local.results.slots]
@@ -147,15 +157,19 @@ class CompiledBucket:
         return batches, [box for boxes in boxes_of.values() for box in boxes]
 
     @property
+    def _updates_on_host(self) -> bool:
+        return self.shard_device.type == "cpu"
+
+    @property
     def _max_batch_numel(self) -> int:
         """Most elements of one batch: what stays in the cache of a host."""
-        return HOST_BATCH_NUMEL if self.device.type == "cpu" else DEVICE_BATCH_NUMEL
+        return HOST_BATCH_NUMEL if self._updates_on_host else DEVICE_BATCH_NUMEL
 
     @property
     def _max_direction_numel(self) -> int:
         """Most elements of a direction that is held before its cast; see `planning.memory`."""
         largest = max((piece.numel for piece in self.pieces), default=0)
-        return largest if self.device.type == "cpu" else max(largest, DEVICE_BATCH_NUMEL)
+        return largest if self._updates_on_host else max(largest, DEVICE_BATCH_NUMEL)
 
     def _applying(self) -> list[tuple[int, ...]]:
         """Matrices of one size are next to each other: one call applies their results."""

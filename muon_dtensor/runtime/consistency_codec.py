@@ -272,10 +272,10 @@ def non_finite_flag(grads: Sequence[Tensor], device: torch.device) -> Tensor:
     # NaN and Inf survive in sums and in extremes. On the host sums are five times as fast, but the
     # sum of finite values may overflow. On a GPU one kernel takes all tensors.
     extremes: list[Tensor] = []
-    if device.type == "cpu":
+    if all(grad.device.type == "cpu" for grad in nonempty):
         sums = (grad.sum(dtype=torch.promote_types(grad.dtype, torch.float32)) for grad in nonempty)
         if all(math.isfinite(total.item()) for total in sums):
-            return torch.zeros((), dtype=torch.int64)
+            return torch.zeros((), dtype=torch.int64, device=device)
         for grad in nonempty:
             extremes += torch.aminmax(grad)
     else:

@@ -223,6 +223,7 @@ class LayoutCache:
         has_moments: bool = False,
         can_distribute: bool = True,
         shards_momentum: bool = False,
+        is_offloaded: bool = False,
     ) -> ParamSpec:
         """Return the spec of a parameter of Muon. Raises RefusalError if Muon cannot step it.
 
@@ -230,8 +231,8 @@ class LayoutCache:
             layout: of the tensor.
             flat_shape: the global shape of a tensor that is stored flat; None for others.
             has_moments: whether NorMuon steps it. Only a DTensor can hold a part of the moments.
-            can_distribute, shards_momentum: see `ParamSpec`. The momentum of a plain tensor that is
-                cut over ranks is not a DTensor, and stays whole.
+            can_distribute, shards_momentum, is_offloaded: see `ParamSpec`. The momentum of a plain
+                tensor that is cut over ranks is not a DTensor, and stays whole.
         """
         if not isinstance(tensor, DTensor) and not layout.cut_dims:
             _check_annotations(tensor, declaration)
@@ -252,6 +253,7 @@ class LayoutCache:
             moments,
             can_distribute and not has_moments,
             shards_momentum and (isinstance(tensor, DTensor) or not layout.cut_dims),
+            is_offloaded,
         )
 
 

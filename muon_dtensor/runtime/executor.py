@@ -36,6 +36,7 @@ from muon_dtensor.planning.strategies import Distributed
 from muon_dtensor.runtime.buffers import ExchangeBuffers, InFlight
 from muon_dtensor.runtime.collectives import TeamGroup, barrier, issue
 from muon_dtensor.runtime.compiled_bucket import CompiledBucket, CompiledSlot, MomentumBox
+from muon_dtensor.runtime.host_link import HostLink
 from muon_dtensor.runtime.hyperparameters import MuonOptions
 from muon_dtensor.runtime.local_param import LocalParam
 from muon_dtensor.runtime.normuon_state import RowSecondMoments
@@ -47,6 +48,7 @@ from muon_dtensor.runtime.packing import (
     repack,
     to_matrix,
     view_box,
+    view_slots,
 )
 from muon_dtensor.runtime.process_groups import Groups
 from muon_dtensor.runtime.torch_private import profiler_range, shares_storage, timeout_of
@@ -70,24 +72,35 @@ class Executor:
         rank: int,
         groups: Groups,
         devices: Sequence[torch.device],
+        buffer_devices: Sequence[torch.device],
         trace: Trace | None = None,
     ) -> None:
-        """`devices`: where the local shard of each of `plan.params` lives."""
+        """Compile the plan for one rank.
+
+        `devices`: of the local shard of each of `plan.params`; `buffer_devices`: of the buffers in
+        which it is exchanged, another device for offloaded parameters.
+        """
         self.plan = plan
         self._trace = trace
         self._groups = groups
         self._buckets = {
-            index: CompiledBucket(plan, index, rank, devices)
+            index: CompiledBucket(plan, index, rank, devices, buffer_devices)
             for index, bucket in enumerate(plan.buckets)
             if bucket.mesh.holds(rank)
         }
         self._program = lower(
             plan.schedule, {i: bucket.sequence for i, bucket in self._buckets.items()}
         )
+        links = {
+            device: HostLink(device)
+            for device in {b.device for b in self._buckets.values() if b.is_offloaded}
+        }
+        self._links = {i: links[b.device] for i, b in self._buckets.items() if b.is_offloaded}
         self._buffers = ExchangeBuffers(
             self._program,
             {index: bucket.local for index, bucket in self._buckets.items()},
             {index: (bucket.dtype, bucket.device) for index, bucket in self._buckets.items()},
+            self._links,
         )
         self._in_flight: dict[int, InFlight] = {}
         self._dense: dict[int, LocalParam] = {}
@@ -196,10 +209,11 @@ class Executor:
         params: dict[int, LocalParam],
         keep: Tensor | None,
     ) -> None:
-        trace = self._trace
+        trace, link = self._trace, self._links.get(bucket.index)
         with (
             profiler_range(bucket.profiler_names[action.phase]),
             nullcontext() if trace is None else trace.span(action.bucket, action.phase),
+            nullcontext() if link is None else link.phase(action.bucket, action.phase),
         ):
             if action.phase is Phase.UNSHARD:
                 with self._momenta_on_device(bucket, params) as params_on_device:
@@ -267,11 +281,18 @@ class Executor:
         keep: Tensor | None,
     ) -> None:
         """Update momenta, and write directions into the first buffer, batch by batch."""
-        views = self._buffers.views(bucket.index, 0, buffer, bucket.local.pieces)
+        link = self._links.get(bucket.index)
+        if link is None:
+            views = self._buffers.views(bucket.index, 0, buffer, bucket.local.pieces)
+        else:
+            host_buffer = link.host_buffer(buffer)
+            views = view_slots(host_buffer, bucket.local.pieces.slots)
         for batch in bucket.packing:
             self._update_momenta(batch.momenta, params, keep)
             for indices in batch.slots:
                 self._write_directions(bucket, indices, views, params)
+        if link is not None:
+            link.upload(host_buffer, buffer)
 
     def _write_directions(
         self,
@@ -484,9 +505,13 @@ class Executor:
         """Apply decay and updates to the local shards."""
         if keep is not None:
             buffer.masked_fill_(~keep, 0)
-        views = self._buffers.views(
-            bucket.index, bucket.sequence.results, buffer, bucket.local.results
-        )
+        link = self._links.get(bucket.index)
+        if link is None:
+            views = self._buffers.views(
+                bucket.index, bucket.sequence.results, buffer, bucket.local.results
+            )
+        else:
+            views = view_slots(link.download(buffer), bucket.local.results.slots)
         for batch in bucket.applying:
             groups: dict[
                 tuple[MuonOptions, int, int], tuple[list[Tensor], list[Tensor], list[MatrixSlice]]

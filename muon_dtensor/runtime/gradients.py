@@ -58,7 +58,7 @@ class GradientCheck:
         deferred_checks: bool | None = None,
         same_dtype_params: Collection[str] = (),
     ) -> None:
-        """`device`: where reduced statuses live; the device of parameters that a mesh holds.
+        """`device`: where reduced statuses live; the buffer device of parameters on a mesh.
 
         `same_dtype_params`: names of parameters whose gradients must have their dtype.
         """
@@ -74,7 +74,8 @@ class GradientCheck:
         self._nonfinite = nonfinite
         self._deferred_checks = deferred_checks
         # kernels of one device cannot read a mask on another in time
-        is_mixed = len({local_part(param).device for param in params.values()}) > 1
+        types = {local_part(param).device.type for param in params.values()} - {"meta"}
+        is_mixed = bool(types - {device.type})
         self.is_deferred = is_deferred and not is_mixed and missing_grad != "zero"
         self._past: list[HostCopy] = []
         self._past_fault: Exception | None = None

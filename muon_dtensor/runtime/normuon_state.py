@@ -22,13 +22,15 @@ Moments = Mapping[int, Tensor]
 """The moments that this rank stores, by index of parameter: float32, contiguous."""
 
 
-def zeros_with_layout(param: Tensor, layout: Layout, rank: int) -> Tensor:
-    """Return float32 zeros with this layout, on the device of a parameter.
+def zeros_with_layout(
+    param: Tensor, layout: Layout, rank: int, device: torch.device | None = None
+) -> Tensor:
+    """Return float32 zeros with this layout, on a device; None: that of the parameter.
 
     For a DTensor a DTensor: it has the placements of tensor dim 0 on mesh dims that cut `layout`.
     """
     shape = layout.region(layout.mesh.position_of(rank)).shape
-    zeros = torch.zeros(shape, dtype=torch.float32, device=local_part(param).device)
+    zeros = torch.zeros(shape, dtype=torch.float32, device=device or local_part(param).device)
     if not isinstance(param, DTensor):
         return zeros
     names = describe_mesh(param.device_mesh).dim_names

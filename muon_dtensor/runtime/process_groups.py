@@ -18,12 +18,13 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from muon_dtensor.layout import MeshSpec
 from muon_dtensor.runtime.collectives import connect_ranks
-from muon_dtensor.runtime.torch_private import timeout_of
+from muon_dtensor.runtime.torch_private import is_offloaded, timeout_of
 
 _own: WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...], ProcessGroup]] = WeakKeyDictionary()
 """Groups of this package by default process group and ranks; freed with the default group."""
@@ -61,6 +62,11 @@ class Groups:
     def device(self, mesh: MeshSpec) -> torch.device:
         """Return the device of a mesh's tensors."""
         return torch.device(self._device_meshes[mesh].device_type)
+
+    def on_device(self, mesh: MeshSpec, tensor: Tensor) -> Tensor:
+        """Return a tensor that the groups of a mesh can send: a copy, if it was offloaded."""
+        device = self.device(mesh)
+        return tensor.to(device) if is_offloaded(tensor.device, device) else tensor
 
     def over(
         self, mesh: MeshSpec, mesh_dims: tuple[str, ...], team_size: int | None = None

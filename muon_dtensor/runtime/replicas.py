@@ -44,7 +44,7 @@ def differing_replicas(
     for mesh, dims in sorted(by_replicas, key=_order):
         replicated = by_replicas[mesh, dims]
         samples = torch.stack([_sample(shard) for _, shard in replicated])
-        extremes = torch.stack([samples, -samples])
+        extremes = groups.on_device(mesh, torch.stack([samples, -samples]))
         group_of = dict(zip(mesh.dim_names, groups.along_each_dim(mesh), strict=True))
         for dim in dims:
             all_reduce_max(extremes, group_of[dim])

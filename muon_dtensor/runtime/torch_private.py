@@ -235,6 +235,11 @@ def is_accelerator(device: torch.device) -> bool:
     return device.type not in ("cpu", "meta")
 
 
+def is_offloaded(shard_device: torch.device, mesh_device: torch.device) -> bool:
+    """Whether a shard is on the host of a mesh of devices, as by FSDP2's CPUOffloadPolicy."""
+    return shard_device.type == "cpu" and is_accelerator(mesh_device)
+
+
 def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph captures the work of this thread on a device."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -42,8 +42,10 @@ def sharded_sum(
     for mesh in sorted(sums, key=lambda m: (m.num_ranks, sorted(m.ranks), m.dim_names, m.shape)):
         local = torch.stack(sums[mesh])
         value = local.amax(0) if take_largest else local.sum(0)
-        for group in groups.along_each_dim(mesh) if mesh.dim_names else ():
-            (all_reduce_max if take_largest else all_reduce_sum)(value, group)
+        if mesh.dim_names:
+            value = groups.on_device(mesh, value)
+            for group in groups.along_each_dim(mesh):
+                (all_reduce_max if take_largest else all_reduce_sum)(value, group)
         by_mesh.append(value)
     totals = torch.stack([value.to(by_mesh[0].device) for value in by_mesh])
     return totals.amax(0) if take_largest else totals.sum(0)

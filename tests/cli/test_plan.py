@@ -2,6 +2,7 @@
 
 import json
 import sys
+from math import prod
 from pathlib import Path
 from time import process_time
 
@@ -441,3 +442,16 @@ def test_plotted_ranks_include_the_busiest_and_the_least_busy():
     assert flops[ranks[0]] == max(flops)
     assert flops[ranks[-1]] == min(flops)
     assert len(ranks) == len(set(ranks)) == 6
+
+
+def test_offloaded_weights(capsys):
+    """A rank copies its directions in bfloat16 up, and as much back. Exchanges are the same."""
+    assert plan("gpt2", "dp_shard=4", offload=True) == 0
+    numel = sum(prod(spec.shape) for spec in specs_of("gpt2", {"dp_shard": 4}))
+    nbytes = f"{2 * numel / 4 / 1e6:.1f} MB"
+    out = capsys.readouterr().out
+    assert f"up to {nbytes} a rank copied to the device, {nbytes} back" in out
+    assert plan("gpt2", "dp_shard=4") == 0
+    other = capsys.readouterr().out
+    assert "offloaded" not in other
+    assert other.splitlines()[-2] == out.splitlines()[-3], "bytes sent"

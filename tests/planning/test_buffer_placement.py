@@ -80,7 +80,7 @@ def test_buffers_of_a_real_plan(prefetch_count):
             wholes = rank_buckets[first].sequence.wholes
             assert live_together(lives[first, wholes], lives[second, 0])
         kinds = dict.fromkeys(rank_buckets, (torch.bfloat16, torch.device("cpu")))
-        exchange_buffers = ExchangeBuffers(program, rank_buckets, kinds)
+        exchange_buffers = ExchangeBuffers(program, rank_buckets, kinds, links={})
         assert exchange_buffers.acquire(0, 0).numel() == rank_buckets[0].numels[0]
         # References to these tensors prevent reuse of their memory by a new block.
         tensors = {key: exchange_buffers.acquire(*key) for key in lives}

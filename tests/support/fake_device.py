@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from muon_dtensor import Muon, clip_grad_norm_
 from muon_dtensor.qk_clip import QKClip, multi_head
 from muon_dtensor.runtime.consistency import Agreement
-from muon_dtensor.runtime.torch_private import HostCopy, fake_process_group
+from muon_dtensor.runtime.consistency_codec import Comparison
+from muon_dtensor.runtime.torch_private import HostCopy, fake_process_group, with_shard
 
 DEVICE = "toy"
 IS_AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
@@ -50,15 +51,18 @@ FREE += (
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operators that launch a kernel."""
+    """Counts the operators that launch a kernel. Matrices may be multiplied on the device only."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: collections.Counter[str] = collections.Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not str(func).startswith(FREE):
-            self.counts[str(func)] += 1
+        name = str(func)
+        if not name.startswith(FREE):
+            self.counts[name] += 1
+        if "mm." in name and args[0].device.type != DEVICE:
+            raise AssertionError(f"{name} on {args[0].device}")
         return func(*args, **(kwargs or {}))
 
 
@@ -96,6 +100,14 @@ def on_mesh(mesh: DeviceMesh) -> list[tuple[str, Tensor]]:
             nn.Parameter(DTensor.from_local(torch.empty(16, 32, device=DEVICE), mesh, placements)),
         )
         for i, placements in enumerate([(Shard(0), Shard(0)), (Replicate(), Shard(0))] * 4)
+    ]
+
+
+def on_hosts(mesh: DeviceMesh) -> list[tuple[str, Tensor]]:
+    """The same DTensors with shards on the host, as by FSDP2's CPUOffloadPolicy."""
+    return [
+        (name, nn.Parameter(with_shard(param.detach(), torch.empty(16, 32))))
+        for name, param in on_mesh(mesh)
     ]
 
 
@@ -166,8 +178,18 @@ CASES: dict[str, Case] = {
 }
 
 
+def offloaded(mesh: DeviceMesh, **options: Any) -> dict[str, int]:
+    """The host waits for the checks of gradients here, by design."""
+    nothing_wrong = Comparison(frozenset(), non_finite=False, moved=False)
+    with mock.patch.object(Agreement, "settle", return_value=nothing_wrong):
+        return step_counts(on_hosts(mesh), check_replicas=False, nonfinite="propagate", **options)
+
+
 def cases_on(mesh: Any) -> dict[str, Case]:
     return {
+        "offloaded weights": lambda: offloaded(mesh),
+        "offloaded weights, small buckets": lambda: offloaded(mesh, bucket_mb=1e-3),
+        "offloaded weights, in teams": lambda: offloaded(mesh, strategy="distributed", exact=False),
         "fsdp x tp": lambda: step_counts(on_mesh(mesh), check_replicas=False),
         "fsdp x tp, staged": lambda: step_counts(
             on_mesh(mesh), check_replicas=False, strategy="owned_staged"
