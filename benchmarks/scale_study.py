@@ -8,6 +8,7 @@ per eight ranks.
 """
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -102,6 +103,7 @@ def lanes(plan: PlanReport) -> tuple[float, float]:
 
 def row(job: tuple[str, int, str]) -> Row:
     """Plan a (model, number of ranks, topology preset)."""
+    gc.disable()  # a plan has no cycles
     model, ranks, topology = job
     options = PlanOptions(topology=PRESETS[topology], batched=True)
     params = specs(model, ranks)

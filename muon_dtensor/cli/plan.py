@@ -1,9 +1,11 @@
 """`muon-dtensor plan`: prints the plan of a step on a cluster, without a process group or GPU."""
 
 import difflib
+import gc
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -24,6 +26,19 @@ from muon_dtensor.planning.presets import topology_of
 from muon_dtensor.planning.report import PlanReport, plan_report
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Do not search for cycles among the millions of values of a plan, which has none."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_without_collection()
 def plan(
     model: str = "llama3-8b",
     mesh: str = "dp_shard=8",

@@ -10,12 +10,13 @@ from matplotlib import image
 from muon_dtensor.cli import demo
 from muon_dtensor.cli.demo import mesh_sizes, train_script
 from muon_dtensor.cli.demo_worker import load_script
+from tests.support.commands import muon_dtensor
 from tests.support.deadlines import run_program
 
 pytestmark = pytest.mark.P1
 
 
-def muon_dtensor(*flags: str) -> subprocess.CompletedProcess[str]:
+def program(*flags: str) -> subprocess.CompletedProcess[str]:
     code = "from muon_dtensor.cli.main import main; main()"
     return run_program([sys.executable, "-c", code, *flags], 200, env={"COLUMNS": "120"})
 
@@ -59,7 +60,7 @@ def test_bad_flags_are_reported_on_one_line(flags, message):
 
 
 def test_version_and_unknown_commands():
-    assert "torch" in muon_dtensor("version").stdout
+    assert "torch" in program("version").stdout
     assert muon_dtensor("--version").stdout == muon_dtensor("version").stdout
     assert muon_dtensor("dance").returncode == 2
 

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from muon_dtensor import DistributedConfig, Muon, create_devicemesh_config, group_parameters
 from muon_dtensor.cli.validate import TOLERANCES, compare, params_file
 from tests.requirements.models import TinyTransformer, batch
+from tests.support.commands import muon_dtensor
 from tests.support.deadlines import run_program
 
 pytestmark = pytest.mark.P1
@@ -29,13 +30,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def validate(out: Path, *flags: str, prefix: tuple[str, ...] = ()) -> tuple[int, str]:
-    code = "from muon_dtensor.cli.main import main; main()"
-    command = prefix or (sys.executable, "-c", code)
-    run = run_program(
-        [*command, "validate", "--num-steps", "3", "--ranks", "2", "--out", str(out), *flags],
-        120,
-        env={"COLUMNS": "120", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    """Return the exit status and the output. `prefix`: of a program of its own; else a fork."""
+    arguments = ("validate", "--num-steps", "3", "--ranks", "2", "--out", str(out), *flags)
+    if not prefix:
+        run = muon_dtensor(*arguments)
+    else:
+        env = {"COLUMNS": "120", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        run = run_program([*prefix, *arguments], 120, env=env)
     return run.returncode, run.stdout + run.stderr
 
 
@@ -148,7 +149,8 @@ TOKENS = (
     ],
 )
 def test_the_three_modes_in_separate_commands(tmp_path, flags, num_params):
-    assert validate(tmp_path, "--mode", "baseline", *flags) == (
+    program = (sys.executable, "-c", "from muon_dtensor.cli.main import main; main()")
+    assert validate(tmp_path, "--mode", "baseline", *flags, prefix=program) == (
         0,
         f"baseline: parameters saved to {tmp_path}/model_baseline_params.pt\n",
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.torchrun import EXAMPLES, torchrun
+from tests.support.torchrun import EXAMPLES, forked_torchrun, torchrun
 
 pytestmark = pytest.mark.P1
 
@@ -16,7 +16,7 @@ CONFIG = {"steps": 60, "dim": 16, "layers": 1, "context": 8, "batch": 4, "val_ba
 
 
 def trained(folder: Path, *, kill_at: int = 0, max_restarts: int = 0) -> tuple[dict[str, Any], str]:
-    """Return the report of a training run, and its output."""
+    """Return the report of a training run, and its output. Only a killed one is a real torchrun."""
     folder.mkdir(exist_ok=True)
     arguments = {
         "script": str(EXAMPLES / "train_gpt.py"),
@@ -24,7 +24,10 @@ def trained(folder: Path, *, kill_at: int = 0, max_restarts: int = 0) -> tuple[d
         "config": CONFIG,
         "kill_at": kill_at,
     }
-    output = torchrun(SCRIPT, 4, json.dumps(arguments), max_restarts=max_restarts)
+    if kill_at:
+        output = torchrun(SCRIPT, 4, json.dumps(arguments), max_restarts=max_restarts)
+    else:
+        output = forked_torchrun(SCRIPT, 4, json.dumps(arguments))
     return json.loads((folder / "report.json").read_text()), output
 
 

@@ -20,6 +20,7 @@ from tests.support.text_islands import ALIE, Training, loss_of
 pytestmark = pytest.mark.P1
 SEEDS = [0, pytest.param(1, marks=pytest.mark.P2), pytest.param(2, marks=pytest.mark.P2)]
 ROBUST = [Krum(2), Bulyan(2), TrimmedMean(2), GeometricMedian()]
+WEEKLY = pytest.mark.P2
 
 
 @cache
@@ -29,16 +30,20 @@ def loss(rule: str | Rule, attack: str | None, seed: int) -> float:
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
+    "rule",
+    [Krum(2), TrimmedMean(2), *(pytest.param(r, marks=WEEKLY) for r in ROBUST[1::2])],
+    ids=str,
+)
+@pytest.mark.parametrize(
     "attack",
     ["sign flip", *(pytest.param(a, marks=pytest.mark.P2) for a in ("x 1000", "noise"))],
 )
 class TestAttacks:
     """Sign flips times 4, scaling by 1000, and noise of 40 standard deviations."""
 
-    def test_robust_rules_hold_where_the_mean_fails(self, attack, seed):
+    def test_robust_rules_hold_where_the_mean_fails(self, attack, rule, seed):
         no_attack = loss("mean", None, seed)
-        for rule in ROBUST:
-            assert loss(rule, attack, seed) < no_attack + 0.15, rule.text
+        assert loss(rule, attack, seed) < no_attack + 0.15
         assert loss("mean", attack, seed) > no_attack + 1
 
 

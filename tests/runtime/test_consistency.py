@@ -367,21 +367,31 @@ def test_a_sparse_gradient_on_one_rank_stops_all():
 
 
 @pytest.mark.parametrize(
-    ("device", "deferred_checks", "missing_grad", "is_deferred"),
+    ("device", "shard_device", "deferred_checks", "missing_grad", "is_deferred"),
     [
-        ("cpu", None, "raise", False),
-        ("cpu", True, "raise", True),
-        ("cuda", None, "raise", True),
-        ("cuda", False, "raise", False),
-        ("cuda", None, "zero", False),
+        ("cpu", "cpu", None, "raise", False),
+        ("cpu", "cpu", True, "raise", True),
+        ("cuda", "meta", None, "raise", True),
+        ("cuda", "meta", False, "raise", False),
+        ("cuda", "meta", None, "zero", False),
+        ("cuda", "cpu", None, "raise", False),
+        ("cuda", "cpu", True, "raise", False),
     ],
-    ids=["host", "requested-on-host", "device", "off-on-device", "zeros-for-missing"],
+    ids=[
+        *("host", "requested-on-host", "device", "off-on-device", "zeros-for-missing"),
+        *("offloaded", "requested-and-offloaded"),
+    ],
 )
-def test_where_checks_are_deferred(device, deferred_checks, missing_grad, is_deferred):
-    """By default on a device, unless missing gradients count as zero."""
+def test_where_checks_are_deferred(
+    device, shard_device, deferred_checks, missing_grad, is_deferred
+):
+    """By default on a device, unless missing gradients count as zero or weights are offloaded.
+
+    A shard on the meta device stands for one on a GPU.
+    """
     agreement = Muon([nn.Parameter(torch.ones(4, 3))])._planned_step.agreement
     gradient_check = GradientCheck(
-        {"w": nn.Parameter(torch.ones(4, 3))},
+        {"w": nn.Parameter(torch.ones(4, 3, device=shard_device))},
         agreement,
         device=torch.device(device),
         missing_grad=missing_grad,
