@@ -114,7 +114,7 @@ class ParameterTable:
         problems = [*self._problems(), *self._find_wrong_shards()]
         refused = {problem.fqn for problem in problems}
         specs: list[ParamSpec] = []
-        device_types: dict[MeshSpec, str] = {}
+        devices: dict[MeshSpec, torch.device] = {}
         for entry in self.muon:
             if entry.name in refused:
                 continue
@@ -125,14 +125,16 @@ class ParameterTable:
                 problems.append(Problem(entry.name, observed, refusal.reason, refusal.remedy))
                 continue
             specs.append(spec)
-            device_type = self.buffer_device(entry.param).type
-            other = device_types.setdefault(spec.layout.mesh, device_type)
-            if other != device_type:
+            device = local_part(entry.param).device
+            mesh_device = (
+                device if spec.is_offloaded else devices.setdefault(spec.layout.mesh, device)
+            )
+            if mesh_device != device:
                 problems.append(
                     Problem(
                         entry.name,
-                        f"on {device_type}",
-                        f"Other parameters of mesh {spec.layout.mesh} are on {other}.",
+                        f"on {device}",
+                        f"Other parameters of mesh {spec.layout.mesh} are on {mesh_device}.",
                         "Move them to one device, or give each device an optimizer of its own.",
                     )
                 )
