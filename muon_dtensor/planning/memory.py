@@ -138,9 +138,9 @@ def _applying(plan: Plan, traffic: BucketTraffic) -> dict[int, int]:
         if (id(holders), is_tall) in counted:
             continue
         counted.add((id(holders), is_tall))
-        for home, piece in holders.items():
+        for home, numel in plan.holder_numels(a):
             first = spec.layout.home(home)
-            nbytes = (traffic.itemsize if is_tall else 8) * piece.numel
+            nbytes = (traffic.itemsize if is_tall else 8) * numel
             for offset in spec.layout.replica_offsets:
                 largest[first + offset] = max(largest[first + offset], nbytes)
     return largest
@@ -164,8 +164,8 @@ def _packing(plan: Plan, traffic: BucketTraffic) -> dict[int, int]:
         if key in counted:
             continue
         counted.add(key)
-        for home, piece in holders.items():
-            largest[home + offset] = max(largest[home + offset], size * piece.numel)
+        for home, numel in plan.holder_numels(a):
+            largest[home + offset] = max(largest[home + offset], size * numel)
     if plan.options.topology.cores is None:
         packed = {p: widest * min(traffic.pieces[p], DEVICE_BATCH_NUMEL) for p in largest}
         return {p: max(n, packed[p]) for p, n in largest.items()}
