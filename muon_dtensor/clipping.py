@@ -203,7 +203,7 @@ def _total_norm(params: Sequence[Tensor], p: float, pp_group: ProcessGroup | Non
             power = norm if math.isinf(p) else norm**p
         values.append((layout, power))
     groups = Groups(layout_cache.device_meshes, this_rank())
-    total = sharded_sum(values, groups, this_rank(), take_largest=math.isinf(p)).to(device)
+    total = sharded_sum(values, groups, this_rank(), take_largest=math.isinf(p))
     if pp_group is not None:
         (all_reduce_max if math.isinf(p) else all_reduce_sum)(total, pp_group)
-    return (total if math.isinf(p) else total ** (1 / p)).to(dtype)
+    return (total if math.isinf(p) else total ** (1 / p)).to(device, dtype)

@@ -148,7 +148,10 @@ class QKClip:
         self._groups = Groups(self._layout_cache.device_meshes, this_rank())
         self._heads = [layer[0].num_heads for layer in self._layers]
         device = local_part(weights[0]).device if weights else torch.device("cpu")
-        self._max_logits = torch.zeros(len(layers), max(self._heads, default=0), device=device)
+        zeros = torch.zeros(len(layers), max(self._heads, default=0), device=device)
+        if self._mesh is not None:
+            zeros = self._groups.on_device(self._mesh, zeros)
+        self._max_logits = zeros
 
     def observe(self, layer: int, max_logits: Tensor, first_head: int = 0) -> None:
         """Record the largest logits [heads] of a forward pass; the maximum over passes is kept.
@@ -190,4 +193,4 @@ class QKClip:
             region = layout.region(layout.mesh.position_of(this_rank()))
             factors = factors[region.start[0] : region.stop[0]]
         local = local_part(weight)
-        local.mul_(factors.to(local.dtype).view(-1, *[1] * (local.ndim - 1)))
+        local.mul_(factors.to(local).view(-1, *[1] * (local.ndim - 1)))

@@ -164,18 +164,18 @@ def scatter(full_tensor: Tensor, layout: Layout, groups: Groups, src_rank: int) 
     position = mesh.position_of(this_rank())
     peers = mesh.peers(position, mesh.dim_names)
     region = layout.region(position)
-    shard = torch.empty(region.numel, dtype=full_tensor.dtype, device=full_tensor.device)
-    pieces = [shard[:0]] * len(peers)
+    pieces = [full_tensor.new_empty(0)] * len(peers)
     if this_rank() == src_rank:
         origin = Region.of_shape(layout.shape)
         pieces = [
             view_box(full_tensor.detach(), box_of(layout.region(p), origin)).reshape(-1)
             for p in peers
         ]
-    send, sent = torch.cat(pieces), [piece.numel() for piece in pieces]
+    send, sent = groups.on_device(mesh, torch.cat(pieces)), [piece.numel() for piece in pieces]
+    shard = send.new_empty(region.numel)
     sizes = [shard.numel() if mesh.ranks[peer] == src_rank else 0 for peer in peers]
     all_to_all(send, shard, sent, sizes, groups.over(mesh, mesh.dim_names)).wait()
-    return shard.view(region.shape)
+    return shard.view(region.shape).to(full_tensor.device)
 
 
 def broadcast_meta(

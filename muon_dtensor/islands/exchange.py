@@ -392,11 +392,11 @@ class Exchange:
         """Return the largest element of each row, over all ranks that hold a part of the row."""
         scales = [row_maxima(t).nan_to_num(nan=INFINITY, posinf=INFINITY) for t in tensors]
         for (mesh, dims), indices in self._cut_rows.items():
-            together = torch.cat([scales[i] for i in indices])
+            together = self._groups.on_device(mesh, torch.cat([scales[i] for i in indices]))
             all_reduce_max(together, self._groups.over(mesh, dims))
             parts = torch.split(together, [len(scales[i]) for i in indices])
             for index, part in zip(indices, parts, strict=True):
-                scales[index] = part.clone()
+                scales[index] = part.to(scales[index].device, copy=True)
         return scales
 
     def _split_scales(self, codes: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

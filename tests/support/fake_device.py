@@ -146,6 +146,14 @@ def not_measured(optimizer: Muon) -> None:
     optimizer._num_steps = 1
 
 
+def offloaded(params: list[tuple[str, Tensor]], **options: Any) -> dict[str, int]:
+    """`step_counts` of `on_hosts`: the host waits for the checks of gradients, by design."""
+    nothing_wrong = Comparison(frozenset(), non_finite=False, moved=False)
+    options |= {"check_replicas": False, "nonfinite": "propagate"}
+    with mock.patch.object(Agreement, "settle", return_value=nothing_wrong):
+        return step_counts(params, **options)
+
+
 def qk_clipped(params: list[tuple[str, Tensor]]) -> dict[str, int]:
     (_, query), (_, key), *_ = params
     hook = QKClip([multi_head(query, key, 16)])
@@ -178,18 +186,13 @@ CASES: dict[str, Case] = {
 }
 
 
-def offloaded(mesh: DeviceMesh, **options: Any) -> dict[str, int]:
-    """The host waits for the checks of gradients here, by design."""
-    nothing_wrong = Comparison(frozenset(), non_finite=False, moved=False)
-    with mock.patch.object(Agreement, "settle", return_value=nothing_wrong):
-        return step_counts(on_hosts(mesh), check_replicas=False, nonfinite="propagate", **options)
-
-
 def cases_on(mesh: Any) -> dict[str, Case]:
     return {
-        "offloaded weights": lambda: offloaded(mesh),
-        "offloaded weights, small buckets": lambda: offloaded(mesh, bucket_mb=1e-3),
-        "offloaded weights, in teams": lambda: offloaded(mesh, strategy="distributed", exact=False),
+        "offloaded weights": lambda: offloaded(on_hosts(mesh)),
+        "offloaded weights, small buckets": lambda: offloaded(on_hosts(mesh), bucket_mb=1e-3),
+        "offloaded weights, in teams": lambda: offloaded(
+            on_hosts(mesh), strategy="distributed", exact=False
+        ),
         "fsdp x tp": lambda: step_counts(on_mesh(mesh), check_replicas=False),
         "fsdp x tp, staged": lambda: step_counts(
             on_mesh(mesh), check_replicas=False, strategy="owned_staged"
