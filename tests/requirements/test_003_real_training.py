@@ -106,7 +106,7 @@ class TestLossAtEqualTokens:
     @pytest.mark.P1
     @pytest.mark.parametrize(
         "wire",
-        ["int8", "int2", *(pytest.param(w, marks=pytest.mark.P2) for w in ("bfloat16", "int4"))],
+        ["int2", *(pytest.param(w, marks=pytest.mark.P2) for w in ("bfloat16", "int8", "int4"))],
     )
     def test_wires_lose_less_than_2_percent(self, wire):
         training = {"steps": 240, "sync_every": 15}

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.P1
 
 TIMEOUT, GRACE = 4.0, 5.0
 NUM_RANKS, VICTIM = 4, 1
+PHASES = ("AGREEMENT", "UNSHARD", "ORTHOGONALIZE", "RESHARD")
 SHAPES = [(12, 8), (8, 12), (8, 8)]
 
 
@@ -155,8 +156,14 @@ def survivors_of(when: str, how: int) -> list[Report]:
     return [reports[rank] for rank in sorted(reports)]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda s: s.name)
-@pytest.mark.parametrize("when", ["AGREEMENT", "UNSHARD", "ORTHOGONALIZE", "RESHARD"])
+@pytest.mark.parametrize(
+    ("when", "how"),
+    [
+        *((when, signal.SIGKILL) for when in PHASES),
+        *((when, signal.SIGSTOP) for when in PHASES[::2]),
+        *(pytest.param(when, signal.SIGSTOP, marks=pytest.mark.P2) for when in PHASES[1::2]),
+    ],
+)
 def test_the_others_raise_when_a_rank_is_lost(when, how):
     for report in survivors_of(when, how):
         if when == "AGREEMENT":

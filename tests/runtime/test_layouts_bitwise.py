@@ -78,8 +78,8 @@ def test_bf16_parameters(mesh_shape, placements):
         pytest.param((16,), (S0,), id="16-rows"),
         pytest.param((4, 4), (R, S0), id="16-hsdp"),
         pytest.param((2, 4, 2), (R, S0, S0), id="16-hsdp-tp-rows"),
-        pytest.param((2, 4, 4), (R, S0, S1), id="32-hsdp-tp"),
-        pytest.param((32,), (R,), id="32-replicate"),
+        pytest.param((2, 4, 4), (R, S0, S1), id="32-hsdp-tp", marks=pytest.mark.P2),
+        pytest.param((32,), (R,), id="32-replicate", marks=pytest.mark.P2),
         pytest.param((2, 16), (S1, S0), id="32-tp-fsdp"),
     ],
 )
