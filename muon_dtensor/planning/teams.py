@@ -24,7 +24,8 @@ def distributed_strategies(spec: ParamSpec, matrix: Matrix) -> Iterator[Distribu
     layout = spec.momentum_layout
     owned = [s for s in spec.strategies(matrix.region) if not s.is_staged]
     unshard_dims, replica_dims = owned[0].unshard_dims, owned[0].replica_dims
-    used = {*unshard_dims, *replica_dims}
+    # no exchange moves pieces along other dims that cut the momentum, as one over replicas may be
+    used = {*unshard_dims, *(name for name in replica_dims if name not in layout.cut_dims)}
     all_dims = tuple(name for name in layout.mesh.dim_names if name in used)
     for team_dims in dict.fromkeys((unshard_dims, all_dims)):
         count = layout.mesh.num_ranks_along(team_dims)

@@ -11,12 +11,13 @@ from muon_dtensor.planning.check import check
 from muon_dtensor.planning.plan import ParamSpec, PlanOptions
 from muon_dtensor.planning.presets import PRESETS
 from muon_dtensor.planning.report import PlanReport, plan_report
-from muon_dtensor.planning.strategies import Distributed, Owned
+from muon_dtensor.planning.strategies import Distributed, Owned, can_own
 from muon_dtensor.planning.teams import (
     TeamOption,
     allot,
     distributed_strategies,
     holds_slabs,
+    team_of,
     team_slabs,
 )
 from tests.support.models import llama3_70b, param_spec
@@ -89,6 +90,31 @@ def test_some_parameters_cannot_be_distributed():
     assert not list(distributed_strategies(replace(spec, can_distribute=False), spec.matrices[0]))
     experts = param_spec(MeshSpec.of(ep=4), "e", (4, 8, 16), (("ep",), (), ()))
     assert not list(distributed_strategies(experts, experts.matrices[0]))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "cuts"),
+    [
+        ({"r": 2}, ((), (), ())),
+        ({"r": 4, "s": 2}, ((), ("s",), ())),
+        ({"r": 2, "q": 2, "s": 2}, (("s",), (), ())),
+        ({"r": 2, "s": 3}, ((), (), ("s",))),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(2, 1, 2), (4, 8, 16), (3, 9, 14)], ids=str)
+def test_every_member_can_be_sent_its_slab(shape, sizes, cuts):
+    """Also where the momentum is cut over replicas, between experts."""
+    for shards_momentum in (False, True):
+        spec = param_spec(MeshSpec.of(**sizes), "e", shape, cuts)
+        spec = replace(spec, shards_momentum=shards_momentum)
+        layout = spec.momentum_layout
+        for one in spec.matrices:
+            owner = next(iter(layout.holders(one.region)))
+            for strategy in distributed_strategies(spec, one):
+                team = team_of(owner, layout.mesh, strategy)
+                assert all(can_own(layout, one.region, member) for member in team), strategy
+        check(plan_report([spec], PlanOptions(strategy="distributed", exact=False)).plan)
 
 
 def option(num_ranks: int, seconds: float) -> TeamOption:

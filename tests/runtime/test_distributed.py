@@ -54,6 +54,7 @@ class Run:
     shapes: tuple[tuple[int, ...], ...] = SHAPES
     dtype: torch.dtype = torch.float32
     group: tuple[tuple[str, object], ...] = ()
+    shard_momentum: bool = False
     gathers: bool = False
     """Whether torch can gather these shards: even ones."""
 
@@ -88,6 +89,7 @@ def step(run: Run) -> Result:
         exact=False,
         topology=run.topology,
         ns_dtype=run.dtype,
+        shard_momentum=run.shard_momentum,
     )
     for param, grad in zip(params, tensors_like(run.shapes, 1), strict=True):
         param.grad = spread(grad, mesh, run.placements)
@@ -170,6 +172,14 @@ def test_interleaved_matrices(topology, mesh_shape, placements):
     hold(results, 1e-5)
     if run.num_ranks > 1:
         assert results[0].team_sizes
+
+
+@pytest.mark.parametrize(("mesh_shape", "placements"), LAYOUTS[::2])
+def test_a_momentum_cut_over_replicas(mesh_shape, placements):
+    """The momentum of experts is cut between experts: no team reaches over its ranks."""
+    shapes = ((4, 12, 20), (3, 9, 14), (24, 40), (7, 31), (2, 1, 2))
+    run = Run(mesh_shape, placements, LARGE_TEAMS, shapes, shard_momentum=True)
+    hold(threads(run), 1e-5)
 
 
 def test_teams_depend_on_the_links():
