@@ -6,7 +6,7 @@ Note [Offloaded shards]
     and orthogonalized there like all others, and the host applies the results. Copies and the
     exchanges next to them are queued in a stream of their own, so that those of one bucket overlap
     with the orthogonalization of another. The phases of one bucket wait for each other by events.
-    As both streams use all buffers of these buckets, torch's allocator is told so.
+    Both streams use the buffers of these buckets, which `share` records for torch's allocator.
 """
 
 from collections.abc import Iterator
@@ -63,7 +63,7 @@ class HostLink:
             buffer.record_stream(self._main)
 
     def host_buffer(self, buffer: Tensor) -> Tensor:
-        """Return host memory like a buffer, which the device can copy by itself."""
+        """Return pinned host memory of the size and dtype of a buffer."""
         return torch.empty_like(buffer, device="cpu", pin_memory=self._device_module is not None)
 
     def upload(self, host_buffer: Tensor, buffer: Tensor) -> None:
