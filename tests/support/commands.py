@@ -7,7 +7,6 @@ import importlib.util
 import multiprocessing
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from muon_dtensor.cli.main import main
 from tests.support.deadlines import Deadline
 from tests.support.pool import FORK_SERVER
-from tests.support.torchrun import ENVIRONMENT
+from tests.support.torchrun import ENVIRONMENT, become_program, join_or_kill
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,22 +34,14 @@ def muon_dtensor(*arguments: str, seconds: float = 120) -> subprocess.CompletedP
         paths = [Path(folder) / name for name in ("stdout", "stderr")]
         process = FORK_SERVER.Process(target=_command, args=(arguments, paths))
         process.start()
-        deadline = Deadline(seconds)
-        while process.is_alive() and (patience := deadline.patience()):
-            process.join(patience)
-        if process.is_alive():
-            os.killpg(process.pid, signal.SIGKILL)
-            process.join()
+        join_or_kill(process, Deadline(seconds))
         out, err = (path.read_text() for path in paths)
     assert process.exitcode is not None
     return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
 
 
 def _command(arguments: Sequence[str], paths: Sequence[Path]) -> None:
-    os.setsid()  # a process group, so that all can be killed
-    for number, path in enumerate(paths, 1):
-        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    become_program(paths)
     os.environ.update(ENVIRONMENT | {"COLUMNS": "120"})
     sys.path.insert(0, str(ROOT))
     warnings.resetwarnings()  # pytest turned warnings into errors

@@ -69,11 +69,7 @@ def forked_torchrun(
             agents[-1].start()
         deadline = Deadline(SECONDS)
         for agent in agents:
-            while agent.is_alive() and (patience := deadline.patience()):
-                agent.join(patience)
-            if agent.is_alive():
-                os.killpg(agent.pid, signal.SIGKILL)
-                agent.join()
+            join_or_kill(agent, deadline)
         stdout, stderr = (
             "".join(path.read_text() for path in sorted(Path(folder).glob(f"*.{name}")))
             for name in ("stdout", "stderr")
@@ -81,6 +77,23 @@ def forked_torchrun(
     assert [agent.exitcode for agent in agents] == [0] * num_nodes, stdout[-4000:] + stderr[-4000:]
     assert "Warning" not in stderr, stderr
     return stdout
+
+
+def become_program(paths: Sequence[Path]) -> None:
+    """Write the output of this fork to files: stdout, stderr. Give it a process group."""
+    os.setsid()  # so that it can be killed with all its processes
+    for number, path in enumerate(paths, 1):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+
+
+def join_or_kill(process: Any, deadline: Deadline) -> None:
+    """Wait for a process that has called `become_program`. Kill its group at the deadline."""
+    while process.is_alive() and (patience := deadline.patience()):
+        process.join(patience)
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
 
 
 def _free_port() -> int:
@@ -98,10 +111,7 @@ def _launch(
     paths: Sequence[Path],
 ) -> None:
     """Launch the ranks of one node, as torchrun's main does."""
-    os.setsid()  # a process group, so that the agent can be killed with all its ranks
-    for number, path in enumerate(paths, 1):
-        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    become_program(paths)
     os.environ.update(ENVIRONMENT | environment)
     elastic_launch(config, _as_main)(str(script), *arguments)
 
